@@ -1,0 +1,46 @@
+"""Backward passes that may be run again but not differentiated: an attempt raises instead of giving a wrong number.
+
+torch's own once_differentiable raises only where the incoming gradient requires grad. For loss.backward(create_graph=True)
+it does not, and a gradient penalty would come out as if our gradient were a constant.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_Backward = Callable[..., tuple[Tensor | None, ...]]
+
+
+class _Constant(torch.autograd.Function):
+    """(gradient, *what it depends on) -> gradient; raises when differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, *sources: Tensor) -> Tensor:  # type: ignore[override]
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(
+            "dpofast's log-probs have first derivatives only: use the 'reference' backend where a gradient is "
+            "differentiated again (a gradient penalty, a Hessian)"
+        )
+
+
+def first_order_only(backward: _Backward) -> _Backward:
+    """Decorate the backward of an autograd.Function that saves what its gradients depend on."""
+
+    @functools.wraps(backward)
+    def guarded(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        if not torch.is_grad_enabled():  # no create_graph: nobody can ask for more
+            return backward(ctx, *upstream)
+        sources = [t for t in (*upstream, *ctx.saved_tensors) if t is not None and t.requires_grad]
+        with torch.no_grad():
+            gradients = backward(ctx, *upstream)
+        return tuple(None if gradient is None else _Constant.apply(gradient, *sources) for gradient in gradients)
+
+    return guarded

@@ -1,0 +1,233 @@
+"""Public log-prob functions: from logits that exist, and from hidden states and the head without building them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpofast import reference
+from dpofast.first_order import first_order_only
+from dpofast.gemm import accumulate_dtype
+from dpofast.linear import LinearLogprobs, default_logits_bytes
+from dpofast.rows import LogitOptions, choose_backend, row_logprobs
+
+_CHUNK_BYTES = 32 << 20
+
+
+@dataclass(frozen=True)
+class LogprobOutput:
+    """Log-probs of N targets and, where asked for, per-token statistics without gradient.
+
+    logps (N,) float32, nats, differentiable, 0 where the target was ignored. entropy (nats), mean_logits, is_top1 (bool)
+    and log_sum_sq_probs (log Σ p², nats) are (N,), or None where `stats` did not name them. aux_loss is a model's own
+    auxiliary loss (mixture-of-experts balancing), or None.
+    """
+
+    logps: Tensor
+    entropy: Tensor | None = None
+    mean_logits: Tensor | None = None
+    is_top1: Tensor | None = None
+    log_sum_sq_probs: Tensor | None = None
+    aux_loss: Tensor | None = None
+
+
+def logprobs(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float = 1.0,
+    ignore_index: int = reference.IGNORE_INDEX,
+    inplace_backward: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """log softmax(logits/temperature)[target] per position, without a second (…, V) tensor in float32.
+
+    Args:
+        logits: (..., V), float32, bfloat16, float16 or float64.
+        targets: (...), int64; ignore_index marks positions that count as 0.
+        temperature: divides the logits.
+        ignore_index: a negative number.
+        inplace_backward: backward overwrites the storage of `logits` with their gradient: no (…, V) gradient is
+            allocated, but `logits` must not be used afterwards, and a second backward raises.
+        backend: "auto" (Triton on a GPU, torch elsewhere), "triton", "torch" or "reference".
+
+    Returns:
+        (...) float32 (float64 for float64 logits), nats.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit, or (checked on the CPU, where it costs no sync) a target outside
+            the vocabulary. On a GPU such a target gives NaN.
+    """
+    options = LogitOptions(temperature=temperature, ignore_index=ignore_index)
+    if logits.dim() == 0 or logits.shape[:-1] != targets.shape:
+        raise ValueError(
+            f"targets: expected shape {tuple(logits.shape[:-1])}, that of logits {tuple(logits.shape)} without the "
+            f"vocabulary, got {tuple(targets.shape)}"
+        )
+    _check_floating("logits", logits)
+    _check_targets(targets, logits.shape[-1], logits.device, ignore_index)
+    chosen = choose_backend(backend, logits.device)
+    if chosen == "reference":
+        wide = logits.to(accumulate_dtype(logits.dtype))
+        return reference.logprobs(wide, targets, temperature=temperature, ignore_index=ignore_index)
+    rows = logits.reshape(-1, logits.shape[-1])
+    flat: Tensor = _Logprobs.apply(rows, targets.reshape(-1), options, chosen, inplace_backward)
+    return flat.reshape(targets.shape)
+
+
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = reference.IGNORE_INDEX,
+    stats: tuple[str, ...] = (),
+    max_logits_bytes: int | None = None,
+    backend: str = "auto",
+) -> LogprobOutput:
+    """Log-probs of targets under softmax(z), z = softcap·tanh(logit_scale·(h·Wᵀ + b)/softcap)/temperature.
+
+    The (N, V) logits are never built: they pass through a buffer of max_logits_bytes, in float32 also for a 16-bit model.
+
+    Args:
+        hidden: (N, D), float32, bfloat16, float16 or float64.
+        weight: (V, D), the head, in hidden's dtype. Under autocast both are cast here, once.
+        targets: (N,), int64.
+        bias: (V,) or None.
+        temperature: divides z.
+        logit_scale: multiplies the raw logits (Cohere; 1/logits_scaling for Granite).
+        softcap: Gemma 2's final_logit_softcapping, or None.
+        ignore_index: targets that count as 0, with zero gradient.
+        stats: names among "entropy", "mean_logits", "is_top1", "log_sum_sq_probs".
+        max_logits_bytes: room for logits, default 1 GiB on a GPU and 256 MiB on the CPU.
+        backend: "auto" (Triton on a GPU, chunked torch elsewhere), "triton", "torch" or "reference".
+
+    Returns:
+        LogprobOutput; logps (N,) float32 (float64 for float64 inputs), nats.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or options that do not fit; on the CPU also a target outside the vocabulary.
+        TypeError: a head weight that is no plain dense tensor (quantized, sharded).
+    """
+    options = LogitOptions(temperature, logit_scale, softcap, ignore_index, tuple(stats))
+    if torch.is_autocast_enabled(hidden.device.type):
+        compute = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight = hidden.to(compute), weight.to(compute)
+        bias = None if bias is None else bias.to(compute)
+    _check_head(hidden, weight, bias, targets)
+    _check_targets(targets, weight.shape[0], hidden.device, ignore_index)
+    chosen = choose_backend(backend, hidden.device)
+    with torch.autocast(hidden.device.type, enabled=False):
+        if chosen == "reference":
+            return _reference_output(hidden, weight, bias, targets, options)
+        budget = default_logits_bytes(hidden.device) if max_logits_bytes is None else max_logits_bytes
+        grad = torch.is_grad_enabled()
+        needs = tuple(grad and x is not None and x.requires_grad for x in (hidden, weight, bias))
+        logps, *values = LinearLogprobs.apply(hidden, weight, bias, targets, options, chosen, budget, needs)
+    return LogprobOutput(logps, **dict(zip(options.stats, values, strict=True)))
+
+
+def _reference_output(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: LogitOptions
+) -> LogprobOutput:
+    wide = accumulate_dtype(hidden.dtype)
+    x = torch.nn.functional.linear(hidden.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
+    z = reference.scaled_logits(
+        x, logit_scale=options.logit_scale, softcap=options.softcap, temperature=options.temperature
+    )
+    logps = reference.logprobs(z, targets, ignore_index=options.ignore_index)
+    every = reference.token_statistics(z.detach(), targets, ignore_index=options.ignore_index) if options.stats else {}
+    return LogprobOutput(logps, **{name: every[name] for name in options.stats})
+
+
+def _check_floating(name: str, tensor: Tensor) -> None:
+    if not tensor.is_floating_point():
+        raise ValueError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
+
+
+def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> None:
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and (type(tensor.data) is not Tensor or tensor.layout != torch.strided):
+            raise TypeError(
+                f"{name}: expected a plain dense tensor, got {type(tensor.data).__name__} ({tensor.layout}): "
+                "gather or dequantize the head first"
+            )
+    _check_floating("hidden", hidden)
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden (N, D) and weight (V, D): expected equal D, got {tuple(hidden.shape)} and {tuple(weight.shape)}"
+        )
+    if targets.shape != hidden.shape[:1]:
+        raise ValueError(f"targets: expected shape ({hidden.shape[0]},), got {tuple(targets.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias: expected shape ({weight.shape[0]},), got {tuple(bias.shape)}")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and (tensor.dtype != hidden.dtype or tensor.device != hidden.device):
+            raise ValueError(
+                f"{name}: expected hidden's dtype and device, {hidden.dtype} on {hidden.device}, "
+                f"got {tensor.dtype} on {tensor.device}"
+            )
+
+
+def _check_targets(targets: Tensor, vocab: int, device: torch.device, ignore_index: int) -> None:
+    if targets.dtype != torch.int64:
+        raise ValueError(f"targets: expected int64, got {targets.dtype}")
+    if targets.device != device:
+        raise ValueError(f"targets: expected on {device}, got {targets.device}")
+    if targets.is_cpu and targets.numel():
+        wrong = ((targets < 0) | (targets >= vocab)) & (targets != ignore_index)
+        if wrong.any():
+            first = int(wrong.reshape(-1).nonzero()[0])
+            raise ValueError(
+                f"targets: expected ids in [0, {vocab}) or ignore_index {ignore_index}, "
+                f"got {int(targets.reshape(-1)[first])} at position {first}"
+            )
+
+
+class _Logprobs(torch.autograd.Function):
+    """logits (R, V), targets (R,) -> (R,). Forward keeps nothing but the logits; backward recomputes E in chunks."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, logits: Tensor, targets: Tensor, options: LogitOptions, backend: str, inplace_backward: bool
+    ) -> Tensor:
+        ctx.save_for_backward(logits, targets)
+        ctx.options, ctx.backend, ctx.inplace_backward = options, backend, inplace_backward
+        ctx.consumed = False
+        wide = accumulate_dtype(logits.dtype)
+        logps = logits.new_empty(len(targets), dtype=wide)
+        for rows in _row_chunks(logits):
+            x = logits[rows].to(wide, copy=True)
+            logps[rows] = row_logprobs(x, None, targets[rows], options, exp_out=None, backend=backend).logps
+        return logps
+
+    @staticmethod
+    @first_order_only
+    def backward(ctx: Any, grad_logps: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if ctx.consumed:
+            raise RuntimeError(
+                "logprobs(inplace_backward=True): the logits were overwritten with their gradient by the first backward; "
+                "use inplace_backward=False to run backward twice"
+            )
+        logits, targets = ctx.saved_tensors
+        wide = accumulate_dtype(logits.dtype)
+        ctx.consumed = ctx.inplace_backward
+        grad = logits.detach() if ctx.inplace_backward else torch.empty_like(logits)
+        for rows in _row_chunks(logits):
+            x = logits[rows].to(wide, copy=True)
+            result = row_logprobs(x, None, targets[rows], ctx.options, exp_out=x, backend=ctx.backend)
+            c = torch.where(result.scale == 0, 0.0, grad_logps[rows] * result.scale)
+            grad[rows] = x.mul_(c.unsqueeze(1))
+        return grad, None, None, None, None
+
+
+def _row_chunks(logits: Tensor) -> list[slice]:
+    size = max(1, _CHUNK_BYTES // max(1, logits.shape[1] * 4))
+    return [slice(start, start + size) for start in range(0, logits.shape[0], size)]

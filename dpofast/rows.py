@@ -1,0 +1,186 @@
+"""Row work on logits that already lie in a buffer: log-probs, statistics, and E, the one tile that both gradients need.
+
+    z = softcap·tanh(logit_scale·(x + b)/softcap)/temperature      m = max z      S = Σ exp(z − m)
+    logp = z_y − m − log S      E = exp(z − m), and e_y − S at the target y: that is (p − onehot)·S without cancellation
+
+dlogp/dx = −(logit_scale/temperature)/S ⊙ E (E carries softcap's factor 1 − tanh² itself), so E never needs the incoming
+gradient. On CUDA one Triton program does a row (kernels/token_logprobs.py); on the CPU torch does it in place.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dpofast.reference import IGNORE_INDEX
+
+STATS = ("entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
+BACKENDS = ("auto", "triton", "torch", "reference")
+# Rows whose temporaries (softcap's derivative, a statistic's product) exist at the same time.
+_TEMPORARY_ROWS = 32
+
+
+@dataclass(frozen=True)
+class LogitOptions:
+    """How raw logits become z, and which targets do not count. Validated when built."""
+
+    temperature: float = 1.0
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    ignore_index: int = IGNORE_INDEX
+    stats: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for an option that cannot mean anything."""
+        if not 0 < self.temperature < float("inf"):
+            raise ValueError(f"temperature: expected a positive finite number, got {self.temperature}")
+        if not abs(self.logit_scale) < float("inf"):
+            raise ValueError(f"logit_scale: expected a finite number, got {self.logit_scale}")
+        if self.softcap is not None and not 0 < self.softcap < float("inf"):
+            raise ValueError(f"softcap: expected None or a positive finite number, got {self.softcap}")
+        if self.ignore_index >= 0:
+            raise ValueError(
+                f"ignore_index: expected a negative number, which no token id is, got {self.ignore_index}"
+            )
+        unknown = [name for name in self.stats if name not in STATS]
+        if unknown:
+            raise ValueError(f"stats: expected names among {STATS}, got {unknown}")
+
+    @property
+    def gradient_scale(self) -> float:
+        """dz/dx without softcap's factor."""
+        return self.logit_scale / self.temperature
+
+
+@dataclass(frozen=True)
+class RowResult:
+    """logps (R,), scale (R,) = −(dz/dx)/S with 0 where ignored, and the statistics asked for, (R,) each."""
+
+    logps: Tensor
+    scale: Tensor
+    stats: dict[str, Tensor]
+
+
+def choose_backend(backend: str, device: torch.device) -> str:
+    """'triton', 'torch' or 'reference' for this device; ValueError where the one that was asked for cannot run."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
+    if backend == "auto":
+        return "triton" if device.type in ("cuda", "xpu") else "torch"
+    if backend == "triton" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            "backend='triton' needs a GPU, but the tensors are on the CPU: use backend='auto', "
+            "or start Python with TRITON_INTERPRET=1 to run the kernels in Triton's interpreter"
+        )
+    return backend
+
+
+def row_logprobs(
+    logits: Tensor, bias: Tensor | None, targets: Tensor, options: LogitOptions, *, exp_out: Tensor | None, backend: str
+) -> RowResult:
+    """Log-probs of logits (R, V), float32 or float64, contiguous rows; the torch backend overwrites logits.
+
+    exp_out (R, V), of any float dtype and possibly logits itself, receives E; rows of ignored targets receive zeros.
+    """
+    if backend == "triton":
+        return _triton_rows(logits, bias, targets, options, exp_out)
+    return _torch_rows(logits, bias, targets, options, exp_out)
+
+
+def _triton_rows(
+    logits: Tensor, bias: Tensor | None, targets: Tensor, options: LogitOptions, exp_out: Tensor | None
+) -> RowResult:
+    from dpofast.kernels.token_logprobs import token_logprobs
+
+    rows = token_logprobs(
+        logits,
+        targets,
+        bias=bias,
+        logit_scale=options.logit_scale,
+        softcap=options.softcap,
+        temperature=options.temperature,
+        ignore_index=options.ignore_index,
+        stats=options.stats,
+        exp_out=exp_out,
+    )
+    scale = torch.where(targets == options.ignore_index, 0.0, -options.gradient_scale / rows.sum_exp)
+    return RowResult(rows.logps, scale, rows.stats)
+
+
+def _torch_rows(
+    x: Tensor, bias: Tensor | None, targets: Tensor, options: LogitOptions, exp_out: Tensor | None
+) -> RowResult:
+    ignored = targets == options.ignore_index
+    safe_targets = targets.masked_fill(ignored, 0).unsqueeze(1)
+    if bias is not None:
+        x.add_(bias)
+    tanh_squared = _scale_in_place(x, options, keep_derivative=exp_out is not None)
+    target_logit = x.gather(1, safe_targets)
+    row_max = x.amax(dim=1, keepdim=True)
+    stats = _shifted_statistics(x, safe_targets, row_max, options.stats)
+    x.sub_(row_max)
+    e = x.exp_()
+    sum_exp = e.sum(dim=1, keepdim=True)
+    log_sum = sum_exp.log()
+    logps = target_logit - row_max - log_sum
+    _finish_statistics(e, sum_exp, log_sum, stats)
+    if exp_out is not None:
+        e.scatter_add_(1, safe_targets, -sum_exp)
+        if tanh_squared is not None:
+            e.addcmul_(e, tanh_squared, value=-1.0)
+        if exp_out.data_ptr() != e.data_ptr():
+            exp_out.copy_(e)
+        # A pass over the tile, so not where looking first costs no sync and finds nothing to do.
+        if not x.is_cpu or ignored.any():
+            exp_out.masked_fill_(ignored.unsqueeze(1), 0.0)
+    scale = (-options.gradient_scale / sum_exp).squeeze(1)
+    zero_ignored = {name: value.masked_fill(ignored, 0) for name, value in stats.items()}
+    return RowResult(logps.squeeze(1).masked_fill(ignored, 0.0), scale.masked_fill(ignored, 0.0), zero_ignored)
+
+
+def _row_blocks(rows: int) -> Sequence[slice]:
+    return [slice(start, start + _TEMPORARY_ROWS) for start in range(0, rows, _TEMPORARY_ROWS)]
+
+
+def _scale_in_place(x: Tensor, options: LogitOptions, *, keep_derivative: bool) -> Tensor | None:
+    """x <- z; returns tanh² where softcap's derivative is needed later."""
+    if options.softcap is None:
+        if options.gradient_scale != 1.0:
+            x.mul_(options.gradient_scale)
+        return None
+    x.mul_(options.logit_scale / options.softcap).tanh_()
+    tanh_squared = x.square() if keep_derivative else None
+    x.mul_(options.softcap / options.temperature)
+    return tanh_squared
+
+
+def _shifted_statistics(x: Tensor, safe_targets: Tensor, row_max: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
+    """What needs z itself, before it is overwritten: entropy so far holds Σ e·(z − m)."""
+    stats: dict[str, Tensor] = {}
+    if "mean_logits" in names:
+        stats["mean_logits"] = x.mean(dim=1)
+    if "is_top1" in names:
+        stats["is_top1"] = x.argmax(dim=1) == safe_targets.squeeze(1)
+    if "entropy" in names:
+        weighted = x.new_empty(x.shape[0])
+        for block in _row_blocks(x.shape[0]):
+            shifted = x[block] - row_max[block]
+            # exp(−inf)·(−inf) for a masked-out vocabulary entry is 0 here: the limit of p·log p
+            weighted[block] = shifted.exp().mul_(shifted.clamp_(min=-1e4)).sum(dim=1)
+        stats["entropy"] = weighted
+    if "log_sum_sq_probs" in names:
+        stats["log_sum_sq_probs"] = x.new_empty(x.shape[0])
+    return stats
+
+
+def _finish_statistics(e: Tensor, sum_exp: Tensor, log_sum: Tensor, stats: dict[str, Tensor]) -> None:
+    if "entropy" in stats:
+        stats["entropy"] = log_sum.squeeze(1) - stats["entropy"] / sum_exp.squeeze(1)
+    if "log_sum_sq_probs" in stats:
+        for block in _row_blocks(e.shape[0]):
+            sum_sq = e[block].square().sum(dim=1)
+            stats["log_sum_sq_probs"][block] = sum_sq.log() - 2 * log_sum[block].squeeze(1)

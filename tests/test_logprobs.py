@@ -1,0 +1,326 @@
+"""dpofast.logprobs and dpofast.linear_logprobs against float64 truth, on every backend that runs on a CPU."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import dpofast
+from dpofast import reference
+from dpofast.linear import HeadPlan, even_rows
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+BACKENDS = ["torch", "triton", "reference"]
+OPTIONS = [
+    {},
+    {"temperature": 0.7},
+    {"logit_scale": 1.3, "softcap": 5.0, "temperature": 1.5},
+]
+
+
+def head_inputs(n=37, d=24, vocab=301, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(n, d, generator=generator).to(dtype)
+    weight = (torch.randn(vocab, d, generator=generator) / d**0.5 * 3).to(dtype)
+    bias = torch.randn(vocab, generator=generator).to(dtype)
+    targets = torch.randint(0, vocab, (n,), generator=generator)
+    targets[::5] = -100
+    upstream = torch.randn(n, generator=generator)
+    return hidden, weight, bias, targets, upstream
+
+
+def gradients(function, tensors, upstream):
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in tensors]
+    output = function(*leaves)
+    output.backward(upstream.to(output.dtype))
+    return output.detach(), [leaf.grad for leaf in leaves]
+
+
+def relative_error(values, truth):
+    scale = truth.abs().max().clamp_min(1e-12)
+    return float((values.double() - truth).abs().max() / scale)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=["plain", "temperature", "all"])
+def test_linear_logprobs_and_gradients_are_as_exact_as_the_framework(backend, dtype, options):
+    hidden, weight, bias, targets, upstream = head_inputs(dtype=dtype)
+    wide = [tensor.double() for tensor in (hidden, weight, bias)]
+    truth, true_grads = gradients(
+        lambda h, w, b: reference.linear_logprobs(h, w, targets, bias=b, **options), wide, upstream
+    )
+    # The framework's own error with float32 logits: upcast, compute, round the gradients to the dtype.
+    _, own_grads = gradients(
+        lambda h, w, b: reference.linear_logprobs(h.float(), w.float(), targets, bias=b.float(), **options),
+        (hidden, weight, bias),
+        upstream,
+    )
+    logps, grads = gradients(
+        lambda h, w, b: dpofast.linear_logprobs(h, w, targets, bias=b, backend=backend, **options).logps,
+        (hidden, weight, bias),
+        upstream,
+    )
+    assert logps.dtype == torch.float32
+    assert relative_error(logps, truth) < 1e-6
+    # A 16-bit model's E is rounded once to its dtype, so half a unit in the last place comes on top of the framework's.
+    rounding = torch.finfo(dtype).eps if dtype == torch.bfloat16 else 1e-6
+    for ours, own, true in zip(grads, own_grads, true_grads, strict=True):
+        assert relative_error(ours, true) <= 2 * relative_error(own, true) + rounding
+
+
+@pytest.mark.parametrize("vocab", [1, 7, 1000, 50257])
+@pytest.mark.parametrize("n", [0, 1, 129])
+def test_ragged_shapes(vocab, n):
+    hidden, weight, bias, targets, upstream = head_inputs(n=n, vocab=vocab, d=8)
+    truth, true_grads = gradients(
+        lambda h, w, b: reference.linear_logprobs(h, w, targets, bias=b),
+        [x.double() for x in (hidden, weight, bias)],
+        upstream,
+    )
+    logps, grads = gradients(
+        lambda h, w, b: dpofast.linear_logprobs(h, w, targets, bias=b, max_logits_bytes=vocab * 4 * 40).logps,
+        (hidden, weight, bias),
+        upstream,
+    )
+    assert logps.shape == (n,)
+    torch.testing.assert_close(logps.double(), truth, atol=2e-5, rtol=1e-6)
+    for ours, true in zip(grads, true_grads, strict=True):
+        torch.testing.assert_close(ours.double(), true, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("needs", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (0, 1, 1), (1, 0, 1)])
+@pytest.mark.parametrize("rows_in_budget", [1, 9, 1000])
+def test_every_plan_gives_the_same_gradients(needs, rows_in_budget):
+    *tensors, targets, upstream = head_inputs()
+    budget = rows_in_budget * tensors[1].shape[0] * 4
+    leaves = [tensor.clone().requires_grad_(bool(need)) for tensor, need in zip(tensors, needs, strict=True)]
+    output = dpofast.linear_logprobs(leaves[0], leaves[1], targets, bias=leaves[2], max_logits_bytes=budget).logps
+    output.backward(upstream)
+    _, true_grads = gradients(
+        lambda h, w, b: reference.linear_logprobs(h, w, targets, bias=b), [x.double() for x in tensors], upstream
+    )
+    for leaf, need, true in zip(leaves, needs, true_grads, strict=True):
+        assert (leaf.grad is not None) == bool(need)
+        if need:
+            torch.testing.assert_close(leaf.grad.double(), true, atol=1e-5, rtol=1e-5)
+
+
+@settings(max_examples=200, deadline=None)
+@given(rows=st.integers(0, 5000), most=st.integers(1, 700))
+def test_even_rows_leave_no_short_tail(rows, most):
+    size = even_rows(rows, most)
+    assert 1 <= size <= max(most, 1)
+    if rows > most:
+        chunks = -(-rows // size)
+        assert chunks <= -(-rows // most) + 1
+        assert size % 128 == 0 or size == -(-rows // -(-rows // most))
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    rows=st.integers(0, 5000),
+    vocab=st.integers(1, 200_000),
+    budget=st.integers(1 << 20, 1 << 30),
+    dtype=st.sampled_from(DTYPES),
+    keep=st.booleans(),
+)
+def test_plan_stays_inside_the_budget(rows, vocab, budget, dtype, keep):
+    plan = HeadPlan.make(rows, vocab, dtype, budget, keep=keep)
+    tile = 2 if dtype == torch.bfloat16 else 0
+    used = plan.scratch_rows * vocab * (4 + tile) + plan.kept_rows * vocab * (tile or 4)
+    assert used <= budget
+    assert plan.kept_rows <= rows
+    assert plan.scratch_rows > 0 or plan.kept_rows == rows
+
+
+def test_statistics_match_the_reference():
+    hidden, weight, bias, targets, _ = head_inputs()
+    stats = ("entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
+    options = {"logit_scale": 1.3, "softcap": 5.0, "temperature": 1.5}
+    z = reference.scaled_logits(torch.nn.functional.linear(hidden, weight, bias).double(), **options)
+    truth = reference.token_statistics(z, targets)
+    for backend in BACKENDS:
+        output = dpofast.linear_logprobs(hidden, weight, targets, bias=bias, stats=stats, backend=backend, **options)
+        for name in stats:
+            value = getattr(output, name)
+            assert not value.requires_grad
+            torch.testing.assert_close(value.double(), truth[name].double(), atol=2e-5, rtol=1e-5, msg=f"{backend} {name}")
+        assert torch.equal(output.is_top1, truth["is_top1"])
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_extreme_logits_stay_exact(backend):
+    hidden = torch.eye(3)
+    weight = torch.tensor([[1e4, -1e4, 0.0], [-1e4, 1e4, 0.0], [0.0, 0.0, 0.0]])
+    targets = torch.tensor([0, 0, 2])
+    logps, (dh,) = gradients(
+        lambda h: dpofast.linear_logprobs(h, weight, targets, backend=backend).logps, [hidden], torch.ones(3)
+    )
+    torch.testing.assert_close(logps, torch.tensor([0.0, -2e4, -torch.log(torch.tensor(3.0))]))
+    assert torch.isfinite(dh).all()
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_an_ignored_row_may_hold_nan(backend):
+    hidden, weight, bias, targets, upstream = head_inputs()
+    hidden[targets == -100] = float("nan")
+    logps, grads = gradients(
+        lambda h, w, b: dpofast.linear_logprobs(h, w, targets, bias=b, backend=backend).logps,
+        (hidden, weight, bias),
+        upstream,
+    )
+    assert (logps[targets == -100] == 0).all()
+    assert all(torch.isfinite(grad).all() for grad in grads)
+    assert (grads[0][targets == -100] == 0).all()
+
+
+def test_all_rows_ignored():
+    hidden, weight, bias, targets, upstream = head_inputs()
+    logps, grads = gradients(
+        lambda h, w, b: dpofast.linear_logprobs(h, w, torch.full_like(targets, -100), bias=b).logps,
+        (hidden, weight, bias),
+        upstream,
+    )
+    assert (logps == 0).all() and all((grad == 0).all() for grad in grads)
+
+
+def test_nan_hidden_makes_its_own_row_nan_only():
+    hidden, weight, _, targets, _ = head_inputs()
+    hidden[1] = float("nan")
+    for backend in BACKENDS:
+        logps = dpofast.linear_logprobs(hidden, weight, targets, backend=backend).logps
+        assert torch.isnan(logps[1]) and torch.isfinite(logps[torch.arange(len(logps)) != 1]).all()
+
+
+@pytest.mark.parametrize("budget_rows", [5, 1000])
+def test_gradcheck_in_float64(budget_rows):
+    hidden, weight, bias, targets, _ = head_inputs(n=7, d=3, vocab=11, dtype=torch.float64)
+    leaves = [tensor.requires_grad_() for tensor in (hidden, weight, bias)]
+
+    def function(h, w, b):
+        return dpofast.linear_logprobs(h, w, targets, bias=b, softcap=4.0, max_logits_bytes=budget_rows * 88).logps
+
+    assert torch.autograd.gradcheck(function, leaves)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_logprobs_from_logits(backend, dtype):
+    generator = torch.Generator().manual_seed(0)
+    logits = (torch.randn(3, 5, 129, generator=generator) * 4).to(dtype)
+    targets = torch.randint(0, 129, (3, 5), generator=generator)
+    targets[1, 2] = -100
+    upstream = torch.randn(3, 5, generator=generator)
+    truth, (true_grad,) = gradients(
+        lambda x: reference.logprobs(x, targets, temperature=0.7), [logits.double()], upstream
+    )
+    logps, (grad,) = gradients(
+        lambda x: dpofast.logprobs(x, targets, temperature=0.7, backend=backend), [logits], upstream
+    )
+    assert logps.dtype == torch.float32 and grad.dtype == dtype
+    assert relative_error(logps, truth) < 1e-6
+    assert relative_error(grad, true_grad) < max(torch.finfo(dtype).eps, 1e-6)
+
+
+def test_logprobs_of_non_contiguous_logits():
+    logits = torch.randn(129, 6).t()
+    targets = torch.arange(6)
+    for backend in BACKENDS:
+        torch.testing.assert_close(
+            dpofast.logprobs(logits, targets, backend=backend), reference.logprobs(logits, targets)
+        )
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_inplace_backward_writes_the_gradient_over_the_logits(backend):
+    leaf = torch.randn(4, 50, requires_grad=True)
+    targets = torch.tensor([0, 3, 49, -100])
+    (expected,) = torch.autograd.grad(reference.logprobs(leaf * 1.0, targets).sum(), leaf)
+    logits = leaf * 1.0
+    output = dpofast.logprobs(logits, targets, inplace_backward=True, backend=backend).sum()
+    output.backward(retain_graph=True)
+    torch.testing.assert_close(leaf.grad, expected)
+    torch.testing.assert_close(logits.detach(), expected)
+    with pytest.raises(RuntimeError, match="inplace_backward=False"):
+        output.backward()
+
+
+def test_backward_twice_and_no_grad():
+    hidden, weight, bias, targets, upstream = head_inputs()
+    hidden.requires_grad_(), weight.requires_grad_()
+    output = dpofast.linear_logprobs(hidden, weight, targets, bias=bias).logps
+    first = torch.autograd.grad(output, (hidden, weight), upstream, retain_graph=True)
+    second = torch.autograd.grad(output, (hidden, weight), upstream)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    with torch.no_grad():
+        assert not dpofast.linear_logprobs(hidden, weight, targets, bias=bias).logps.requires_grad
+
+
+def test_double_backward_raises():
+    hidden, weight, _, targets, upstream = head_inputs()
+    hidden.requires_grad_()
+    output = dpofast.linear_logprobs(hidden, weight, targets).logps.sum()
+    (grad,) = torch.autograd.grad(output, hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="first derivatives only"):
+        grad.sum().backward()
+
+
+def test_tied_embeddings_add_both_gradients():
+    weight = torch.randn(50, 8, requires_grad=True)
+    ids, targets = torch.tensor([1, 2, 3]), torch.tensor([4, 5, 6])
+    dpofast.linear_logprobs(weight[ids], weight, targets).logps.sum().backward()
+    ours, weight.grad = weight.grad, None
+    reference.linear_logprobs(weight[ids], weight, targets).sum().backward()
+    torch.testing.assert_close(ours, weight.grad)
+
+
+def test_autocast_casts_once_and_returns_float32():
+    hidden, weight, _, targets, _ = head_inputs()
+    leaf = hidden.requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = dpofast.linear_logprobs(leaf, weight, targets).logps
+    output.sum().backward()
+    expected = dpofast.linear_logprobs(hidden.detach().bfloat16(), weight.bfloat16(), targets).logps
+    assert output.dtype == torch.float32 and leaf.grad.dtype == torch.float32
+    assert torch.equal(output.detach(), expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"hidden": torch.zeros(3, 9)}, ValueError, "expected equal D"),
+        ({"hidden": torch.zeros(3, 8, dtype=torch.int64)}, ValueError, "hidden: expected a floating-point"),
+        ({"targets": torch.zeros(4, dtype=torch.int64)}, ValueError, r"targets: expected shape \(3,\)"),
+        ({"targets": torch.zeros(3, dtype=torch.int32)}, ValueError, "targets: expected int64"),
+        ({"targets": torch.tensor([0, 10, 1])}, ValueError, r"ids in \[0, 10\).*got 10 at position 1"),
+        ({"targets": torch.tensor([0, -1, 1])}, ValueError, "got -1 at position 1"),
+        ({"weight": torch.zeros(10, 8, dtype=torch.float64)}, ValueError, "weight: expected hidden's dtype"),
+        ({"bias": torch.zeros(9)}, ValueError, r"bias: expected shape \(10,\)"),
+        ({"temperature": 0.0}, ValueError, "temperature: expected a positive"),
+        ({"softcap": -1.0}, ValueError, "softcap: expected None or a positive"),
+        ({"logit_scale": float("inf")}, ValueError, "logit_scale: expected a finite"),
+        ({"ignore_index": 0}, ValueError, "ignore_index: expected a negative"),
+        ({"stats": ("entropi",)}, ValueError, "stats: expected names among"),
+        ({"backend": "cuda"}, ValueError, "backend: expected one of"),
+        ({"max_logits_bytes": 39}, ValueError, "max_logits_bytes: expected at least one row"),
+        ({"weight": torch.zeros(10, 8).to_sparse()}, TypeError, "weight: expected a plain dense tensor"),
+    ],
+)
+def test_bad_arguments(change, error, message):
+    arguments = {"hidden": torch.zeros(3, 8), "weight": torch.zeros(10, 8), "targets": torch.tensor([0, 1, -100])}
+    with pytest.raises(error, match=message):
+        dpofast.linear_logprobs(**{**arguments, **change})
+
+
+def test_triton_on_the_cpu_needs_the_interpreter(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
+        dpofast.linear_logprobs(torch.zeros(1, 2), torch.zeros(3, 2), torch.tensor([0]), backend="triton")
+
+
+def test_logits_and_targets_must_fit():
+    with pytest.raises(ValueError, match=r"targets: expected shape \(2, 3\)"):
+        dpofast.logprobs(torch.zeros(2, 3, 5), torch.zeros(2, 4, dtype=torch.int64))
+    with pytest.raises(ValueError, match="logits: expected a floating-point"):
+        dpofast.logprobs(torch.zeros(2, 5, dtype=torch.int64), torch.zeros(2, dtype=torch.int64))
