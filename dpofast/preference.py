@@ -1,0 +1,109 @@
+"""Preference losses on sequence log-probs: one small function a kind, found in a dict.
+
+Symbols (nats): for a pair, w and l are policy minus reference sequence log-prob of the chosen and the rejected response,
+summed over tokens; beta and label_smoothing as in PreferenceLoss.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferenceLoss:
+    """Which loss, and its options; validated when built.
+
+    Args:
+        kind: "sigmoid" (DPO, arXiv 2305.18290 eq. 7; with label_smoothing > 0 its conservative form, cDPO).
+        beta: strength of the pull towards the reference, > 0.
+        label_smoothing: the probability that a preference is flipped, in [0, 0.5].
+
+    Raises:
+        ValueError: an unknown kind or an option outside its range.
+    """
+
+    kind: str = "sigmoid"
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check every option."""
+        if self.kind not in _LOSSES:
+            raise ValueError(f"kind: expected one of {sorted(_LOSSES)}, got {self.kind!r}")
+        if not 0 < self.beta < math.inf:
+            raise ValueError(f"beta: expected a positive finite number, got {self.beta}")
+        if not 0 <= self.label_smoothing <= 0.5:
+            raise ValueError(f"label_smoothing: expected a number in [0, 0.5], got {self.label_smoothing}")
+
+
+@dataclass(frozen=True)
+class PreferenceOutput:
+    """loss: scalar, a mean over pairs, or a sum over them divided by num_pairs; losses (P,); logps and rewards (S,).
+
+    Only loss is differentiable. rewards = beta·(logp − ref_logp), in nats times beta.
+    """
+
+    loss: Tensor
+    losses: Tensor
+    logps: Tensor
+    rewards: Tensor
+
+
+def preference_loss(
+    logps: Tensor,
+    pairs: Tensor,
+    ref_logps: Tensor,
+    *,
+    loss: PreferenceLoss | None = None,
+    num_pairs: int | None = None,
+) -> PreferenceOutput:
+    """The preference loss of P pairs over S sequences.
+
+    Args:
+        logps: (S,) summed log-probs under the policy, nats, differentiable.
+        pairs: (P, 2) integer, chosen and rejected sequence; a sequence may stand in several pairs.
+        ref_logps: (S,) the same under the reference.
+        loss: kind and options, default PreferenceLoss().
+        num_pairs: what the sum over pairs is divided by, default P; the pairs of a whole optimizer step when these are
+            one of its micro-batches.
+
+    Raises:
+        ValueError: shapes that do not fit, no pair, or (on the CPU) a pair that names a missing sequence.
+    """
+    loss = PreferenceLoss() if loss is None else loss
+    _check(logps, pairs, ref_logps)
+    chosen, rejected = pairs.to(device=logps.device, dtype=torch.int64, non_blocking=True).unbind(1)
+    logratios = logps - ref_logps.to(logps.dtype)
+    losses = _LOSSES[loss.kind](logratios[chosen], logratios[rejected], loss)
+    total = losses.sum() / (len(pairs) if num_pairs is None else num_pairs)
+    return PreferenceOutput(total, losses.detach(), logps.detach(), loss.beta * logratios.detach())
+
+
+def _check(logps: Tensor, pairs: Tensor, ref_logps: Tensor) -> None:
+    if logps.dim() != 1 or not logps.is_floating_point():
+        raise ValueError(f"logps: expected a float tensor (S,), got {logps.dtype} {tuple(logps.shape)}")
+    if pairs.dim() != 2 or pairs.shape[1] != 2 or pairs.is_floating_point():
+        raise ValueError(f"pairs: expected an integer tensor (P, 2), got {pairs.dtype} {tuple(pairs.shape)}")
+    if len(pairs) == 0:
+        raise ValueError("pairs: expected at least one pair, got none")
+    if ref_logps.shape != logps.shape:
+        raise ValueError(f"ref_logps: expected shape {tuple(logps.shape)} like logps, got {tuple(ref_logps.shape)}")
+    if pairs.is_cpu and not (0 <= int(pairs.min()) and int(pairs.max()) < len(logps)):
+        raise ValueError(f"pairs: expected sequence numbers in [0, {len(logps)}), got {pairs.tolist()}")
+
+
+def _sigmoid(w: Tensor, l: Tensor, loss: PreferenceLoss) -> Tensor:  # noqa: E741  (the paper's letter)
+    """DPO, arXiv 2305.18290 eq. 7: −(1−ε)·log σ(β(w − l)) − ε·log σ(−β(w − l))."""
+    margin = loss.beta * (w - l)
+    if loss.label_smoothing == 0:
+        return -F.logsigmoid(margin)
+    return -(1 - loss.label_smoothing) * F.logsigmoid(margin) - loss.label_smoothing * F.logsigmoid(-margin)
+
+
+_LOSSES: dict[str, Callable[[Tensor, Tensor, PreferenceLoss], Tensor]] = {"sigmoid": _sigmoid}

@@ -1,0 +1,97 @@
+"""preference_loss against the reference, its derivative, its edges and its errors."""
+
+import math
+
+import pytest
+import torch
+
+from dpofast import PreferenceLoss, preference_loss, reference
+
+
+def inputs(dtype=torch.float32):
+    logps = torch.tensor([-10.0, -12.0, -9.0, -30.0], dtype=dtype)
+    ref = torch.tensor([-11.0, -11.0, -11.0, -29.0], dtype=dtype)
+    pairs = torch.tensor([[0, 1], [2, 3], [0, 3]], dtype=torch.int32)
+    return logps, pairs, ref
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1, 0.5])
+@pytest.mark.parametrize("beta", [0.05, 1.0, 5.0])
+def test_sigmoid_matches_the_reference(beta, label_smoothing):
+    logps, pairs, ref = inputs(torch.float64)
+    logps.requires_grad_()
+    output = preference_loss(logps, pairs, ref, loss=PreferenceLoss(beta=beta, label_smoothing=label_smoothing))
+    losses, rewards = reference.sigmoid_loss(logps, pairs, ref, beta=beta, label_smoothing=label_smoothing)
+    torch.testing.assert_close(output.losses, losses.detach())
+    torch.testing.assert_close(output.loss, losses.mean())
+    torch.testing.assert_close(output.rewards, rewards)
+    (ours,) = torch.autograd.grad(output.loss, logps)
+    (theirs,) = torch.autograd.grad(losses.mean(), logps)
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_equation_7_by_hand():
+    output = preference_loss(torch.tensor([-10.0, -12.0]), torch.tensor([[0, 1]]), torch.tensor([-11.0, -11.0]))
+    # margin = 0.1·((−10 + 11) − (−12 + 11)) = 0.2
+    assert math.isclose(output.loss.item(), math.log(1 + math.exp(-0.2)), rel_tol=1e-6)
+    torch.testing.assert_close(output.rewards, torch.tensor([0.1, -0.1]))
+
+
+def test_micro_batches_add_up_to_the_step():
+    logps, pairs, ref = inputs()
+    whole = preference_loss(logps, pairs, ref).loss
+    parts = [preference_loss(logps, pairs[i : i + 1], ref, num_pairs=len(pairs)).loss for i in range(len(pairs))]
+    torch.testing.assert_close(sum(parts), whole)
+
+
+@pytest.mark.parametrize("margin", [1e4, -1e4])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
+def test_extreme_margins_stay_finite(margin, label_smoothing):
+    logps = torch.tensor([margin * 10, 0.0], requires_grad=True)
+    loss = PreferenceLoss(beta=0.1, label_smoothing=label_smoothing)
+    output = preference_loss(logps, torch.tensor([[0, 1]]), torch.zeros(2), loss=loss)
+    output.loss.backward()
+    assert torch.isfinite(output.loss) and torch.isfinite(logps.grad).all()
+    expected = 1e4 * (label_smoothing if margin > 0 else 1 - label_smoothing)
+    assert math.isclose(output.loss.item(), expected, rel_tol=1e-6)
+
+
+def test_derivative_in_float64():
+    logps, pairs, ref = inputs(torch.float64)
+
+    def loss(x):
+        return preference_loss(x, pairs, ref, loss=PreferenceLoss(beta=0.7, label_smoothing=0.1)).loss
+
+    assert torch.autograd.gradcheck(loss, [logps.requires_grad_()])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kind": "sigmod"}, r"kind: expected one of \['sigmoid'\], got 'sigmod'"),
+        ({"beta": 0.0}, "beta: expected a positive finite number, got 0.0"),
+        ({"beta": float("nan")}, "beta: expected a positive"),
+        ({"label_smoothing": 0.6}, r"label_smoothing: expected a number in \[0, 0.5\]"),
+        ({"label_smoothing": -0.1}, "label_smoothing"),
+    ],
+)
+def test_options_out_of_range(options, message):
+    with pytest.raises(ValueError, match=message):
+        PreferenceLoss(**options)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"logps": torch.zeros(2, 2)}, r"logps: expected a float tensor \(S,\)"),
+        ({"pairs": torch.zeros(3, dtype=torch.int32)}, r"pairs: expected an integer tensor \(P, 2\)"),
+        ({"pairs": torch.zeros(0, 2, dtype=torch.int32)}, "pairs: expected at least one pair"),
+        ({"pairs": torch.tensor([[0, 4]])}, r"sequence numbers in \[0, 4\)"),
+        ({"pairs": torch.tensor([[-1, 2]])}, r"sequence numbers in \[0, 4\)"),
+        ({"ref_logps": torch.zeros(3)}, r"ref_logps: expected shape \(4,\)"),
+    ],
+)
+def test_shapes_that_do_not_fit(change, message):
+    logps, pairs, ref = inputs()
+    with pytest.raises(ValueError, match=message):
+        preference_loss(**{"logps": logps, "pairs": pairs, "ref_logps": ref, **change})
