@@ -1,0 +1,217 @@
+"""model(packed=batch) against the same model's own padded forward with full logits."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from tiny import FAMILIES, VOCAB, tiny_model, tiny_pairs
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertModel,
+    BloomConfig,
+    BloomForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from dpofast import attach_logprob_head, detach_logprob_head, pack, reference, sequence_logprobs
+
+
+def padded_truth(model, batch):
+    """The reference's sequence log-probs of a batch, on padded rows and full logits."""
+    return reference.sequence_logprobs(reference.padded_logprobs(model, *batch.padded(), use_cache=False), batch.cu_targets)
+
+
+def gradients_of(model, logps, upstream):
+    model.zero_grad()
+    (logps * upstream).sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+GROUP = {
+    "prompt_ids": [5, 6, 7],
+    "branches": [[8, 9], [10], [8, 11, 12], [13, 14]],
+    "pairs": [(a, b) for a in range(4) for b in range(a + 1, 4)],
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_packed_equals_padded(family, attention, checkpointing):
+    model = attach_logprob_head(tiny_model(family, attn_implementation=attention)).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    for batch in pack([*tiny_pairs(), GROUP], max_tokens=60):
+        upstream = torch.randn(batch.num_sequences)
+        output = model(packed=batch)
+        logps = sequence_logprobs(output, batch)
+        ours = gradients_of(model, logps, upstream)
+        truth = padded_truth(model, batch)
+        theirs = gradients_of(model, truth, upstream)
+        assert output.logps.shape == (batch.num_targets,)
+        torch.testing.assert_close(logps, truth, atol=1e-5, rtol=1e-6)
+        for name, gradient in ours.items():
+            torch.testing.assert_close(gradient, theirs[name], atol=1e-5, rtol=1e-5, msg=f"{family} {name}")
+
+
+def test_float64_agrees_to_float64_accuracy():
+    model = attach_logprob_head(tiny_model(dtype=torch.float64))
+    (batch,) = pack(tiny_pairs())
+    torch.testing.assert_close(
+        sequence_logprobs(model(packed=batch), batch), padded_truth(model, batch), atol=1e-12, rtol=1e-12
+    )
+
+
+def test_bfloat16_is_within_twice_the_frameworks_own_error():
+    exact = attach_logprob_head(tiny_model(dtype=torch.float64))
+    model = attach_logprob_head(tiny_model(dtype=torch.bfloat16))
+    exact.load_state_dict(model.state_dict())
+    (batch,) = pack(tiny_pairs(40))
+    truth = padded_truth(exact, batch)
+    own = (padded_truth(model, batch).double() - truth).abs().mean()
+    ours = (sequence_logprobs(model(packed=batch), batch).double() - truth).abs().mean()
+    assert ours <= 2 * own
+
+
+def test_sharing_prompts_changes_no_number():
+    model = attach_logprob_head(tiny_model())
+    examples = tiny_pairs()
+    (shared,), (apart,) = pack(examples), pack(examples, share_prompts=False)
+    assert shared.num_tokens < apart.num_tokens
+    torch.testing.assert_close(
+        sequence_logprobs(model(packed=shared), shared)[shared.pairs.long()],
+        sequence_logprobs(model(packed=apart), apart)[apart.pairs.long()],
+    )
+
+
+def test_every_other_call_is_unchanged(tmp_path):
+    plain, model = tiny_model(), attach_logprob_head(tiny_model())
+    ids, mask = torch.randint(0, VOCAB, (2, 7)), torch.ones(2, 7, dtype=torch.int64)
+    mask[0, :3] = 0
+    assert torch.equal(plain(ids, attention_mask=mask).logits, model(ids, attention_mask=mask).logits)
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(
+        plain.generate(ids, attention_mask=mask, **options), model.generate(ids, attention_mask=mask, **options)
+    )
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded) is type(plain) and loaded.config._attn_implementation == "sdpa"
+    assert torch.equal(loaded(ids).logits, plain(ids).logits)
+
+
+def test_copies_run_their_own_weights():
+    model = attach_logprob_head(tiny_model())
+    (batch,) = pack(tiny_pairs())
+    before = model(packed=batch).logps
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.mul_(1.5)
+    assert torch.equal(model(packed=batch).logps, before)
+    assert not torch.allclose(copied(packed=batch).logps, before)
+    assert torch.equal(pickle.loads(pickle.dumps(model))(packed=batch).logps, before)
+
+
+def test_attach_and_detach_are_idempotent():
+    model = tiny_model()
+    original = type(model)
+    assert attach_logprob_head(attach_logprob_head(model)) is model
+    assert detach_logprob_head(detach_logprob_head(model)) is model
+    assert type(model) is original and model.config._attn_implementation == "sdpa"
+
+
+def test_a_family_that_scales_its_logits():
+    torch.manual_seed(0)
+    config = GraniteConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, logits_scaling=4.0, attention_multiplier=0.3, residual_multiplier=0.5,
+    )  # fmt: skip
+    model = attach_logprob_head(GraniteForCausalLM(config))
+    (batch,) = pack(tiny_pairs())
+    torch.testing.assert_close(
+        sequence_logprobs(model(packed=batch), batch), padded_truth(model, batch), atol=1e-5, rtol=1e-6
+    )
+
+
+def test_statistics_come_out_per_target():
+    model = attach_logprob_head(tiny_model())
+    (batch,) = pack(tiny_pairs())
+    output = model(packed=batch, stats=("entropy", "is_top1"))
+    assert output.entropy.shape == output.is_top1.shape == (batch.num_targets,)
+    assert output.mean_logits is None
+    assert (output.entropy > 0).all() and (output.entropy <= torch.log(torch.tensor(float(VOCAB)))).all()
+
+
+def test_peft_adapter_trains_through_the_packed_forward():
+    from peft import LoraConfig, get_peft_model
+
+    base = tiny_model()
+    model = attach_logprob_head(get_peft_model(base, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")))
+    (batch,) = pack(tiny_pairs())
+    sequence_logprobs(model(packed=batch), batch).sum().backward()
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for n, p in model.named_parameters() if "lora_B" in n)
+    assert base.get_output_embeddings().weight.grad is None
+
+
+def test_an_adapter_on_the_head_is_refused():
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["lm_head"], task_type="CAUSAL_LM"))
+    with pytest.raises(ValueError, match=r"plain nn.Linear head.*leave the head out"):
+        attach_logprob_head(model)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: BertModel(BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2)), "BertModel: expected a"),
+        (
+            lambda: T5ForConditionalGeneration(T5Config(vocab_size=50, d_model=16, d_ff=16, num_layers=1, num_heads=2)),
+            "T5ForConditionalGeneration: expected a decoder-only",
+        ),
+        (
+            lambda: BloomForCausalLM(BloomConfig(vocab_size=50, hidden_size=16, n_layer=1, n_head=2)),
+            "BloomForCausalLM: .*cannot run packed",
+        ),
+        (
+            lambda: MambaForCausalLM(MambaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1)),
+            "MambaForCausalLM: .*cannot run packed",
+        ),
+        (lambda: torch.nn.Linear(2, 2), "Linear: expected a transformers causal language model"),
+    ],
+    ids=["bert", "t5", "bloom", "mamba", "no-model"],
+)
+def test_models_that_cannot_run_packed_are_refused_by_name(make, message):
+    model = make()
+    original = type(model)
+    with pytest.raises(ValueError, match=message):
+        attach_logprob_head(model)
+    assert type(model) is original
+
+
+def test_a_twist_that_only_the_numbers_show_is_refused():
+    class Twisted(type(tiny_model())):
+        def forward(self, *args, **kwargs):
+            output = super().forward(*args, **kwargs)
+            output.logits = output.logits * 3
+            return output
+
+    model = tiny_model()
+    model.__class__ = Twisted
+    with pytest.raises(ValueError, match="Twisted: packed and padded log-probs .* differ by"):
+        attach_logprob_head(model)
+    assert type(model) is Twisted and model.config._attn_implementation == "sdpa"
+
+
+def test_further_inputs_beside_packed_are_refused():
+    model = attach_logprob_head(tiny_model())
+    (batch,) = pack(tiny_pairs())
+    with pytest.raises(ValueError, match="expected no further model inputs, got \\['labels'\\]"):
+        model(packed=batch, labels=batch.targets)

@@ -1,0 +1,66 @@
+"""Tiny random models, a tokenizer that needs no download, and preference pairs for them."""
+
+import random
+
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, models
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+VOCAB = 97
+SHAPE = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+FAMILIES = {
+    "llama": (LlamaForCausalLM, LlamaConfig, {}),
+    "llama-tied": (LlamaForCausalLM, LlamaConfig, {"tie_word_embeddings": True}),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config, {}),
+    "mistral": (MistralForCausalLM, MistralConfig, {"sliding_window": 4}),
+}
+
+
+def tiny_model(family="llama", *, dtype=torch.float32, **extra):
+    """A random model of a family, the same at every call."""
+    model_class, config_class, options = FAMILIES[family]
+    torch.manual_seed(0)
+    return model_class(config_class(**{**SHAPE, **options, **extra})).to(dtype)
+
+
+def tiny_tokenizer():
+    """Words "0" to "96", with EOS and padding tokens."""
+    words = Tokenizer(models.WordLevel({str(i): i for i in range(VOCAB)}, unk_token="0"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="1", pad_token="2")
+
+
+def tiny_pairs(count=12, seed=0, longest=9):
+    """Examples of token ids: mixed lengths, one-token prompts and responses among them."""
+    draw = random.Random(seed)
+
+    def ids(most):
+        return [draw.randrange(3, VOCAB) for _ in range(draw.randint(1, most))]
+
+    examples = []
+    for _ in range(count):
+        example = {"prompt_ids": ids(longest), "chosen_ids": ids(longest - 1), "rejected_ids": ids(longest - 1)}
+        if example["chosen_ids"] == example["rejected_ids"]:
+            example["rejected_ids"] = [3, *example["rejected_ids"]]
+        examples.append(example)
+    return examples
+
+
+def tiny_dataset(count=12, seed=0):
+    """tiny_pairs as a Dataset."""
+    return Dataset.from_list(tiny_pairs(count, seed))
