@@ -192,20 +192,25 @@ def _check_targets(targets: Tensor, vocab: int, device: torch.device, ignore_ind
 
 
 class _Logprobs(torch.autograd.Function):
-    """logits (R, V), targets (R,) -> (R,). Forward keeps nothing but the logits; backward recomputes E in chunks."""
+    """logits (R, V), targets (R,) -> (R,). Forward keeps nothing but the logits, and on Triton two floats a row."""
 
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any, logits: Tensor, targets: Tensor, options: LogitOptions, backend: str, inplace_backward: bool
     ) -> Tensor:
-        ctx.save_for_backward(logits, targets)
-        ctx.options, ctx.backend, ctx.inplace_backward = options, backend, inplace_backward
+        ctx.options, ctx.inplace_backward = options, inplace_backward
         ctx.consumed = False
-        wide = accumulate_dtype(logits.dtype)
-        logps = logits.new_empty(len(targets), dtype=wide)
-        for rows in _row_chunks(logits):
-            x = logits[rows].to(wide, copy=True)
-            logps[rows] = row_logprobs(x, None, targets[rows], options, exp_out=None, backend=backend).logps
+        if backend == "triton":
+            from dpofast.kernels.token_logprobs import token_logprobs
+
+            rows = token_logprobs(logits, targets, **options.kernel_arguments())
+            ctx.save_for_backward(logits, targets, rows.row_max, rows.sum_exp)
+            return rows.logps
+        ctx.save_for_backward(logits, targets)
+        logps = logits.new_empty(len(targets), dtype=accumulate_dtype(logits.dtype))
+        for chunk in _row_chunks(logits):
+            x = logits[chunk].to(logps.dtype, copy=True)
+            logps[chunk] = row_logprobs(x, None, targets[chunk], options, exp_out=None, backend=backend).logps
         return logps
 
     @staticmethod
@@ -216,15 +221,19 @@ class _Logprobs(torch.autograd.Function):
                 "logprobs(inplace_backward=True): the logits were overwritten with their gradient by the first backward; "
                 "use inplace_backward=False to run backward twice"
             )
-        logits, targets = ctx.saved_tensors
-        wide = accumulate_dtype(logits.dtype)
+        logits, targets, *row_sums = ctx.saved_tensors
         ctx.consumed = ctx.inplace_backward
         grad = logits.detach() if ctx.inplace_backward else torch.empty_like(logits)
-        for rows in _row_chunks(logits):
-            x = logits[rows].to(wide, copy=True)
-            result = row_logprobs(x, None, targets[rows], ctx.options, exp_out=x, backend=ctx.backend)
-            c = torch.where(result.scale == 0, 0.0, grad_logps[rows] * result.scale)
-            grad[rows] = x.mul_(c.unsqueeze(1))
+        if row_sums:
+            from dpofast.kernels.token_logprobs import token_logprobs_grad
+
+            token_logprobs_grad(logits, targets, *row_sums, grad_logps, out=grad, **ctx.options.kernel_arguments())
+            return grad, None, None, None, None
+        for chunk in _row_chunks(logits):
+            x = logits[chunk].to(accumulate_dtype(logits.dtype), copy=True)
+            result = row_logprobs(x, None, targets[chunk], ctx.options, exp_out=x, backend="torch")
+            c = torch.where(result.scale == 0, 0.0, grad_logps[chunk] * result.scale)
+            grad[chunk] = x.mul_(c.unsqueeze(1))
         return grad, None, None, None, None
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,6 +50,11 @@ class LogitOptions:
         unknown = [name for name in self.stats if name not in STATS]
         if unknown:
             raise ValueError(f"stats: expected names among {STATS}, got {unknown}")
+
+    def kernel_arguments(self) -> dict[str, Any]:
+        """What both kernels of kernels/token_logprobs.py take."""
+        names = ("temperature", "logit_scale", "softcap", "ignore_index")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def gradient_scale(self) -> float:
@@ -100,12 +106,9 @@ def _triton_rows(
         logits,
         targets,
         bias=bias,
-        logit_scale=options.logit_scale,
-        softcap=options.softcap,
-        temperature=options.temperature,
-        ignore_index=options.ignore_index,
         stats=options.stats,
         exp_out=exp_out,
+        **options.kernel_arguments(),
     )
     scale = torch.where(targets == options.ignore_index, 0.0, -options.gradient_scale / rows.sum_exp)
     return RowResult(rows.logps, scale, rows.stats)
