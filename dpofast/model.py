@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dpofast.attention import PackedLayout, restore_attention, use_packed_attention
 from dpofast.logprobs import LogprobOutput, linear_logprobs
 from dpofast.packing import PackedBatch, pack
+from dpofast.preference import segment_sums
 from dpofast.reference import padded_logprobs
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -58,14 +59,8 @@ def detach_logprob_head(model: Any) -> Any:
 
 
 def sequence_logprobs(output: LogprobOutput, batch: PackedBatch) -> Tensor:
-    """Sums of the batch's target log-probs over each of its S sequences: (S,) float32, nats, differentiable.
-
-    Added up in float64, so that the order in which a device adds does not show.
-    """
-    lengths = batch.cu_targets.diff()
-    owner = torch.repeat_interleave(torch.arange(len(lengths)), lengths).to(output.logps.device, non_blocking=True)
-    sums = output.logps.new_zeros(len(lengths), dtype=torch.float64).index_add(0, owner, output.logps.double())
-    return sums.to(output.logps.dtype)
+    """Sums of the batch's target log-probs over each of its S sequences: (S,) float32, nats, differentiable."""
+    return segment_sums(output.logps, batch.cu_targets)
 
 
 class _PackedForward:

@@ -1,4 +1,4 @@
-"""Preference losses on sequence log-probs: one small function a kind, found in a dict.
+"""Preference losses: per-token log-probs -> sequence log-probs -> loss. One small function a kind, found in a dict.
 
 Symbols (nats): for a pair, w and l are policy minus reference sequence log-prob of the chosen and the rejected response,
 summed over tokens; beta and label_smoothing as in PreferenceLoss.
@@ -9,10 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from dpofast.first_order import first_order_only
+from dpofast.rows import choose_backend
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +87,88 @@ def preference_loss(
     losses = _LOSSES[loss.kind](logratios[chosen], logratios[rejected], loss)
     total = losses.sum() / (len(pairs) if num_pairs is None else num_pairs)
     return PreferenceOutput(total, losses.detach(), logps.detach(), loss.beta * logratios.detach())
+
+
+def segment_sums(token_logps: Tensor, cu_targets: Tensor) -> Tensor:
+    """Sums of token_logps (N,) over the sequences of cu_targets (S+1,) int32 on the CPU: (S,), differentiable.
+
+    Added up in float64, so that the order in which a device adds does not show.
+    """
+    sums = token_logps.new_zeros(len(cu_targets) - 1, dtype=torch.float64)
+    owner = _spread(torch.arange(len(sums), device=token_logps.device), cu_targets, len(token_logps))
+    return sums.index_add(0, owner, token_logps.double()).to(token_logps.dtype)
+
+
+def token_preference_loss(
+    token_logps: Tensor,
+    cu_targets: Tensor,
+    pairs: Tensor,
+    ref_logps: Tensor,
+    *,
+    loss: PreferenceLoss | None = None,
+    num_pairs: int | None = None,
+    backend: str = "auto",
+) -> PreferenceOutput:
+    """preference_loss from per-token log-probs (N,): on a GPU, sums, losses and coefficients in one Triton launch.
+
+    Args:
+        token_logps: (N,) float32, nats, differentiable.
+        cu_targets: (S+1,) int32 on the CPU: sequence s owns token_logps[cu_targets[s]:cu_targets[s+1]].
+        pairs: (P, 2) int32 on the CPU.
+        ref_logps: (S,) float32.
+        loss: kind and options, default PreferenceLoss().
+        num_pairs: what the sum over pairs is divided by, default P.
+        backend: "auto", "triton" or "torch".
+
+    Raises:
+        ValueError: as preference_loss, and a backend that cannot run here.
+    """
+    loss = PreferenceLoss() if loss is None else loss
+    if choose_backend(backend, token_logps.device) != "triton":
+        logps = segment_sums(token_logps, cu_targets)
+        return preference_loss(logps, pairs, ref_logps, loss=loss, num_pairs=num_pairs)
+    divisor = len(pairs) if num_pairs is None else num_pairs
+    values = _FusedSigmoid.apply(token_logps, cu_targets, pairs, ref_logps, loss, divisor)
+    return PreferenceOutput(*values)
+
+
+class _FusedSigmoid(torch.autograd.Function):
+    """kernels/preference.py; its coefficients d(sum of losses)/d(sequence log-prob) make backward a lookup."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, token_logps: Tensor, cu_targets: Tensor, pairs: Tensor, ref_logps: Tensor, loss: PreferenceLoss, divisor: int
+    ) -> tuple[Tensor, ...]:
+        from dpofast.kernels.preference import pair_adjacency, preference_sigmoid
+
+        if len(pairs) == 0:
+            raise ValueError("pairs: expected at least one pair, got none")
+        device = token_logps.device
+        adjacency = pair_adjacency(pairs, len(cu_targets) - 1)
+        result = preference_sigmoid(
+            token_logps,
+            cu_targets.to(device, non_blocking=True),
+            type(adjacency)(*(part.to(device, non_blocking=True) for part in adjacency)),
+            ref_logps,
+            beta=loss.beta,
+            label_smoothing=loss.label_smoothing,
+        )
+        ctx.save_for_backward(token_logps, _spread(result.coefficients / divisor, cu_targets, len(token_logps)))
+        outputs = (result.pair_losses, result.sequence_logps, result.rewards)
+        ctx.mark_non_differentiable(*outputs)
+        return (result.pair_losses.sum() / divisor, *outputs)
+
+    @staticmethod
+    @first_order_only
+    def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        _, token_coefficients = ctx.saved_tensors
+        return (token_coefficients * grad_loss, *(None,) * 5)
+
+
+def _spread(values: Tensor, cu_targets: Tensor, num_targets: int) -> Tensor:
+    """values (S,) repeated for every target of its sequence: (N,), without a sync."""
+    lengths = cu_targets.diff().to(values.device, non_blocking=True)
+    return values.repeat_interleave(lengths, output_size=num_targets)
 
 
 def _check(logps: Tensor, pairs: Tensor, ref_logps: Tensor) -> None:

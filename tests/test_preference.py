@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dpofast import PreferenceLoss, preference_loss, reference
+from dpofast.preference import segment_sums, token_preference_loss
 
 
 def inputs(dtype=torch.float32):
@@ -63,6 +64,32 @@ def test_derivative_in_float64():
         return preference_loss(x, pairs, ref, loss=PreferenceLoss(beta=0.7, label_smoothing=0.1)).loss
 
     assert torch.autograd.gradcheck(loss, [logps.requires_grad_()])
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
+def test_from_tokens_to_the_loss(backend, label_smoothing):
+    cu_targets = torch.tensor([0, 3, 4, 204, 206], dtype=torch.int32)
+    _, pairs, ref = inputs()
+    tokens = -torch.rand(206)
+    loss = PreferenceLoss(beta=0.3, label_smoothing=label_smoothing)
+    leaf, wide = tokens.clone().requires_grad_(), tokens.double().requires_grad_()
+    output = token_preference_loss(leaf, cu_targets, pairs, ref, loss=loss, num_pairs=5, backend=backend)
+    (output.loss * 2).backward()
+    sums = reference.sequence_logprobs(wide, cu_targets)
+    losses, rewards = reference.sigmoid_loss(sums, pairs, ref.double(), beta=0.3, label_smoothing=label_smoothing)
+    (losses.sum() / 5 * 2).backward()
+    torch.testing.assert_close(output.loss.double(), losses.sum() / 5, atol=0, rtol=1e-6)
+    torch.testing.assert_close(output.losses.double(), losses.detach(), atol=1e-5, rtol=1e-6)
+    torch.testing.assert_close(output.logps.double(), sums.detach(), atol=1e-5, rtol=1e-6)
+    torch.testing.assert_close(output.rewards.double(), rewards, atol=1e-5, rtol=1e-6)
+    torch.testing.assert_close(leaf.grad.double(), wide.grad, atol=1e-6, rtol=1e-5)
+
+
+def test_segment_sums_add_in_float64():
+    tokens = torch.cat([torch.tensor([-1e6]), torch.full((5000,), -0.01)])
+    sums = segment_sums(tokens, torch.tensor([0, 5001, 5001], dtype=torch.int32))
+    torch.testing.assert_close(sums, torch.tensor([-1e6 - 50.0, 0.0]), atol=0.07, rtol=0)
 
 
 @pytest.mark.parametrize(
