@@ -1,0 +1,236 @@
+"""Per-token log-probs -> segment sums -> DPO sigmoid loss, coefficients and rewards, in one launch.
+
+Sequence s sums to l_s over its targets; r_s = l_s − ref_s (ref_s = 0 without a reference). A pair (c, r) has
+
+    u = β (r_c − r_r),    loss = −(1 − ε) · log σ(u) − ε · log σ(−u)        (DPO, arXiv 2305.18290; ε > 0: cDPO)
+    d loss / d l_c = β (ε σ(u) − (1 − ε) σ(−u)) = −d loss / d l_r
+
+and a sequence's coefficient is the sum of d loss / d l over its pairs. All float32, in nats.
+
+One program per sequence: it sums its own targets, then walks its pairs and sums each partner's targets again. A few
+thousand floats are cheaper to read twice than to hand over through a second launch; equal order of summation makes
+both reads agree to the bit, and with one writer per value the result is deterministic without atomics or a host sync.
+Bytes moved: 4 per target and pair side, all from cache after the first read.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from .tiles import COMPILE_OPTIONS, check_tensor, launch_guard
+
+# One warp sums a segment: responses are tens to a few thousand tokens long.
+BLOCK_N = 256
+
+
+class PairAdjacency(NamedTuple):
+    """The pairs seen from each sequence: sequence s has entries[offsets[s]:offsets[s+1]].
+
+    Attributes:
+        offsets: (S+1,) int32.
+        entries: (2P, 3) int32 rows of (partner sequence, side, pair); side is +1 where s is chosen, −1 where rejected.
+    """
+
+    offsets: torch.Tensor
+    entries: torch.Tensor
+
+    @property
+    def num_pairs(self) -> int:
+        """P."""
+        return self.entries.shape[0] // 2
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PairAdjacency:
+        """The same adjacency on ``device``."""
+        return PairAdjacency(*(tensor.to(device, non_blocking=non_blocking) for tensor in self))
+
+
+class PreferenceSigmoid(NamedTuple):
+    """Results of :func:`preference_sigmoid`, all float32.
+
+    Attributes:
+        pair_losses: (P,) loss of each pair.
+        coefficients: (S,) d(sum of pair losses) / d(sequence log-prob); 0 for a sequence in no pair.
+        rewards: (S,) β · (log-prob − reference).
+        sequence_logps: (S,) log-prob of each sequence, summed over its targets; 0 for an empty one.
+    """
+
+    pair_losses: torch.Tensor
+    coefficients: torch.Tensor
+    rewards: torch.Tensor
+    sequence_logps: torch.Tensor
+
+
+def pair_adjacency(pairs: torch.Tensor, num_sequences: int) -> PairAdjacency:
+    """Lists for each sequence the pairs it is in, ready to be moved to the device.
+
+    Args:
+        pairs: (P, 2) int32 or int64 on the CPU: chosen, rejected sequence.
+        num_sequences: S.
+
+    Returns:
+        :class:`PairAdjacency` on the CPU; a sequence's pairs as chosen come first, then as rejected, each in order.
+
+    Raises:
+        ValueError: the shape, dtype or device differs, an index is outside [0, S), or a pair names one sequence twice.
+    """
+    if pairs.dim() != 2 or pairs.shape[1] != 2 or pairs.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"pairs: expected (P, 2) int32 or int64, got {tuple(pairs.shape)} {pairs.dtype}")
+    if pairs.device.type != "cpu":
+        raise ValueError(f"pairs: expected a CPU tensor, as the packer returns it, got one on {pairs.device}")
+    bad = ((pairs < 0) | (pairs >= num_sequences)).any(1)
+    if bad.any():
+        index = int(bad.nonzero()[0])
+        raise ValueError(
+            f"pairs: expected sequences in [0, {num_sequences}), got {pairs[index].tolist()} in pair {index}"
+        )
+    same = pairs[:, 0] == pairs[:, 1]
+    if same.any():
+        index = int(same.nonzero()[0])
+        raise ValueError(f"pairs: expected two different sequences, got {pairs[index].tolist()} in pair {index}")
+
+    chosen, rejected = pairs.to(torch.int32).unbind(1)
+    pair = torch.arange(len(pairs), dtype=torch.int32)
+    side = torch.ones_like(pair)
+    entries = torch.cat([torch.stack([rejected, side, pair], 1), torch.stack([chosen, -side, pair], 1)])
+    sequence = torch.cat([chosen, rejected]).long()
+    offsets = torch.zeros(num_sequences + 1, dtype=torch.int32)
+    offsets[1:] = torch.bincount(sequence, minlength=num_sequences).cumsum(0)
+    return PairAdjacency(offsets, entries[torch.argsort(sequence, stable=True)])
+
+
+@triton.jit
+def _sequence_logp(logps_ptr, cu_targets_ptr, ref_logps_ptr, sequence, BLOCK_N: tl.constexpr):
+    """(l_s, r_s). Lanes add up their own tokens and are then summed as a tree: a short chain of roundings."""
+    stop = tl.load(cu_targets_ptr + sequence + 1)
+    lanes = tl.zeros((BLOCK_N,), tl.float32)
+    for start in range(tl.load(cu_targets_ptr + sequence), stop, BLOCK_N):
+        offs_n = start + tl.arange(0, BLOCK_N)
+        lanes += tl.load(logps_ptr + offs_n.to(tl.int64), mask=offs_n < stop, other=0.0)
+    logp = tl.sum(lanes, 0)
+    ratio = logp
+    if ref_logps_ptr is not None:
+        ratio = logp - tl.load(ref_logps_ptr + sequence)
+    return logp, ratio
+
+
+@triton.jit
+def _log1p_exp(e):
+    """log(1 + e) for e in [0, 1], also where 1 + e rounds to 1: 2 atanh(e / (2 + e)), next term of the series 2e-9."""
+    q = e / (2.0 + e)
+    q2 = q * q
+    series = 1.0 / 13.0 + q2 * (1.0 / 15.0)
+    series = 1.0 / 9.0 + q2 * (1.0 / 11.0 + q2 * series)
+    series = 1.0 / 5.0 + q2 * (1.0 / 7.0 + q2 * series)
+    return 2.0 * q * (1.0 + q2 * (1.0 / 3.0 + q2 * series))
+
+
+@triton.jit
+def _preference_sigmoid_kernel(
+    logps_ptr,
+    cu_targets_ptr,
+    ref_logps_ptr,
+    offsets_ptr,
+    entries_ptr,
+    pair_losses_ptr,
+    coefficients_ptr,
+    rewards_ptr,
+    sequence_logps_ptr,
+    beta,
+    label_smoothing,
+    BLOCK_N: tl.constexpr,
+):
+    sequence = tl.program_id(0).to(tl.int64)
+    logp, ratio = _sequence_logp(logps_ptr, cu_targets_ptr, ref_logps_ptr, sequence, BLOCK_N)
+    tl.store(sequence_logps_ptr + sequence, logp)
+    tl.store(rewards_ptr + sequence, beta * ratio)
+
+    coefficient = tl.full((), 0.0, tl.float32)
+    first = tl.load(offsets_ptr + sequence).to(tl.int64)
+    last = tl.load(offsets_ptr + sequence + 1).to(tl.int64)
+    for entry in range(first, last):
+        entry_ptr = entries_ptr + entry * 3
+        partner = tl.load(entry_ptr).to(tl.int64)
+        side = tl.load(entry_ptr + 1)
+        pair = tl.load(entry_ptr + 2).to(tl.int64)
+        _logp, partner_ratio = _sequence_logp(logps_ptr, cu_targets_ptr, ref_logps_ptr, partner, BLOCK_N)
+
+        # Both sides compute the same u: r_c − r_r and −(r_r − r_c) are equal to the bit.
+        u = beta * (side * (ratio - partner_ratio))
+        # With e <= 1 nothing overflows: σ(|u|) = 1 / (1 + e), σ(−|u|) = e / (1 + e), log σ(u) = min(u, 0) − log(1 + e).
+        e = tl.exp(-tl.abs(u))
+        likely = 1.0 / (1.0 + e)
+        unlikely = e * likely
+        sigmoid = tl.where(u < 0.0, unlikely, likely)
+        complement = tl.where(u < 0.0, likely, unlikely)
+        coefficient += beta * side * (label_smoothing * sigmoid - (1.0 - label_smoothing) * complement)
+        loss = _log1p_exp(e) - (1.0 - label_smoothing) * tl.minimum(u, 0.0) + label_smoothing * tl.maximum(u, 0.0)
+        tl.store(pair_losses_ptr + pair, loss, mask=side > 0)
+    tl.store(coefficients_ptr + sequence, coefficient)
+
+
+def preference_sigmoid(
+    logps: torch.Tensor,
+    cu_targets: torch.Tensor,
+    adjacency: PairAdjacency,
+    ref_logps: torch.Tensor | None = None,
+    *,
+    beta: float,
+    label_smoothing: float = 0.0,
+) -> PreferenceSigmoid:
+    """DPO's sigmoid loss of every pair, with the coefficient and the reward of every sequence, in one launch.
+
+    Args:
+        logps: (N,) float32, log-prob of each target in nats (0 where ignored).
+        cu_targets: (S+1,) int32 on the device of ``logps``: sequence s owns logps[cu_targets[s]:cu_targets[s+1]].
+        adjacency: :func:`pair_adjacency` of the pairs, moved to the same device.
+        ref_logps: (S,) float32, the reference's sequence log-probs, or None for 0.
+        beta: β, finite and above 0.
+        label_smoothing: ε in [0, 0.5], the probability that a preference is flipped.
+
+    Returns:
+        :class:`PreferenceSigmoid`. A NaN log-prob makes NaN of its sequence, its pairs and their sequences alone.
+
+    Raises:
+        ValueError: a shape, dtype, device or option is not as above.
+    """
+    if not (beta > 0.0 and math.isfinite(beta)):
+        raise ValueError(f"beta: expected a finite number above 0, got {beta!r}")
+    if not 0.0 <= label_smoothing <= 0.5:
+        raise ValueError(f"label_smoothing: expected a number in [0, 0.5], got {label_smoothing!r}")
+    if logps.dim() != 1 or logps.dtype != torch.float32:
+        raise ValueError(f"logps: expected (N,) float32, got {tuple(logps.shape)} {logps.dtype}")
+    if cu_targets.dim() != 1 or len(cu_targets) == 0:
+        raise ValueError(f"cu_targets: expected (S+1,) with S >= 0, got {tuple(cu_targets.shape)}")
+    S, P = len(cu_targets) - 1, adjacency.num_pairs
+    check_tensor("cu_targets", cu_targets, (S + 1,), (torch.int32,), logps.device)
+    check_tensor("adjacency.offsets", adjacency.offsets, (S + 1,), (torch.int32,), logps.device)
+    check_tensor("adjacency.entries", adjacency.entries, (2 * P, 3), (torch.int32,), logps.device)
+    if ref_logps is not None:
+        check_tensor("ref_logps", ref_logps, (S,), (torch.float32,), logps.device)
+
+    pair_losses = torch.empty(P, dtype=torch.float32, device=logps.device)
+    coefficients, rewards, sequence_logps = (torch.empty(S, dtype=torch.float32, device=logps.device) for _ in range(3))
+    if S > 0:
+        with launch_guard(_preference_sigmoid_kernel, logps, "logps"):
+            _preference_sigmoid_kernel[(S,)](
+                logps.contiguous(),
+                cu_targets.contiguous(),
+                ref_logps.contiguous() if ref_logps is not None else None,
+                adjacency.offsets.contiguous(),
+                adjacency.entries.contiguous(),
+                pair_losses,
+                coefficients,
+                rewards,
+                sequence_logps,
+                float(beta),
+                float(label_smoothing),
+                BLOCK_N=BLOCK_N,
+                num_warps=1,
+                **COMPILE_OPTIONS,
+            )
+    return PreferenceSigmoid(pair_losses, coefficients, rewards, sequence_logps)
