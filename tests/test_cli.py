@@ -1,0 +1,152 @@
+"""dpofast train and info as a user calls them; everything wrong is one message, exit code 2, and nothing written."""
+
+import json
+import re
+
+import pytest
+from tiny import tiny_model, tiny_tokenizer
+from tokenizers import pre_tokenizers
+from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM
+
+from dpofast.cli import main
+
+ROWS = [{"prompt": f"{i} 4 5", "chosen": f" 6 {i}", "rejected": " 7 8 9"} for i in range(10, 30)]
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model().save_pretrained(folder)
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path, model_dir, capsys):
+    """Runs `dpofast train` on JSON lines; returns (exit code, stdout, stderr, output folder)."""
+
+    def train(lines, *flags, model=model_dir):
+        data = tmp_path / "pairs.jsonl"
+        if lines is not None:
+            data.write_bytes(
+                b"".join(line if isinstance(line, bytes) else json.dumps(line).encode() + b"\n" for line in lines)
+            )
+        output = tmp_path / "out"
+        arguments = ["train", "--model", str(model), "--data", str(data), "--output_dir", str(output)]
+        code = main([*arguments, "--use_cpu", "--report_to", "none", "--logging_steps", "1", *flags])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err, output
+
+    return train
+
+
+def test_train_leaves_a_model_metrics_and_a_picture(run, tmp_path):
+    held_out = tmp_path / "held-out.jsonl"
+    held_out.write_text("".join(json.dumps(row) + "\n" for row in ROWS[:4]))
+    code, out, err, output = run(
+        ROWS[4:], "--eval_data", str(held_out), "--eval_strategy", "epoch", "--num_train_epochs", "2",
+        "--learning_rate", "0.01",
+    )  # fmt: skip
+    assert code == 0, err
+    assert AutoModelForCausalLM.from_pretrained(output).config.vocab_size == 97
+    entries = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert sum("loss" in entry for entry in entries) == 4
+    assert any("eval_rewards/accuracies" in entry for entry in entries)
+    assert (output / "training.png").read_bytes().startswith(b"\x89PNG")
+    assert "16 of 16 pairs kept" in out and str(output) in out
+
+
+def test_a_yaml_file_gives_options_and_flags_win(run, tmp_path):
+    config = tmp_path / "train.yaml"
+    config.write_text("num_train_epochs: 5\nbeta: 0.5\nmax_tokens: 64\n")
+    code, _, err, output = run(ROWS, "--config", str(config), "--num_train_epochs", "1")
+    assert code == 0, err
+    steps = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines() if '"loss"' in line]
+    assert len(steps) == 3
+
+
+def test_lora_trains_and_saves_an_adapter(run):
+    code, _, err, output = run(ROWS, "--lora_r", "2")
+    assert code == 0, err
+    assert (output / "adapter_model.safetensors").exists()
+
+
+def test_bad_rows_are_skipped_only_when_asked(run):
+    rows = [*ROWS, {"prompt": "3", "chosen": " 4", "rejected": " 4"}, b'{"prompt": "3"\n']
+    code, _, err, _ = run(rows)
+    assert code == 2 and "pairs.jsonl" in err and ("line 21" in err or "line 22" in err)
+    code, out, err, _ = run(rows, "--on_bad_row", "skip")
+    assert code == 0, err
+    assert "20 of 22 pairs kept" in out
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"prompt": "3 4", "chosen": " 5"}, "line 21.*rejected"),
+        ({"prompt": "3 4", "chosen": "", "rejected": " 5"}, "line 21.*chosen"),
+        ({"prompt": "3 4", "chosen": " 5", "rejected": " 5"}, "line 21"),
+        ({"prompt": "3 " * 40, "chosen": " 5", "rejected": " 6"}, "line 21.*max_length"),
+        (b'{"prompt": "3 4", "chosen": " \xff", "rejected": " 5"}\n', "line 21.*UTF-8"),
+        (b'{"prompt": "3 4", "chosen": " 5", "rej', "line 21"),
+    ],
+    ids=["missing-column", "empty-response", "equal", "long-prompt", "non-utf-8", "truncated"],
+)
+def test_a_bad_row_is_one_message_with_file_and_row(run, bad, message):
+    code, out, err, output = run([*ROWS, bad], "--max_length", "32")
+    assert code == 2
+    (line,) = [line for line in err.splitlines() if line.startswith("dpofast: error:")]
+    assert "pairs.jsonl" in line and re.search(message, line), line
+    assert "Traceback" not in err and not output.exists()
+
+
+def test_missing_files_and_models(run, tmp_path, model_dir):
+    code, _, err, output = run(None)
+    assert code == 2 and "pairs.jsonl" in err and "no such file" in err
+    code, _, err, _ = run(ROWS, model=tmp_path / "nowhere")
+    assert code == 2 and "nowhere: no tokenizer can be loaded" in err
+    bare = tmp_path / "bare"
+    tiny_model().save_pretrained(bare)
+    code, _, err, _ = run(ROWS, model=bare)
+    assert code == 2 and "bare: no tokenizer can be loaded" in err
+    encoder = tmp_path / "encoder"
+    BertForMaskedLM(
+        BertConfig(vocab_size=97, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+    ).save_pretrained(encoder)
+    tiny_tokenizer().save_pretrained(encoder)
+    code, _, err, _ = run(ROWS, model=encoder)
+    assert code == 2 and "encoder: " in err and "BertForMaskedLM" in err
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--beta", "0"], "beta: expected a positive finite number, got 0"),
+        (["--loss_type", "dop"], "kind: expected one of"),
+        (["--dtype", "int8"], "dtype: expected one of"),
+        (["--max_tokens", "0"], "max_tokens: expected at least 1"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml"),
+    ],
+)
+def test_bad_options(run, flags, message):
+    code, _, err, output = run(ROWS, *flags)
+    assert code == 2 and message in err and not output.exists()
+
+
+def test_unknown_options_and_commands(run, capsys):
+    code, _, err, _ = run(ROWS, "--betta", "1")
+    assert code == 2 and "--betta" in err
+    assert main(["tarin"]) == 2
+    assert "expected a command among train, demo, info" in capsys.readouterr().err
+    assert main([]) == 2 and main(["--help"]) == 0
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--help"])
+    assert stop.value.code == 0 and "--max_tokens" in capsys.readouterr().out
+
+
+def test_info_names_the_path(capsys):
+    assert main(["info"]) == 0
+    assert "backend torch: no GPU" in capsys.readouterr().out
