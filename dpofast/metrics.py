@@ -1,0 +1,92 @@
+"""What is logged: TRL's metric names, summed over micro-batches on the device and read back in one transfer.
+
+Per pair (means over pairs): rewards/{chosen,rejected,accuracies,margins}, logps/{chosen,rejected}, kl/{chosen,rejected}
+(policy minus reference log-prob per token, nats), lengths/{chosen,rejected} (tokens), displacement (share of pairs
+whose chosen response became less likely than under the reference). A tied margin counts as not accurate.
+Per token, where the statistics were computed: entropy (nats), logits/{chosen,rejected}, mean_token_accuracy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpofast.logprobs import LogprobOutput
+from dpofast.packing import PackedBatch
+from dpofast.preference import PreferenceOutput
+
+TOKEN_STATISTICS = ("entropy", "mean_logits", "is_top1")
+
+
+class MetricSums:
+    """Weighted sums of named metrics. Sums stay on the device until means() reads them all at once."""
+
+    def __init__(self) -> None:
+        """Start empty."""
+        self._sums: dict[str, Tensor] = {}
+        self._weights: dict[str, float] = {}
+
+    def add(self, name: str, total: Tensor, weight: float) -> None:
+        """Add a scalar sum over `weight` items."""
+        self._sums[name] = self._sums[name] + total if name in self._sums else total
+        self._weights[name] = self._weights.get(name, 0.0) + weight
+
+    def means(self) -> dict[str, float]:
+        """Every metric's sum divided by its weight, as floats: one device-to-host transfer."""
+        if not self._sums:
+            return {}
+        sums = torch.stack([total.double() for total in self._sums.values()]).tolist()
+        return {name: total / self._weights[name] for name, total in zip(self._sums, sums, strict=True)}
+
+    def add_pairs(self, output: PreferenceOutput, batch: PackedBatch, beta: float) -> None:
+        """Add a micro-batch's per-pair metrics."""
+        chosen, rejected = batch.pairs.long().unbind(1)
+        lengths = batch.cu_targets.diff()
+        count = len(chosen)
+        sides = {}
+        for side, index in (("chosen", chosen), ("rejected", rejected)):
+            rewards = sides[side] = output.rewards[index]
+            tokens = lengths[index].to(rewards.device, rewards.dtype, non_blocking=True)
+            self.add(f"rewards/{side}", rewards.sum(), count)
+            self.add(f"logps/{side}", output.logps[index].sum(), count)
+            self.add(f"kl/{side}", (rewards / (beta * tokens)).sum(), count)
+            self.add(f"lengths/{side}", tokens.sum(), count)
+        margins = sides["chosen"] - sides["rejected"]
+        self.add("rewards/margins", margins.sum(), count)
+        self.add("rewards/accuracies", (margins > 0).sum(), count)
+        self.add("displacement", (sides["chosen"] < 0).sum(), count)
+
+    def add_tokens(self, output: LogprobOutput, batch: PackedBatch) -> None:
+        """Add a micro-batch's per-token statistics, if the output has them: over the tokens of every pair, like TRL."""
+        if output.entropy is None or output.mean_logits is None or output.is_top1 is None:
+            return
+        chosen, rejected = batch.pairs.long().unbind(1)
+        lengths = batch.cu_targets.diff()
+
+        def total(values: Tensor, index: Tensor) -> Tensor:
+            parts = values.double().split(lengths.tolist())
+            return torch.stack([part.sum() for part in parts])[index].sum()
+
+        tokens = {"chosen": int(lengths[chosen].sum()), "rejected": int(lengths[rejected].sum())}
+        for side, index in (("chosen", chosen), ("rejected", rejected)):
+            self.add("entropy", total(output.entropy, index), tokens[side])
+            self.add(f"logits/{side}", total(output.mean_logits, index), tokens[side])
+        self.add("mean_token_accuracy", total(output.is_top1, chosen), tokens["chosen"])
+
+
+def work_avoided(examples: Sequence[Mapping[str, Any]], batches: Sequence[PackedBatch]) -> dict[str, float]:
+    """How a padded trainer's tokens for these examples split up.
+
+    padding_fraction: pads among the tokens of 2·B rows as long as the longest; shared_fraction: positions that packing
+    saves among the real tokens (prompts that run once, last tokens that need no position).
+    """
+    prompt = [len(example["prompt_ids"]) for example in examples]
+    chosen = [len(example["chosen_ids"]) for example in examples]
+    rejected = [len(example["rejected_ids"]) for example in examples]
+    longest = max(p + max(c, r) for p, c, r in zip(prompt, chosen, rejected, strict=True))
+    real = 2 * sum(prompt) + sum(chosen) + sum(rejected)
+    computed = sum(batch.num_tokens for batch in batches)
+    return {"padding_fraction": 1 - real / (2 * len(examples) * longest), "shared_fraction": 1 - computed / real}

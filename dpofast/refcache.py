@@ -1,0 +1,61 @@
+"""Reference log-probs, computed once before training and kept as columns of the dataset.
+
+A reference that never moves has the same log-probs in every epoch, so no second model stays in memory and no reference
+forward stands in a training step. They come through the very path that the policy takes (the same packing, head and
+dtype), which is what makes the margin 0 at step 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from dpofast.model import sequence_logprobs
+from dpofast.packing import PackedBatch, pack
+
+REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
+# Examples planned together: enough for full micro-batches, few enough to stay in memory for any dataset.
+_WINDOW = 256
+
+
+@torch.no_grad()
+def reference_logps(model: Any, batch: PackedBatch, max_logits_bytes: int | None) -> Tensor:
+    """Sequence log-probs (S,) float32 of a batch that lies on the model's device."""
+    return sequence_logprobs(model(packed=batch, max_logits_bytes=max_logits_bytes), batch)
+
+
+def add_reference_columns(
+    dataset: Dataset,
+    model: Any,
+    *,
+    max_tokens: int,
+    max_logits_bytes: int | None,
+    device: torch.device,
+    autocast: Callable[[], AbstractContextManager[Any]],
+    progress: Callable[[int], Any],
+) -> Dataset:
+    """Add ref_chosen_logps and ref_rejected_logps (float32, nats, summed over the response) to a token-level dataset.
+
+    progress is called with the number of examples done after every window.
+    """
+    columns = torch.empty(2, len(dataset), dtype=torch.float32)
+    was_training = model.training
+    model.eval()
+    try:
+        for start in range(0, len(dataset), _WINDOW):
+            stop = min(start + _WINDOW, len(dataset))
+            for batch in pack([dataset[i] for i in range(start, stop)], max_tokens):
+                with autocast():
+                    logps = reference_logps(model, batch.to(device), max_logits_bytes).cpu()
+                columns[:, start + batch.pair_examples] = logps[batch.pairs.long()].T
+            progress(stop - start)
+    finally:
+        model.train(was_training)
+    for name, column in zip(REFERENCE_COLUMNS, columns, strict=True):
+        dataset = dataset.add_column(name, column.numpy())
+    return dataset

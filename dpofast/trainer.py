@@ -1,0 +1,423 @@
+"""DPOTrainer: transformers' Trainer with a batch-exact preference step.
+
+A step takes the same pairs, in the sampler's order, as a trainer that pads them would, packs them into micro-batches
+of at most max_tokens positions, and divides by the number of pairs of the whole step. So the result depends neither on
+max_tokens nor on how many micro-batches there are: pairs per step is a hyperparameter, max_tokens a property of the
+machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
+
+from dpofast.data import tokenize_preferences
+from dpofast.metrics import TOKEN_STATISTICS, MetricSums, work_avoided
+from dpofast.model import attach_logprob_head
+from dpofast.packing import PackedBatch, pack
+from dpofast.preference import PreferenceLoss, PreferenceOutput, token_preference_loss
+from dpofast.refcache import REFERENCE_COLUMNS, add_reference_columns, reference_logps
+
+# Large enough for full GEMM speed, small enough that activations, not weights, never decide the peak.
+_DEFAULT_MAX_TOKENS = {"cpu": 1024}
+_DEFAULT_MAX_TOKENS_GPU = 16384
+_TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+
+
+@dataclass
+class DPOConfig(TrainingArguments):
+    """TrainingArguments and what DPO adds; the names are TRL's where TRL has one.
+
+    Pairs per optimizer step = per_device_train_batch_size × gradient_accumulation_steps; max_tokens alone decides how
+    many of them run at once.
+    """
+
+    learning_rate: float = field(default=1e-6, metadata={"help": "The initial learning rate of AdamW."})
+    logging_steps: float = field(default=10, metadata={"help": "Log every so many optimizer steps."})
+    loss_type: str = field(default="sigmoid", metadata={"help": "The preference loss: sigmoid (DPO)."})
+    beta: float = field(default=0.1, metadata={"help": "Strength of the pull towards the reference model."})
+    label_smoothing: float = field(
+        default=0.0, metadata={"help": "Probability that a preference is flipped, in [0, 0.5]: conservative DPO."}
+    )
+    max_length: int | None = field(
+        default=1024, metadata={"help": "Prompt plus response is cut to so many tokens, at the response's end."}
+    )
+    truncation_mode: str = field(
+        default="keep_start", metadata={"help": "Which part of a long row is kept: keep_start."}
+    )
+    max_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Packed positions per micro-batch (default 1024 on the CPU, 16384 on a GPU); no effect on results."
+        },
+    )
+    max_logits_bytes: int | None = field(
+        default=None, metadata={"help": "Room for logits in bytes (default 256 MiB on the CPU, 1 GiB on a GPU)."}
+    )
+    precompute_ref_log_probs: bool = field(
+        default=True,
+        metadata={
+            "help": "Compute reference log-probs once before training, so that no reference model stays in memory."
+        },
+    )
+    token_statistics: bool = field(
+        default=False,
+        metadata={"help": "Also log entropy, mean logits and token accuracy: a few more passes over logits."},
+    )
+    disable_dropout: bool = field(default=True, metadata={"help": "Set every dropout of the models to 0."})
+    on_bad_row: str = field(
+        default="raise", metadata={"help": "A bad row of the data: raise (stop) or skip (count it)."}
+    )
+    dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenize the data."})
+
+    def __post_init__(self) -> None:
+        """Check what TrainingArguments does not know."""
+        super().__post_init__()
+        self.preference_loss()
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise ValueError(f"max_tokens: expected at least 1, got {self.max_tokens}")
+        if self.on_bad_row not in ("raise", "skip"):
+            raise ValueError(f"on_bad_row: expected 'raise' or 'skip', got {self.on_bad_row!r}")
+        # It would replace a NaN loss by an average and go on.
+        self.logging_nan_inf_filter = False
+
+    def preference_loss(self) -> PreferenceLoss:
+        """The loss that these arguments describe; ValueError where they describe none."""
+        return PreferenceLoss(kind=self.loss_type, beta=self.beta, label_smoothing=self.label_smoothing)
+
+
+class DPOTrainer(Trainer):
+    """Direct Preference Optimization (arXiv 2305.18290) on packed batches.
+
+    Args:
+        model: a causal language model, a PEFT model, or a name or folder that AutoModelForCausalLM loads (in float32).
+        ref_model: the reference; None means the model as it is now (under PEFT, its base model).
+        args: a DPOConfig.
+        train_dataset: preference pairs in any of the formats of dpofast.tokenize_preferences.
+        eval_dataset: the same, held out; a dict of them is evaluated one by one, each under its name.
+        processing_class: the tokenizer; None loads the one that lies beside the model.
+        peft_config: wraps the model by peft.get_peft_model.
+        callbacks: further TrainerCallbacks.
+        optimizers: an optimizer and a scheduler of your own.
+
+    Raises:
+        ValueError: a model that cannot run packed, data that cannot be used (DataError, with its row), an argument out
+        of
+            range, several processes.
+    """
+
+    train_dataset: Any
+    eval_dataset: Any
+    control: Any
+
+    def __init__(
+        self,
+        model: Any,
+        ref_model: Any = None,
+        args: DPOConfig | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        processing_class: Any = None,
+        peft_config: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+    ) -> None:
+        """Tokenize, attach the log-prob head, and compute the reference log-probs unless told to do so in the step."""
+        args = DPOConfig(output_dir="dpofast-output") if args is None else copy.copy(args)
+        _check_topology(args)
+        if ref_model is not None and ref_model is model:
+            raise ValueError("ref_model: expected another model than `model`, or None for the model as it is now")
+        # The loop below makes the micro-batches, so Trainer sees one batch a step.
+        args.per_device_train_batch_size *= args.gradient_accumulation_steps
+        args.gradient_accumulation_steps = 1
+        torch.manual_seed(args.seed)
+        if isinstance(model, str):
+            processing_class = processing_class or AutoTokenizer.from_pretrained(model)
+            model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        if processing_class is None:
+            processing_class = AutoTokenizer.from_pretrained(model.config.name_or_path)
+        if peft_config is not None:
+            from peft import get_peft_model
+
+            model = get_peft_model(model, peft_config)
+        if args.disable_dropout:
+            _disable_dropout(model, ref_model)
+        attach_logprob_head(model)
+        if ref_model is not None:
+            attach_logprob_head(ref_model)
+
+        self.data_reports: dict[str, Any] = {}
+        self._tokenize_options = {
+            "tokenizer": processing_class,
+            "max_length": args.max_length,
+            "truncation_mode": args.truncation_mode,
+            "on_bad_row": args.on_bad_row,
+            "num_proc": args.dataset_num_proc,
+            "vocab_size": model.get_input_embeddings().weight.shape[0],
+        }
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=list,
+            train_dataset=None if train_dataset is None else self._tokenized(train_dataset, "train"),
+            eval_dataset=_each(self._tokenized, eval_dataset),
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self.loss = args.preference_loss()
+        self.max_tokens = args.max_tokens or _DEFAULT_MAX_TOKENS.get(args.device.type, _DEFAULT_MAX_TOKENS_GPU)
+        self.ref_model = self._reference_model(ref_model)
+        self._window = _LogWindow()
+        if args.precompute_ref_log_probs:
+            if self.train_dataset is not None:
+                self.train_dataset = self._with_reference(self.train_dataset, "train")
+            self.eval_dataset = _each(self._with_reference, self.eval_dataset)
+            self.ref_model = None
+
+    # ---- data -------------------------------------------------------------------------------------------------------
+
+    def _tokenized(self, dataset: Dataset, name: str) -> Dataset:
+        if not isinstance(dataset, Dataset):
+            raise ValueError(f"{name}_dataset: expected a datasets.Dataset, got {type(dataset).__name__}")
+        source = dataset.info.dataset_name or f"{name} data"
+        tokens, self.data_reports[name] = tokenize_preferences(dataset, source=source, **self._tokenize_options)
+        return tokens.with_format("numpy")
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = [*_TOKEN_COLUMNS, *REFERENCE_COLUMNS, "row"]
+
+    def _packed(self, examples: Sequence[dict[str, Any]]) -> list[PackedBatch]:
+        return [batch.to(self.args.device) for batch in pack(examples, self.max_tokens)]
+
+    # ---- reference --------------------------------------------------------------------------------------------------
+
+    def _reference_model(self, ref_model: Any) -> Any:
+        """The model that gives reference log-probs, or None where the trained model itself does (adapters off)."""
+        if ref_model is None and not self.args.precompute_ref_log_probs and not _is_peft(self.model):
+            ref_model = copy.deepcopy(self.model)
+        if ref_model is not None:
+            ref_model.requires_grad_(False).eval().to(self.args.device)
+        return ref_model
+
+    @contextlib.contextmanager
+    def _reference(self) -> Any:
+        """Yield the reference model: a model of its own, or the trained one without its adapter."""
+        if self.ref_model is not None:
+            yield self.ref_model
+        elif _is_peft(self.model):
+            with self.accelerator.unwrap_model(self.model).disable_adapter():
+                yield self.model
+        else:
+            yield self.model  # before training: the policy is its own reference
+
+    def _with_reference(self, dataset: Dataset, name: str) -> Dataset:
+        if set(REFERENCE_COLUMNS) <= set(dataset.column_names):
+            return dataset
+        if self.ref_model is None and not _is_peft(self.model) and self.state.global_step > 0:
+            raise ValueError(
+                f"{name}_dataset: its reference log-probs need the reference model, which is gone once training has "
+                "begun with precompute_ref_log_probs=True: pass this dataset to the constructor, or set it to False"
+            )
+        bar = tqdm(total=len(dataset), desc=f"reference log-probs, {name}", disable=self.args.disable_tqdm, leave=False)
+        with bar, self._reference() as model:
+            return add_reference_columns(
+                dataset,
+                model,
+                max_tokens=self.max_tokens,
+                max_logits_bytes=self.args.max_logits_bytes,
+                device=self.args.device,
+                autocast=self.compute_loss_context_manager,
+                progress=bar.update,
+            )
+
+    def _reference_logps(self, batch: PackedBatch) -> Tensor:
+        if batch.ref_logps is not None:
+            return batch.ref_logps
+        if self.args.precompute_ref_log_probs:
+            raise ValueError(
+                f"expected the columns {REFERENCE_COLUMNS} that the reference log-probs were written to, and the "
+                "batch has none: pass the dataset to DPOTrainer's constructor"
+            )
+        with self._reference() as model:
+            training = model.training
+            model.eval()
+            try:
+                return reference_logps(model, batch, self.args.max_logits_bytes)
+            finally:
+                model.train(training)
+
+    # ---- the step ---------------------------------------------------------------------------------------------------
+
+    def _forward(self, model: nn.Module, batch: PackedBatch, num_pairs: int, sums: MetricSums) -> PreferenceOutput:
+        stats = TOKEN_STATISTICS if self.args.token_statistics else ()
+        with self.compute_loss_context_manager():
+            ref_logps = self._reference_logps(batch)
+            tokens = model(packed=batch, stats=stats, max_logits_bytes=self.args.max_logits_bytes)
+            output = token_preference_loss(
+                tokens.logps, batch.cu_targets, batch.pairs, ref_logps, loss=self.loss, num_pairs=num_pairs
+            )
+        sums.add_pairs(output, batch, self.loss.beta)
+        sums.add_tokens(tokens, batch)
+        return output
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """Forward and backward of one optimizer step's pairs, micro-batch by micro-batch. Returns the mean loss."""
+        start = time.perf_counter()
+        model.train()
+        if callable(getattr(self.optimizer, "train", None)):
+            self.optimizer.train()
+        batches = self._packed(inputs)
+        losses = []
+        for index, batch in enumerate(batches):
+            last = index == len(batches) - 1
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+                output = self._forward(model, batch, len(inputs), self._window.sums)
+                self.accelerator.backward(output.loss)
+            losses.append(output.losses)
+        loss = torch.cat(losses).sum() / len(inputs)
+        if not math.isfinite(loss.item()):
+            self._raise_not_finite(inputs, batches, losses)
+        self._window.add_step(work_avoided(inputs, batches), batches, time.perf_counter() - start)
+        return loss
+
+    def _raise_not_finite(self, examples: Any, batches: list[PackedBatch], losses: list[Tensor]) -> None:
+        rows = [
+            int(examples[int(example)]["row"])
+            for batch, pair_losses in zip(batches, losses, strict=True)
+            for example, value in zip(batch.pair_examples, pair_losses.tolist(), strict=True)
+            if not math.isfinite(value)
+        ]
+        raise FloatingPointError(
+            f"the loss of the pairs in rows {sorted(rows)} of the train data is not finite at step "
+            f"{self.state.global_step + 1}; the weights are those of the step before. Look at these rows, and at a "
+            "learning rate that is too high"
+        )
+
+    def floating_point_ops(self, inputs: Any) -> float:
+        """6·parameters·positions of the last step, head and trunk apart; Trainer adds it up as total_flos."""
+        head = self.model.get_output_embeddings().weight.numel()
+        trunk = sum(p.numel() for p in self.model.parameters()) - self.model.get_input_embeddings().weight.numel()
+        if self.model.get_input_embeddings().weight is not self.model.get_output_embeddings().weight:
+            trunk -= head
+        return 6.0 * (trunk * self._window.last_tokens + head * self._window.last_targets)
+
+    # ---- evaluation and logging -------------------------------------------------------------------------------------
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Metrics on the constructor's eval_dataset, or on further preference data in any format."""
+        if isinstance(eval_dataset, (Dataset, dict)):
+            eval_dataset = _each(self._prepared, eval_dataset)
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def _prepared(self, dataset: Dataset, name: str) -> Dataset:
+        """Tokens and reference log-probs of further data; what the constructor prepared passes as it is."""
+        if "row" in dataset.column_names:
+            return dataset
+        tokens = self._tokenized(dataset, name)
+        return self._with_reference(tokens, name) if self.args.precompute_ref_log_probs else tokens
+
+    @torch.no_grad()
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Loss and metrics over a dataset, means over its pairs."""
+        model = self._wrap_model(self.model, training=False)
+        model.eval()
+        self.callback_handler.eval_dataloader = dataloader
+        sums = MetricSums()
+        count = 0
+        for examples in dataloader:
+            for batch in self._packed(examples):
+                output = self._forward(model, batch, batch.num_pairs, sums)
+                sums.add("loss", output.losses.sum(), batch.num_pairs)
+            count += len(examples)
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in sums.means().items()}
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=count)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the metrics since the last log to a training log."""
+        if "loss" in logs:
+            logs = {**logs, **self._window.read(), "truncated": self.data_reports["train"].truncated}
+        super().log(logs, start_time)
+
+
+class _LogWindow:
+    """Metrics between two logs."""
+
+    def __init__(self) -> None:
+        self.num_tokens = 0
+        self._restart()
+
+    def _restart(self) -> None:
+        self.sums = MetricSums()
+        self._avoided: list[dict[str, float]] = []
+        self._tokens, self._seconds = 0, 0.0
+
+    def add_step(self, avoided: dict[str, float], batches: list[PackedBatch], seconds: float) -> None:
+        self.last_tokens = sum(batch.num_tokens for batch in batches)
+        self.last_targets = sum(batch.num_targets for batch in batches)
+        self.num_tokens += self.last_tokens
+        self._tokens += self.last_tokens
+        self._seconds += seconds
+        self._avoided.append(avoided)
+
+    def read(self) -> dict[str, float]:
+        """The means since the last read; num_tokens counts from the start."""
+        metrics = self.sums.means()
+        for name in self._avoided[0] if self._avoided else ():
+            metrics[name] = sum(step[name] for step in self._avoided) / len(self._avoided)
+        metrics["num_tokens"] = self.num_tokens
+        metrics["tokens_per_second"] = self._tokens / self._seconds if self._seconds else 0.0
+        self._restart()
+        return metrics
+
+
+def _each(prepare: Callable[[Dataset, str], Dataset], dataset: Any) -> Any:
+    """Prepare the eval dataset, or each of several."""
+    if isinstance(dataset, dict):
+        return {name: prepare(part, f"eval {name}") for name, part in dataset.items()}
+    return None if dataset is None else prepare(dataset, "eval")
+
+
+def _check_topology(args: DPOConfig) -> None:
+    if not isinstance(args, DPOConfig):
+        raise ValueError(f"args: expected a DPOConfig, got {type(args).__name__}")
+    if args.world_size > 1:
+        raise ValueError(f"DPOTrainer runs in one process, and {args.world_size} were launched")
+    if args.n_gpu > 1:
+        raise ValueError(f"DPOTrainer uses one GPU, and {args.n_gpu} are visible: set CUDA_VISIBLE_DEVICES")
+
+
+def _disable_dropout(*models: Any) -> None:
+    for model in models:
+        for module in model.modules() if model is not None else ():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+            # transformers hands this number to its attention functions
+            if isinstance(getattr(module, "attention_dropout", None), float):
+                module.attention_dropout = 0.0
+
+
+def _is_peft(model: Any) -> bool:
+    return hasattr(model, "disable_adapter")

@@ -1,0 +1,249 @@
+"""DPOTrainer: the batch-exact step against a plain padded loop, and what surrounds it."""
+
+import copy
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+from tiny import tiny_dataset, tiny_model, tiny_pairs, tiny_tokenizer
+from transformers import AutoModelForCausalLM
+
+from dpofast import DataError, DPOConfig, DPOTrainer, reference
+
+
+def make_trainer(output_dir, *, model=None, train=None, evaluation=None, ref_model=None, peft_config=None, **options):
+    defaults = {
+        "per_device_train_batch_size": 4,
+        "num_train_epochs": 1,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+    return DPOTrainer(
+        model or tiny_model(),
+        ref_model=ref_model,
+        args=DPOConfig(output_dir=str(output_dir), **{**defaults, **options}),
+        train_dataset=tiny_dataset() if train is None else train,
+        eval_dataset=evaluation,
+        processing_class=tiny_tokenizer(),
+        peft_config=peft_config,
+    )
+
+
+def losses_of(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def weights_of(trainer):
+    return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+
+
+def padded_training(examples, batch_size, beta=0.1, lr=1e-2):
+    """DPO as the paper writes it, in a plain loop over padded rows in the given order: losses and final weights."""
+    policy, ref = tiny_model(), tiny_model()
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, weight_decay=0.0)
+    losses = []
+    for start in range(0, len(examples), batch_size):
+        batch = examples[start : start + batch_size]
+        rows = [(e["prompt_ids"], e[side]) for e in batch for side in ("chosen_ids", "rejected_ids")]
+        cu = torch.tensor([0, *torch.tensor([len(response) for _, response in rows]).cumsum(0)])
+        padded = reference.padded_rows(rows)
+        logps = reference.sequence_logprobs(reference.padded_logprobs(policy, **padded), cu)
+        with torch.no_grad():
+            ref_logps = reference.sequence_logprobs(reference.padded_logprobs(ref, **padded), cu)
+        pairs = torch.arange(len(rows)).view(-1, 2)
+        loss = reference.sigmoid_loss(logps, pairs, ref_logps, beta=beta)[0].mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, torch.cat([p.detach().flatten() for p in policy.parameters()])
+
+
+def test_the_step_equals_a_plain_padded_loop(tmp_path):
+    examples = tiny_pairs(14)  # the last step has two pairs
+    expected_losses, expected_weights = padded_training(examples, 4)
+    trainer = make_trainer(
+        tmp_path,
+        train=Dataset.from_list(examples),
+        train_sampling_strategy="sequential",
+        lr_scheduler_type="constant",
+        weight_decay=0.0,
+    )
+    trainer.train()
+    assert losses_of(trainer) == pytest.approx(expected_losses, abs=1e-5)
+    torch.testing.assert_close(weights_of(trainer), expected_weights, atol=1e-5, rtol=1e-5)
+
+
+def test_policy_equals_reference_at_step_0(tmp_path):
+    trainer = make_trainer(tmp_path, evaluation=tiny_dataset(30, seed=1))
+    metrics = trainer.evaluate()
+    assert metrics["eval_loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert metrics["eval_rewards/margins"] == pytest.approx(0.0, abs=1e-5)
+    trainer.train()
+    first = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert first["rewards/margins"] == pytest.approx(0.0, abs=1e-5)
+    assert first["rewards/accuracies"] <= 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_tokens": 1},
+        {"max_tokens": 24},
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+        {"precompute_ref_log_probs": False},
+        {"max_logits_bytes": 97 * 4 * 3},
+        {"token_statistics": True},
+        {"gradient_checkpointing": True},
+    ],
+    ids=str,
+)
+def test_results_do_not_depend_on_how_the_step_is_cut(tmp_path, options):
+    # Plain SGD: Adam divides a gradient that is all rounding by its own size.
+    sgd = {"optim": "sgd", "learning_rate": 0.1}
+    expected = make_trainer(tmp_path, **sgd)
+    expected.train()
+    trainer = make_trainer(tmp_path, **sgd, **options)
+    trainer.train()
+    assert losses_of(trainer) == pytest.approx(losses_of(expected), abs=1e-5)
+    torch.testing.assert_close(weights_of(trainer), weights_of(expected), atol=1e-5, rtol=1e-5)
+
+
+def test_a_reference_model_of_its_own(tmp_path):
+    ref_model = tiny_model()
+    with torch.no_grad():
+        ref_model.lm_head.weight.mul_(1.5)
+    runs = {}
+    for precompute in (True, False):
+        trainer = make_trainer(tmp_path, ref_model=copy.deepcopy(ref_model), precompute_ref_log_probs=precompute)
+        trainer.train()
+        runs[precompute] = losses_of(trainer)
+        assert (trainer.ref_model is None) == precompute
+    assert runs[True] == pytest.approx(runs[False], abs=1e-5)
+    assert abs(runs[True][0] - math.log(2)) > 1e-3
+
+
+@pytest.mark.parametrize("precompute", [True, False])
+def test_lora_trains_only_its_adapter_against_the_base_model(tmp_path, precompute):
+    from peft import LoraConfig
+
+    lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = tiny_model()
+    before = model.model.embed_tokens.weight.clone()
+    trainer = make_trainer(
+        tmp_path, model=model, peft_config=lora, precompute_ref_log_probs=precompute, num_train_epochs=4
+    )
+    trainer.train()
+    losses = losses_of(trainer)
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-5)
+    assert losses[-1] < losses[0]
+    assert torch.equal(model.model.embed_tokens.weight, before)
+    # After training the reference is still at hand: the model without its adapter.
+    assert "eval_rewards/margins" in trainer.evaluate(tiny_dataset(5, seed=3))
+
+
+def test_metrics_add_up(tmp_path):
+    trainer = make_trainer(tmp_path, token_statistics=True, evaluation=tiny_dataset(9, seed=1), num_train_epochs=2)
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    for entry in logged:
+        margin = entry["rewards/chosen"] - entry["rewards/rejected"]
+        assert entry["rewards/margins"] == pytest.approx(margin, abs=1e-6)
+        assert 0 < entry["entropy"] <= math.log(97) + 1e-6
+        assert 0 <= entry["mean_token_accuracy"] <= 1
+        assert 0 <= entry["padding_fraction"] < 1 and 0 < entry["shared_fraction"] < 1
+        assert entry["tokens_per_second"] > 0 and entry["truncated"] == 0
+    tokens = sum(len(e["prompt_ids"]) + len(e["chosen_ids"]) + len(e["rejected_ids"]) - 2 for e in tiny_pairs())
+    assert logged[-1]["num_tokens"] == 2 * tokens
+    evaluated = trainer.evaluate()
+    assert evaluated["eval_rewards/accuracies"] * 9 == pytest.approx(round(evaluated["eval_rewards/accuracies"] * 9))
+    assert trainer.state.total_flos > 0
+
+
+def test_several_eval_datasets(tmp_path):
+    trainer = make_trainer(
+        tmp_path, evaluation={"a": tiny_dataset(3, seed=1), "b": tiny_dataset(4, seed=2)}, eval_on_start=True
+    )
+    trainer.train()
+    names = {name for entry in trainer.state.log_history for name in entry}
+    assert {"eval_a_rewards/margins", "eval_b_rewards/margins"} <= names
+
+
+def test_training_learns_and_the_saved_model_loads(tmp_path):
+    trainer = make_trainer(tmp_path, num_train_epochs=15)
+    trainer.train()
+    assert losses_of(trainer)[-1] < 0.5 * math.log(2)
+    trainer.save_model()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    ids = torch.tensor([[3, 4, 5]])
+    torch.testing.assert_close(loaded(ids).logits, trainer.model(ids).logits)
+
+
+def test_resume_gives_the_same_weights(tmp_path):
+    whole = make_trainer(tmp_path / "a", num_train_epochs=2, save_strategy="steps", save_steps=2)
+    whole.train()
+    resumed = make_trainer(tmp_path / "b", num_train_epochs=2)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-4"))
+    assert torch.equal(weights_of(whole), weights_of(resumed))
+
+
+def test_a_loss_that_is_not_finite_stops_with_its_rows(tmp_path):
+    trainer = make_trainer(tmp_path, train_sampling_strategy="sequential", num_train_epochs=2)
+    with torch.no_grad():  # a token of the fourth pair only
+        (token,) = set(tiny_pairs()[3]["chosen_ids"][:1])
+        trainer.model.lm_head.weight[token] = float("nan")
+    with pytest.raises(FloatingPointError, match=r"rows \[0, 1, 2, 3\] of the train data is not finite at step 1"):
+        trainer.train()
+
+
+def test_bad_rows_are_refused_or_counted(tmp_path):
+    examples = tiny_pairs(4)
+    examples[2]["chosen_ids"] = examples[2]["rejected_ids"]
+    with pytest.raises(DataError, match="train data.*row 2"):
+        make_trainer(tmp_path, train=Dataset.from_list(examples))
+    trainer = make_trainer(tmp_path, train=Dataset.from_list(examples), on_bad_row="skip")
+    assert len(trainer.train_dataset) == 3
+    assert "1" in trainer.data_reports["train"].summary()
+    trainer.train()
+
+
+def test_reference_columns_in_the_data_are_used(tmp_path):
+    examples = [{**e, "ref_chosen_logps": -5.0, "ref_rejected_logps": -50.0} for e in tiny_pairs(4)]
+    trainer = make_trainer(tmp_path, train=Dataset.from_list(examples))
+    trainer.train()
+    assert trainer.state.log_history[0]["rewards/rejected"] > trainer.state.log_history[0]["rewards/chosen"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"beta": 0.0}, "beta: expected a positive"),
+        ({"loss_type": "sigmod"}, "kind: expected one of"),
+        ({"label_smoothing": 0.7}, "label_smoothing"),
+        ({"max_tokens": 0}, "max_tokens: expected at least 1, got 0"),
+        ({"on_bad_row": "ignore"}, "on_bad_row: expected 'raise' or 'skip'"),
+        ({"truncation_mode": "keep_end"}, "keep_end"),
+    ],
+)
+def test_bad_options(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, **options)
+
+
+def test_bad_models_and_datasets(tmp_path):
+    model = tiny_model()
+    with pytest.raises(ValueError, match="ref_model: expected another model"):
+        make_trainer(tmp_path, model=model, ref_model=model)
+    with pytest.raises(ValueError, match="train_dataset: expected a datasets.Dataset, got list"):
+        make_trainer(tmp_path, train=tiny_pairs())
+    trainer = make_trainer(tmp_path)
+    trainer.train()
+    with pytest.raises(ValueError, match="reference model, which is gone"):
+        trainer.evaluate(tiny_dataset(3, seed=5))
