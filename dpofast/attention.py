@@ -1,7 +1,7 @@
 """The attention function that lets every branch of a packed row see its prompt and nothing else.
 
-A packed row holds several groups: a prompt, then its branches. Query segment g attends to its prefix (the prompt's rows)
-followed by its own rows, causally, aligned at the bottom right: with q queries and k keys, query i sees keys
+A packed row holds several groups: a prompt, then its branches. Query segment g attends to its prefix (the prompt's
+rows) followed by its own rows, causally, aligned at the bottom right: with q queries and k keys, query i sees keys
 j ≤ i + (k − q), and under a sliding window W also j > i + (k − q) − W. Key j of a segment has position j, so the window
 counts positions.
 
@@ -53,7 +53,7 @@ class PackedLayout:
         self._masks: dict[tuple[int, int, int | None, torch.device], Tensor] = {}
 
     def mask(self, queries: int, keys: int, window: int | None, device: torch.device) -> Tensor | None:
-        """(queries, keys) bool, True where a query sees a key; None where SDPA's own top-left causal mask says the same."""
+        """(queries, keys) bool, True where a query sees a key; None where SDPA's top-left causal mask is the same."""
         if queries == keys and (window is None or window >= keys):
             return None
         key = (queries, keys, window, device)

@@ -1,7 +1,7 @@
 """Backward passes that may be run again but not differentiated: an attempt raises instead of giving a wrong number.
 
-torch's own once_differentiable raises only where the incoming gradient requires grad. For loss.backward(create_graph=True)
-it does not, and a gradient penalty would come out as if our gradient were a constant.
+torch's own once_differentiable raises only where the incoming gradient requires grad. For
+loss.backward(create_graph=True) it does not, and a gradient penalty would come out as if our gradient were a constant.
 """
 
 from __future__ import annotations

@@ -175,7 +175,9 @@ class LinearLogprobs(torch.autograd.Function):
                 products.append(head.hidden_product(exp_now))
 
         logps, scale = _joined(results, "logps", head), _joined(results, "scale", head)
-        stats = [torch.cat([r.stats[name] for r in results]) if results else logps.new_empty(0) for name in options.stats]
+        stats = [
+            torch.cat([r.stats[name] for r in results]) if results else logps.new_empty(0) for name in options.stats
+        ]
         ctx.mark_non_differentiable(*stats)
         ctx.options, ctx.backend, ctx.plan, ctx.needs = options, backend, plan, needs
         if trains or need_dh:

@@ -21,9 +21,9 @@ _CHUNK_BYTES = 32 << 20
 class LogprobOutput:
     """Log-probs of N targets and, where asked for, per-token statistics without gradient.
 
-    logps (N,) float32, nats, differentiable, 0 where the target was ignored. entropy (nats), mean_logits, is_top1 (bool)
-    and log_sum_sq_probs (log Σ p², nats) are (N,), or None where `stats` did not name them. aux_loss is a model's own
-    auxiliary loss (mixture-of-experts balancing), or None.
+    logps (N,) float32, nats, differentiable, 0 where the target was ignored. entropy (nats), mean_logits, is_top1
+    (bool) and log_sum_sq_probs (log Σ p², nats) are (N,), or None where `stats` did not name them. aux_loss is a
+    model's own auxiliary loss (mixture-of-experts balancing), or None.
     """
 
     logps: Tensor
@@ -94,7 +94,8 @@ def linear_logprobs(
 ) -> LogprobOutput:
     """Log-probs of targets under softmax(z), z = softcap·tanh(logit_scale·(h·Wᵀ + b)/softcap)/temperature.
 
-    The (N, V) logits are never built: they pass through a buffer of max_logits_bytes, in float32 also for a 16-bit model.
+    The (N, V) logits are never built: they pass through a buffer of max_logits_bytes, in float32 also for a 16-bit
+    model.
 
     Args:
         hidden: (N, D), float32, bfloat16, float16 or float64.
@@ -218,7 +219,7 @@ class _Logprobs(torch.autograd.Function):
     def backward(ctx: Any, grad_logps: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if ctx.consumed:
             raise RuntimeError(
-                "logprobs(inplace_backward=True): the logits were overwritten with their gradient by the first backward; "
+                "logprobs(inplace_backward=True): the first backward overwrote the logits with their gradient; "
                 "use inplace_backward=False to run backward twice"
             )
         logits, targets, *row_sums = ctx.saved_tensors
@@ -227,7 +228,9 @@ class _Logprobs(torch.autograd.Function):
         if row_sums:
             from dpofast.kernels.token_logprobs import token_logprobs_grad
 
-            token_logprobs_grad(logits, targets, *row_sums, grad_logps, out=grad, **ctx.options.kernel_arguments())
+            row_max, sum_exp = row_sums
+            options = ctx.options.kernel_arguments()
+            token_logprobs_grad(logits, targets, row_max, sum_exp, grad_logps, out=grad, **options)
             return grad, None, None, None, None
         for chunk in _row_chunks(logits):
             x = logits[chunk].to(accumulate_dtype(logits.dtype), copy=True)

@@ -1,7 +1,7 @@
 """Attaches the log-prob head to a causal language model of transformers: model(packed=batch) -> LogprobOutput.
 
-The trunk runs once over a packed row, only the rows that predict a target reach the head, and the logits are never built.
-Every other call of the model (plain logits, generation, saving) is unchanged.
+The trunk runs once over a packed row, only the rows that predict a target reach the head, and the logits are never
+built. Every other call of the model (plain logits, generation, saving) is unchanged.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ def attach_logprob_head(model: Any) -> Any:
     if isinstance(base, _PackedForward):
         return model
     _admit(base)
-    base.__class__ = _packed_class(type(base))
+    plain_class: Any = type(base)
+    base.__class__ = _packed_class(plain_class)
     use_packed_attention(base)
     try:
         _canary(base)
@@ -74,7 +75,7 @@ class _PackedForward:
 
 
 def _rebuilt(cls: type) -> Any:
-    packed = _packed_class(cls)
+    packed: Any = _packed_class(cls)
     return packed.__new__(packed)
 
 
@@ -98,7 +99,12 @@ def _packed_class(cls: Any) -> type:
             raise ValueError(f"model(packed=...): expected no further model inputs, got {extra or 'positional ones'}")
         return _packed_logprobs(self, packed, stats, max_logits_bytes)
 
-    members = {"forward": forward, "_unpacked_class": cls, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    members = {
+        "forward": forward,
+        "_unpacked_class": cls,
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+    }
     return type(cls.__name__, (_PackedForward, cls), members)
 
 
@@ -153,7 +159,9 @@ def _admit(model: Any) -> None:
         raise ValueError(f"{name}: expected a transformers causal language model")
     text_config = config.get_text_config()
     if getattr(config, "is_encoder_decoder", False) or not hasattr(model, "generate"):
-        raise ValueError(f"{name}: expected a decoder-only causal language model (AutoModelForCausalLM), not an encoder")
+        raise ValueError(
+            f"{name}: expected a decoder-only causal language model (AutoModelForCausalLM), not an encoder"
+        )
     if text_config is not config:
         raise ValueError(f"{name}: expected a text-only model; load its language model alone")
     head = model.get_output_embeddings()
@@ -163,7 +171,9 @@ def _admit(model: Any) -> None:
             "target_modules and unquantized"
         )
     if not getattr(model, "_supports_attention_backend", False) or getattr(model, "_is_stateful", False):
-        raise ValueError(f"{name}: its attention does not go through transformers' AttentionInterface: it cannot run packed")
+        raise ValueError(
+            f"{name}: its attention does not go through transformers' AttentionInterface: it cannot run packed"
+        )
     foreign = set(getattr(config, "layer_types", None) or _LAYER_TYPES) - _LAYER_TYPES
     if foreign:
         raise ValueError(f"{name}: it has {sorted(foreign)} layers, and only attention layers can run packed")
@@ -191,6 +201,6 @@ def _canary(model: Any) -> None:
     difference = float((packed - padded).abs().max())
     if not difference <= _CANARY_TOLERANCE[model.dtype]:
         raise ValueError(
-            f"{type(model).__name__}: packed and padded log-probs of the same tokens differ by {difference:.2g} nats, more "
-            f"than {_CANARY_TOLERANCE[model.dtype]}: this model cannot run packed"
+            f"{type(model).__name__}: packed and padded log-probs of the same tokens differ by {difference:.2g} nats, "
+            f"more than {_CANARY_TOLERANCE[model.dtype]}: this model cannot run packed"
         )

@@ -1,7 +1,7 @@
 """Preference losses: per-token log-probs -> sequence log-probs -> loss. One small function a kind, found in a dict.
 
-Symbols (nats): for a pair, w and l are policy minus reference sequence log-prob of the chosen and the rejected response,
-summed over tokens; beta and label_smoothing as in PreferenceLoss.
+Symbols (nats): for a pair, w and l are policy minus reference sequence log-prob of the chosen and the rejected
+response, summed over tokens; beta and label_smoothing as in PreferenceLoss.
 """
 
 from __future__ import annotations
@@ -137,7 +137,13 @@ class _FusedSigmoid(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, token_logps: Tensor, cu_targets: Tensor, pairs: Tensor, ref_logps: Tensor, loss: PreferenceLoss, divisor: int
+        ctx: Any,
+        token_logps: Tensor,
+        cu_targets: Tensor,
+        pairs: Tensor,
+        ref_logps: Tensor,
+        loss: PreferenceLoss,
+        divisor: int,
     ) -> tuple[Tensor, ...]:
         from dpofast.kernels.preference import pair_adjacency, preference_sigmoid
 
@@ -148,7 +154,7 @@ class _FusedSigmoid(torch.autograd.Function):
         result = preference_sigmoid(
             token_logps,
             cu_targets.to(device, non_blocking=True),
-            type(adjacency)(*(part.to(device, non_blocking=True) for part in adjacency)),
+            adjacency.to(device, non_blocking=True),
             ref_logps,
             beta=loss.beta,
             label_smoothing=loss.label_smoothing,

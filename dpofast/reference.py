@@ -26,10 +26,8 @@ def scaled_logits(
     return z / temperature
 
 
-def logprobs(
-    logits: Tensor, targets: Tensor, *, temperature: float = 1.0, ignore_index: int = IGNORE_INDEX
-) -> Tensor:
-    """log softmax(logits/temperature)[target] in nats: logits (..., V), targets (...) int64 -> (...); 0 where ignored."""
+def logprobs(logits: Tensor, targets: Tensor, *, temperature: float = 1.0, ignore_index: int = IGNORE_INDEX) -> Tensor:
+    """log softmax(logits/temperature)[target], nats: logits (..., V), targets (...) int64 -> (...); 0 where ignored."""
     ignored = targets == ignore_index
     logp = torch.log_softmax(logits / temperature, dim=-1)
     picked = logp.gather(-1, targets.masked_fill(ignored, 0).unsqueeze(-1)).squeeze(-1)
@@ -54,7 +52,7 @@ def linear_logprobs(
 
 
 def token_statistics(z: Tensor, targets: Tensor, *, ignore_index: int = IGNORE_INDEX) -> dict[str, Tensor]:
-    """Statistics of scaled logits z (N, V): entropy and log Σp² in nats, mean logit, is_top1 (bool); 0 where ignored."""
+    """Statistics of scaled logits z (N, V): entropy and log Σp² in nats, mean logit, is_top1; 0 where ignored."""
     ignored = targets == ignore_index
     logp = torch.log_softmax(z, dim=-1)
     # 0·(−inf) for a masked-out vocabulary entry is 0 here: the limit of p·log p
@@ -96,9 +94,10 @@ def sigmoid_loss(
 
 
 def padded_rows(rows: Sequence[tuple[Sequence[int], Sequence[int]]], pad_id: int = 0) -> dict[str, Tensor]:
-    """Right-padded rows of (prompt_ids, response_ids): input_ids, attention_mask and completion_mask, each (B, L) int64."""
+    """Right-padded rows of (prompt_ids, response_ids): input_ids and its two masks by name, each (B, L) int64."""
     length = max(len(prompt) + len(response) for prompt, response in rows)
-    padded = {name: torch.zeros(len(rows), length, dtype=torch.int64) for name in ("attention_mask", "completion_mask")}
+    masks = ("attention_mask", "completion_mask")
+    padded = {name: torch.zeros(len(rows), length, dtype=torch.int64) for name in masks}
     padded["input_ids"] = torch.full((len(rows), length), pad_id, dtype=torch.int64)
     for b, (prompt, response) in enumerate(rows):
         stop = len(prompt) + len(response)

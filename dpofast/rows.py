@@ -44,9 +44,7 @@ class LogitOptions:
         if self.softcap is not None and not 0 < self.softcap < float("inf"):
             raise ValueError(f"softcap: expected None or a positive finite number, got {self.softcap}")
         if self.ignore_index >= 0:
-            raise ValueError(
-                f"ignore_index: expected a negative number, which no token id is, got {self.ignore_index}"
-            )
+            raise ValueError(f"ignore_index: expected a negative number, which no token id is, got {self.ignore_index}")
         unknown = [name for name in self.stats if name not in STATS]
         if unknown:
             raise ValueError(f"stats: expected names among {STATS}, got {unknown}")

@@ -145,7 +145,9 @@ def test_statistics_match_the_reference():
         for name in stats:
             value = getattr(output, name)
             assert not value.requires_grad
-            torch.testing.assert_close(value.double(), truth[name].double(), atol=2e-5, rtol=1e-5, msg=f"{backend} {name}")
+            torch.testing.assert_close(
+                value.double(), truth[name].double(), atol=2e-5, rtol=1e-5, msg=f"{backend} {name}"
+            )
         assert torch.equal(output.is_top1, truth["is_top1"])
 
 

@@ -25,7 +25,9 @@ from dpofast import attach_logprob_head, detach_logprob_head, pack, reference, s
 
 def padded_truth(model, batch):
     """The reference's sequence log-probs of a batch, on padded rows and full logits."""
-    return reference.sequence_logprobs(reference.padded_logprobs(model, *batch.padded(), use_cache=False), batch.cu_targets)
+    return reference.sequence_logprobs(
+        reference.padded_logprobs(model, *batch.padded(), use_cache=False), batch.cu_targets
+    )
 
 
 def gradients_of(model, logps, upstream):
@@ -153,7 +155,9 @@ def test_peft_adapter_trains_through_the_packed_forward():
     from peft import LoraConfig, get_peft_model
 
     base = tiny_model()
-    model = attach_logprob_head(get_peft_model(base, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")))
+    model = attach_logprob_head(
+        get_peft_model(base, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    )
     (batch,) = pack(tiny_pairs())
     sequence_logprobs(model(packed=batch), batch).sum().backward()
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for n, p in model.named_parameters() if "lora_B" in n)
@@ -171,7 +175,10 @@ def test_an_adapter_on_the_head_is_refused():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: BertModel(BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2)), "BertModel: expected a"),
+        (
+            lambda: BertModel(BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2)),
+            "BertModel: expected a",
+        ),
         (
             lambda: T5ForConditionalGeneration(T5Config(vocab_size=50, d_model=16, d_ff=16, num_layers=1, num_heads=2)),
             "T5ForConditionalGeneration: expected a decoder-only",
