@@ -1,0 +1,70 @@
+"""Direct Preference Optimization with custom kernels. The public names, imported when first used."""
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_MODULES = {
+    "DPOConfig": "dpofast.trainer",
+    "DPOTrainer": "dpofast.trainer",
+    "DataError": "dpofast.data",
+    "LogprobOutput": "dpofast.logprobs",
+    "PackedBatch": "dpofast.packing",
+    "PreferenceLoss": "dpofast.preference",
+    "PreferenceOutput": "dpofast.preference",
+    "attach_logprob_head": "dpofast.model",
+    "detach_logprob_head": "dpofast.model",
+    "linear_logprobs": "dpofast.logprobs",
+    "load_preferences": "dpofast.data",
+    "logprobs": "dpofast.logprobs",
+    "pack": "dpofast.packing",
+    "preference_loss": "dpofast.preference",
+    "sequence_logprobs": "dpofast.model",
+    "tokenize_preferences": "dpofast.data",
+}
+__all__ = ["__version__", *_MODULES]
+
+# What a type checker sees of the table above, and what runs.
+if TYPE_CHECKING:
+    from dpofast.data import DataError as DataError
+    from dpofast.data import load_preferences as load_preferences
+    from dpofast.data import tokenize_preferences as tokenize_preferences
+    from dpofast.logprobs import LogprobOutput as LogprobOutput
+    from dpofast.logprobs import linear_logprobs as linear_logprobs
+    from dpofast.logprobs import logprobs as logprobs
+    from dpofast.model import attach_logprob_head as attach_logprob_head
+    from dpofast.model import detach_logprob_head as detach_logprob_head
+    from dpofast.model import sequence_logprobs as sequence_logprobs
+    from dpofast.packing import PackedBatch as PackedBatch
+    from dpofast.packing import pack as pack
+    from dpofast.preference import PreferenceLoss as PreferenceLoss
+    from dpofast.preference import PreferenceOutput as PreferenceOutput
+    from dpofast.preference import preference_loss as preference_loss
+    from dpofast.trainer import DPOConfig as DPOConfig
+    from dpofast.trainer import DPOTrainer as DPOTrainer
+else:
+
+    def __getattr__(name: str) -> Any:
+        if name not in _MODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(importlib.import_module(_MODULES[name]), name)
+        globals()[name] = value
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES})
+
+
+class _Package(ModuleType):
+    """Keeps `dpofast.logprobs` the function: importing a submodule would bind the package's attribute to the module."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _MODULES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
