@@ -43,7 +43,7 @@ setup(
         'triton>=3.6; platform_system == "Linux"',
         "transformers>=5.17",
         "accelerate>=1.1",
-        "datasets>=4.0",
+        "datasets>=4.7",
         "jinja2>=3.1",
         "matplotlib>=3.8",
         "numpy>=1.26",
