@@ -50,17 +50,23 @@ class PackedLayout:
             for prefix, (start, stop) in zip(prefixes, pairwise(bounds), strict=True)
         ]
         self.calls = 0
-        self._masks: dict[tuple[int, int, int | None, torch.device], Tensor] = {}
+        self._masks: dict[tuple[Any, ...], Tensor] = {}
 
-    def mask(self, queries: int, keys: int, window: int | None, device: torch.device) -> Tensor | None:
-        """(queries, keys) bool, True where a query sees a key; None where SDPA's top-left causal mask is the same."""
+    def mask(self, query: Tensor, keys: int, window: int | None) -> Tensor | None:
+        """(queries, keys) in query's dtype, −inf where a query sees no key; None where SDPA's causal mask is the same.
+
+        Additive, because SDPA would turn a boolean mask into one at every call.
+        """
+        queries = query.shape[2]
         if queries == keys and (window is None or window >= keys):
             return None
-        key = (queries, keys, window, device)
+        key = (queries, keys, window, query.dtype, query.device)
         if key not in self._masks:
-            distance = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
-            visible = distance >= 0
-            self._masks[key] = visible if window is None else visible & (distance < window)
+            position = torch.arange(keys, device=query.device)
+            distance = position[keys - queries :, None] - position
+            hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
+            zeros = torch.zeros(queries, keys, dtype=query.dtype, device=query.device)
+            self._masks[key] = zeros.masked_fill(hidden, -torch.inf)
         return self._masks[key]
 
 
@@ -81,7 +87,7 @@ def packed_attention(
     for q, pieces in zip(query.split(layout.query_sizes, dim=2), layout.seen_pieces, strict=True):
         k = _joined([keys[piece] for piece in pieces])
         v = _joined([values[piece] for piece in pieces])
-        mask = layout.mask(q.shape[2], k.shape[2], window, q.device)
+        mask = layout.mask(q, k.shape[2], window)
         attended = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling, enable_gqa=grouped
         )
