@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from bench import real_pairs, step, timing
-from bench.cases import PROFILES, PairProfile, package_folder
+from bench.cases import PairProfile, package_folder
 
-SMALL = PairProfile(response_words=(3, 6), reviews_joined=1, context_words=0)
-JOINED = PairProfile(response_words=(7, 12), reviews_joined=2, context_words=9)
+SMALL = PairProfile(review_words=(6, 8), reviews_joined=(1, 1), context_words=0)
+JOINED = PairProfile(review_words=(6, 8), reviews_joined=(1, 2), context_words=9)
 
 
 def write_table(path: Path, rows: list[dict[str, str]], columns: tuple[str, ...] = real_pairs.COLUMNS) -> Path:
@@ -27,10 +27,11 @@ def write_table(path: Path, rows: list[dict[str, str]], columns: tuple[str, ...]
 
 def made_up_reviews(films: int = 6, per_verdict: int = 8) -> list[dict[str, str]]:
     return [
-        {"category": verdict, "text": f"{word} film {film} says critic {number}", "movie_name": f"film_{film}"}
+        {"category": verdict, "text": text, "movie_name": f"film_{film}"}
         for film in range(films)
         for verdict, word in (("fresh", "Splendid"), ("rotten", "Dreadful"))
         for number in range(per_verdict)
+        for text in (f"{word} film {film} says critic {number}", f"Too short {film} {verdict} {number}")
     ]
 
 
@@ -63,12 +64,12 @@ def test_a_table_without_a_column_is_refused(tmp_path: Path) -> None:
 def test_pairs_set_a_fresh_against_a_rotten_review_of_the_prompts_film(reviews, profile) -> None:
     train, test = real_pairs.build_pairs(reviews, profile, pairs=8, held_out=2)
     assert (len(train), len(test)) == (8, 2)
-    least, most = profile.response_words
+    least, most = profile.reviews_joined
     for pair in train + test:
         film = re.search(r'"Film (\d)"', pair["prompt"]).group(1)
         for response, word in ((pair["chosen"], "Splendid"), (pair["rejected"], "Dreadful")):
             assert response.startswith(f" {word} film {film} says")
-            assert least <= len(response.split()) <= most
+            assert least <= response.count("says critic") <= most
         assert not pair["prompt"].endswith(" ")
         assert pair["prompt"].count("says critic") == (2 if profile.context_words else 0)
         # The quoted reviews do not lean to one verdict.
@@ -120,11 +121,6 @@ def test_the_command_writes_both_files(tmp_path: Path, monkeypatch: pytest.Monke
 def test_an_absent_package_is_named_with_its_remedy() -> None:
     with pytest.raises(ModuleNotFoundError, match="'no_such_package' is not installed here; install it with: pip"):
         package_folder("no_such_package", "pip install no-such-package")
-
-
-def test_profiles_fit_their_names() -> None:
-    assert PROFILES["short"].context_words == 0 < PROFILES["long"].context_words
-    assert all(profile.response_words[0] < profile.response_words[1] for profile in PROFILES.values())
 
 
 def test_a_record_is_one_appended_line(tmp_path: Path) -> None:

