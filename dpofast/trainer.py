@@ -30,9 +30,8 @@ from dpofast.packing import PackedBatch, pack
 from dpofast.preference import PreferenceLoss, PreferenceOutput, token_preference_loss
 from dpofast.refcache import REFERENCE_COLUMNS, add_reference_columns, reference_logps
 
-# Large enough for full GEMM speed, small enough that activations, not weights, never decide the peak.
-_DEFAULT_MAX_TOKENS = {"cpu": 1024}
-_DEFAULT_MAX_TOKENS_GPU = 16384
+# Large enough for full GEMM speed; on a CPU a pass without gradients is fastest where its activations stay in cache.
+_MAX_TOKENS_GPU, _MAX_TOKENS_CPU, _FORWARD_TOKENS_CPU = 16384, 4096, 1024
 _TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 
@@ -60,7 +59,7 @@ class DPOConfig(TrainingArguments):
     max_tokens: int | None = field(
         default=None,
         metadata={
-            "help": "Packed positions per micro-batch (default 1024 on the CPU, 16384 on a GPU); no effect on results."
+            "help": "Packed positions per micro-batch (default 4096 on the CPU, 16384 on a GPU); no effect on results."
         },
     )
     max_logits_bytes: int | None = field(
@@ -178,7 +177,9 @@ class DPOTrainer(Trainer):
             optimizers=optimizers,
         )
         self.loss = args.preference_loss()
-        self.max_tokens = args.max_tokens or _DEFAULT_MAX_TOKENS.get(args.device.type, _DEFAULT_MAX_TOKENS_GPU)
+        on_cpu = args.device.type == "cpu"
+        self.max_tokens = args.max_tokens or (_MAX_TOKENS_CPU if on_cpu else _MAX_TOKENS_GPU)
+        self.max_forward_tokens = min(self.max_tokens, _FORWARD_TOKENS_CPU) if on_cpu else self.max_tokens
         self.ref_model = self._reference_model(ref_model)
         self._window = _LogWindow()
         if args.precompute_ref_log_probs:
@@ -199,8 +200,8 @@ class DPOTrainer(Trainer):
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = [*_TOKEN_COLUMNS, *REFERENCE_COLUMNS, "row"]
 
-    def _packed(self, examples: Sequence[dict[str, Any]]) -> list[PackedBatch]:
-        return [batch.to(self.args.device) for batch in pack(examples, self.max_tokens)]
+    def _packed(self, examples: Sequence[dict[str, Any]], max_tokens: int) -> list[PackedBatch]:
+        return [batch.to(self.args.device) for batch in pack(examples, max_tokens)]
 
     # ---- reference --------------------------------------------------------------------------------------------------
 
@@ -236,7 +237,7 @@ class DPOTrainer(Trainer):
             return add_reference_columns(
                 dataset,
                 model,
-                max_tokens=self.max_tokens,
+                max_tokens=self.max_forward_tokens,
                 max_logits_bytes=self.args.max_logits_bytes,
                 device=self.args.device,
                 autocast=self.compute_loss_context_manager,
@@ -279,7 +280,7 @@ class DPOTrainer(Trainer):
         model.train()
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()
-        batches = self._packed(inputs)
+        batches = self._packed(inputs, self.max_tokens)
         losses = []
         for index, batch in enumerate(batches):
             last = index == len(batches) - 1
@@ -347,7 +348,7 @@ class DPOTrainer(Trainer):
         sums = MetricSums()
         count = 0
         for examples in dataloader:
-            for batch in self._packed(examples):
+            for batch in self._packed(examples, self.max_forward_tokens):
                 output = self._forward(model, batch, batch.num_pairs, sums)
                 sums.add("loss", output.losses.sum(), batch.num_pairs)
             count += len(examples)
