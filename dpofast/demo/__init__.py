@@ -1,0 +1,1 @@
+"""The built-in example: a small world, a small model, and a preference for kind answers."""

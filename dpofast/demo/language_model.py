@@ -1,0 +1,91 @@
+"""The demo's first stage: a tokenizer and a small Llama that learn the bundled text from scratch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
+
+from dpofast.progress import follow
+
+END, PAD = "<|end|>", "<|pad|>"
+BLOCK = 128
+
+
+def train_tokenizer(documents: list[str], vocab_size: int = 1536) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of the documents, padding on the left so that it can generate in batches."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END, PAD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(documents, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=PAD, padding_side="left")
+
+
+def small_llama(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """About a million random weights."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return LlamaForCausalLM(config)
+
+
+def train_language_model(documents: list[str], folder: Path, *, steps: int, seed: int) -> tuple[Any, Any]:
+    """Train on blocks of the documents and save to a folder. Returns the model and its tokenizer."""
+    tokenizer = train_tokenizer(documents)
+    set_seed(seed)
+    model = small_llama(tokenizer)
+    ids = [token for text in documents for token in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
+    blocks = [ids[start : start + BLOCK] for start in range(0, len(ids) - BLOCK + 1, BLOCK)]
+    args = TrainingArguments(
+        str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=8,
+        learning_rate=5e-3,
+        lr_scheduler_type="cosine",
+        warmup_steps=min(10, steps // 2),
+        weight_decay=0.01,
+        adam_beta2=0.99,
+        logging_steps=max(1, steps // 8),
+        include_num_input_tokens_seen="all",
+        save_strategy="no",
+        dataloader_pin_memory=False,
+        report_to="none",
+        disable_tqdm=True,
+        seed=seed,
+    )
+    trainer = Trainer(
+        model,
+        args,
+        train_dataset=[{"input_ids": block, "labels": block} for block in blocks],
+        data_collator=default_data_collator,
+    )
+    follow(trainer, folder / "metrics.jsonl", title="learning the text")
+    trainer.train()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model, tokenizer

@@ -1,0 +1,66 @@
+"""The picture of a run: loss, accuracy, margin and rewards over steps, from its metrics.jsonl."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from dpofast.progress import read_metrics
+
+_BLUE, _ORANGE, _GREY = "#2563eb", "#ea580c", "#9ca3af"
+# Title, y axis, the metrics with their colours, and what a model without a preference has: a dotted line.
+_PANELS: tuple[tuple[str, str, tuple[tuple[str, str, str], ...], float], ...] = (
+    ("Loss", "nats a pair", (("loss", "", _BLUE),), math.log(2)),
+    ("Accuracy", "share of pairs with margin > 0", (("rewards/accuracies", "", _BLUE),), 0.5),
+    ("Margin", "chosen − rejected reward", (("rewards/margins", "", _BLUE),), 0.0),
+    (
+        "Rewards",
+        "β · (policy − reference)",
+        (("rewards/chosen", "chosen", _BLUE), ("rewards/rejected", "rejected", _ORANGE)),
+        0.0,
+    ),
+)
+
+
+def plot_training(metrics: str | Path, png: str | Path) -> None:
+    """Draw a run's training values as lines and its held-out values as dashed lines with dots.
+
+    Args:
+        metrics: the JSON lines that dpofast.progress.JsonlCallback wrote.
+        png: where the picture goes.
+
+    Raises:
+        ValueError: no entry with a loss in the file.
+    """
+    entries = read_metrics(metrics)
+    if not any("loss" in entry for entry in entries):
+        raise ValueError(f"{metrics}: expected a training log with a loss to draw, got {len(entries)} logs without one")
+    # A Figure of its own draws without pyplot, so no display is needed and no global state is left behind.
+    figure = Figure(figsize=(10, 6.4), layout="constrained")
+    for axes, (title, label, curves, start) in zip(figure.subplots(2, 2, sharex=True).flat, _PANELS, strict=True):
+        axes.axhline(start, color=_GREY, linewidth=1, linestyle=":")
+        for name, side, color in curves:
+            _curve(axes, entries, name, f"{side} training", color=color, linewidth=1.6)
+            _curve(axes, entries, f"eval_{name}", f"{side} held-out", color=color, linestyle="--", marker="o", ms=4)
+        axes.set_title(title, loc="left", fontweight="bold")
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False)
+    for axes in figure.axes[2:]:
+        axes.set_xlabel("optimizer step")
+    figure.axes[0].set_ylim(bottom=0)
+    figure.axes[1].set_ylim(-0.03, 1.03)
+    figure.savefig(png, dpi=120)
+
+
+def _curve(axes: Axes, entries: Sequence[dict[str, Any]], name: str, label: str, **style: Any) -> None:
+    points = [(entry["step"], entry[name]) for entry in entries if entry.get(name) is not None]
+    if points:
+        axes.plot(*zip(*points, strict=True), label=label.strip(), **style)

@@ -1,0 +1,141 @@
+"""What a run shows and keeps while it trains: a progress bar or plain lines, and one JSON line a log."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import PrinterCallback, Trainer, TrainerCallback
+from transformers import ProgressCallback as TqdmCallback
+
+# Where each value stands in a log (Trainer names its own speed differently), and how it is shown.
+_SHOWN = {
+    "loss": ("{:.4f}", ("loss",)),
+    "accuracy": ("{:.2f}", ("rewards/accuracies",)),
+    "margin": ("{:+.2f}", ("rewards/margins",)),
+    "tokens/s": ("{:,.0f}", ("tokens_per_second", "train_tokens_per_second")),
+}
+
+
+def follow(trainer: Trainer, metrics: str | Path | None = None, *, title: str = "training") -> None:
+    """Show a trainer's progress here and append its logs to a file.
+
+    Args:
+        trainer: any transformers.Trainer; its own bar (or printer of logs) is taken off.
+        metrics: the JSON lines file, or None for no file.
+        title: what stands before the bar.
+    """
+    for theirs in (TqdmCallback, PrinterCallback):
+        trainer.remove_callback(theirs)
+    trainer.add_callback(ProgressCallback(title))
+    if metrics is not None:
+        trainer.add_callback(JsonlCallback(metrics))
+
+
+class ProgressCallback(TrainerCallback):
+    """A bar with loss, accuracy, margin and tokens per second on a terminal; one line a log elsewhere."""
+
+    def __init__(self, title: str = "training", console: Console | None = None) -> None:
+        """Show under a title, on a console of your own or standard output."""
+        self.title = title
+        self.console = console or Console()
+        self._bar: Progress | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Open the bar."""
+        if not (self.console.is_terminal and state.is_world_process_zero):
+            return
+        columns = (TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn())
+        shown = (TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[values]}"))
+        self._bar = Progress(*columns, *shown, console=self.console)
+        self._task = self._bar.add_task(self.title, total=state.max_steps, completed=state.global_step, values="")
+        # An exception inside train() never reaches on_train_end, and the terminal's cursor would stay hidden.
+        atexit.register(self._bar.stop)
+        self._bar.start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Move the bar."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        """Show the values: of training beside the bar, of an evaluation (or without a terminal) as a line."""
+        held_out = "eval_loss" in (logs or {})
+        values = _values(logs or {}, prefix="eval_" if held_out else "")
+        if not values or not state.is_world_process_zero:
+            return
+        if self._bar is not None and not held_out:
+            self._bar.update(self._task, values=values)
+        else:
+            step = f"{self.title}: step {state.global_step}/{state.max_steps}"
+            self.console.print(f"{step}  {'held-out: ' * held_out}{values}", highlight=False, soft_wrap=True)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Close the bar."""
+        if self._bar is not None:
+            self._bar.stop()
+            atexit.unregister(self._bar.stop)
+            self._bar = None
+
+
+class JsonlCallback(TrainerCallback):
+    """Appends every log to a file as one JSON line with its step; a value that is not finite is written as null."""
+
+    def __init__(self, path: str | Path) -> None:
+        """Write to a path whose folders are made when training begins."""
+        self.path = Path(path)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start anew, or after the resumed step: what an interrupted run logged beyond it is trained again."""
+        if not state.is_world_process_zero:
+            return
+        kept = []
+        if state.global_step > 0 and self.path.exists():
+            kept = [entry for entry in read_metrics(self.path) if entry["step"] <= state.global_step]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text("".join(map(_line, kept)), encoding="utf-8")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        """Append one line."""
+        if state.is_world_process_zero:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(_line({"step": state.global_step, **(logs or {})}))
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The entries of a JsonlCallback's file. A last line that a crash cut short is left out.
+
+    Raises:
+        ValueError: a line elsewhere that is not JSON, with its number.
+    """
+    lines = Path(path).read_text(encoding="utf-8").split("\n")
+    entries = []
+    for number, line in enumerate(lines[:-1], 1):
+        try:
+            entries.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}: expected one JSON object a line: {error}") from error
+    return entries
+
+
+def _line(entry: Mapping[str, Any]) -> str:
+    finite = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in entry.items()
+    }
+    return json.dumps(finite) + "\n"
+
+
+def _values(logs: Mapping[str, Any], prefix: str) -> str:
+    if f"{prefix}loss" not in logs:
+        return ""
+    parts = []
+    for label, (form, names) in _SHOWN.items():
+        found = [logs[prefix + name] for name in names if prefix + name in logs]
+        parts += [f"{label} {form.format(found[0])}"] if found else []
+    return "  ".join(parts)
