@@ -16,6 +16,14 @@ from torch import Tensor
 _Backward = Callable[..., tuple[Tensor | None, ...]]
 
 
+def no_second_derivative(ctx: Any, *_: Any) -> Any:
+    """The backward of what must not be differentiated: raises RuntimeError."""
+    raise RuntimeError(
+        "dpofast's log-probs have first derivatives only: use the 'reference' backend where a gradient is "
+        "differentiated again (a gradient penalty, a Hessian)"
+    )
+
+
 class _Constant(torch.autograd.Function):
     """(gradient, *what it depends on) -> gradient; raises when differentiated."""
 
@@ -25,10 +33,7 @@ class _Constant(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
-        raise RuntimeError(
-            "dpofast's log-probs have first derivatives only: use the 'reference' backend where a gradient is "
-            "differentiated again (a gradient penalty, a Hessian)"
-        )
+        no_second_derivative(ctx)
 
 
 def first_order_only(backward: _Backward) -> _Backward:

@@ -11,8 +11,9 @@ from torch import Tensor
 from dpofast import reference
 from dpofast.first_order import first_order_only
 from dpofast.gemm import accumulate_dtype
-from dpofast.linear import LinearLogprobs, default_logits_bytes
-from dpofast.rows import LogitOptions, choose_backend, row_logprobs
+from dpofast.head import default_logits_bytes
+from dpofast.linear import per_token
+from dpofast.rows import LogitOptions, check_target_values, choose_backend, row_logprobs
 
 _CHUNK_BYTES = 32 << 20
 
@@ -68,9 +69,10 @@ def logprobs(
             f"vocabulary, got {tuple(targets.shape)}"
         )
     _check_floating("logits", logits)
-    _check_targets(targets, logits.shape[-1], logits.device, ignore_index)
+    _check_targets(targets, logits.device)
     chosen = choose_backend(backend, logits.device)
     if chosen == "reference":
+        check_target_values(targets, logits.shape[-1], ignore_index)
         wide = logits.to(accumulate_dtype(logits.dtype))
         return reference.logprobs(wide, targets, temperature=temperature, ignore_index=ignore_index)
     rows = logits.reshape(-1, logits.shape[-1])
@@ -123,21 +125,20 @@ def linear_logprobs(
         hidden, weight = hidden.to(compute), weight.to(compute)
         bias = None if bias is None else bias.to(compute)
     _check_head(hidden, weight, bias, targets)
-    _check_targets(targets, weight.shape[0], hidden.device, ignore_index)
+    _check_targets(targets, hidden.device)
     chosen = choose_backend(backend, hidden.device)
     with torch.autocast(hidden.device.type, enabled=False):
         if chosen == "reference":
             return _reference_output(hidden, weight, bias, targets, options)
         budget = default_logits_bytes(hidden.device) if max_logits_bytes is None else max_logits_bytes
-        grad = torch.is_grad_enabled()
-        needs = tuple(grad and x is not None and x.requires_grad for x in (hidden, weight, bias))
-        logps, *values = LinearLogprobs.apply(hidden, weight, bias, targets, options, chosen, budget, needs)
-    return LogprobOutput(logps, **dict(zip(options.stats, values, strict=True)))
+        logps, values = per_token(hidden, weight, bias, targets, options, chosen, budget)
+    return LogprobOutput(logps, **values)
 
 
 def _reference_output(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: LogitOptions
 ) -> LogprobOutput:
+    check_target_values(targets, weight.shape[0], options.ignore_index)
     wide = accumulate_dtype(hidden.dtype)
     x = torch.nn.functional.linear(hidden.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
     z = reference.scaled_logits(
@@ -177,19 +178,11 @@ def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Te
             )
 
 
-def _check_targets(targets: Tensor, vocab: int, device: torch.device, ignore_index: int) -> None:
+def _check_targets(targets: Tensor, device: torch.device) -> None:
     if targets.dtype != torch.int64:
         raise ValueError(f"targets: expected int64, got {targets.dtype}")
     if targets.device != device:
         raise ValueError(f"targets: expected on {device}, got {targets.device}")
-    if targets.is_cpu and targets.numel():
-        wrong = ((targets < 0) | (targets >= vocab)) & (targets != ignore_index)
-        if wrong.any():
-            first = int(wrong.reshape(-1).nonzero()[0])
-            raise ValueError(
-                f"targets: expected ids in [0, {vocab}) or ignore_index {ignore_index}, "
-                f"got {int(targets.reshape(-1)[first])} at position {first}"
-            )
 
 
 class _Logprobs(torch.autograd.Function):
@@ -201,6 +194,7 @@ class _Logprobs(torch.autograd.Function):
     ) -> Tensor:
         ctx.options, ctx.inplace_backward = options, inplace_backward
         ctx.consumed = False
+        check_target_values(targets, logits.shape[1], options.ignore_index)
         if backend == "triton":
             from dpofast.kernels.token_logprobs import token_logprobs
 

@@ -83,6 +83,18 @@ def choose_backend(backend: str, device: torch.device) -> str:
     return backend
 
 
+def check_target_values(targets: Tensor, vocab: int, ignore_index: int) -> None:
+    """ValueError for a target outside [0, vocab) that is not ignore_index: on the CPU, where looking costs no sync."""
+    if targets.is_cpu and targets.numel():
+        wrong = ((targets < 0) | (targets >= vocab)) & (targets != ignore_index)
+        if wrong.any():
+            first = int(wrong.reshape(-1).nonzero()[0])
+            raise ValueError(
+                f"targets: expected ids in [0, {vocab}) or ignore_index {ignore_index}, "
+                f"got {int(targets.reshape(-1)[first])} at position {first}"
+            )
+
+
 def row_logprobs(
     logits: Tensor, bias: Tensor | None, targets: Tensor, options: LogitOptions, *, exp_out: Tensor | None, backend: str
 ) -> RowResult:

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 import dpofast
 from dpofast import reference
-from dpofast.linear import HeadPlan, even_rows
+from dpofast.head import HeadPlan, even_rows
+from dpofast.linear import linear_logprobs_op
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BACKENDS = ["torch", "triton", "reference"]
@@ -326,3 +327,27 @@ def test_logits_and_targets_must_fit():
         dpofast.logprobs(torch.zeros(2, 3, 5), torch.zeros(2, 4, dtype=torch.int64))
     with pytest.raises(ValueError, match="logits: expected a floating-point"):
         dpofast.logprobs(torch.zeros(2, 5, dtype=torch.int64), torch.zeros(2, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("budget_rows", [5, 1000])
+@pytest.mark.parametrize("needs", [(1, 1, 1), (1, 0, 0), (0, 0, 0)])
+def test_the_operators_pass_opcheck(budget_rows, needs):
+    *tensors, targets, _ = head_inputs(n=7, d=4, vocab=11)
+    leaves = [tensor.requires_grad_(bool(need)) for tensor, need in zip(tensors, needs, strict=True)]
+    arguments = (*leaves, targets, 1.0, 1.0, None, -100, "entropy", "torch", budget_rows * 44, *map(bool, needs))
+    torch.library.opcheck(linear_logprobs_op, arguments)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+def test_torch_compile_without_a_graph_break(backend):
+    *tensors, targets, upstream = head_inputs(n=9, d=8, vocab=33)
+
+    def loss(h, w, b):
+        output = dpofast.linear_logprobs(h * 2, w, targets, bias=b, stats=("entropy",))
+        return output.logps * 3 + output.entropy * 0
+
+    logps, grads = gradients(loss, tensors, upstream)
+    compiled, compiled_grads = gradients(torch.compile(loss, fullgraph=True, backend=backend), tensors, upstream)
+    torch.testing.assert_close(compiled, logps)
+    for ours, expected in zip(compiled_grads, grads, strict=True):
+        torch.testing.assert_close(ours, expected)
