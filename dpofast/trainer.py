@@ -141,6 +141,7 @@ class DPOTrainer(Trainer):
         # The loop below makes the micro-batches, so Trainer sees one batch a step.
         args.per_device_train_batch_size *= args.gradient_accumulation_steps
         args.gradient_accumulation_steps = 1
+        args.dataloader_pin_memory = False  # batches are numpy arrays until they are packed
         torch.manual_seed(args.seed)
         if isinstance(model, str):
             processing_class = processing_class or AutoTokenizer.from_pretrained(model)
