@@ -18,6 +18,7 @@ _MODULES = {
     "attach_logprob_head": "dpofast.model",
     "detach_logprob_head": "dpofast.model",
     "linear_logprobs": "dpofast.logprobs",
+    "linear_preference_loss": "dpofast.linear_preference",
     "load_preferences": "dpofast.data",
     "logprobs": "dpofast.logprobs",
     "pack": "dpofast.packing",
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from dpofast.data import DataError as DataError
     from dpofast.data import load_preferences as load_preferences
     from dpofast.data import tokenize_preferences as tokenize_preferences
+    from dpofast.linear_preference import linear_preference_loss as linear_preference_loss
     from dpofast.logprobs import LogprobOutput as LogprobOutput
     from dpofast.logprobs import linear_logprobs as linear_logprobs
     from dpofast.logprobs import logprobs as logprobs

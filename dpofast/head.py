@@ -50,8 +50,12 @@ class HeadPlan:
     scratch_rows: int
 
     @staticmethod
-    def make(rows: int, vocab: int, dtype: torch.dtype, max_logits_bytes: int, *, keep: bool) -> HeadPlan:
+    def make(
+        rows: int, vocab: int, dtype: torch.dtype, max_logits_bytes: int, *, keep: bool, largest: int | None = None
+    ) -> HeadPlan:
         """Split the byte budget; ValueError where it does not hold a single row.
+
+        rows are those of the call, `largest` the most that must be kept at the same time (all of them, if None).
 
         Where all rows fit and E has the logits' dtype there is no scratch: logits go straight into the kept rows.
         """
@@ -66,8 +70,8 @@ class HeadPlan:
         affordable = max_logits_bytes // row_bytes
         if not keep:
             return HeadPlan(0, even_rows(rows, min(affordable, _SCRATCH_ROWS)))
-        if tile_bytes == 0 and rows <= affordable:
-            return HeadPlan(rows, 0)
+        if tile_bytes == 0 and (rows if largest is None else largest) <= affordable:
+            return HeadPlan(min(rows, affordable), 0)
         scratch = even_rows(rows, min(_SCRATCH_ROWS, max(1, affordable // 2)))
         kept = (max_logits_bytes - scratch * row_bytes) // (tile_bytes or logit_bytes)
         return HeadPlan(min(rows, kept), scratch)
@@ -134,14 +138,18 @@ class Head:
 
 
 class Gradients:
-    """Adds up dW and db over flushes of E rows and writes dh; needs says which of hidden, weight, bias get one."""
+    """Adds up dW and db over flushes of E rows and writes dh; needs says which of hidden, weight, bias get one.
 
-    def __init__(self, head: Head, needs: tuple[bool, bool, bool]) -> None:
-        """Allocate the gradients that are needed; dW is float32 (float64) until finish()."""
+    dW is added up in float32 (float64) and cast at the end; one that is written by a single flush needs no such sum.
+    """
+
+    def __init__(self, head: Head, needs: tuple[bool, bool, bool], *, flushes: int = 2) -> None:
+        """Allocate the gradients that are needed."""
         self.head = head
+        total = head.weight.dtype if flushes <= 1 and head.narrow == head.weight.dtype else head.wide
         need_dh, need_dw, need_db = needs
         self.dh = torch.empty_like(head.hidden) if need_dh else None
-        self.dw = torch.empty_like(head.weight, dtype=head.wide) if need_dw else None
+        self.dw = torch.empty_like(head.weight, dtype=total) if need_dw else None
         self.db = head.hidden.new_zeros(head.weight.shape[0], dtype=head.wide) if need_db else None
         self._flushed = False
 
@@ -165,3 +173,51 @@ class Gradients:
         dw = None if self.dw is None else self.dw.to(self.head.weight.dtype)
         db = None if self.db is None else self.db.to(self.head.weight.dtype)
         return self.dh, dw, db
+
+
+def autocast_inputs(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The head's float inputs in autocast's dtype where it is on: cast here, once, and never inside."""
+    if not torch.is_autocast_enabled(hidden.device.type):
+        return hidden, weight, bias
+    compute = torch.get_autocast_dtype(hidden.device.type)
+    return hidden.to(compute), weight.to(compute), None if bias is None else bias.to(compute)
+
+
+def check_floating(name: str, tensor: Tensor) -> None:
+    """ValueError unless the tensor is floating-point."""
+    if not tensor.is_floating_point():
+        raise ValueError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
+
+
+def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> None:
+    """TypeError for a head that is no plain dense tensor, ValueError for shapes, dtypes or devices that do not fit."""
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and (type(tensor.data) is not Tensor or tensor.layout != torch.strided):
+            raise TypeError(
+                f"{name}: expected a plain dense tensor, got {type(tensor.data).__name__} ({tensor.layout}): "
+                "gather or dequantize the head first"
+            )
+    check_floating("hidden", hidden)
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden (N, D) and weight (V, D): expected equal D, got {tuple(hidden.shape)} and {tuple(weight.shape)}"
+        )
+    check_targets(targets, hidden.device)
+    if targets.shape != hidden.shape[:1]:
+        raise ValueError(f"targets: expected shape ({hidden.shape[0]},), got {tuple(targets.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias: expected shape ({weight.shape[0]},), got {tuple(bias.shape)}")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and (tensor.dtype != hidden.dtype or tensor.device != hidden.device):
+            raise ValueError(
+                f"{name}: expected hidden's dtype and device, {hidden.dtype} on {hidden.device}, "
+                f"got {tensor.dtype} on {tensor.device}"
+            )
+
+
+def check_targets(targets: Tensor, device: torch.device) -> None:
+    """ValueError unless targets are int64 on the device; their values are looked at by check_target_values."""
+    if targets.dtype != torch.int64:
+        raise ValueError(f"targets: expected int64, got {targets.dtype}")
+    if targets.device != device:
+        raise ValueError(f"targets: expected on {device}, got {targets.device}")

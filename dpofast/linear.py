@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpofast.gemm import accumulate_dtype
 from dpofast.first_order import no_second_derivative
+from dpofast.gemm import accumulate_dtype
 from dpofast.head import Gradients, Head, HeadPlan, chunks, exp_dtype
 from dpofast.rows import STATS, LogitOptions, check_target_values
 
@@ -175,11 +175,13 @@ def linear_logprobs_backward_op(
     with torch.autocast(hidden.device.type, enabled=False):
         options = _options(temperature, logit_scale, softcap, ignore_index)
         head = Head(hidden, weight, bias, targets, options, backend, plan)
-        gradients = Gradients(head, (need_dh, need_dw, need_db))
+        recomputed = chunks(plan.kept_rows, len(targets), plan.scratch_rows)
+        flushes = len(recomputed) + (plan.kept_rows > 0)
+        gradients = Gradients(head, (need_dh, need_dw, need_db), flushes=flushes)
         if plan.kept_rows:
             rows = slice(0, plan.kept_rows)
             gradients.flush(rows, kept, coefficients[rows])
-        for rows in chunks(plan.kept_rows, len(targets), plan.scratch_rows):
+        for rows in recomputed:
             gradients.flush(rows, head.exp(rows)[0], coefficients[rows])
     dh, dw, db = gradients.finish()
     return tuple(nothing.clone() if x is None else x for x in (dh, dw, db))  # type: ignore[return-value]

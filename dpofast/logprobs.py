@@ -11,7 +11,7 @@ from torch import Tensor
 from dpofast import reference
 from dpofast.first_order import first_order_only
 from dpofast.gemm import accumulate_dtype
-from dpofast.head import default_logits_bytes
+from dpofast.head import autocast_inputs, check_floating, check_head, check_targets, default_logits_bytes
 from dpofast.linear import per_token
 from dpofast.rows import LogitOptions, check_target_values, choose_backend, row_logprobs
 
@@ -68,8 +68,8 @@ def logprobs(
             f"targets: expected shape {tuple(logits.shape[:-1])}, that of logits {tuple(logits.shape)} without the "
             f"vocabulary, got {tuple(targets.shape)}"
         )
-    _check_floating("logits", logits)
-    _check_targets(targets, logits.device)
+    check_floating("logits", logits)
+    check_targets(targets, logits.device)
     chosen = choose_backend(backend, logits.device)
     if chosen == "reference":
         check_target_values(targets, logits.shape[-1], ignore_index)
@@ -120,12 +120,8 @@ def linear_logprobs(
         TypeError: a head weight that is no plain dense tensor (quantized, sharded).
     """
     options = LogitOptions(temperature, logit_scale, softcap, ignore_index, tuple(stats))
-    if torch.is_autocast_enabled(hidden.device.type):
-        compute = torch.get_autocast_dtype(hidden.device.type)
-        hidden, weight = hidden.to(compute), weight.to(compute)
-        bias = None if bias is None else bias.to(compute)
-    _check_head(hidden, weight, bias, targets)
-    _check_targets(targets, hidden.device)
+    hidden, weight, bias = autocast_inputs(hidden, weight, bias)
+    check_head(hidden, weight, bias, targets)
     chosen = choose_backend(backend, hidden.device)
     with torch.autocast(hidden.device.type, enabled=False):
         if chosen == "reference":
@@ -147,42 +143,6 @@ def _reference_output(
     logps = reference.logprobs(z, targets, ignore_index=options.ignore_index)
     every = reference.token_statistics(z.detach(), targets, ignore_index=options.ignore_index) if options.stats else {}
     return LogprobOutput(logps, **{name: every[name] for name in options.stats})
-
-
-def _check_floating(name: str, tensor: Tensor) -> None:
-    if not tensor.is_floating_point():
-        raise ValueError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
-
-
-def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> None:
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and (type(tensor.data) is not Tensor or tensor.layout != torch.strided):
-            raise TypeError(
-                f"{name}: expected a plain dense tensor, got {type(tensor.data).__name__} ({tensor.layout}): "
-                "gather or dequantize the head first"
-            )
-    _check_floating("hidden", hidden)
-    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(
-            f"hidden (N, D) and weight (V, D): expected equal D, got {tuple(hidden.shape)} and {tuple(weight.shape)}"
-        )
-    if targets.shape != hidden.shape[:1]:
-        raise ValueError(f"targets: expected shape ({hidden.shape[0]},), got {tuple(targets.shape)}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias: expected shape ({weight.shape[0]},), got {tuple(bias.shape)}")
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and (tensor.dtype != hidden.dtype or tensor.device != hidden.device):
-            raise ValueError(
-                f"{name}: expected hidden's dtype and device, {hidden.dtype} on {hidden.device}, "
-                f"got {tensor.dtype} on {tensor.device}"
-            )
-
-
-def _check_targets(targets: Tensor, device: torch.device) -> None:
-    if targets.dtype != torch.int64:
-        raise ValueError(f"targets: expected int64, got {targets.dtype}")
-    if targets.device != device:
-        raise ValueError(f"targets: expected on {device}, got {targets.device}")
 
 
 class _Logprobs(torch.autograd.Function):

@@ -60,9 +60,9 @@ class MetricSums:
         self.add("displacement", (sides["chosen"] < 0).sum(), count)
 
     def add_tokens(self, output: LogprobOutput, batch: PackedBatch) -> None:
-        """Add a micro-batch's per-token statistics, if the output has them: over the tokens of every pair, like TRL."""
+        """Add a micro-batch's per-token statistics (TOKEN_STATISTICS): over the tokens of every pair, like TRL."""
         if output.entropy is None or output.mean_logits is None or output.is_top1 is None:
-            return
+            raise ValueError(f"output: expected the statistics {TOKEN_STATISTICS}; ask the model for them by stats=...")
         chosen, rejected = batch.pairs.long().unbind(1)
         lengths = batch.cu_targets.diff()
 

@@ -7,15 +7,17 @@ built. Every other call of the model (plain logits, generation, saving) is uncha
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dpofast.attention import PackedLayout, restore_attention, use_packed_attention
+from dpofast.linear_preference import linear_preference_loss
 from dpofast.logprobs import LogprobOutput, linear_logprobs
 from dpofast.packing import PackedBatch, pack
-from dpofast.preference import segment_sums
+from dpofast.preference import PreferenceLoss, PreferenceOutput, segment_sums
 from dpofast.reference import padded_logprobs
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -24,8 +26,22 @@ _CANARY_PROMPT, _CANARY_RESPONSES = 5, (4, 6)
 _CANARY_TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-3, torch.float16: 5e-2, torch.bfloat16: 3e-1}
 
 
+@dataclass(frozen=True)
+class PackedPreference:
+    """What turns model(packed=batch, preference=...) into the whole loss, in one pass over the head.
+
+    ref_logps (S,) float32 on the batch's device; num_pairs is what the sum over the batch's pairs is divided by.
+    """
+
+    ref_logps: Tensor
+    loss: PreferenceLoss
+    num_pairs: int
+
+
 def attach_logprob_head(model: Any) -> Any:
     """Make model(packed=PackedBatch, stats=()) return a LogprobOutput over the batch's N targets. Returns the model.
+
+    model(packed=batch, preference=PackedPreference(...)) returns the PreferenceOutput of the batch's pairs instead.
 
     Args:
         model: a decoder-only transformers model with a language-modelling head. A PEFT model is attached through its
@@ -89,6 +105,7 @@ def _packed_class(cls: Any) -> type:
         *args: Any,
         packed: PackedBatch | None = None,
         stats: tuple[str, ...] = (),
+        preference: PackedPreference | None = None,
         max_logits_bytes: int | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -97,7 +114,7 @@ def _packed_class(cls: Any) -> type:
         extra = [name for name, value in kwargs.items() if value is not None]
         if args or extra:
             raise ValueError(f"model(packed=...): expected no further model inputs, got {extra or 'positional ones'}")
-        return _packed_logprobs(self, packed, stats, max_logits_bytes)
+        return _packed_output(self, packed, stats, preference, max_logits_bytes)
 
     members = {
         "forward": forward,
@@ -108,9 +125,8 @@ def _packed_class(cls: Any) -> type:
     return type(cls.__name__, (_PackedForward, cls), members)
 
 
-def _packed_logprobs(
-    model: Any, batch: PackedBatch, stats: tuple[str, ...], max_logits_bytes: int | None
-) -> LogprobOutput:
+def _packed_hidden(model: Any, batch: PackedBatch) -> Tensor:
+    """The trunk's output (N, D) at the rows that predict a target."""
     layout = PackedLayout(batch.segments)
     output = model.base_model(
         input_ids=batch.input_ids[None],
@@ -126,16 +142,37 @@ def _packed_logprobs(
             f"{type(model).__name__}: {layout.calls} of {layers} attention layers saw the packed layout, so the packed "
             "numbers would be wrong; this model cannot run packed"
         )
+    return output.last_hidden_state[0].index_select(0, batch.logit_rows)
+
+
+def _packed_output(
+    model: Any,
+    batch: PackedBatch,
+    stats: tuple[str, ...],
+    preference: PackedPreference | None,
+    max_logits_bytes: int | None,
+) -> LogprobOutput | PreferenceOutput:
+    if stats and preference is not None:
+        raise ValueError(f"stats: expected none beside preference=..., which has no per-token outputs, got {stats}")
     head = model.get_output_embeddings()
-    hidden = output.last_hidden_state[0].index_select(0, batch.logit_rows)
-    return linear_logprobs(
+    hidden = _packed_hidden(model, batch)
+    options = {
+        "bias": head.bias,
+        "max_logits_bytes": max_logits_bytes,
+        **_logit_options(model.config.get_text_config()),
+    }
+    if preference is None:
+        return linear_logprobs(hidden, head.weight, batch.targets, stats=stats, **options)
+    return linear_preference_loss(
         hidden,
         head.weight,
         batch.targets,
-        bias=head.bias,
-        stats=stats,
-        max_logits_bytes=max_logits_bytes,
-        **_logit_options(model.config.get_text_config()),
+        batch.cu_targets,
+        batch.pairs,
+        preference.ref_logps,
+        loss=preference.loss,
+        num_pairs=preference.num_pairs,
+        **options,
     )
 
 

@@ -81,7 +81,7 @@ def preference_loss(
         ValueError: shapes that do not fit, no pair, or (on the CPU) a pair that names a missing sequence.
     """
     loss = PreferenceLoss() if loss is None else loss
-    _check(logps, pairs, ref_logps)
+    check_pairs(logps, pairs, ref_logps)
     chosen, rejected = pairs.to(device=logps.device, dtype=torch.int64, non_blocking=True).unbind(1)
     logratios = logps - ref_logps.to(logps.dtype)
     losses = _LOSSES[loss.kind](logratios[chosen], logratios[rejected], loss)
@@ -95,7 +95,7 @@ def segment_sums(token_logps: Tensor, cu_targets: Tensor) -> Tensor:
     Added up in float64, so that the order in which a device adds does not show.
     """
     sums = token_logps.new_zeros(len(cu_targets) - 1, dtype=torch.float64)
-    owner = _spread(torch.arange(len(sums), device=token_logps.device), cu_targets, len(token_logps))
+    owner = spread(torch.arange(len(sums), device=token_logps.device), cu_targets, len(token_logps))
     return sums.index_add(0, owner, token_logps.double()).to(token_logps.dtype)
 
 
@@ -145,24 +145,13 @@ class _FusedSigmoid(torch.autograd.Function):
         loss: PreferenceLoss,
         divisor: int,
     ) -> tuple[Tensor, ...]:
-        from dpofast.kernels.preference import pair_adjacency, preference_sigmoid
-
         if len(pairs) == 0:
             raise ValueError("pairs: expected at least one pair, got none")
-        device = token_logps.device
-        adjacency = pair_adjacency(pairs, len(cu_targets) - 1)
-        result = preference_sigmoid(
-            token_logps,
-            cu_targets.to(device, non_blocking=True),
-            adjacency.to(device, non_blocking=True),
-            ref_logps,
-            beta=loss.beta,
-            label_smoothing=loss.label_smoothing,
-        )
-        ctx.save_for_backward(token_logps, _spread(result.coefficients / divisor, cu_targets, len(token_logps)))
-        outputs = (result.pair_losses, result.sequence_logps, result.rewards)
+        terms = pair_terms(token_logps, cu_targets, pairs, ref_logps, loss, "triton")
+        ctx.save_for_backward(token_logps, spread(terms.coefficients / divisor, cu_targets, len(token_logps)))
+        outputs = (terms.losses, terms.logps, terms.rewards)
         ctx.mark_non_differentiable(*outputs)
-        return (result.pair_losses.sum() / divisor, *outputs)
+        return (terms.losses.sum() / divisor, *outputs)
 
     @staticmethod
     @first_order_only
@@ -171,13 +160,53 @@ class _FusedSigmoid(torch.autograd.Function):
         return (token_coefficients * grad_loss, *(None,) * 5)
 
 
-def _spread(values: Tensor, cu_targets: Tensor, num_targets: int) -> Tensor:
+@dataclass(frozen=True)
+class PairTerms:
+    """losses (P,), logps and rewards (S,), and coefficients (S,) = d(sum of losses)/d(sequence log-prob)."""
+
+    losses: Tensor
+    logps: Tensor
+    rewards: Tensor
+    coefficients: Tensor
+
+
+def pair_terms(
+    token_logps: Tensor, cu_targets: Tensor, pairs: Tensor, ref_logps: Tensor, loss: PreferenceLoss, backend: str
+) -> PairTerms:
+    """The loss of every pair and its derivative in closed form, from per-token log-probs (N,): no graph is recorded.
+
+    cu_targets and pairs lie on the CPU; backend is "triton" (one launch) or "torch".
+    """
+    device = token_logps.device
+    if backend == "triton":
+        from dpofast.kernels.preference import pair_adjacency, preference_sigmoid
+
+        result = preference_sigmoid(
+            token_logps,
+            cu_targets.to(device, non_blocking=True),
+            pair_adjacency(pairs, len(cu_targets) - 1).to(device, non_blocking=True),
+            ref_logps,
+            beta=loss.beta,
+            label_smoothing=loss.label_smoothing,
+        )
+        return PairTerms(result.pair_losses, result.sequence_logps, result.rewards, result.coefficients)
+    logps = segment_sums(token_logps, cu_targets)
+    logratios = logps - ref_logps.to(logps.dtype)
+    chosen, rejected = pairs.to(device=device, dtype=torch.int64, non_blocking=True).unbind(1)
+    w, l = logratios[chosen], logratios[rejected]  # noqa: E741
+    by_chosen, by_rejected = _DERIVATIVES[loss.kind](w, l, loss)
+    coefficients = torch.zeros_like(logps).index_add_(0, chosen, by_chosen).index_add_(0, rejected, by_rejected)
+    return PairTerms(_LOSSES[loss.kind](w, l, loss), logps, loss.beta * logratios, coefficients)
+
+
+def spread(values: Tensor, cu_targets: Tensor, num_targets: int) -> Tensor:
     """values (S,) repeated for every target of its sequence: (N,), without a sync."""
     lengths = cu_targets.diff().to(values.device, non_blocking=True)
     return values.repeat_interleave(lengths, output_size=num_targets)
 
 
-def _check(logps: Tensor, pairs: Tensor, ref_logps: Tensor) -> None:
+def check_pairs(logps: Tensor, pairs: Tensor, ref_logps: Tensor) -> None:
+    """ValueError unless logps and ref_logps are (S,), pairs (P, 2) with P > 0, and (on the CPU) name sequences < S."""
     if logps.dim() != 1 or not logps.is_floating_point():
         raise ValueError(f"logps: expected a float tensor (S,), got {logps.dtype} {tuple(logps.shape)}")
     if pairs.dim() != 2 or pairs.shape[1] != 2 or pairs.is_floating_point():
@@ -186,7 +215,11 @@ def _check(logps: Tensor, pairs: Tensor, ref_logps: Tensor) -> None:
         raise ValueError("pairs: expected at least one pair, got none")
     if ref_logps.shape != logps.shape:
         raise ValueError(f"ref_logps: expected shape {tuple(logps.shape)} like logps, got {tuple(ref_logps.shape)}")
-    if pairs.is_cpu and not (0 <= int(pairs.min()) and int(pairs.max()) < len(logps)):
+    if (
+        pairs.is_cpu
+        and not torch.compiler.is_compiling()
+        and not (0 <= int(pairs.min()) and int(pairs.max()) < len(logps))
+    ):
         raise ValueError(f"pairs: expected sequence numbers in [0, {len(logps)}), got {pairs.tolist()}")
 
 
@@ -198,4 +231,15 @@ def _sigmoid(w: Tensor, l: Tensor, loss: PreferenceLoss) -> Tensor:  # noqa: E74
     return -(1 - loss.label_smoothing) * F.logsigmoid(margin) - loss.label_smoothing * F.logsigmoid(-margin)
 
 
+def _sigmoid_derivative(w: Tensor, l: Tensor, loss: PreferenceLoss) -> tuple[Tensor, Tensor]:  # noqa: E741
+    """β·(ε·σ(β(w − l)) − (1−ε)·σ(−β(w − l))) for w, and its negative for l."""
+    margin = loss.beta * (w - l)
+    smoothed = loss.label_smoothing * margin.sigmoid() - (1 - loss.label_smoothing) * (-margin).sigmoid()
+    return loss.beta * smoothed, -loss.beta * smoothed
+
+
 _LOSSES: dict[str, Callable[[Tensor, Tensor, PreferenceLoss], Tensor]] = {"sigmoid": _sigmoid}
+# d(loss of a pair)/dw and /dl
+_DERIVATIVES: dict[str, Callable[[Tensor, Tensor, PreferenceLoss], tuple[Tensor, Tensor]]] = {
+    "sigmoid": _sigmoid_derivative
+}

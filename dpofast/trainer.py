@@ -25,7 +25,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from dpofast.data import tokenize_preferences
 from dpofast.metrics import TOKEN_STATISTICS, MetricSums, work_avoided
-from dpofast.model import attach_logprob_head
+from dpofast.model import PackedPreference, attach_logprob_head
 from dpofast.packing import PackedBatch, pack
 from dpofast.preference import PreferenceLoss, PreferenceOutput, token_preference_loss
 from dpofast.refcache import REFERENCE_COLUMNS, add_reference_columns, reference_logps
@@ -264,15 +264,20 @@ class DPOTrainer(Trainer):
     # ---- the step ---------------------------------------------------------------------------------------------------
 
     def _forward(self, model: nn.Module, batch: PackedBatch, num_pairs: int, sums: MetricSums) -> PreferenceOutput:
-        stats = TOKEN_STATISTICS if self.args.token_statistics else ()
+        """The batch's loss, divided by num_pairs; per-token statistics cost a path that keeps more."""
+        budget = self.args.max_logits_bytes
         with self.compute_loss_context_manager():
             ref_logps = self._reference_logps(batch)
-            tokens = model(packed=batch, stats=stats, max_logits_bytes=self.args.max_logits_bytes)
-            output = token_preference_loss(
-                tokens.logps, batch.cu_targets, batch.pairs, ref_logps, loss=self.loss, num_pairs=num_pairs
-            )
+            if self.args.token_statistics:
+                tokens = model(packed=batch, stats=TOKEN_STATISTICS, max_logits_bytes=budget)
+                sums.add_tokens(tokens, batch)
+                output = token_preference_loss(
+                    tokens.logps, batch.cu_targets, batch.pairs, ref_logps, loss=self.loss, num_pairs=num_pairs
+                )
+            else:
+                preference = PackedPreference(ref_logps, self.loss, num_pairs)
+                output = model(packed=batch, preference=preference, max_logits_bytes=budget)
         sums.add_pairs(output, batch, self.loss.beta)
-        sums.add_tokens(tokens, batch)
         return output
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None) -> Tensor:

@@ -20,7 +20,16 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from dpofast import attach_logprob_head, detach_logprob_head, pack, reference, sequence_logprobs
+from dpofast import (
+    PreferenceLoss,
+    attach_logprob_head,
+    detach_logprob_head,
+    pack,
+    preference_loss,
+    reference,
+    sequence_logprobs,
+)
+from dpofast.model import PackedPreference
 
 
 def padded_truth(model, batch):
@@ -222,3 +231,23 @@ def test_further_inputs_beside_packed_are_refused():
     (batch,) = pack(tiny_pairs())
     with pytest.raises(ValueError, match="expected no further model inputs, got \\['labels'\\]"):
         model(packed=batch, labels=batch.targets)
+
+
+def test_the_whole_loss_in_one_pass_equals_the_two_steps():
+    model = attach_logprob_head(tiny_model("llama-tied"))
+    (batch,) = pack([*tiny_pairs(), GROUP])
+    ref_logps = -10 * torch.rand(batch.num_sequences)
+    loss = PreferenceLoss(beta=0.3, label_smoothing=0.1)
+    whole = model(packed=batch, preference=PackedPreference(ref_logps, loss, 20))
+    whole.loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    logps = sequence_logprobs(model(packed=batch), batch)
+    steps = preference_loss(logps, batch.pairs, ref_logps, loss=loss, num_pairs=20)
+    steps.loss.backward()
+    torch.testing.assert_close(whole.loss, steps.loss)
+    torch.testing.assert_close(whole.rewards, steps.rewards)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-6, rtol=1e-5, msg=name)
+    with pytest.raises(ValueError, match="stats: expected none beside preference"):
+        model(packed=batch, stats=("entropy",), preference=PackedPreference(ref_logps, loss, 20))

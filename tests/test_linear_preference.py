@@ -1,0 +1,186 @@
+"""linear_preference_loss against the float64 reference: every plan, every gradient, and its errors."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import dpofast
+from dpofast import PreferenceLoss, reference
+from dpofast.linear_preference import components, flushes, linear_preference_op
+
+LOSS = PreferenceLoss(beta=0.3, label_smoothing=0.1)
+LENGTHS = [5, 3, 1, 7, 0, 4, 2, 6]
+# A chain, an interleaved couple of pairs, and a sequence that no pair names; the fifth is empty.
+PAIRS = [[0, 1], [3, 2], [3, 5], [6, 4]]
+
+
+def inputs(dtype=torch.float32, d=12, vocab=61, device="cpu"):
+    generator = torch.Generator().manual_seed(0)
+    n = sum(LENGTHS)
+    hidden = torch.randn(n, d, generator=generator).to(device, dtype)
+    weight = (torch.randn(vocab, d, generator=generator) / d**0.5 * 3).to(device, dtype)
+    bias = torch.randn(vocab, generator=generator).to(device, dtype)
+    targets = torch.randint(0, vocab, (n,), generator=generator)
+    targets[::6] = -100
+    cu_targets = torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0)], dtype=torch.int32)
+    ref = -10 * torch.rand(len(LENGTHS), generator=generator)
+    pairs = torch.tensor(PAIRS, dtype=torch.int32)
+    return (hidden, weight, bias), targets.to(device), cu_targets, pairs, ref.to(device)
+
+
+def truth(tensors, targets, cu_targets, pairs, ref, upstream, **options):
+    """Loss terms and gradients of upstream · loss in float64, by plain autograd over full logits."""
+    hidden, weight, bias = (tensor.detach().double().requires_grad_() for tensor in tensors)
+    logps = reference.linear_logprobs(hidden, weight, targets, bias=bias, **options)
+    sums = reference.sequence_logprobs(logps, cu_targets)
+    losses, rewards = reference.sigmoid_loss(sums, pairs, ref.double(), beta=0.3, label_smoothing=0.1)
+    (losses.mean() * upstream).backward()
+    return losses.detach(), sums.detach(), rewards, [tensor.grad for tensor in (hidden, weight, bias)]
+
+
+def check(tensors, rest, *, needs=(1, 1, 1), upstream=1.0, tolerance=1e-5, **options):
+    leaves = [tensor.detach().clone().requires_grad_(bool(need)) for tensor, need in zip(tensors, needs, strict=True)]
+    output = dpofast.linear_preference_loss(leaves[0], leaves[1], *rest, bias=leaves[2], loss=LOSS, **options)
+    transform = {name: options[name] for name in ("softcap", "logit_scale", "temperature") if name in options}
+    losses, sums, rewards, gradients = truth(tensors, *rest, upstream, **transform)
+    torch.testing.assert_close(output.losses.double(), losses, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(output.logps.double(), sums, atol=5 * tolerance, rtol=tolerance)
+    torch.testing.assert_close(output.rewards.double(), rewards, atol=5 * tolerance, rtol=tolerance)
+    torch.testing.assert_close(output.loss.detach().double(), losses.mean(), atol=tolerance, rtol=tolerance)
+    if any(needs):
+        (output.loss * upstream).backward()
+    for leaf, need, expected in zip(leaves, needs, gradients, strict=True):
+        assert (leaf.grad is not None) == bool(need)
+        if need:
+            scale = expected.abs().max()
+            torch.testing.assert_close(leaf.grad.double() / scale, expected / scale, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("needs", [(1, 1, 1), (1, 1, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 0, 0)])
+@pytest.mark.parametrize("rows_in_budget", [2, 9, 17, 1000])
+def test_every_plan_gives_the_same_numbers(needs, rows_in_budget):
+    tensors, *rest = inputs()
+    check(tensors, rest, needs=needs, upstream=1.7, max_logits_bytes=rows_in_budget * 61 * 4)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize(
+    "options", [{}, {"softcap": 4.0, "logit_scale": 1.3, "temperature": 0.7}], ids=["plain", "all"]
+)
+def test_backends_and_options(backend, options, device):
+    tensors, *rest = inputs(device=device)
+    if backend == "torch" and device.type == "cuda":
+        backend = "auto"
+    check(tensors, rest, backend=backend, **options)
+
+
+@pytest.mark.parametrize("rows_in_budget", [4, 1000])
+def test_bfloat16_rounds_its_gradients_once(rows_in_budget):
+    tensors, *rest = inputs(torch.bfloat16)
+    leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+    output = dpofast.linear_preference_loss(
+        leaves[0], leaves[1], *rest, bias=leaves[2], loss=LOSS, max_logits_bytes=rows_in_budget * 61 * 6
+    )
+    output.loss.backward()
+    losses, _, _, gradients = truth(tensors, *rest, 1.0)
+    torch.testing.assert_close(output.losses.double(), losses, atol=1e-5, rtol=1e-5)
+    for leaf, expected in zip(leaves, gradients, strict=True):
+        error = (leaf.grad.double() - expected).abs().max() / expected.abs().max()
+        assert error < 2 * torch.finfo(torch.bfloat16).eps
+
+
+def test_backward_twice_gives_the_same_and_create_graph_raises():
+    (hidden, weight, bias), *rest = inputs()
+    leaves = [hidden.requires_grad_(), weight.requires_grad_()]
+    loss = dpofast.linear_preference_loss(*leaves, *rest, bias=bias, loss=LOSS).loss * 3
+    first = torch.autograd.grad(loss, leaves, retain_graph=True)
+    second = torch.autograd.grad(loss, leaves)
+    for a, b in zip(first, second, strict=True):
+        torch.testing.assert_close(a, b, atol=0, rtol=0)
+    loss = dpofast.linear_preference_loss(*leaves, *rest, bias=bias, loss=LOSS).loss
+    (grad,) = torch.autograd.grad(loss, leaves[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="first derivatives only"):
+        grad.sum().backward()
+
+
+def test_micro_batches_add_up():
+    (hidden, weight, bias), targets, cu_targets, pairs, ref = inputs()
+    leaf = weight.clone().requires_grad_()
+    dpofast.linear_preference_loss(hidden, leaf, targets, cu_targets, pairs, ref, bias=bias).loss.backward()
+    whole, leaf.grad = leaf.grad, None
+    for p in range(len(pairs)):
+        dpofast.linear_preference_loss(
+            hidden, leaf, targets, cu_targets, pairs[p : p + 1], ref, bias=bias, num_pairs=len(pairs)
+        ).loss.backward()
+    torch.testing.assert_close(leaf.grad, whole)
+
+
+@given(st.data())
+def test_components_are_the_shortest_closed_runs(data):
+    count = data.draw(st.integers(1, 12))
+    sequence = st.integers(0, count - 1)
+    pairs = (
+        data.draw(st.lists(st.lists(sequence, min_size=2, max_size=2, unique=True), max_size=8)) if count > 1 else []
+    )
+    lengths = data.draw(st.lists(st.integers(0, 9), min_size=count, max_size=count))
+    cu = [0]
+    for length in lengths:
+        cu.append(cu[-1] + length)
+    runs = components(cu, pairs)
+    assert [start for start, _ in runs] + [count] == [0] + [stop for _, stop in runs]
+    inside = [any(start <= a < stop and start <= b < stop for start, stop in runs) for a, b in pairs]
+    assert all(inside)
+    cuts = {stop for _, stop in runs}
+    for cut in range(1, count):
+        crossed = any(min(pair) < cut <= max(pair) for pair in pairs)
+        assert (cut in cuts) == (not crossed)
+    joined = flushes(cu, runs, 10)
+    assert [start for start, _ in joined] + [count] == [0] + [stop for _, stop in joined]
+    for start, stop in joined:
+        assert cu[stop] - cu[start] <= 10 or (start, stop) in runs
+
+
+@pytest.mark.parametrize("needs", [(True, True, True), (True, False, False)])
+def test_the_operator_passes_opcheck(needs):
+    tensors, *rest = inputs()
+    leaves = [tensor.requires_grad_(need) for tensor, need in zip(tensors, needs, strict=True)]
+    arguments = ("sigmoid", 0.3, 0.1, 4, 1.0, 1.0, None, -100, "torch", 9 * 61 * 4, *needs)
+    torch.library.opcheck(linear_preference_op, (*leaves, *rest, *arguments))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_torch_compile_without_a_graph_break(backend):
+    (hidden, weight, bias), *rest = inputs()
+
+    def loss(h, w):
+        return dpofast.linear_preference_loss(h * 2, w, *rest, bias=bias, loss=LOSS).loss * 3
+
+    grads = []
+    for function in (loss, torch.compile(loss, fullgraph=True, backend=backend)):
+        leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+        function(*leaves).backward()
+        grads.append([leaf.grad for leaf in leaves])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"cu_targets": torch.tensor([0, 28])}, "cu_targets: expected int32 on the CPU"),
+        ({"cu_targets": torch.tensor([0, 5, 8, 9, 16, 16, 20, 22, 27], dtype=torch.int32)}, "to rise from 0 to the 28"),
+        ({"pairs": torch.tensor([[0, 8]], dtype=torch.int32)}, r"sequence numbers in \[0, 8\)"),
+        ({"pairs": torch.tensor([[0, 1]])}, "pairs: expected int32 on the CPU"),
+        ({"pairs": torch.zeros(0, 2, dtype=torch.int32)}, "at least one pair"),
+        ({"ref_logps": torch.zeros(7)}, "ref_logps: expected shape"),
+        ({"targets": torch.full((28,), 61)}, r"ids in \[0, 61\)"),
+        ({"backend": "reference"}, "backend: expected auto, triton or torch"),
+        ({"max_logits_bytes": 3}, "max_logits_bytes: expected at least one row"),
+    ],
+)
+def test_bad_arguments(change, message):
+    (hidden, weight, _), targets, cu_targets, pairs, ref = inputs()
+    arguments = {"targets": targets, "cu_targets": cu_targets, "pairs": pairs, "ref_logps": ref, **change}
+    with pytest.raises(ValueError, match=message):
+        dpofast.linear_preference_loss(hidden, weight, **arguments)
