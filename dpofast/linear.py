@@ -111,22 +111,8 @@ def _statistic(name: str, results: list[Any], options: LogitOptions, logps: Tens
 
 
 @linear_logprobs_op.register_fake
-def _(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
-    ignore_index: int,
-    stats: str,
-    backend: str,
-    max_logits_bytes: int,
-    need_dh: bool,
-    need_dw: bool,
-    need_db: bool,
-) -> _Eight:
+def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *arguments: Any) -> _Eight:
+    stats, _, max_logits_bytes, need_dh, need_dw, need_db = arguments[4:]
     n, (vocab, width) = targets.shape[0], weight.shape
     trains = need_dw or need_db
     plan = HeadPlan.make(n, vocab, hidden.dtype, max_logits_bytes, keep=trains)
@@ -188,25 +174,8 @@ def linear_logprobs_backward_op(
 
 
 @linear_logprobs_backward_op.register_fake
-def _(
-    grad_logps: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    scale: Tensor,
-    kept: Tensor,
-    products: Tensor,
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
-    ignore_index: int,
-    backend: str,
-    max_logits_bytes: int,
-    need_dh: bool,
-    need_dw: bool,
-    need_db: bool,
-) -> _Three:
+def _(grad_logps: Tensor, hidden: Tensor, weight: Tensor, *arguments: Any) -> _Three:
+    need_dh, need_dw, need_db = arguments[-3:]
     return (
         torch.empty_like(hidden) if need_dh else hidden.new_empty(0),
         torch.empty_like(weight) if need_dw else hidden.new_empty(0),

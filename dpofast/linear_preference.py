@@ -32,6 +32,7 @@ from dpofast.reference import IGNORE_INDEX
 from dpofast.rows import LogitOptions, RowResult, check_target_values, choose_backend
 
 _Needs = tuple[bool, bool, bool]
+_Seven = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 _Gradient = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
@@ -211,7 +212,7 @@ def linear_preference_op(
     need_dh: bool,
     need_dw: bool,
     need_db: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> _Seven:
     """The same as one operator, for torch.compile: loss, losses, logps, rewards, dh, dW, db (empty if not needed)."""
     check_target_values(targets, weight.shape[0], ignore_index)
     loss = PreferenceLoss(kind=kind, beta=beta, label_smoothing=label_smoothing)
@@ -230,21 +231,10 @@ def _(
     targets: Tensor,
     cu_targets: Tensor,
     pairs: Tensor,
-    ref_logps: Tensor,
-    kind: str,
-    beta: float,
-    label_smoothing: float,
-    num_pairs: int,
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
-    ignore_index: int,
-    backend: str,
-    max_logits_bytes: int,
-    need_dh: bool,
-    need_dw: bool,
-    need_db: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    *arguments: Any,
+) -> _Seven:
+    need_dh, need_dw, need_db = arguments[-3:]
+
     def wide(*shape: int) -> Tensor:
         return hidden.new_empty(shape, dtype=accumulate_dtype(hidden.dtype))
 
