@@ -15,7 +15,7 @@ from dpofast.gemm import accumulate_dtype, add_transposed_product, logits_into, 
 from dpofast.rows import LogitOptions, RowResult, row_logprobs
 
 _ROW_MULTIPLE = 128
-_SCRATCH_ROWS = 512
+SCRATCH_ROWS = 512
 
 
 def default_logits_bytes(device: torch.device) -> int:
@@ -69,10 +69,10 @@ class HeadPlan:
             )
         affordable = max_logits_bytes // row_bytes
         if not keep:
-            return HeadPlan(0, even_rows(rows, min(affordable, _SCRATCH_ROWS)))
+            return HeadPlan(0, even_rows(rows, min(affordable, SCRATCH_ROWS)))
         if tile_bytes == 0 and (rows if largest is None else largest) <= affordable:
             return HeadPlan(min(rows, affordable), 0)
-        scratch = even_rows(rows, min(_SCRATCH_ROWS, max(1, affordable // 2)))
+        scratch = even_rows(rows, min(SCRATCH_ROWS, max(1, affordable // 2)))
         kept = (max_logits_bytes - scratch * row_bytes) // (tile_bytes or logit_bytes)
         return HeadPlan(min(rows, kept), scratch)
 
@@ -117,7 +117,7 @@ class Head:
         """E of any number of rows, written to kept (n, V), a chunk at a time."""
         direct = self.narrow == self.wide
         results = []
-        for part in chunks(0, len(kept), self.plan.scratch_rows or even_rows(len(kept), _SCRATCH_ROWS)):
+        for part in chunks(0, len(kept), self.plan.scratch_rows or even_rows(len(kept), SCRATCH_ROWS)):
             exp = kept[part]
             logits = exp if direct else self._logits[: len(exp)]
             results.append(self._row_work(slice(rows.start + part.start, rows.start + part.stop), logits, exp))

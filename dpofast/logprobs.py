@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from dpofast import reference
+from dpofast.distributed import local_shards, vocab_parallel_logprobs
 from dpofast.first_order import first_order_only
 from dpofast.gemm import accumulate_dtype
 from dpofast.head import autocast_inputs, check_floating, check_head, check_targets, default_logits_bytes
@@ -91,6 +93,7 @@ def linear_logprobs(
     softcap: float | None = None,
     ignore_index: int = reference.IGNORE_INDEX,
     stats: tuple[str, ...] = (),
+    process_group: ProcessGroup | None = None,
     max_logits_bytes: int | None = None,
     backend: str = "auto",
 ) -> LogprobOutput:
@@ -109,6 +112,8 @@ def linear_logprobs(
         softcap: Gemma 2's final_logit_softcapping, or None.
         ignore_index: targets that count as 0, with zero gradient.
         stats: names among "entropy", "mean_logits", "is_top1", "log_sum_sq_probs".
+        process_group: weight and bias are this rank's rows of a head that is split over the vocabulary (dpofast/
+            distributed.py); hidden and targets are the same on every rank. A DTensor weight brings its own.
         max_logits_bytes: room for logits, default 1 GiB on a GPU and 256 MiB on the CPU.
         backend: "auto" (Triton on a GPU, chunked torch elsewhere), "triton", "torch" or "reference".
 
@@ -120,13 +125,26 @@ def linear_logprobs(
         TypeError: a head weight that is no plain dense tensor (quantized, sharded).
     """
     options = LogitOptions(temperature, logit_scale, softcap, ignore_index, tuple(stats))
+    weight, bias, process_group = local_shards(weight, bias, process_group)
     hidden, weight, bias = autocast_inputs(hidden, weight, bias)
+    budget = default_logits_bytes(hidden.device) if max_logits_bytes is None else max_logits_bytes
+    if process_group is not None:  # checks included: one that raised on one rank alone would hang the others
+        logps, values = vocab_parallel_logprobs(
+            hidden,
+            weight,
+            targets,
+            bias=bias,
+            options=options,
+            process_group=process_group,
+            backend=backend,
+            max_logits_bytes=budget,
+        )
+        return LogprobOutput(logps, **values)
     check_head(hidden, weight, bias, targets)
     chosen = choose_backend(backend, hidden.device)
     with torch.autocast(hidden.device.type, enabled=False):
         if chosen == "reference":
             return _reference_output(hidden, weight, bias, targets, options)
-        budget = default_logits_bytes(hidden.device) if max_logits_bytes is None else max_logits_bytes
         logps, values = per_token(hidden, weight, bias, targets, options, chosen, budget)
     return LogprobOutput(logps, **values)
 

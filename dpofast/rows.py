@@ -131,7 +131,7 @@ def _torch_rows(
     safe_targets = targets.masked_fill(ignored, 0).unsqueeze(1)
     if bias is not None:
         x.add_(bias)
-    tanh_squared = _scale_in_place(x, options, keep_derivative=exp_out is not None)
+    tanh_squared = scale_in_place(x, options, keep_derivative=exp_out is not None)
     target_logit = x.gather(1, safe_targets)
     row_max = x.amax(dim=1, keepdim=True)
     stats = _shifted_statistics(x, safe_targets, row_max, options.stats)
@@ -155,11 +155,12 @@ def _torch_rows(
     return RowResult(logps.squeeze(1).masked_fill(ignored, 0.0), scale.masked_fill(ignored, 0.0), zero_ignored)
 
 
-def _row_blocks(rows: int) -> Sequence[slice]:
+def row_blocks(rows: int) -> Sequence[slice]:
+    """Slices of a few rows, for work that needs a temporary as wide as the vocabulary."""
     return [slice(start, start + _TEMPORARY_ROWS) for start in range(0, rows, _TEMPORARY_ROWS)]
 
 
-def _scale_in_place(x: Tensor, options: LogitOptions, *, keep_derivative: bool) -> Tensor | None:
+def scale_in_place(x: Tensor, options: LogitOptions, *, keep_derivative: bool) -> Tensor | None:
     """x <- z; returns tanh² where softcap's derivative is needed later."""
     if options.softcap is None:
         if options.gradient_scale != 1.0:
@@ -180,7 +181,7 @@ def _shifted_statistics(x: Tensor, safe_targets: Tensor, row_max: Tensor, names:
         stats["is_top1"] = x.argmax(dim=1) == safe_targets.squeeze(1)
     if "entropy" in names:
         weighted = x.new_empty(x.shape[0])
-        for block in _row_blocks(x.shape[0]):
+        for block in row_blocks(x.shape[0]):
             shifted = x[block] - row_max[block]
             # exp(−inf)·(−inf) for a masked-out vocabulary entry is 0 here: the limit of p·log p
             weighted[block] = shifted.exp().mul_(shifted.clamp_(min=-1e4)).sum(dim=1)
@@ -194,6 +195,6 @@ def _finish_statistics(e: Tensor, sum_exp: Tensor, log_sum: Tensor, stats: dict[
     if "entropy" in stats:
         stats["entropy"] = log_sum.squeeze(1) - stats["entropy"] / sum_exp.squeeze(1)
     if "log_sum_sq_probs" in stats:
-        for block in _row_blocks(e.shape[0]):
+        for block in row_blocks(e.shape[0]):
             sum_sq = e[block].square().sum(dim=1)
             stats["log_sum_sq_probs"][block] = sum_sq.log() - 2 * log_sum[block].squeeze(1)
