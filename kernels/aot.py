@@ -8,12 +8,24 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import preference, token_logprobs
+from . import linear_logprobs, preference, token_logprobs
+from .linear_tiles import linear_tile, takes_descriptors
 from .tiles import COMPILE_OPTIONS, row_tile
+
+_TRITON_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+# The names are linear_tiles.ARCHITECTURES.
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
 
 
 @dataclass(frozen=True)
@@ -23,10 +35,11 @@ class AotCase:
     Attributes:
         name: what the specialization is.
         kernel: the ``@triton.jit`` function.
-        types: Triton type of each runtime argument: "*bf16", "i32", "fp32" and so on.
+        types: Triton type of each runtime argument: "*bf16", "i32", "fp32", "tensordesc<bf16[128, 64]>" and so on.
         constants: value of each compile-time argument; arguments in neither mapping are None.
         unaligned: runtime arguments that 16 does not divide; it divides all other pointers (in bytes) and integers.
         num_warps: warps per program.
+        num_stages: stages of the software pipeline; None: Triton's default.
     """
 
     name: str
@@ -35,6 +48,7 @@ class AotCase:
     constants: dict[str, Any]
     unaligned: tuple[str, ...]
     num_warps: int
+    num_stages: int | None = None
 
     def compile(self, target: GPUTarget) -> Any:
         """Triton's compiled kernel, its assembly under ``.asm``."""
@@ -46,15 +60,18 @@ class AotCase:
             {
                 (names.index(name),): [["tt.divisibility", 16]]
                 for name, kind in self.types.items()
-                if kind != "fp32" and name not in self.unaligned
+                if kind != "fp32" and not kind.startswith("tensordesc") and name not in self.unaligned
             },
         )
-        return triton.compile(source, target=target, options={"num_warps": self.num_warps, **COMPILE_OPTIONS})
+        options = {"num_warps": self.num_warps, **COMPILE_OPTIONS}
+        if self.num_stages is not None:
+            options["num_stages"] = self.num_stages
+        return triton.compile(source, target=target, options=options)
 
 
-def aot_cases(backend: str = "cuda") -> list[AotCase]:
-    """Every kernel at every tile, with the dtypes and options that change what it compiles to ("cuda" or "hip")."""
-    return [*_row_cases(backend), *_preference_cases()]
+def aot_cases(architecture: str) -> list[AotCase]:
+    """Every kernel at every tile of one of TARGETS, with the dtypes and options that change what it compiles to."""
+    return [*_row_cases(TARGETS[architecture].backend), *_preference_cases(), *_linear_cases(architecture)]
 
 
 def _row_cases(backend: str) -> list[AotCase]:
@@ -107,4 +124,68 @@ def _preference_cases() -> list[AotCase]:
     return [
         AotCase("preference sigmoid", kernel, types, constants, (), 1),
         AotCase("preference sigmoid, no reference", kernel, reference_free, constants, (), 1),
+    ]
+
+
+def _linear_cases(architecture: str) -> list[AotCase]:
+    kernel, merge = linear_logprobs._linear_logprobs_kernel, linear_logprobs._merge_splits_kernel
+    integers = dict.fromkeys(("N", "V", "D", "stride_hidden_n", "stride_weight_v", "splits", "ignore_index"), "i32")
+    vectors = dict.fromkeys(("row_max_ptr", "sum_exp_ptr", "logps_ptr", "lse_ptr"), "*fp32")
+    ragged = ("N", "V", "splits", "ignore_index")
+    misaligned = (*ragged, "D", "stride_hidden_n", "stride_weight_v")
+
+    def types_of(program: Any, pointers: dict[str, str], bias: bool, softcap: bool) -> dict[str, str]:
+        types = {**integers, **vectors, "targets_ptr": "*i64", **pointers, "scale": "fp32"}
+        types |= {"bias_ptr": "*bf16"} if bias else {}
+        types |= {"cap": "fp32"} if softcap else {}
+        return {name: types[name] for name in program.arg_names if name in types}
+
+    def case(dtype: torch.dtype, *, bias: bool = False, softcap: bool = False, odd_depth: bool = False) -> AotCase:
+        """Without odd_depth, rows are aligned and D is whole blocks."""
+        descriptors = takes_descriptors(architecture, dtype) and not odd_depth
+        tile = linear_tile(architecture, dtype, softcap=softcap, descriptors=descriptors)
+        kind = _TRITON_NAMES[dtype]
+        if descriptors:
+            depth = tile.BLOCK_D
+            rows = {
+                "hidden": f"tensordesc<{kind}[{tile.BLOCK_N}, {depth}]>",
+                "weight": f"tensordesc<{kind}[{tile.BLOCK_V}, {depth}]>",
+            }
+        else:
+            rows = {"hidden": f"*{kind}", "weight": f"*{kind}"}
+        name = (
+            f"linear {kind}{', all options' if softcap else ', bias' if bias else ''}{', odd D' if odd_depth else ''}"
+        )
+        return AotCase(
+            f"{name} {tile.BLOCK_N}x{tile.BLOCK_V}x{tile.BLOCK_D}",
+            kernel,
+            types_of(kernel, rows, bias, softcap),
+            {
+                "DESCRIPTORS": descriptors,
+                "EVEN_D": not odd_depth,
+                "BLOCK_N": tile.BLOCK_N,
+                "BLOCK_V": tile.BLOCK_V,
+                "BLOCK_D": tile.BLOCK_D,
+            },
+            misaligned if odd_depth else ragged,
+            tile.num_warps,
+            tile.num_stages,
+        )
+
+    pointers = {"hidden_ptr": "*bf16", "weight_ptr": "*bf16"}
+    return [
+        case(torch.bfloat16),
+        case(torch.bfloat16, bias=True),
+        case(torch.float16, bias=True, softcap=True),
+        case(torch.bfloat16, bias=True, softcap=True, odd_depth=True),
+        case(torch.float32),
+        case(torch.float32, bias=True, softcap=True, odd_depth=True),
+        AotCase(
+            "linear merge bf16, all options",
+            merge,
+            types_of(merge, pointers, True, True),
+            {"BLOCK_D": linear_logprobs.BLOCK_TARGET, "BLOCK_S": 8},
+            ragged,
+            linear_logprobs.TARGET_WARPS,
+        ),
     ]

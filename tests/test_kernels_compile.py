@@ -4,73 +4,31 @@ Triton cannot compile in the process that runs its interpreter, so this file run
 """
 
 import collections
+import dataclasses
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
 
-from dpofast.kernels import preference, token_logprobs
-from dpofast.kernels.aot import aot_cases
+from bench import kernel_report
+from dpofast.kernels import linear_logprobs, preference, token_logprobs
+from dpofast.kernels.aot import TARGETS, aot_cases
+from dpofast.kernels.linear_tiles import ARCHITECTURES, linear_tile, takes_descriptors
 from dpofast.kernels.tiles import row_tile
 
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
 NVIDIA = [name for name in TARGETS if name.startswith("sm_")]
 
 
-def tool(name, *arguments):
-    path = getattr(triton.knobs.nvidia, name).path
-    return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
-
-
-def cuda_facts(compiled, folder):
-    cubin = folder / "kernel.cubin"
-    cubin.write_bytes(compiled.asm["cubin"])
-    usage = tool("cuobjdump", "--dump-resource-usage", str(cubin))
-    sass = tool("nvdisasm", "-c", str(cubin))
-    return {
-        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
-        "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
-        "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
-        "wide_loads": len(re.findall(r"ld\.global\S*\.v4\.b32", compiled.asm["ptx"])),
-        "wide_stores": len(re.findall(r"st\.global\S*\.v4\.b32", compiled.asm["ptx"])),
-        "wide_load_instructions": len(re.findall(r"\bLDG\.E\.128", sass)),
-        "accesses": re.findall(r"\b(?:BAR\.SYNC|(?:LDG|STG)\.E\S*)", sass),
-    }
-
-
-def hip_facts(compiled, folder):
-    assembly = compiled.asm["amdgcn"]
-    return {
-        "registers": int(re.search(r"\.vgpr_count:\s*(\d+)", assembly)[1]),
-        "spills": int(re.search(r"\.vgpr_spill_count:\s*(\d+)", assembly)[1]),
-        "wide_loads": len(re.findall(r"\bglobal_load_dwordx4\b", assembly)),
-        "wide_stores": len(re.findall(r"\bglobal_store_dwordx4\b", assembly)),
-    }
-
-
-def compile_everything(folder):
+def compile_everything():
     """Facts about each case by target and name, and what a launch on a CPU tensor says without the interpreter."""
     report = collections.defaultdict(dict)
-    for target_name, target in TARGETS.items():
-        for case in aot_cases(target.backend):
-            compiled = case.compile(target)
-            facts = (cuda_facts if target.backend == "cuda" else hip_facts)(compiled, folder)
-            # tt.addptr %pointer, %offset : type of pointer, type of offset
-            offsets = re.findall(r"tt\.addptr [^:]*: .*, (?:tensor<\w+x)?(i\d+)>?", compiled.asm["ttir"])
-            facts["offset_types"] = sorted(set(offsets))
-            report[target_name][case.name] = facts
+    for target in TARGETS:
+        for case in aot_cases(target):
+            report[target][case.name] = dataclasses.asdict(kernel_report.report(case, target))
 
     ones = torch.ones(1)
     adjacency = preference.pair_adjacency(torch.empty(0, 2, dtype=torch.int32), 1)
@@ -78,6 +36,7 @@ def compile_everything(folder):
     for launch in (
         lambda: token_logprobs.token_logprobs(ones[None], ones.long()),
         lambda: token_logprobs.token_logprobs_grad(ones[None], ones.long(), ones, ones, ones, out=ones[None]),
+        lambda: linear_logprobs.linear_logprobs(ones[None], ones[None], ones.long()),
         lambda: preference.preference_sigmoid(ones, cu_targets, adjacency, beta=0.1),
     ):
         try:
@@ -94,7 +53,7 @@ def report(tmp_path_factory):
     path = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
     env = {**os.environ, "PYTHONPATH": path, "TRITON_CACHE_DIR": str(folder / "cache")}
     env.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, __file__, str(folder)]
+    command = [sys.executable, __file__]
     done = subprocess.run(command, env=env, cwd=root, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -103,7 +62,13 @@ def report(tmp_path_factory):
 @pytest.mark.parametrize("target", TARGETS)
 def test_nothing_spills(report, target):
     for name, facts in report[target].items():
-        assert facts["spills"] == 0 and facts.get("stack", 0) == 0, (name, facts)
+        assert facts["spills"] == 0 and facts["stack"] == 0, (name, facts)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_shared_memory_fits(report, target):
+    for name, facts in report[target].items():
+        assert facts["shared_bytes"] <= kernel_report.SHARED_LIMITS[target], (name, facts)
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -150,25 +115,84 @@ def test_in_place_rows_read_the_target_before_any_warp_overwrites_it(report, tar
 @pytest.mark.parametrize("target", TARGETS)
 def test_row_offsets_are_64_bits_wide(report, target):
     for name, facts in report[target].items():
-        # A bias, V long, is indexed in 32 bits, and the preference kernel adds constants of 32.
-        if not name.startswith("preference") and "all options" not in name:
+        # A bias, V long, is indexed in 32 bits, and so is a depth D, beside the row's 64; the preference kernel adds
+        # constants of 32.
+        if name.startswith("linear"):
+            assert "i64" in facts["offset_types"], (name, facts)
+        elif not name.startswith("preference") and "all options" not in name:
             assert facts["offset_types"] == ["i64"], (name, facts)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_sixteen_bit_heads_run_on_tensor_cores(report, target):
+    instruction = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
+    for name, facts in report[target].items():
+        if name.startswith(("linear bf16", "linear fp16")):
+            assert facts["matrix"].keys() == {instruction[target]}, (name, facts)
+
+
+@pytest.mark.parametrize("target", NVIDIA)
+def test_a_float32_head_is_not_rounded_to_tf32(report, target):
+    for name, facts in report[target].items():
+        if name.startswith("linear fp32"):
+            assert facts["matrix"] == {}, (name, facts)
+
+
+@pytest.mark.parametrize("target", NVIDIA)
+def test_tiles_of_the_head_are_copied_in_bulk_or_16_bytes_at_a_time(report, target):
+    for name, facts in report[target].items():
+        if name.startswith("linear") and "odd D" not in name and "merge" not in name:
+            bulk = target != "sm_80" and "fp32" not in name
+            assert (facts["bulk_copies"] > 0) == bulk, (name, facts)
+            assert bulk or facts["load_bytes"] == 16, (name, facts)
 
 
 def test_a_cpu_tensor_without_the_interpreter_is_refused(report):
     errors = sorted(report["cpu_errors"])
-    assert [error.partition(":")[0] for error in errors] == ["logits", "logps"]
+    assert [error.partition(":")[0] for error in errors] == ["hidden", "logits", "logps"]
     for error in errors:
         assert "expected a tensor on a GPU, got one on the CPU" in error and "TRITON_INTERPRET=1" in error
 
 
-@pytest.mark.parametrize("backend", ["cuda", "hip"])
-def test_every_tile_is_compiled(backend):
-    row_cases = [case for case in aot_cases(backend) if "BLOCK_V" in case.constants]
-    compiled = {(case.constants["BLOCK_V"], case.num_warps) for case in row_cases}
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_tile_is_compiled(target):
+    cases, backend = aot_cases(target), TARGETS[target].backend
+    compiled = {(case.constants["BLOCK_V"], case.num_warps) for case in cases if "logits_ptr" in case.types}
     tiles = [row_tile(vocab_size, backend) for vocab_size in (1, 256, 257, 50_257, 262_144)]
     assert {(tile.BLOCK_V, tile.num_warps) for tile in tiles} == compiled
 
+    names = ("BLOCK_N", "BLOCK_V", "BLOCK_D", "DESCRIPTORS")
+    compiled = {tuple(case.constants[name] for name in names) for case in cases if "hidden" in case.types}
+    tiles = set()
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for descriptors in {False, takes_descriptors(target, dtype)}:
+            for softcap in (False, True):
+                tile = linear_tile(target, dtype, softcap=softcap, descriptors=descriptors)
+                tiles.add((tile.BLOCK_N, tile.BLOCK_V, tile.BLOCK_D, descriptors))
+    assert tiles == compiled and set(TARGETS) == set(ARCHITECTURES)
+
+
+def test_predictions_are_the_bytes_and_operations_over_the_rates():
+    predicted = {case.name: kernel_report.predict(case) for case in aot_cases("sm_90")}
+    logits = 8192 * 128_256
+    assert predicted["logps fp32 x2048"].seconds == pytest.approx(4 * logits / 3e12)
+    assert predicted["logps fp32, E bf16 x2048"].seconds == pytest.approx(10 * logits / 3e12)
+    assert predicted["gradient bf16 x2048"].seconds == pytest.approx(4 * logits / 3e12)
+    head = predicted["linear bf16 128x256x64"]
+    assert 1.0 <= head.seconds / (2 * 4096 * logits / 800e12) < 1.05 and "6 splits" in head.formula
+    # No logits; no rate for float32; D = 4096 is not odd.
+    for name in ("preference sigmoid", "linear fp32 64x64x32", "linear bf16, all options, odd D 128x128x32"):
+        assert predicted[name] is None
+
+
+def test_the_report_tells_what_to_unset(monkeypatch, capsys):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(SystemExit):
+        kernel_report.main([])
+    assert "TRITON_INTERPRET=1 leaves nothing to compile: unset it" in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match="unset it to report"):
+        kernel_report.report(aot_cases("sm_90")[0], "sm_90")
+
 
 if __name__ == "__main__":
-    print(json.dumps(compile_everything(Path(sys.argv[1]))))
+    print(json.dumps(compile_everything()))

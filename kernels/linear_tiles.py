@@ -1,0 +1,93 @@
+"""Tiles of the fused head, one table for every architecture, and how its vocabulary is split among programs.
+
+A program keeps BLOCK_N × BLOCK_V float32 logits in registers (in tensor memory on sm_100), half of the register file
+or more, so the tile is as large as the rest of the epilogue leaves room for: the entries below are the largest ones
+that compile without a spill with every option that they serve (tests/test_kernels_compile.py). Softcap's tanh needs
+registers of its own. No entry was timed, and nothing is tuned at run time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
+# 8 row tiles of 128 that share a weight tile while it is in the L2 cache do 2048 operations for each of its elements:
+# at 800 TFLOP/s in 16 bits that reads 0.8 TB/s, a quarter of an H100's memory bandwidth.
+_SHARING_ROW_TILES = 8
+# Filling and draining the software pipeline of one program, in units of one tile's time.
+_PROGRAM_OVERHEAD = 0.1
+
+
+@dataclass(frozen=True)
+class LinearTile:
+    """Rows, columns and depth of one tl.dot, warps per program, stages of its software pipeline."""
+
+    BLOCK_N: int
+    BLOCK_V: int
+    BLOCK_D: int
+    num_warps: int
+    num_stages: int
+
+
+def architecture_of(tensor: torch.Tensor) -> str:
+    """The entry of ARCHITECTURES whose tiles fit the device of ``tensor``.
+
+    Consumer Blackwell (sm_120) has the shared memory and the tensor cores' instructions of sm_80; so do the rest.
+    """
+    if tensor.device.type != "cuda":
+        return "sm_80"
+    if torch.version.hip:
+        return "gfx942"
+    return {9: "sm_90", 10: "sm_100"}.get(torch.cuda.get_device_capability(tensor.device)[0], "sm_80")
+
+
+def takes_descriptors(architecture: str, dtype: torch.dtype) -> bool:
+    """Whether tiles are loaded through tensor descriptors where the tensors' alignment allows.
+
+    They are bulk copies by one thread on sm_90 and sm_100, which frees the registers of the addresses, and only they
+    let the pipeline run on across vocabulary tiles. float32 takes no tensor cores, and so small tiles.
+    """
+    return architecture in ("sm_90", "sm_100") and dtype != torch.float32
+
+
+def linear_tile(architecture: str, dtype: torch.dtype, *, softcap: bool, descriptors: bool) -> LinearTile:
+    """The tile for one of ARCHITECTURES, the dtype of hidden states and weight, and the way they are loaded."""
+    if dtype == torch.float32:
+        return LinearTile(64, 64, 32, num_warps=8, num_stages=2)
+    if descriptors:
+        if not softcap:
+            return LinearTile(128, 256, 64, num_warps=8, num_stages=4)
+        return LinearTile(256 if architecture == "sm_90" else 128, 128, 64, num_warps=8, num_stages=4)
+    if architecture == "gfx942":
+        return LinearTile(128, 128, 64, num_warps=8, num_stages=2)
+    return LinearTile(128, 128, 32, num_warps=8, num_stages=4)
+
+
+@lru_cache(maxsize=1024)
+def vocab_splits(row_tiles: int, vocab_tiles: int, slots: int, row_tile_bytes: int, cache_bytes: int) -> int:
+    """Programs that share the vocabulary of one row tile, so that ``slots`` programs at a time finish soonest.
+
+    Programs start in order, all splits of a row tile first, so about slots / splits row tiles run at a time. Their
+    hidden states are read once for every vocabulary tile and should stay in half of the L2 cache: a lower bound on
+    the splits. Each weight tile should serve several row tiles while it is in the cache: an upper bound. Between the
+    two, the least time is taken, waves · (vocabulary tiles of a program + overhead), and of equals the fewest splits.
+
+    Args:
+        row_tiles: tiles of rows.
+        vocab_tiles: tiles of columns.
+        slots: programs that the device runs at the same time.
+        row_tile_bytes: bytes of a row tile's hidden states.
+        cache_bytes: bytes of the L2 cache.
+    """
+    cached_row_tiles = max(1, cache_bytes // 2 // max(1, row_tile_bytes))
+    least = 1 if row_tiles <= cached_row_tiles else -(-slots // cached_row_tiles)
+    most = min(vocab_tiles, max(1, slots // min(row_tiles, _SHARING_ROW_TILES)))
+
+    def time(splits: int) -> float:
+        waves = -(-row_tiles * splits // slots)
+        return waves * (vocab_tiles / splits + _PROGRAM_OVERHEAD)
+
+    return min(range(min(least, most), most + 1), key=time)
