@@ -34,6 +34,8 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=RESULTS / "real_run.jsonl", help="file the record goes to")
     args = parser.parse_args()
     start = time.perf_counter()
+    if Path("build/smollm2-dpo").exists():
+        parser.error("build/smollm2-dpo exists already: remove it first")
     program = [str(Path(sys.executable).with_name("dpofast")), *shlex.split(COMMAND)[1:]]
     code = subprocess.run(program, check=False).returncode
     if code:

@@ -7,6 +7,7 @@ code 2, before anything is written.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import sys
@@ -37,6 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _refuse(f"expected a command among {', '.join(_COMMANDS)}, got {command!r}")
     try:
         return _COMMANDS[command](rest)
+    except KeyboardInterrupt:
+        print("dpofast: stopped; checkpoints written so far can be resumed", file=sys.stderr)
+        return 130
     except (ValueError, FloatingPointError, OSError) as error:
         if os.environ.get("DPOFAST_TRACEBACK"):
             raise
@@ -71,6 +75,17 @@ def _train(argv: Sequence[str]) -> int:
     train, config = _train_arguments(argv)
     from dpofast.data import load_preferences
 
+    resume = _checked_output(config)
+    config.logging_first_step = True
+    if train.eval_data and config.eval_strategy == "no":
+        config.eval_strategy = "epoch"
+    if train.dtype == "bfloat16" and train.lora_r == 0:
+        print(
+            "dpofast: warning: with --dtype bfloat16 the weights themselves are bfloat16, and small updates round "
+            "away; --bf16 keeps float32 weights and computes in bfloat16",
+            file=sys.stderr,
+        )
+
     # Input is looked at in the order of what is cheapest to refuse; nothing is written before all of it was accepted.
     tokenizer = _load_tokenizer(train)
     train_data = load_preferences(train.data, split=train.split, on_bad_row=config.on_bad_row)
@@ -83,25 +98,55 @@ def _train(argv: Sequence[str]) -> int:
     from dpofast.progress import follow
     from dpofast.trainer import DPOTrainer
 
-    trainer = DPOTrainer(
-        model=model,
-        args=config,
-        train_dataset=train_data,
-        eval_dataset=eval_data,
-        processing_class=tokenizer,
-        peft_config=_lora(train),
-    )
+    try:
+        trainer = DPOTrainer(
+            model=model,
+            args=config,
+            train_dataset=train_data,
+            eval_dataset=eval_data,
+            processing_class=tokenizer,
+            peft_config=_lora(train),
+        )
+    except RuntimeError as error:  # a reporter that is not installed
+        raise ValueError(_one_line(error)) from error
     for report in trainer.data_reports.values():
         print(report.summary())
     output, written = Path(config.output_dir), ["model", "metrics.jsonl"]
     follow(trainer, output / "metrics.jsonl")
-    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
     if any("loss" in entry for entry in trainer.state.log_history):  # not in a run shorter than logging_steps
         plot_training(output / "metrics.jsonl", output / "training.png")
         written.append("training.png")
     print(f"{', '.join(written)} are in {output}")
     return 0
+
+
+def _checked_output(config: Any) -> str | None:
+    """Refuse an output folder that is not empty, unless its run is resumed; returns the checkpoint to resume from.
+
+    Files of an earlier run would otherwise mix with this one's: an adapter left beside full weights is loaded with them.
+    """
+    from transformers.trainer_utils import get_last_checkpoint
+
+    output, resume = Path(config.output_dir), config.resume_from_checkpoint
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"output_dir: {output} is a file, and a folder is needed")
+    if resume is None:
+        if output.is_dir() and any(output.iterdir()):
+            raise ValueError(
+                f"output_dir: {output} is not empty: name another, remove it, or go on with its run by "
+                "--resume_from_checkpoint latest"
+            )
+        return None
+    if resume.lower() in ("latest", "true"):
+        last = get_last_checkpoint(str(output)) if output.is_dir() else None
+        if last is None:
+            raise ValueError(f"resume_from_checkpoint: there is no checkpoint in {output}")
+        return last
+    if not (Path(resume) / "trainer_state.json").is_file():
+        raise ValueError(f"resume_from_checkpoint: {resume} is no checkpoint folder (it has no trainer_state.json)")
+    return resume
 
 
 def _train_arguments(argv: Sequence[str]) -> tuple[TrainArguments, Any]:
@@ -132,6 +177,10 @@ def _yaml_flags(path: str) -> list[str]:
         raise ValueError(f"{path}: expected a mapping of option names to values, got {type(options).__name__}")
     flags = []
     for name, value in options.items():
+        if value is False and name.endswith("_strategy"):
+            value = "no"  # what YAML makes of an unquoted no
+        if isinstance(value, dict):
+            value = json.dumps(value)
         if value is not None:
             values = value if isinstance(value, list) else [value]
             flags += [f"--{name}", *map(str, values)]
@@ -144,11 +193,12 @@ def _load_tokenizer(train: TrainArguments) -> Any:
     try:
         return AutoTokenizer.from_pretrained(train.model, trust_remote_code=train.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{train.model}: no tokenizer can be loaded from it: {_first_line(error)}") from error
+        raise ValueError(f"{train.model}: no tokenizer can be loaded from it: {_one_line(error)}") from error
 
 
 def _load_model(train: TrainArguments) -> Any:
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM
 
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -157,19 +207,19 @@ def _load_model(train: TrainArguments) -> Any:
     options = {"trust_remote_code": train.trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(train.model, **options)
-        if not any(name.endswith("ForCausalLM") for name in config.architectures or ["ForCausalLM"]):
+        if not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in config.architectures or ["ForCausalLM"]):
             raise ValueError(
                 f"its architecture is {config.architectures}, and a decoder-only causal language model is needed"
             )
         return AutoModelForCausalLM.from_pretrained(train.model, dtype=dtypes[train.dtype], **options)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ValueError(
-            f"{train.model}: no causal language model can be loaded from it: {_first_line(error)}"
+            f"{train.model}: no causal language model can be loaded from it: {_one_line(error)}"
         ) from error
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:400] or type(error).__name__
 
 
 def _lora(train: TrainArguments) -> Any:

@@ -243,3 +243,4 @@ _LOSSES: dict[str, Callable[[Tensor, Tensor, PreferenceLoss], Tensor]] = {"sigmo
 _DERIVATIVES: dict[str, Callable[[Tensor, Tensor, PreferenceLoss], tuple[Tensor, Tensor]]] = {
     "sigmoid": _sigmoid_derivative
 }
+KINDS = tuple(sorted(_LOSSES))

@@ -24,10 +24,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCa
 from transformers.trainer_utils import EvalLoopOutput
 
 from dpofast.data import tokenize_preferences
+from dpofast.head import HeadPlan
 from dpofast.metrics import TOKEN_STATISTICS, MetricSums, work_avoided
 from dpofast.model import PackedPreference, attach_logprob_head
 from dpofast.packing import PackedBatch, pack
-from dpofast.preference import PreferenceLoss, PreferenceOutput, token_preference_loss
+from dpofast.preference import KINDS, PreferenceLoss, PreferenceOutput, token_preference_loss
 from dpofast.refcache import REFERENCE_COLUMNS, add_reference_columns, reference_logps
 
 # Large enough for full GEMM speed; on a CPU a pass without gradients is fastest where its activations stay in cache.
@@ -84,7 +85,25 @@ class DPOConfig(TrainingArguments):
     def __post_init__(self) -> None:
         """Check what TrainingArguments does not know."""
         super().__post_init__()
+        if self.loss_type not in KINDS:
+            raise ValueError(f"loss_type: expected one of {KINDS}, got {self.loss_type!r}")
         self.preference_loss()
+        for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.learning_rate < 0:
+            raise ValueError(f"learning_rate: expected 0 or more, got {self.learning_rate}")
+        if self.max_length is not None and self.max_length < 2:
+            raise ValueError(f"max_length: expected room for a prompt and a response token, 2, got {self.max_length}")
+        if self.truncation_mode != "keep_start":
+            raise ValueError(
+                f"truncation_mode: expected 'keep_start', got {self.truncation_mode!r}: cut at the start, the two "
+                "responses would no longer share their prompt; raise max_length or shorten the prompts instead"
+            )
+        if self.label_smoothing_factor != 0:
+            raise ValueError(
+                "label_smoothing_factor: not used by DPO; the flipped-label probability is label_smoothing"
+            )
         if self.max_tokens is not None and self.max_tokens < 1:
             raise ValueError(f"max_tokens: expected at least 1, got {self.max_tokens}")
         if self.on_bad_row not in ("raise", "skip"):
@@ -146,7 +165,7 @@ class DPOTrainer(Trainer):
         if isinstance(model, str):
             processing_class = processing_class or AutoTokenizer.from_pretrained(model)
             model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-        if processing_class is None:
+        if processing_class is None and model.config.name_or_path:  # token ids need none
             processing_class = AutoTokenizer.from_pretrained(model.config.name_or_path)
         if peft_config is not None:
             from peft import get_peft_model
@@ -158,6 +177,9 @@ class DPOTrainer(Trainer):
         if ref_model is not None:
             attach_logprob_head(ref_model)
 
+        head = model.get_output_embeddings().weight
+        if args.max_logits_bytes is not None:  # refused here and not in the first step
+            HeadPlan.make(1, head.shape[0], head.dtype, args.max_logits_bytes, keep=True)
         self.data_reports: dict[str, Any] = {}
         self._tokenize_options = {
             "tokenizer": processing_class,
@@ -241,7 +263,7 @@ class DPOTrainer(Trainer):
                 max_tokens=self.max_forward_tokens,
                 max_logits_bytes=self.args.max_logits_bytes,
                 device=self.args.device,
-                autocast=self.compute_loss_context_manager,
+                autocast=self.accelerator.autocast,
                 progress=bar.update,
             )
 
@@ -266,7 +288,8 @@ class DPOTrainer(Trainer):
     def _forward(self, model: nn.Module, batch: PackedBatch, num_pairs: int, sums: MetricSums) -> PreferenceOutput:
         """The batch's loss, divided by num_pairs; per-token statistics cost a path that keeps more."""
         budget = self.args.max_logits_bytes
-        with self.compute_loss_context_manager():
+        # accelerate puts only the prepared policy under autocast, and the reference must take the same path
+        with self.accelerator.autocast():
             ref_logps = self._reference_logps(batch)
             if self.args.token_statistics:
                 tokens = model(packed=batch, stats=TOKEN_STATISTICS, max_logits_bytes=budget)
@@ -307,10 +330,11 @@ class DPOTrainer(Trainer):
             for example, value in zip(batch.pair_examples, pair_losses.tolist(), strict=True)
             if not math.isfinite(value)
         ]
+        report = self.data_reports["train"]
         raise FloatingPointError(
-            f"the loss of the pairs in rows {sorted(rows)} of the train data is not finite at step "
-            f"{self.state.global_step + 1}; the weights are those of the step before. Look at these rows, and at a "
-            "learning rate that is too high"
+            f"{report.source}: the loss of the pairs in {report.unit}s {sorted(rows)} is not finite at step "
+            f"{self.state.global_step + 1}, which was not taken. Look at these pairs, and at a learning rate that is "
+            "too high; checkpoints of earlier steps can be resumed"
         )
 
     def floating_point_ops(self, inputs: Any) -> float:

@@ -125,7 +125,7 @@ def test_missing_files_and_models(run, tmp_path, model_dir):
     ("flags", "message"),
     [
         (["--beta", "0"], "beta: expected a positive finite number, got 0"),
-        (["--loss_type", "dop"], "kind: expected one of"),
+        (["--loss_type", "dop"], "loss_type: expected one of"),
         (["--dtype", "int8"], "dtype: expected one of"),
         (["--max_tokens", "0"], "max_tokens: expected at least 1"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
@@ -150,3 +150,23 @@ def test_unknown_options_and_commands(run, capsys):
 def test_info_names_the_path(capsys):
     assert main(["info"]) == 0
     assert "backend torch: no GPU" in capsys.readouterr().out
+
+
+def test_a_used_output_folder_is_refused_and_resumed_on_request(run, tmp_path):
+    flags = ("--save_strategy", "steps", "--save_steps", "2")
+    code, _, err, output = run(ROWS, *flags, "--max_steps", "4")
+    assert code == 0, err
+    metrics = (output / "metrics.jsonl").read_text()
+    code, _, err, _ = run(ROWS, *flags)
+    assert code == 2 and "out is not empty" in err and (output / "metrics.jsonl").read_text() == metrics
+    code, _, err, _ = run(ROWS, *flags, "--max_steps", "6", "--resume_from_checkpoint", "latest")
+    assert code == 0, err
+    code, _, err, _ = run(ROWS, "--resume_from_checkpoint", str(tmp_path))
+    assert code == 2 and "is no checkpoint folder" in err
+
+
+def test_held_out_pairs_are_evaluated_without_being_asked(run, tmp_path):
+    held_out = tmp_path / "held-out.jsonl"
+    held_out.write_text("".join(json.dumps(row) + "\n" for row in ROWS[:4]))
+    code, _, err, output = run(ROWS[4:], "--eval_data", str(held_out), "--num_train_epochs", "1")
+    assert code == 0 and "eval_loss" in (output / "metrics.jsonl").read_text(), err

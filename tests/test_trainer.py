@@ -199,7 +199,9 @@ def test_a_loss_that_is_not_finite_stops_with_its_rows(tmp_path):
     with torch.no_grad():  # a token of the fourth pair only
         (token,) = set(tiny_pairs()[3]["chosen_ids"][:1])
         trainer.model.lm_head.weight[token] = float("nan")
-    with pytest.raises(FloatingPointError, match=r"rows \[0, 1, 2, 3\] of the train data is not finite at step 1"):
+    with pytest.raises(
+        FloatingPointError, match=r"train data: the loss of the pairs in rows \[0, 1, 2, 3\] is not finite at step 1"
+    ):
         trainer.train()
 
 
@@ -225,11 +227,16 @@ def test_reference_columns_in_the_data_are_used(tmp_path):
     ("options", "message"),
     [
         ({"beta": 0.0}, "beta: expected a positive"),
-        ({"loss_type": "sigmod"}, "kind: expected one of"),
+        ({"loss_type": "sigmod"}, "loss_type: expected one of"),
         ({"label_smoothing": 0.7}, "label_smoothing"),
         ({"max_tokens": 0}, "max_tokens: expected at least 1, got 0"),
         ({"on_bad_row": "ignore"}, "on_bad_row: expected 'raise' or 'skip'"),
-        ({"truncation_mode": "keep_end"}, "keep_end"),
+        ({"truncation_mode": "keep_end"}, "truncation_mode: expected 'keep_start'"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size: expected at least 1"),
+        ({"max_length": 1}, "max_length: expected room"),
+        ({"learning_rate": -1.0}, "learning_rate: expected 0 or more"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor: not used by DPO"),
+        ({"max_logits_bytes": 100}, "max_logits_bytes: expected at least one row"),
     ],
 )
 def test_bad_options(tmp_path, options, message):
@@ -247,3 +254,17 @@ def test_bad_models_and_datasets(tmp_path):
     trainer.train()
     with pytest.raises(ValueError, match="reference model, which is gone"):
         trainer.evaluate(tiny_dataset(3, seed=5))
+
+
+@pytest.mark.parametrize("precompute", [True, False])
+def test_under_bf16_autocast_the_reference_takes_the_policys_path(tmp_path, precompute):
+    trainer = make_trainer(tmp_path, bf16=True, precompute_ref_log_probs=precompute)
+    trainer.train()
+    first = trainer.state.log_history[0]
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert first["rewards/margins"] == pytest.approx(0.0, abs=1e-5)
+
+
+def test_token_ids_need_no_tokenizer(tmp_path):
+    args = DPOConfig(output_dir=str(tmp_path), max_steps=1, save_strategy="no", report_to="none", use_cpu=True)
+    DPOTrainer(tiny_model(), args=args, train_dataset=tiny_dataset()).train()
