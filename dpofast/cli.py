@@ -125,7 +125,7 @@ def _train(argv: Sequence[str]) -> int:
 def _checked_output(config: Any) -> str | None:
     """Refuse an output folder that is not empty, unless its run is resumed; returns the checkpoint to resume from.
 
-    Files of an earlier run would otherwise mix with this one's: an adapter left beside full weights is loaded with them.
+    Files of an earlier run would mix with this one's: an adapter left beside full weights is loaded with them.
     """
     from transformers.trainer_utils import get_last_checkpoint
 
