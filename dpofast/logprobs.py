@@ -13,7 +13,14 @@ from dpofast import reference
 from dpofast.distributed import local_shards, vocab_parallel_logprobs
 from dpofast.first_order import first_order_only
 from dpofast.gemm import accumulate_dtype
-from dpofast.head import autocast_inputs, check_floating, check_head, check_targets, default_logits_bytes
+from dpofast.head import (
+    autocast_inputs,
+    check_floating,
+    check_head,
+    check_targets,
+    chunks,
+    default_logits_bytes,
+)
 from dpofast.linear import per_token
 from dpofast.rows import LogitOptions, check_target_values, choose_backend, row_logprobs
 
@@ -214,4 +221,4 @@ class _Logprobs(torch.autograd.Function):
 
 def _row_chunks(logits: Tensor) -> list[slice]:
     size = max(1, _CHUNK_BYTES // max(1, logits.shape[1] * 4))
-    return [slice(start, start + size) for start in range(0, logits.shape[0], size)]
+    return chunks(0, logits.shape[0], size)

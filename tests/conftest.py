@@ -2,6 +2,7 @@
 
 import os
 import random
+import tempfile
 
 import hypothesis
 import numpy as np
@@ -12,6 +13,9 @@ import torch
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# Compiled code of an earlier run, perhaps one that was killed while it wrote, is no part of this one.
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", tempfile.mkdtemp(prefix="dpofast-inductor-"))
 
 torch.set_num_threads(2)
 hypothesis.settings.register_profile("dpofast", deadline=None, derandomize=True)
