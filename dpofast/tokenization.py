@@ -66,9 +66,9 @@ class DataReport:
         """Return one line, and one more for each reason to skip rows."""
         parts = [f"{self.source}: {self.kept:,} of {self.rows:,} pairs kept"]
         if self.truncated:
-            parts.append(f"{self.truncated:,} responses cut to max_length (their end and EOS are gone)")
+            parts.append(f"responses cut to max_length, their end and EOS gone: {self.truncated:,}")
         if self.shortened_prompts:
-            parts.append(f"{self.shortened_prompts:,} prompts whose last tokens differ in front of a response")
+            parts.append(f"prompts whose last tokens differ in front of a response: {self.shortened_prompts:,}")
         lines = [", ".join(parts)]
         for reason, (total, rows) in self.skipped.items():
             numbers = ", ".join(map(str, rows)) + (", ..." if total > len(rows) else "")

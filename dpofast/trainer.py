@@ -91,6 +91,10 @@ class DPOConfig(TrainingArguments):
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.num_train_epochs <= 0 and self.max_steps <= 0:
+            raise ValueError(f"num_train_epochs: expected more than 0, or max_steps, got {self.num_train_epochs}")
+        if self.fp16 and self.device.type == "cpu":
+            raise ValueError("fp16: needs a GPU; on a CPU use bf16, or leave it out")
         if self.learning_rate < 0:
             raise ValueError(f"learning_rate: expected 0 or more, got {self.learning_rate}")
         if self.max_length is not None and self.max_length < 2:

@@ -106,7 +106,7 @@ def test_missing_files_and_models(run, tmp_path, model_dir):
     code, _, err, output = run(None)
     assert code == 2 and "pairs.jsonl" in err and "no such file" in err
     code, _, err, _ = run(ROWS, model=tmp_path / "nowhere")
-    assert code == 2 and "nowhere: no tokenizer can be loaded" in err
+    assert code == 2 and "nowhere (no such folder, so a hub name): no tokenizer can be loaded" in err
     bare = tmp_path / "bare"
     tiny_model().save_pretrained(bare)
     code, _, err, _ = run(ROWS, model=bare)
@@ -129,6 +129,8 @@ def test_missing_files_and_models(run, tmp_path, model_dir):
         (["--dtype", "int8"], "dtype: expected one of"),
         (["--max_tokens", "0"], "max_tokens: expected at least 1"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["--fp16"], "fp16: needs a GPU"),
+        (["--num_train_epochs", "0"], "num_train_epochs: expected more than 0"),
     ],
 )
 def test_bad_options(run, flags, message):
@@ -138,7 +140,7 @@ def test_bad_options(run, flags, message):
 
 def test_unknown_options_and_commands(run, capsys):
     code, _, err, _ = run(ROWS, "--betta", "1")
-    assert code == 2 and "--betta" in err
+    assert code == 2 and "--betta" in err and "--help" in err and "usage" not in err
     assert main(["tarin"]) == 2
     assert "expected a command among train, demo, info" in capsys.readouterr().err
     assert main([]) == 2 and main(["--help"]) == 0

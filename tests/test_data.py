@@ -90,9 +90,14 @@ BAD_LINES = {
     "not valid JSON: the line ends before its object does": LINE[:-3],
     "not valid JSON: the line ends before": LINE.rstrip()[:-1],
     "not valid JSON: Expecting value at character 12": b'{"prompt": ?}',
-    "not valid JSON: .*recursion": b"[" * 200_000,
+    "not valid JSON: .*recursion": b'{"a": ' + b"[" * 200_000,
     "not valid JSON: .*digits": b'{"prompt": ' + b"1" * 5000 + b"}",
-    "not a JSON object: expected one object a line, got list": b"[" + LINE.strip() + b"]",
+    "not a JSON object: expected one object a line, got an array; `jq": b"[" + LINE.strip() + b"]",
+    "not a JSON object: expected one object a line, got an array; `jq -c": b"[",
+    "not a JSON object: expected one object a line, got int": b"3",
+    "column 'chosen_ids' is not a list of token ids": lines(
+        {"prompt_ids": [1], "chosen_ids": [True, 2], "rejected_ids": [3]}
+    ),
     "half of a surrogate pair": b'{"prompt": "a", "chosen": "\\ud83d", "rejected": "b"}',
     "column 'rejected' is missing: .*found chosen, prompt": b'{"prompt": "a", "chosen": "b"}',
     "column 'chosen' is missing": b'{"prompt": "a", "chosen": null, "rejected": "b"}',

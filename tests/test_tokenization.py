@@ -100,7 +100,7 @@ def test_tokens_that_merge_across_the_boundary_go_to_both_responses():
         "row": 0,
     }
     assert report.shortened_prompts == 1
-    assert "1 prompts whose last tokens differ" in report.summary()
+    assert "prompts whose last tokens differ in front of a response: 1" in report.summary()
 
 
 @pytest.mark.parametrize(
@@ -346,7 +346,7 @@ def test_truncation_cuts_tails_and_counts_them():
     ]
     assert report.truncated == 3
     assert (
-        report.summary() == "<dataset>: 3 of 3 pairs kept, 3 responses cut to max_length (their end and EOS are gone)"
+        report.summary() == "<dataset>: 3 of 3 pairs kept, responses cut to max_length, their end and EOS gone: 3"
     )
     assert tokenize(*rows, max_length=None)[1].truncated == 0
 
