@@ -31,8 +31,8 @@ setup(
     ext_modules=[
         Pybind11Extension(
             "dpofast._C",
-            ["csrc/bindings.cpp", "csrc/packing.cpp"],
-            depends=["csrc/packing.hpp"],
+            ["csrc/bindings.cpp", "csrc/packing.cpp", "csrc/planner.cpp"],
+            depends=["csrc/packing.hpp", "csrc/planner.hpp"],
             cxx_std=17,
             extra_compile_args=["-O3"],
         )

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <numeric>
-#include <set>
 #include <tuple>
 #include <utility>
 
@@ -284,42 +283,6 @@ Groups group_examples(const Examples& examples, bool share_prompts, int64_t voca
   return groups;
 }
 
-Bins best_fit_decreasing(const std::vector<int64_t>& sizes, int64_t capacity) {
-  const int64_t count = sizes.size();
-  std::vector<int64_t> order(count);
-  std::iota(order.begin(), order.end(), 0);
-  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return sizes[a] > sizes[b]; });
-
-  std::vector<int64_t> bin_of(count), loads;
-  std::set<std::pair<int64_t, int64_t>> open;  // room left, bin
-  for (int64_t i = 0; i < count;) {
-    const int64_t size = sizes[order[i]];
-    int64_t room = capacity, bin = loads.size();
-    const auto tightest = open.lower_bound({size, 0});
-    if (tightest == open.end()) {
-      loads.push_back(0);
-    } else {
-      std::tie(room, bin) = *tightest;
-      open.erase(tightest);
-    }
-    // The tightest bin stays the tightest for further items of the same size, until they no longer fit.
-    do {
-      bin_of[order[i++]] = bin;
-      loads[bin] += size;
-      room -= size;
-    } while (i < count && sizes[order[i]] == size && size <= room);
-    if (room >= 0) open.insert({room, bin});
-  }
-
-  std::vector<int64_t> by_load(loads.size()), rank(loads.size());
-  std::iota(by_load.begin(), by_load.end(), 0);
-  std::stable_sort(by_load.begin(), by_load.end(), [&](int64_t a, int64_t b) { return loads[a] > loads[b]; });
-  for (size_t i = 0; i < by_load.size(); ++i) rank[by_load[i]] = i;
-  for (int64_t& bin : bin_of) bin = rank[bin];
-  std::sort(loads.rbegin(), loads.rend());
-  return {std::move(bin_of), std::move(loads)};
-}
-
 Bins plan_items(const std::vector<int64_t>& sizes, int64_t max_tokens) {
   for (size_t i = 0; i < sizes.size(); ++i) {
     if (sizes[i] < 1 || sizes[i] > kMaxPositions) {
@@ -327,7 +290,7 @@ Bins plan_items(const std::vector<int64_t>& sizes, int64_t max_tokens) {
                                  std::to_string(kMaxPositions));
     }
   }
-  Bins bins = best_fit_decreasing(sizes, max_tokens);
+  Bins bins = pack_evenly(sizes, max_tokens);
   if (!bins.loads.empty()) check_load(bins.loads[0], 0);
   return bins;
 }
@@ -360,7 +323,7 @@ std::vector<std::vector<int64_t>> plan_batches(const Groups& groups, int64_t max
     for (auto& pairs : large) splitter.split(pairs, unit_of_pair, unit_sizes);
   }
 
-  const Bins bins = best_fit_decreasing(unit_sizes, max_tokens);
+  const Bins bins = pack_evenly(unit_sizes, max_tokens);
   std::vector<std::vector<int64_t>> plan(bins.loads.size());
   for (int64_t q = 0; q < pair_count; ++q) plan[bins.bin_of[unit_of_pair[q]]].push_back(q);
   return plan;

@@ -8,6 +8,8 @@
 #include <string>
 #include <vector>
 
+#include "planner.hpp"
+
 namespace dpofast {
 
 constexpr int64_t kUnlimited = std::numeric_limits<int64_t>::max();
@@ -72,16 +74,7 @@ struct Groups {
 // Validates every value (ids in [0, vocab_size), nothing empty, pairs that name two different branches) and merges.
 Groups group_examples(const Examples& examples, bool share_prompts, int64_t vocab_size);
 
-// Items assigned to bins; bins are numbered by descending load.
-struct Bins {
-  std::vector<int64_t> bin_of;
-  std::vector<int64_t> loads;
-};
-
-// Best-fit decreasing in O(n log n). An item larger than the capacity gets a bin of its own.
-Bins best_fit_decreasing(const std::vector<int64_t>& sizes, int64_t capacity);
-
-// best_fit_decreasing for micro-batches: checks that sizes are in [1, 2^31) and that no load passes int32 positions.
+// pack_evenly for micro-batches: checks that sizes are in [1, 2^31) and that no load passes int32 positions.
 Bins plan_items(const std::vector<int64_t>& sizes, int64_t max_tokens);
 
 // The pairs of each micro-batch, ascending. A group stays whole when it fits; a pair is never split.

@@ -223,9 +223,10 @@ class Plan:
 
 
 def plan(lengths: Sequence[int] | np.ndarray, max_tokens: int | None = None) -> Plan:
-    """Best-fit decreasing: assigns items of given lengths to as few micro-batches of max_tokens as it can.
+    """Assigns items of given lengths to as few micro-batches of max_tokens as best-fit decreasing finds.
 
-    Deterministic; the loads depend on the lengths alone, not on their order. O(n log n).
+    Up to 8,192 items (an optimizer step) are then spread evenly over that many micro-batches: the largest load falls,
+    the count stays. Deterministic; the loads depend on the lengths alone, not on their order. O(n log n).
 
     Args:
         lengths: (n,) integers, packed tokens of each item; 1 or more.
@@ -255,8 +256,8 @@ def pack(
 
     Examples with equal prompts share one group, and equal responses inside it are one branch. A group is split only
     if it is larger than max_tokens, a pair never: one longer than max_tokens goes alone, but for pairs that add no
-    token to it, and its batch has num_tokens > max_tokens. Every pair lands in exactly one batch. Batches come largest
-    first; their sizes do not depend on the order of the examples.
+    token to it, and its batch has num_tokens > max_tokens. Every pair lands in exactly one batch. Batches are
+    evenly filled (see `plan`) and come largest first; their sizes do not depend on the order of the examples.
 
     Args:
         examples: mappings with prompt_ids, chosen_ids and rejected_ids (1-D integers, at least one each) and, for all

@@ -397,6 +397,18 @@ def test_plan(lengths, max_tokens, rng):
     assert plan(rng.sample(lengths, len(lengths)), max_tokens).loads.tolist() == result.loads.tolist()
 
 
+def test_a_short_tail_is_shared_out():
+    assert plan([268] * 8, 2000).loads.tolist() == [1072, 1072]  # best-fit decreasing: 1876 + 268
+    assert plan([9, 5, 5, 4, 3, 3, 2, 1], 17).loads.tolist() == [16, 16]
+    assert plan([50, 9, 1, 1], 10).loads.tolist() == [50, 9, 2]  # what is too long stays alone
+    rng = np.random.default_rng(0)
+    for size in (64, 128, 512):
+        lengths = np.clip(rng.lognormal(5.5, 0.7, size), 8, 2048).astype(np.int64)
+        loads = plan(lengths, 4096).loads
+        assert len(loads) == -(-lengths.sum() // 4096)
+        assert loads.max() <= 1.01 * loads.mean()
+
+
 @pytest.mark.parametrize(
     ("lengths", "message"),
     [
