@@ -32,7 +32,7 @@ from dpofast.preference import KINDS, PreferenceLoss, PreferenceOutput, token_pr
 from dpofast.refcache import REFERENCE_COLUMNS, add_reference_columns, reference_logps
 
 # Large enough for full GEMM speed; on a CPU a pass without gradients is fastest where its activations stay in cache.
-_MAX_TOKENS_GPU, _MAX_TOKENS_CPU, _FORWARD_TOKENS_CPU = 16384, 4096, 1024
+_MAX_TOKENS_GPU, _MAX_TOKENS_CPU, _FORWARD_TOKENS_CPU = 16384, 2048, 1024
 _TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 
@@ -60,7 +60,7 @@ class DPOConfig(TrainingArguments):
     max_tokens: int | None = field(
         default=None,
         metadata={
-            "help": "Packed positions per micro-batch (default 4096 on the CPU, 16384 on a GPU); no effect on results."
+            "help": "Packed positions per micro-batch (default 2048 on the CPU, 16384 on a GPU); no effect on results."
         },
     )
     max_logits_bytes: int | None = field(
