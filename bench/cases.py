@@ -34,6 +34,32 @@ PROFILES = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class RandomProfile:
+    """A random model and random pairs (bench/random_pairs.py); lengths are log-normal, in tokens.
+
+    Attributes:
+        prompt_median, response_median: medians of the two lengths.
+        sigma: standard deviation of a length's logarithm; 0.5 puts one in forty beyond 2.7 medians.
+        vocab_size, hidden_size, layers: a Llama's, with Qwen2's vocabulary and heads of 64.
+    """
+
+    prompt_median: int
+    response_median: int
+    sigma: float = 0.5
+    vocab_size: int = 151_936
+    hidden_size: int = 256
+    layers: int = 4
+
+
+# Named by prompt length over response length.
+RANDOM_PROFILES = {
+    "ratio-0.4": RandomProfile(prompt_median=60, response_median=150),
+    "ratio-2": RandomProfile(prompt_median=240, response_median=120),
+    "ratio-10": RandomProfile(prompt_median=600, response_median=60),
+}
+
+
 def package_folder(module: str, install: str) -> Path:
     """Folder of an installed package, found without importing it (its own dependencies may be absent).
 

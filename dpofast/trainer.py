@@ -63,6 +63,10 @@ class DPOConfig(TrainingArguments):
             "help": "Packed positions per micro-batch (default 2048 on the CPU, 16384 on a GPU); no effect on results."
         },
     )
+    share_prompts: bool = field(
+        default=True,
+        metadata={"help": "Run every prompt once for all its responses; False measures what that saves."},
+    )
     max_logits_bytes: int | None = field(
         default=None, metadata={"help": "Room for logits in bytes (default 256 MiB on the CPU, 1 GiB on a GPU)."}
     )
@@ -228,7 +232,8 @@ class DPOTrainer(Trainer):
         self._signature_columns = [*_TOKEN_COLUMNS, *REFERENCE_COLUMNS, "row"]
 
     def _packed(self, examples: Sequence[dict[str, Any]], max_tokens: int) -> list[PackedBatch]:
-        return [batch.to(self.args.device) for batch in pack(examples, max_tokens)]
+        batches = pack(examples, max_tokens, share_prompts=self.args.share_prompts)
+        return [batch.to(self.args.device) for batch in batches]
 
     # ---- reference --------------------------------------------------------------------------------------------------
 
@@ -265,6 +270,7 @@ class DPOTrainer(Trainer):
                 dataset,
                 model,
                 max_tokens=self.max_forward_tokens,
+                share_prompts=self.args.share_prompts,
                 max_logits_bytes=self.args.max_logits_bytes,
                 device=self.args.device,
                 autocast=self.accelerator.autocast,

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from bench import real_pairs, step, timing
-from bench.cases import PairProfile, package_folder
+from bench.cases import PairProfile, RandomProfile, package_folder
+from bench.random_pairs import build_random_pairs, write_model
 
 SMALL = PairProfile(review_words=(6, 8), reviews_joined=(1, 1), context_words=0)
 JOINED = PairProfile(review_words=(6, 8), reviews_joined=(1, 2), context_words=9)
@@ -235,3 +236,26 @@ def test_a_missing_model_folder_is_named_with_its_remedy(tmp_path: Path, monkeyp
     monkeypatch.setattr(sys, "argv", ["step", "--model", "no/such/folder"])
     assert step.main() == 2
     assert "make it with: python -m bench.smollm2 no/such/folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("engine", ["dpofast", "dpofast-unshared"])
+def test_work_is_counted_exactly(tmp_path: Path, engine: str) -> None:
+    profile = RandomProfile(prompt_median=9, response_median=6, vocab_size=20_000, hidden_size=128, layers=1)
+    write_model(tmp_path / "model", profile)
+    pairs = build_random_pairs(profile, pairs=4)
+    real_pairs.write_jsonl(tmp_path / "pairs.jsonl", pairs)
+    case = step.StepCase(
+        model=str(tmp_path / "model"),
+        pairs_file=str(tmp_path / "pairs.jsonl"),
+        pairs_per_step=2,
+        steps=2,
+        learning_rate=0,
+    )
+    lengths = [[len(pair[key].split()) for key in ("prompt", "chosen", "rejected")] for pair in pairs]
+    prompts, targets = sum(row[0] for row in lengths), sum(row[1] + row[2] + 2 for row in lengths)
+    positions = prompts * (1 if engine == "dpofast" else 2) + targets - 2 * len(pairs)
+    figures = step.train(engine, case, count=True)
+    # the reference once, and the policy; the head's product once without gradients, and three times with
+    assert figures["positions"] * case.steps == 2 * positions
+    assert figures["head_rows"] * case.steps == pytest.approx((1 + 3) * targets)
+    assert figures["gemm_gflops"] * case.steps * 1e9 > 2 * (1 + 3) * targets * 20_000 * 128

@@ -1,0 +1,55 @@
+"""A small Llama with random weights, and pairs of random words with log-normal lengths: what a profile of
+bench/cases.py's RANDOM_PROFILES describes, for timing where only shapes matter.
+
+The tokenizer knows one word for every token id, so the text that both trainers get has exactly the planned lengths.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from bench.cases import SEED, RandomProfile
+
+_END, _PAD = 0, 1
+
+
+def write_model(folder: Path, profile: RandomProfile) -> None:
+    """Save the model (float32 safetensors) and its tokenizer."""
+    torch.manual_seed(SEED)
+    config = LlamaConfig(
+        vocab_size=profile.vocab_size,
+        hidden_size=profile.hidden_size,
+        intermediate_size=4 * profile.hidden_size,
+        num_hidden_layers=profile.layers,
+        num_attention_heads=profile.hidden_size // 64,
+        num_key_value_heads=max(1, profile.hidden_size // 128),
+        eos_token_id=_END,
+        pad_token_id=_PAD,
+        bos_token_id=None,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({_word(i): i for i in range(profile.vocab_size)}, unk_token=_word(_PAD)))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token=_word(_END), pad_token=_word(_PAD))
+    tokenizer.save_pretrained(folder)
+
+
+def _word(token: int) -> str:
+    # A special token is found inside words too, so it must not begin one.
+    return ("<end>", "<pad>")[token] if token <= _PAD else f"w{token}"
+
+
+def build_random_pairs(profile: RandomProfile, pairs: int) -> list[dict[str, str]]:
+    """Pairs as prompt, chosen, rejected; a trainer adds one end-of-sequence token to each response."""
+    rng = np.random.default_rng(SEED)
+    medians = (profile.prompt_median, profile.response_median, profile.response_median)
+
+    def text(median: int) -> str:
+        length = max(2, round(rng.lognormal(np.log(median), profile.sigma)))
+        # The space makes prompt + response split where the two parts do.
+        return "".join(f"{_word(token)} " for token in rng.integers(2, profile.vocab_size, length))
+
+    return [dict(zip(("prompt", "chosen", "rejected"), map(text, medians), strict=True)) for _ in range(pairs)]

@@ -1,0 +1,51 @@
+"""What a trainer computes, counted and not timed: positions through the trunk, rows through the head, GEMM work."""
+
+import math
+from typing import Any
+
+from torch import nn
+
+from bench.cost import Cost
+
+# A micro-batch has fewer positions than this and a trunk no such width, so only the head's products have such a side,
+# be they over the whole vocabulary or over a tile of it.
+_HEAD_SIDE = 16_384
+
+
+class Work:
+    """Counts what runs inside `with Work(model) as work:`, forward and backward, of the model and of a reference.
+
+    Attributes:
+        positions: tokens that a model's embedding looked up, pads included.
+    """
+
+    def __init__(self, model: Any) -> None:
+        """Count for models of this one's hidden size and vocabulary."""
+        self.vocab, self.hidden = model.get_input_embeddings().weight.shape
+        self.positions = 0
+        self._cost = Cost()
+
+    def __enter__(self) -> "Work":
+        """Begin; every nn.Embedding of the vocabulary's size counts, so that a copied reference does too."""
+
+        def look_up(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            if isinstance(module, nn.Embedding) and module.num_embeddings == self.vocab:
+                self.positions += inputs[0].numel()
+
+        self._hook = nn.modules.module.register_module_forward_pre_hook(look_up)
+        self._cost.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """Stop counting."""
+        self._cost.__exit__(*error)
+        self._hook.remove()
+
+    def figures(self, steps: int) -> dict[str, float]:
+        """Means of a step: positions, rows times products through the head, and GEMM work in units of 1e9."""
+        head = sum(math.prod(shape) * count for shape, count in self._cost.gemms.items() if max(shape) >= _HEAD_SIDE)
+        return {
+            "positions": self.positions / steps,
+            "head_rows": head / (self.hidden * self.vocab) / steps,
+            "gemm_gflops": self._cost.gemm_flops / 1e9 / steps,
+        }
