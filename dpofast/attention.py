@@ -1,102 +1,61 @@
-"""The attention function that lets every branch of a packed row see its prompt and nothing else.
+"""Lets every branch of a packed row see its prompt and nothing else, in transformers' models.
 
-A packed row holds several groups: a prompt, then its branches. Query segment g attends to its prefix (the prompt's
-rows) followed by its own rows, causally, aligned at the bottom right: with q queries and k keys, query i sees keys
-j ≤ i + (k − q), and under a sliding window W also j > i + (k − q) − W. Key j of a segment has position j, so the window
-counts positions.
+It reaches them through AttentionInterface under a name that contains the model's former implementation. A call without
+a layout (plain logits, generation) is handed to that former implementation unchanged; a call with one goes to the first
+of three backends that can run it (attention_layout.py says what they compute):
 
-It reaches transformers' models through AttentionInterface under a name that contains the model's former implementation.
-A call without a layout (plain logits, generation) is handed to that former implementation unchanged.
+    varlen    FlashAttention over all segments at once: 16-bit on NVIDIA GPUs, without softcap and sinks
+    flex      FlexAttention on CUDA where varlen cannot
+    sdpa      segment by segment: float32 without softcap and sinks on CUDA, and everything elsewhere
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from dpofast.packing import Segments
+from dpofast.attention_flex import flex_attention_packed, flex_refusal
+from dpofast.attention_layout import AttentionOptions, PackedLayout
+from dpofast.attention_sdpa import sdpa_attention
+from dpofast.attention_varlen import varlen_attention, varlen_refusal
 
 _PREFIX = "dpofast_"
-# Keyword arguments of some models' attention that change its result and that this function does not implement.
-_UNSUPPORTED = ("softcap", "s_aux", "position_bias")
+_BACKENDS = {"varlen": varlen_attention, "flex": flex_attention_packed, "sdpa": sdpa_attention}
 
 
-class PackedLayout:
-    """One packed forward's view of its segments: where K/V rows are cut, which pieces a segment sees, masks made once.
-
-    calls counts the attention layers that saw the layout; model.py compares it with the number of layers, because a
-    model whose attention drops keyword arguments would otherwise compute something else without an exception.
-    """
-
-    def __init__(self, segments: Segments) -> None:
-        """Cut the rows at every segment bound and at the end of every prefix."""
-        bounds = segments.cu_seqlens_q.tolist()
-        prefixes = segments.prefixes.tolist()
-        cuts = sorted({*bounds, *(row for prefix in prefixes for row in prefix)})
-        self.query_sizes = [stop - start for start, stop in pairwise(bounds)]
-        self.piece_sizes = [stop - start for start, stop in pairwise(cuts)]
-        piece_at = {row: index for index, row in enumerate(cuts)}
-        self.seen_pieces = [
-            [*range(piece_at[prefix[0]], piece_at[prefix[1]]), *range(piece_at[start], piece_at[stop])]
-            for prefix, (start, stop) in zip(prefixes, pairwise(bounds), strict=True)
-        ]
-        self.calls = 0
-        self._masks: dict[tuple[Any, ...], Tensor] = {}
-
-    def mask(self, query: Tensor, keys: int, window: int | None) -> Tensor | None:
-        """(queries, keys) in query's dtype, −inf where a query sees no key; None where SDPA's causal mask is the same.
-
-        Additive, because SDPA would turn a boolean mask into one at every call.
-        """
-        queries = query.shape[2]
-        if queries == keys and (window is None or window >= keys):
-            return None
-        key = (queries, keys, window, query.dtype, query.device)
-        if key not in self._masks:
-            position = torch.arange(keys, device=query.device)
-            distance = position[keys - queries :, None] - position
-            hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
-            zeros = torch.zeros(queries, keys, dtype=query.dtype, device=query.device)
-            self._masks[key] = zeros.masked_fill(hidden, -torch.inf)
-        return self._masks[key]
+def choose_attention(query: Tensor, value: Tensor, options: AttentionOptions) -> tuple[str, str]:
+    """The backend that attends from query (1, H, T, Dh) to value (1, H_kv, T, Dv), and why: both for people to read."""
+    refusal = varlen_refusal(query, value, options)
+    if refusal is None:
+        return "varlen", "FlashAttention over all segments at once"
+    capped = options.softcap is not None or options.sinks is not None
+    if query.dtype in (torch.float16, torch.bfloat16) or capped:
+        flex = flex_refusal(query, value, options)
+        if flex is None:
+            return "flex", f"not varlen: {refusal}"
+        refusal += f"; not flex: {flex}"
+    return "sdpa", f"segment by segment; not varlen: {refusal}"
 
 
-def packed_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    layout: PackedLayout,
-    *,
-    scaling: float | None = None,
-    window: int | None = None,
-    dropout: float = 0.0,
-) -> Tensor:
-    """Attention of query (1, H, T, Dh) over key and value (1, H_kv, T, Dh), segment by segment: (1, T, H, Dh)."""
-    keys, values = key.split(layout.piece_sizes, dim=2), value.split(layout.piece_sizes, dim=2)
-    grouped = query.shape[1] != key.shape[1]
-    outputs = []
-    for q, pieces in zip(query.split(layout.query_sizes, dim=2), layout.seen_pieces, strict=True):
-        k = _joined([keys[piece] for piece in pieces])
-        v = _joined([values[piece] for piece in pieces])
-        mask = layout.mask(q, k.shape[2], window)
-        attended = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling, enable_gqa=grouped
-        )
-        outputs.append(attended.transpose(1, 2))
-    return torch.cat(outputs, dim=1)
-
-
-def _joined(pieces: list[Tensor]) -> Tensor:
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
+def attention_report(device: torch.device) -> dict[str, str]:
+    """Which backend attends on a device and why, for a few kinds of layers; for `dpofast info`."""
+    kinds = {
+        "16-bit": (torch.bfloat16, AttentionOptions()),
+        "16-bit, softcap or sinks": (torch.bfloat16, AttentionOptions(softcap=50.0)),
+        "float32": (torch.float32, AttentionOptions()),
+    }
+    report = {}
+    for kind, (dtype, options) in kinds.items():
+        example = torch.empty(1, 1, 1, 64, dtype=dtype, device=device)
+        report[kind] = "{}: {}".format(*choose_attention(example, example, options))
+    return report
 
 
 def use_packed_attention(model: Any) -> None:
@@ -129,25 +88,39 @@ def _attention_over(former: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
         if packed_layout is None:
             plain = ALL_ATTENTION_FUNCTIONS.get_interface(former, _eager_attention_of(module))
             return plain(module, query, key, value, attention_mask, *args, **options)
-        unsupported = [name for name in _UNSUPPORTED if options.get(name) is not None]
-        if unsupported:
-            raise ValueError(
-                f"{type(module).__name__}: packed attention has no {', '.join(unsupported)}, which this model's "
-                "attention needs"
-            )
+        if options.get("position_bias") is not None:
+            raise ValueError(f"{type(module).__name__}: packed attention has no position_bias, which this model needs")
         packed_layout.calls += 1
-        attended = packed_attention(
+        return packed_attention(
             query,
             key,
             value,
             packed_layout,
-            scaling=options.get("scaling"),
-            window=options.get("sliding_window"),
-            dropout=options.get("dropout", 0.0),
-        )
-        return attended, None
+            AttentionOptions(
+                scaling=options.get("scaling"),
+                window=options.get("sliding_window"),
+                softcap=options.get("softcap"),
+                sinks=options.get("s_aux"),
+                dropout=options.get("dropout", 0.0),
+            ),
+        ), None
 
     return attention
+
+
+def packed_attention(
+    query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, options: AttentionOptions
+) -> Tensor:
+    """Attention of query (1, H, T, Dh) over key (1, H_kv, T, Dh) and value (1, H_kv, T, Dv): (1, T, H, Dv).
+
+    Under autocast it runs in autocast's dtype, as scaled_dot_product_attention would: rotary embeddings leave queries
+    and keys in float32 there.
+    """
+    kind = query.device.type
+    if torch.is_autocast_enabled(kind) and query.dtype != torch.float64:
+        query, key, value = (tensor.to(torch.get_autocast_dtype(kind)) for tensor in (query, key, value))
+    backend, _ = choose_attention(query, value, options)
+    return _BACKENDS[backend](query, key, value, layout, options)
 
 
 def _eager_attention_of(module: nn.Module) -> Callable[..., Any] | None:

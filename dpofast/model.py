@@ -1,7 +1,8 @@
 """Attaches the log-prob head to a causal language model of transformers: model(packed=batch) -> LogprobOutput.
 
 The trunk runs once over a packed row, only the rows that predict a target reach the head, and the logits are never
-built. Every other call of the model (plain logits, generation, saving) is unchanged.
+built. A model whose layers cannot attend inside a packed row runs over padded rows instead, behind the same interface.
+Every other call of the model (plain logits, generation, saving) is unchanged.
 """
 
 from __future__ import annotations
@@ -10,20 +11,15 @@ import functools
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dpofast.attention import PackedLayout, restore_attention, use_packed_attention
+from dpofast.admission import admit_head, admit_packed, check_numbers
+from dpofast.attention import restore_attention, use_packed_attention
 from dpofast.linear_preference import linear_preference_loss
 from dpofast.logprobs import LogprobOutput, linear_logprobs
-from dpofast.packing import PackedBatch, pack
+from dpofast.packing import PackedBatch
 from dpofast.preference import PreferenceLoss, PreferenceOutput, segment_sums
-from dpofast.reference import padded_logprobs
-
-_LAYER_TYPES = {"full_attention", "sliding_attention"}
-_CANARY_PROMPT, _CANARY_RESPONSES = 5, (4, 6)
-# Largest |packed − padded| log-prob of the canary; a wrong mask or a missing logit scale is off by 0.1 and more.
-_CANARY_TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-3, torch.float16: 5e-2, torch.bfloat16: 3e-1}
+from dpofast.trunk import packed_hidden, padded_hidden
 
 
 @dataclass(frozen=True)
@@ -38,7 +34,7 @@ class PackedPreference:
     num_pairs: int
 
 
-def attach_logprob_head(model: Any) -> Any:
+def attach_logprob_head(model: Any, *, padded: bool = False) -> Any:
     """Make model(packed=PackedBatch, stats=()) return a LogprobOutput over the batch's N targets. Returns the model.
 
     model(packed=batch, preference=PackedPreference(...)) returns the PreferenceOutput of the batch's pairs instead.
@@ -46,21 +42,30 @@ def attach_logprob_head(model: Any) -> Any:
     Args:
         model: a decoder-only transformers model with a language-modelling head. A PEFT model is attached through its
             base model and is called itself.
+        padded: run the trunk over the batch's sequences as padded rows, by the model's own attention: any decoder can,
+            and every sequence computes its prompt again. Equal numbers, more work.
 
     Raises:
-        ValueError: a model that cannot run packed, by name and with the reason: no AttentionInterface, an encoder, a
-            stateful or hybrid trunk, an adapter on the head, or packed numbers that differ from padded ones.
+        ValueError: a model that cannot run so, by name and with the reason: an encoder, an adapter on the head, numbers
+            that differ from the model's own; and for packed rows no AttentionInterface, a stateful or a hybrid trunk.
     """
     base = _base_causal_lm(model)
     if isinstance(base, _PackedForward):
+        if base._padded_rows != padded:
+            raise ValueError(
+                f"padded: expected {base._padded_rows}, as the head is attached already, got {padded}: detach it first"
+            )
         return model
-    _admit(base)
+    admit_head(base)
+    if not padded:
+        admit_packed(base)
     plain_class: Any = type(base)
-    base.__class__ = _packed_class(plain_class)
-    use_packed_attention(base)
+    base.__class__ = _packed_class(plain_class, padded)
+    if not padded:
+        use_packed_attention(base)
     try:
-        _canary(base)
-    except ValueError:
+        check_numbers(base, padded)
+    except Exception:
         detach_logprob_head(model)
         raise
     return model
@@ -70,8 +75,10 @@ def detach_logprob_head(model: Any) -> Any:
     """Undo attach_logprob_head. Returns the model."""
     base = _base_causal_lm(model)
     if isinstance(base, _PackedForward):
+        padded = base._padded_rows
         base.__class__ = type(base)._unpacked_class
-        restore_attention(base)
+        if not padded:
+            restore_attention(base)
     return model
 
 
@@ -84,19 +91,20 @@ class _PackedForward:
     """Marks a model class whose forward understands packed batches."""
 
     _unpacked_class: type
+    _padded_rows: bool
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made at run time, so pickle and deepcopy must be told how to get it again.
-        return _rebuilt, (self._unpacked_class,), self.__dict__
+        return _rebuilt, (self._unpacked_class, self._padded_rows), self.__dict__
 
 
-def _rebuilt(cls: type) -> Any:
-    packed: Any = _packed_class(cls)
+def _rebuilt(cls: type, padded: bool) -> Any:
+    packed: Any = _packed_class(cls, padded)
     return packed.__new__(packed)
 
 
 @functools.cache
-def _packed_class(cls: Any) -> type:
+def _packed_class(cls: Any, padded: bool) -> type:
     """A subclass of the model's class, of the same name: forward is looked up through the type, so deepcopy works."""
 
     @functools.wraps(cls.forward)  # generate() reads the parameters of forward
@@ -119,30 +127,11 @@ def _packed_class(cls: Any) -> type:
     members = {
         "forward": forward,
         "_unpacked_class": cls,
+        "_padded_rows": padded,
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
     }
     return type(cls.__name__, (_PackedForward, cls), members)
-
-
-def _packed_hidden(model: Any, batch: PackedBatch) -> Tensor:
-    """The trunk's output (N, D) at the rows that predict a target."""
-    layout = PackedLayout(batch.segments)
-    output = model.base_model(
-        input_ids=batch.input_ids[None],
-        position_ids=batch.position_ids[None],
-        # transformers returns a four-dimensional mask as it is; without one it would build a (T, T) mask
-        attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=batch.input_ids.device),
-        use_cache=False,
-        packed_layout=layout,
-    )
-    layers = model.config.get_text_config().num_hidden_layers
-    if layout.calls < layers:
-        raise ValueError(
-            f"{type(model).__name__}: {layout.calls} of {layers} attention layers saw the packed layout, so the packed "
-            "numbers would be wrong; this model cannot run packed"
-        )
-    return output.last_hidden_state[0].index_select(0, batch.logit_rows)
 
 
 def _packed_output(
@@ -155,7 +144,7 @@ def _packed_output(
     if stats and preference is not None:
         raise ValueError(f"stats: expected none beside preference=..., which has no per-token outputs, got {stats}")
     head = model.get_output_embeddings()
-    hidden = _packed_hidden(model, batch)
+    hidden = padded_hidden(model, batch) if model._padded_rows else packed_hidden(model, batch)
     options = {
         "bias": head.bias,
         "max_logits_bytes": max_logits_bytes,
@@ -180,64 +169,10 @@ def _logit_options(config: Any) -> dict[str, Any]:
     """What a family does to its logits, read from its config."""
     scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
     scale = scale / (getattr(config, "logits_scaling", None) or 1.0)  # Granite
+    scale = scale * (getattr(config, "lm_head_multiplier", None) or 1.0)  # Falcon-H1
     return {"logit_scale": scale, "softcap": getattr(config, "final_logit_softcapping", None)}  # Gemma
 
 
 def _base_causal_lm(model: Any) -> Any:
     """The transformers model inside a PEFT wrapper, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def _admit(model: Any) -> None:
-    """Refuse what would compute wrong numbers without an exception."""
-    name = type(model).__name__
-    config = getattr(model, "config", None)
-    if config is None or not hasattr(model, "get_output_embeddings"):
-        raise ValueError(f"{name}: expected a transformers causal language model")
-    text_config = config.get_text_config()
-    if getattr(config, "is_encoder_decoder", False) or not hasattr(model, "generate"):
-        raise ValueError(
-            f"{name}: expected a decoder-only causal language model (AutoModelForCausalLM), not an encoder"
-        )
-    if text_config is not config:
-        raise ValueError(f"{name}: expected a text-only model; load its language model alone")
-    head = model.get_output_embeddings()
-    if type(head) is not nn.Linear:
-        raise ValueError(
-            f"{name}: expected a plain nn.Linear head, got {type(head).__name__}: leave the head out of the adapter's "
-            "target_modules and unquantized"
-        )
-    if not getattr(model, "_supports_attention_backend", False) or getattr(model, "_is_stateful", False):
-        raise ValueError(
-            f"{name}: its attention does not go through transformers' AttentionInterface: it cannot run packed"
-        )
-    foreign = set(getattr(config, "layer_types", None) or _LAYER_TYPES) - _LAYER_TYPES
-    if foreign:
-        raise ValueError(f"{name}: it has {sorted(foreign)} layers, and only attention layers can run packed")
-
-
-@torch.no_grad()
-def _canary(model: Any) -> None:
-    """Packed against padded on random ids: the one test that a model with an unknown twist cannot pass."""
-    generator = torch.Generator().manual_seed(0)
-    lengths = (_CANARY_PROMPT, *_CANARY_RESPONSES)
-    prompt, chosen, rejected = (
-        torch.randint(0, model.config.vocab_size, (length,), generator=generator).numpy() for length in lengths
-    )
-    # Responses that differ in their first token are distinct branches, whatever the draw.
-    rejected[0] = (chosen[0] + 1) % model.config.vocab_size
-    (batch,) = pack([{"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}])
-    device = model.get_output_embeddings().weight.device
-    training = model.training
-    model.eval()
-    try:
-        packed = model(packed=batch.to(device)).logps
-        padded = padded_logprobs(model, *(tensor.to(device) for tensor in batch.padded()), use_cache=False)
-    finally:
-        model.train(training)
-    difference = float((packed - padded).abs().max())
-    if not difference <= _CANARY_TOLERANCE[model.dtype]:
-        raise ValueError(
-            f"{type(model).__name__}: packed and padded log-probs of the same tokens differ by {difference:.2g} nats, "
-            f"more than {_CANARY_TOLERANCE[model.dtype]}: this model cannot run packed"
-        )
