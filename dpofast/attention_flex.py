@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from dpofast.attention_layout import AttentionOptions, PackedLayout
 from dpofast.packing import Segments
 
 _BLOCK = 128
+# Compiled forms of one model: windows × softcaps × with and without gradient × fixed and changing lengths.
+_VARIANTS = 64
 # torch's flex kernels multiply tiles of at least so many columns.
 _MIN_HEAD_DIM = 16
 
@@ -39,9 +41,9 @@ def flex_attention_packed(
     """Attention of query (1, H, T, Dh) over key (1, H_kv, T, Dh) and value (1, H_kv, T, Dv): (1, T, H, Dv)."""
     device, window = query.device, options.window
     mask = layout.once(("blocks", device, window), lambda: block_mask(layout.segments, window, device))
-    # Uncompiled it builds all T × T scores: good for tests on the CPU, where torch can also not compile its backward.
-    run = _compiled() if device.type == "cuda" else flex_attention
-    attended, aux = run(
+    # Uncompiled it builds all T × T scores: for tests on the CPU, where torch has no backward for it either.
+    run: Any = _compiled() if device.type == "cuda" else flex_attention
+    result = run(
         query,
         key,
         value,
@@ -49,20 +51,30 @@ def flex_attention_packed(
         block_mask=mask,
         scale=options.scaling,
         enable_gqa=query.shape[1] != key.shape[1],
-        return_aux=AuxRequest(lse=True),
+        return_aux=None if options.sinks is None else AuxRequest(lse=True),
     )
-    if options.sinks is not None:
-        # Σ exp(s) / (Σ exp(s) + exp(sink)), in float32 as the log-sum-exp is
-        kept = torch.sigmoid(aux.lse - options.sinks.float()[:, None])
-        attended = (attended * kept[..., None]).to(value.dtype)
+    if options.sinks is None:
+        return result.transpose(1, 2)
+    attended, aux = result
+    # Σ exp(s) / (Σ exp(s) + exp(sink)), in float32 as the log-sum-exp is
+    kept = torch.sigmoid(aux.lse - options.sinks.float()[:, None])
+    attended = (attended * kept[..., None]).to(value.dtype)
     return attended.transpose(1, 2)
 
 
 @functools.cache
-def _compiled() -> Callable[..., tuple[Tensor, object]]:
-    return torch.compile(flex_attention)
+def _compiled() -> Callable[..., Any]:
+    # fullgraph: past the limit of recompilations torch would otherwise run it uncompiled, in T × T memory, and not say
+    compiled: Any = torch.compile(flex_attention, fullgraph=True)
+
+    def run(*inputs: Tensor, **options: Any) -> Any:
+        with torch._dynamo.config.patch(recompile_limit=_VARIANTS):
+            return compiled(*inputs, **options)
+
+    return run
 
 
+@functools.cache
 def _softcapped(softcap: float) -> Callable[..., Tensor]:
     def score_mod(score: Tensor, batch: Tensor, head: Tensor, row: Tensor, key: Tensor) -> Tensor:
         return softcap * torch.tanh(score / softcap)
@@ -105,23 +117,32 @@ def _visible(segments: Segments, window: int | None, device: torch.device) -> Ca
 
 def _blocks(segments: Segments, window: int | None) -> tuple[Tensor, Tensor]:
     """(blocks, blocks) bool each: some query of the block sees some key of it; every query sees every key."""
-    bounds = segments.cu_seqlens_q.tolist()
-    count = -(-bounds[-1] // _BLOCK)
-    some, full = torch.zeros(2, count, count, dtype=torch.bool).unbind()
-    reach = window or bounds[-1] + 1
-    for (start, stop), (low, high) in zip(pairwise(bounds), segments.prefixes.tolist(), strict=True):
-        for block in range(start // _BLOCK, -(-stop // _BLOCK)):
-            first, last = max(start, block * _BLOCK), min(stop, (block + 1) * _BLOCK) - 1
-            # The keys that the first and the last of these queries begin to see under the window
-            own_from, own_all_from = max(start, first - reach + 1), max(start, last - reach + 1)
-            seen_from, seen_all_from = (max(low, high + row - start - reach + 1) for row in (first, last))
-            for begin, end in ((own_from, last + 1), (seen_from, high)):
-                if begin < end:
-                    some[block, begin // _BLOCK : -(-end // _BLOCK)] = True
-            if last - first + 1 == _BLOCK:
-                for begin, end in ((own_all_from, first + 1), (seen_all_from, high)):
-                    full[block, -(-begin // _BLOCK) : end // _BLOCK] = True
-    return some, full
+    bounds, (low, high) = segments.cu_seqlens_q.long(), segments.prefixes.long().unbind(1)
+    start, stop, rows = bounds[:-1], bounds[1:], int(bounds[-1])
+    # One item for each segment and each block of queries that it has rows in
+    touched = (stop - 1) // _BLOCK - start // _BLOCK + 1
+    segment = torch.arange(len(start)).repeat_interleave(touched)
+    block = (start // _BLOCK - touched.cumsum(0) + touched)[segment] + torch.arange(len(segment))
+    start, stop, low, high = (part[segment] for part in (start, stop, low, high))
+    first, last = start.maximum(block * _BLOCK), stop.minimum((block + 1) * _BLOCK) - 1
+    edges = torch.arange(-(-rows // _BLOCK)) * _BLOCK
+    reach = rows if window is None else window
+
+    def overlap(begin: Tensor, end: Tensor) -> Tensor:
+        """How many of the keys in [begin, end) lie in each block: (items, blocks)."""
+        return (end[:, None].minimum(edges + _BLOCK) - begin[:, None].maximum(edges)).clamp(min=0)
+
+    def seen(earliest: Tensor, latest: Tensor) -> Tensor:
+        """The keys not before the window of row earliest, and not after row latest, by blocks."""
+        own = overlap(start.maximum(earliest - reach + 1), latest + 1)
+        return own + overlap(low.maximum(high + earliest - start - reach + 1), high)
+
+    some, lacking = torch.zeros(2, len(edges), len(edges), dtype=torch.int64)
+    some.index_add_(0, block, (seen(first, last) > 0).long())
+    lacking.index_add_(0, block, (seen(last, first) < _BLOCK).long())
+    full = lacking == 0
+    full[rows // _BLOCK :] = False  # a last block with fewer rows
+    return some > 0, full
 
 
 def _by_row(blocks: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:

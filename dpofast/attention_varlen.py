@@ -7,6 +7,7 @@ prompt's K/V rows stand in memory once for each branch that reads them.
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,18 +59,18 @@ def varlen_attention(
     query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, options: AttentionOptions
 ) -> Tensor:
     """Attention of query (1, H, T, Dh) over key and value (1, H_kv, T, Dh), 16-bit on CUDA: (1, T, H, Dh)."""
-    sequences = layout.once(("sequences", query.device), lambda: _Sequences(layout.segments, query.device))
+    sequences: _Sequences = layout.once(("sequences", query.device), lambda: _Sequences(layout.segments, query.device))
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     if sequences.key_rows is not None:
         k, v = k.index_select(0, sequences.key_rows), v.index_select(0, sequences.key_rows)
-    extra = {}
+    extra: dict[str, Any] = {}
     if q.shape[1] != k.shape[1]:
         if _HAS_GQA:
             extra["enable_gqa"] = True
         else:
             repeats = q.shape[1] // k.shape[1]
             k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
-    attended = varlen_attn(
+    attended: Any = varlen_attn(
         q,
         k,
         v,

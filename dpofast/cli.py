@@ -263,6 +263,7 @@ def _info(argv: Sequence[str]) -> int:
     )
     import torch
 
+    from dpofast.attention import attention_report
     from dpofast.rows import choose_backend
 
     print(f"dpofast      {metadata.version('dpofast') if _installed('dpofast') else 'source checkout'}")
@@ -275,6 +276,8 @@ def _info(argv: Sequence[str]) -> int:
     why = "a GPU runs the Triton kernels" if device.type in ("cuda", "xpu") else "no GPU: chunked torch, multi-threaded"
     print(f"device       {device.type} ({name})")
     print(f"log-probs    backend {choose_backend('auto', device)}: {why}")
+    for kind, backend in attention_report(device).items():
+        print(f"attention    {kind}: {backend}")
     print("packing      dpofast._C (C++)")
     return 0
 

@@ -80,6 +80,13 @@ class DPOConfig(TrainingArguments):
         default=False,
         metadata={"help": "Also log entropy, mean logits and token accuracy: a few more passes over logits."},
     )
+    padded: bool = field(
+        default=False,
+        metadata={
+            "help": "Run padded rows through the model's own attention: for models that cannot run packed, at more "
+            "work. max_tokens then counts the tokens of whole rows, without pads."
+        },
+    )
     disable_dropout: bool = field(default=True, metadata={"help": "Set every dropout of the models to 0."})
     on_bad_row: str = field(
         default="raise", metadata={"help": "A bad row of the data: raise (stop) or skip (count it)."}
@@ -139,9 +146,8 @@ class DPOTrainer(Trainer):
         optimizers: an optimizer and a scheduler of your own.
 
     Raises:
-        ValueError: a model that cannot run packed, data that cannot be used (DataError, with its row), an argument out
-        of
-            range, several processes.
+        ValueError: a model that cannot run packed (nor, with padded=True, over padded rows), data that cannot be used
+            (DataError, with its row), an argument out of range, several processes.
     """
 
     train_dataset: Any
@@ -181,9 +187,9 @@ class DPOTrainer(Trainer):
             model = get_peft_model(model, peft_config)
         if args.disable_dropout:
             _disable_dropout(model, ref_model)
-        attach_logprob_head(model)
+        attach_logprob_head(model, padded=args.padded)
         if ref_model is not None:
-            attach_logprob_head(ref_model)
+            attach_logprob_head(ref_model, padded=args.padded)
 
         head = model.get_output_embeddings().weight
         if args.max_logits_bytes is not None:  # refused here and not in the first step
@@ -211,6 +217,8 @@ class DPOTrainer(Trainer):
         on_cpu = args.device.type == "cpu"
         self.max_tokens = args.max_tokens or (_MAX_TOKENS_CPU if on_cpu else _MAX_TOKENS_GPU)
         self.max_forward_tokens = min(self.max_tokens, _FORWARD_TOKENS_CPU) if on_cpu else self.max_tokens
+        # padded rows repeat the prompt, so max_tokens counts it for each of them
+        self.share_prompts = args.share_prompts and not args.padded
         self.ref_model = self._reference_model(ref_model)
         self._window = _LogWindow()
         if args.precompute_ref_log_probs:
@@ -232,7 +240,7 @@ class DPOTrainer(Trainer):
         self._signature_columns = [*_TOKEN_COLUMNS, *REFERENCE_COLUMNS, "row"]
 
     def _packed(self, examples: Sequence[dict[str, Any]], max_tokens: int) -> list[PackedBatch]:
-        batches = pack(examples, max_tokens, share_prompts=self.args.share_prompts)
+        batches = pack(examples, max_tokens, share_prompts=self.share_prompts)
         return [batch.to(self.args.device) for batch in batches]
 
     # ---- reference --------------------------------------------------------------------------------------------------
@@ -270,7 +278,7 @@ class DPOTrainer(Trainer):
                 dataset,
                 model,
                 max_tokens=self.max_forward_tokens,
-                share_prompts=self.args.share_prompts,
+                share_prompts=self.share_prompts,
                 max_logits_bytes=self.args.max_logits_bytes,
                 device=self.args.device,
                 autocast=self.accelerator.autocast,

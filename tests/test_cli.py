@@ -146,12 +146,14 @@ def test_unknown_options_and_commands(run, capsys):
     assert main([]) == 2 and main(["--help"]) == 0
     with pytest.raises(SystemExit) as stop:
         main(["train", "--help"])
-    assert stop.value.code == 0 and "--max_tokens" in capsys.readouterr().out
+    assert stop.value.code == 0 and {"--max_tokens", "--padded"} <= set(capsys.readouterr().out.split())
 
 
 def test_info_names_the_path(capsys):
     assert main(["info"]) == 0
-    assert "backend torch: no GPU" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "backend torch: no GPU" in printed
+    assert "attention    float32: sdpa: segment by segment; not varlen: it needs an NVIDIA GPU" in printed
 
 
 def test_a_used_output_folder_is_refused_and_resumed_on_request(run, tmp_path):

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from datasets import Dataset
+from families import family_model
 from tiny import tiny_dataset, tiny_model, tiny_pairs, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -65,7 +66,8 @@ def padded_training(examples, batch_size, beta=0.1, lr=1e-2):
     return losses, torch.cat([p.detach().flatten() for p in policy.parameters()])
 
 
-def test_the_step_equals_a_plain_padded_loop(tmp_path):
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_step_equals_a_plain_padded_loop(tmp_path, padded):
     examples = tiny_pairs(14)  # the last step has two pairs
     expected_losses, expected_weights = padded_training(examples, 4)
     trainer = make_trainer(
@@ -74,10 +76,21 @@ def test_the_step_equals_a_plain_padded_loop(tmp_path):
         train_sampling_strategy="sequential",
         lr_scheduler_type="constant",
         weight_decay=0.0,
+        padded=padded,
     )
     trainer.train()
     assert losses_of(trainer) == pytest.approx(expected_losses, abs=1e-5)
     torch.testing.assert_close(weights_of(trainer), expected_weights, atol=1e-5, rtol=1e-5)
+
+
+def test_a_model_that_cannot_run_packed_trains_over_padded_rows(tmp_path):
+    with pytest.raises(ValueError, match=r"BloomForCausalLM cannot run packed.*DPOConfig\(padded=True\), or --padded"):
+        make_trainer(tmp_path, model=family_model("bloom"))
+    trainer = make_trainer(tmp_path, model=family_model("bloom"), padded=True, token_statistics=True)
+    assert all(batch.num_tokens <= 40 for batch in trainer._packed(tiny_pairs(), 40))  # whole rows are counted
+    trainer.train()
+    losses = losses_of(trainer)
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-5) and losses[-1] < losses[0]
 
 
 def test_policy_equals_reference_at_step_0(tmp_path):
