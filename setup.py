@@ -1,6 +1,7 @@
 """Metadata, the packages and the C++ extension `dpofast._C`. Tool settings live in pyproject.toml."""
 
 import re
+from glob import glob
 from pathlib import Path
 
 from pybind11.setup_helpers import Pybind11Extension
@@ -31,8 +32,8 @@ setup(
     ext_modules=[
         Pybind11Extension(
             "dpofast._C",
-            ["csrc/bindings.cpp", "csrc/packing.cpp", "csrc/planner.cpp"],
-            depends=["csrc/packing.hpp", "csrc/planner.hpp"],
+            sorted(glob("csrc/*.cpp")),
+            depends=glob("csrc/*.hpp"),
             cxx_std=17,
             extra_compile_args=["-O3"],
         )

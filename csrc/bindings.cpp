@@ -1,16 +1,16 @@
-// dpofast._C: the packer for Python. Numpy arrays in and out; the GIL is released while planning and filling.
+// dpofast._C: the packer for Python. Token data is read in place; the GIL is released while planning and filling.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "packing.hpp"
+#include "batches.hpp"
+#include "python_sequences.hpp"
 
 namespace py = pybind11;
 
 namespace {
 
-template <typename T>
-using Array = py::array_t<T, py::array::c_style>;
+using dpofast::Array;
 
 template <typename T>
 dpofast::Span<T> span(const Array<T>& array) {
@@ -19,76 +19,130 @@ dpofast::Span<T> span(const Array<T>& array) {
 
 // Hands the vector's memory to numpy without a copy.
 template <typename T>
-py::array to_numpy(std::vector<T>&& values, std::vector<py::ssize_t> shape) {
+py::array to_numpy(std::vector<T>&& values) {
   auto* owner = new std::vector<T>(std::move(values));
   py::capsule release(owner, [](void* pointer) { delete static_cast<std::vector<T>*>(pointer); });
-  return py::array_t<T>(std::move(shape), owner->data(), release);
+  return py::array_t<T>({static_cast<py::ssize_t>(owner->size())}, owner->data(), release);
 }
 
-template <typename T>
-py::array to_numpy(std::vector<T>&& values) {
-  const auto size = static_cast<py::ssize_t>(values.size());
-  return to_numpy(std::move(values), {size});
-}
-
-template <typename T>
-py::array to_numpy_rows(std::vector<T>&& values, py::ssize_t columns) {
-  const auto rows = static_cast<py::ssize_t>(values.size()) / columns;
-  return to_numpy(std::move(values), {rows, columns});
-}
-
-py::tuple plan(const Array<int64_t>& lengths, int64_t max_tokens) {
-  const auto sizes = span(lengths);
-  dpofast::Bins bins;
+py::tuple plan(const Array<int64_t>& lengths, const py::object& targets, int64_t max_tokens, int64_t max_targets,
+               int64_t ranks, bool equal_counts) {
+  const auto vector = [](const Array<int64_t>& array) {
+    return std::vector<int64_t>(array.data(), array.data() + array.size());
+  };
+  dpofast::Items items{vector(lengths), {}};
+  if (!targets.is_none()) items.targets = vector(targets.cast<Array<int64_t>>());
+  dpofast::RankedBins ranked;
+  std::vector<int64_t> members(items.tokens.size()), bounds;
   {
     py::gil_scoped_release nogil;
-    bins = dpofast::plan_items({sizes.data, sizes.data + sizes.size}, max_tokens);
+    dpofast::check_items(items);
+    ranked = dpofast::plan_ranks(items, {max_tokens, max_targets}, ranks, equal_counts);
+    for (const int64_t load : ranked.bins.loads) dpofast::check_positions(load, 0);
+    bounds.assign(ranked.bins.loads.size() + 1, 0);
+    for (const int64_t bin : ranked.bins.bin_of) ++bounds[bin + 1];
+    for (size_t bin = 1; bin < bounds.size(); ++bin) bounds[bin] += bounds[bin - 1];
+    std::vector<int64_t> next = bounds;
+    for (size_t i = 0; i < members.size(); ++i) members[next[ranked.bins.bin_of[i]]++] = i;
   }
-  return py::make_tuple(to_numpy(std::move(bins.bin_of)), to_numpy(std::move(bins.loads)));
+  return py::make_tuple(to_numpy(std::move(members)), to_numpy(std::move(bounds)),
+                        to_numpy(std::move(ranked.bins.loads)), to_numpy(std::move(ranked.rank_bounds)));
 }
 
-py::tuple pack(const Array<int64_t>& tokens, const Array<int64_t>& lengths, const Array<int64_t>& branch_counts,
-               const Array<int64_t>& pair_counts, const Array<int64_t>& pairs, const Array<uint8_t>& grouped,
-               int64_t max_tokens, bool share_prompts, int64_t vocab_size) {
-  const dpofast::Examples examples{span(tokens),      span(lengths), span(branch_counts),
-                                   span(pair_counts), span(pairs),   span(grouped)};
-  dpofast::Groups groups;
-  std::vector<dpofast::Batch> batches;
-  {
+// Examples grouped, planned and laid out; what remains is to write the arrays.
+class Packer {
+ public:
+  Packer(std::shared_ptr<dpofast::Sequences> sequences, Array<int64_t> branch_counts, Array<int64_t> pair_counts,
+         Array<int64_t> pairs, Array<uint8_t> grouped, int64_t max_tokens, int64_t max_targets, bool share_prompts,
+         int64_t vocab_size, int64_t threads)
+      : sequences_(std::move(sequences)),
+        branch_counts_(std::move(branch_counts)),
+        pair_counts_(std::move(pair_counts)),
+        pairs_(std::move(pairs)),
+        grouped_(std::move(grouped)) {
+    const dpofast::Examples examples{sequences_->span(), span(branch_counts_), span(pair_counts_), span(pairs_),
+                                     span(grouped_)};
     py::gil_scoped_release nogil;
-    groups = dpofast::group_examples(examples, share_prompts, vocab_size);
-    batches = dpofast::fill_batches(groups, dpofast::plan_batches(groups, max_tokens));
+    groups_ = dpofast::group_examples(examples, share_prompts, vocab_size, threads);
+    layout_ = std::make_unique<dpofast::Layout>(
+        dpofast::lay_out(groups_, dpofast::plan_batches(groups_, {max_tokens, max_targets})));
   }
-  py::list result;
-  for (auto& batch : batches) {
-    py::dict arrays;
-    arrays["input_ids"] = to_numpy(std::move(batch.input_ids));
-    arrays["position_ids"] = to_numpy(std::move(batch.position_ids));
-    arrays["logit_rows"] = to_numpy(std::move(batch.logit_rows));
-    arrays["targets"] = to_numpy(std::move(batch.targets));
-    arrays["cu_seqlens_q"] = to_numpy(std::move(batch.cu_seqlens_q));
-    arrays["prefixes"] = to_numpy_rows(std::move(batch.prefixes), 2);
-    arrays["cu_targets"] = to_numpy(std::move(batch.cu_targets));
-    arrays["pairs"] = to_numpy_rows(std::move(batch.pairs), 2);
-    arrays["pair_examples"] = to_numpy(std::move(batch.pair_examples));
-    arrays["sequences"] = to_numpy(std::move(batch.sequences));
-    arrays["padded_tokens"] = batch.padded_tokens;
-    result.append(std::move(arrays));
+  // The layout points to the groups.
+  Packer(const Packer&) = delete;
+  Packer& operator=(const Packer&) = delete;
+
+  py::array shapes() const {
+    py::array_t<int64_t> table({static_cast<py::ssize_t>(layout_->shapes.size()), py::ssize_t{6}});
+    int64_t* row = table.mutable_data();
+    for (const dpofast::BatchShape& shape : layout_->shapes) {
+      for (const int64_t value : {shape.tokens, shape.targets, shape.segments, shape.sequences, shape.pairs,
+                                  shape.padded_tokens}) {
+        *row++ = value;
+      }
+    }
+    return table;
   }
-  return py::make_tuple(result, to_numpy(std::move(groups.canonical)));
-}
+
+  py::array sequences() const {
+    std::vector<int64_t> first;
+    first.reserve(layout_->branches.size());
+    for (const int64_t id : layout_->branches) first.push_back(groups_.branches[id].sequence);
+    return to_numpy(std::move(first));
+  }
+
+  py::array canonical() const { return to_numpy(std::vector<int64_t>(groups_.canonical)); }
+
+  void fill(Array<int64_t> longs, Array<int32_t> ints, int64_t threads) const {
+    int64_t long_count = 0, int_count = 0;
+    for (const dpofast::BatchShape& shape : layout_->shapes) {
+      long_count += shape.longs();
+      int_count += shape.ints();
+    }
+    if (longs.size() < long_count || ints.size() < int_count) {
+      throw dpofast::PackingError(-1, "longs and ints need " + std::to_string(long_count) + " and " +
+                                          std::to_string(int_count) + " elements");
+    }
+    int64_t* const longs_at = longs.mutable_data();
+    int32_t* const ints_at = ints.mutable_data();
+    py::gil_scoped_release nogil;
+    dpofast::fill(*layout_, longs_at, ints_at, threads);
+  }
+
+ private:
+  std::shared_ptr<dpofast::Sequences> sequences_;
+  Array<int64_t> branch_counts_, pair_counts_, pairs_;
+  Array<uint8_t> grouped_;
+  dpofast::Groups groups_;
+  std::unique_ptr<dpofast::Layout> layout_;
+};
 
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
   module.doc() = "dpofast's packer; use dpofast.packing. Bad input raises ValueError.";
   module.attr("UNLIMITED") = dpofast::kUnlimited;
-  module.def("plan", &plan, py::arg("lengths").noconvert(), py::arg("max_tokens"),
-             "lengths (n,) int64 -> the bin of each item (n,) int64, the load of each bin (m,) int64, descending.");
-  module.def(
-      "pack", &pack, py::arg("tokens").noconvert(), py::arg("lengths").noconvert(),
-      py::arg("branch_counts").noconvert(), py::arg("pair_counts").noconvert(), py::arg("pairs").noconvert(),
-      py::arg("grouped").noconvert(), py::arg("max_tokens"), py::arg("share_prompts"), py::arg("vocab_size"),
-      "Flat examples (int64; grouped uint8) -> a dict of arrays for each micro-batch, and for each input sequence "
-      "the first equal one.");
+  module.def("plan", &plan, py::arg("lengths").noconvert(), py::arg("targets"), py::arg("max_tokens"),
+             py::arg("max_targets"), py::arg("ranks"), py::arg("equal_counts"),
+             "lengths (n,) int64 (targets the same, or None) -> item indices (n,), micro-batch after micro-batch; "
+             "bounds (M + 1,) into them; loads (M,); rank bounds (R + 1,) into the micro-batches.");
+  py::class_<dpofast::Sequences, std::shared_ptr<dpofast::Sequences>>(module, "Sequences")
+      .def("__len__", &dpofast::Sequences::size)
+      .def("lengths", [](const dpofast::Sequences& self) { return to_numpy(self.lengths()); })
+      .def_static("from_objects", &dpofast::Sequences::from_objects, py::arg("objects"), py::arg("convert"),
+                  "A list of lists of ints and 1-D int32 or int64 arrays; anything else is handed to convert(index), "
+                  "which returns a (n,) int64 array or raises.")
+      .def_static("from_columns", &dpofast::Sequences::from_columns, py::arg("columns"),
+                  "Columns of equal length, each a list of chunks (values, offsets); sequence r * C + c is row r of "
+                  "column c. Values and offsets are (n,) int32 or int64 arrays, which are read in place.");
+  py::class_<Packer>(module, "Packer")
+      .def(py::init<std::shared_ptr<dpofast::Sequences>, Array<int64_t>, Array<int64_t>, Array<int64_t>,
+                    Array<uint8_t>, int64_t, int64_t, bool, int64_t, int64_t>(),
+           py::arg("sequences"), py::arg("branch_counts").noconvert(), py::arg("pair_counts").noconvert(),
+           py::arg("pairs").noconvert(), py::arg("grouped").noconvert(), py::arg("max_tokens"),
+           py::arg("max_targets"), py::arg("share_prompts"), py::arg("vocab_size"), py::arg("threads"))
+      .def_property_readonly("shapes", &Packer::shapes, "(B, 6) int64: T, N, G, S, P, padded_tokens.")
+      .def_property_readonly("sequences", &Packer::sequences, "(sum of S,) the input sequence of each branch.")
+      .def_property_readonly("canonical", &Packer::canonical, "For each input sequence the first equal one.")
+      .def("fill", &Packer::fill, py::arg("longs").noconvert(), py::arg("ints").noconvert(), py::arg("threads"),
+           "Writes every micro-batch's arrays, one after another; csrc/batches.hpp has their order.");
 }

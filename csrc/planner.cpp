@@ -1,146 +1,164 @@
 #include "planner.hpp"
 
 #include <algorithm>
-#include <functional>
 #include <numeric>
-#include <queue>
-#include <set>
-#include <tuple>
+#include <string>
 #include <utility>
+
+#include "evening.hpp"
+#include "rooms.hpp"
 
 namespace dpofast {
 namespace {
 
-// Sizes in descending order: everything is planned on them, so that the input's order cannot matter.
+// Items in descending order: everything is planned on them, so that the input's order cannot matter.
 struct Sorted {
-  std::vector<int64_t> order, sizes;
+  std::vector<int64_t> order;
+  Items items;
 };
 
-Sorted sort_descending(const std::vector<int64_t>& sizes) {
-  Sorted sorted{std::vector<int64_t>(sizes.size()), {}};
-  std::iota(sorted.order.begin(), sorted.order.end(), 0);
-  std::stable_sort(sorted.order.begin(), sorted.order.end(), [&](int64_t a, int64_t b) { return sizes[a] > sizes[b]; });
-  for (const int64_t item : sorted.order) sorted.sizes.push_back(sizes[item]);
+Sorted take(const Items& items, std::vector<int64_t> order) {
+  Sorted sorted{std::move(order), {}};
+  sorted.items.tokens.reserve(sorted.order.size());
+  for (const int64_t item : sorted.order) sorted.items.tokens.push_back(items.tokens[item]);
+  if (!items.targets.empty()) {
+    for (const int64_t item : sorted.order) sorted.items.targets.push_back(items.targets[item]);
+  }
   return sorted;
 }
 
-Bins best_fit(const std::vector<int64_t>& sizes, int64_t capacity) {
-  const int64_t count = sizes.size();
-  Bins bins{std::vector<int64_t>(count), {}};
-  std::set<std::pair<int64_t, int64_t>> open;  // room left, bin
-  for (int64_t i = 0; i < count;) {
-    const int64_t size = sizes[i];
-    int64_t room = capacity, bin = bins.loads.size();
-    const auto tightest = open.lower_bound({size, 0});
-    if (tightest == open.end()) {
-      bins.loads.push_back(0);
-    } else {
-      std::tie(room, bin) = *tightest;
-      open.erase(tightest);
-    }
-    // The tightest bin stays the tightest for further items of the same size, until they no longer fit.
-    do {
-      bins.bin_of[i++] = bin;
-      bins.loads[bin] += size;
-      room -= size;
-    } while (i < count && sizes[i] == size && size <= room);
-    if (room >= 0) open.insert({room, bin});
+// Indices by descending tokens; equal ones by descending targets, so that only true equals keep the input's order.
+std::vector<int64_t> by_tokens(const Items& items) {
+  const int64_t count = items.count();
+  const std::vector<int64_t>& tokens = items.tokens;
+  const int64_t longest = count ? *std::max_element(tokens.begin(), tokens.end()) : 0;
+  std::vector<int64_t> order(count);
+  if (items.targets.empty() && longest <= 4 * count + 1024) {
+    std::vector<int64_t> next(longest + 2, 0);  // a counting sort
+    for (const int64_t size : tokens) ++next[longest - size + 1];
+    std::partial_sum(next.begin(), next.end(), next.begin());
+    for (int64_t i = 0; i < count; ++i) order[next[longest - tokens[i]]++] = i;
+    return order;
   }
-  return bins;
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
+    return tokens[a] != tokens[b] ? tokens[a] > tokens[b] : !items.targets.empty() && items.targets[a] > items.targets[b];
+  });
+  return order;
 }
 
-// Longest processing time first: every item into the bin with the least load so far.
-Bins least_loaded(const std::vector<int64_t>& sizes, int64_t count) {
-  Bins bins{std::vector<int64_t>(sizes.size()), std::vector<int64_t>(count, 0)};
-  using Entry = std::pair<int64_t, int64_t>;  // load, bin
-  std::priority_queue<Entry, std::vector<Entry>, std::greater<>> least;
-  for (int64_t bin = 0; bin < count; ++bin) least.emplace(0, bin);
-  for (size_t i = 0; i < sizes.size(); ++i) {
-    const auto [load, bin] = least.top();
-    least.pop();
-    bins.bin_of[i] = bin;
-    bins.loads[bin] = load + sizes[i];
-    least.emplace(load + sizes[i], bin);
-  }
-  return bins;
-}
-
-int64_t largest(const Bins& bins) { return *std::max_element(bins.loads.begin(), bins.loads.end()); }
-
-// The best of `bins`, least_loaded, and best_fit at the least capacity (found by bisection) that needs no more bins.
-Bins even_out(const std::vector<int64_t>& sizes, Bins bins) {
-  const int64_t count = bins.loads.size(), total = std::accumulate(bins.loads.begin(), bins.loads.end(), int64_t{0});
-  Bins spread = least_loaded(sizes, count);
-  if (largest(spread) < largest(bins)) bins = std::move(spread);
-  int64_t low = std::max(sizes[0], (total + count - 1) / count), high = largest(bins);
-  while (low < high) {
-    const int64_t middle = low + (high - low) / 2;
-    Bins tighter = best_fit(sizes, middle);
-    if (static_cast<int64_t>(tighter.loads.size()) <= count) {
-      bins = std::move(tighter);
-      high = largest(bins);
-    } else {
-      low = middle + 1;
-    }
-  }
-  return bins;
+// The same by the limit that an item takes the larger share of.
+std::vector<int64_t> by_share(const Items& items, const Limits& limits) {
+  std::vector<int64_t> order = by_tokens(items);
+  if (items.targets.empty()) return order;
+  const auto share = [&](int64_t i) {
+    return std::max(static_cast<double>(items.tokens[i]) / limits.tokens,
+                    static_cast<double>(items.targets[i]) / limits.targets);
+  };
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return share(a) > share(b); });
+  return order;
 }
 
 // Numbers the bins by descending load and undoes the sorting of the items.
-Bins in_input_order(const Sorted& sorted, const Bins& bins) {
+Bins in_input_order(const std::vector<int64_t>& order, const Bins& bins) {
   std::vector<int64_t> by_load(bins.loads.size()), rank(bins.loads.size());
   std::iota(by_load.begin(), by_load.end(), 0);
   std::stable_sort(by_load.begin(), by_load.end(),
                    [&](int64_t a, int64_t b) { return bins.loads[a] > bins.loads[b]; });
-  Bins result{std::vector<int64_t>(sorted.order.size()), {}};
+  Bins result{std::vector<int64_t>(order.size()), {}};
   for (size_t i = 0; i < by_load.size(); ++i) {
     rank[by_load[i]] = i;
     result.loads.push_back(bins.loads[by_load[i]]);
   }
-  for (size_t i = 0; i < sorted.order.size(); ++i) result.bin_of[sorted.order[i]] = rank[bins.bin_of[i]];
+  for (size_t i = 0; i < order.size(); ++i) result.bin_of[order[i]] = rank[bins.bin_of[i]];
   return result;
+}
+
+// Packs descending items that all fit.
+Bins pack_fitting(const Items& items, const Limits& limits) {
+  if (items.count() <= kEvenItems) return even_out(items, limits, best_fit(items, limits));
+  if (!items.targets.empty() || limits.tokens > BitRooms::kMaxCapacity) return best_fit(items, limits);
+  Bins exact = close_exactly(items.tokens, limits.tokens);
+  const auto fewest = static_cast<size_t>(lower_bound(items, limits));
+  if (exact.loads.size() == fewest) return exact;
+  Bins tightest = best_fit(items, limits);
+  return tightest.loads.size() < exact.loads.size() ? tightest : exact;
+}
+
+template <typename Pack>
+Bins pack_sorted(const Items& items, const Limits& limits, Pack pack) {
+  const Sorted sorted = take(items, by_share(items, limits));
+  const int64_t count = items.count();
+  // Whatever is beyond a limit takes more than the whole of it, and so stands first.
+  int64_t oversized = 0;
+  while (oversized < count && !sorted.items.fits(oversized, limits)) ++oversized;
+  if (oversized == 0) return in_input_order(sorted.order, pack(sorted.items, limits));
+  Items rest;
+  rest.tokens.assign(sorted.items.tokens.begin() + oversized, sorted.items.tokens.end());
+  if (!items.targets.empty()) rest.targets.assign(sorted.items.targets.begin() + oversized, sorted.items.targets.end());
+  Bins bins = pack(rest, limits);
+  for (int64_t i = 0; i < oversized; ++i) {
+    bins.bin_of.push_back(bins.loads.size());
+    bins.loads.push_back(sorted.items.tokens[i]);
+  }
+  std::rotate(bins.bin_of.begin(), bins.bin_of.end() - oversized, bins.bin_of.end());
+  return in_input_order(sorted.order, bins);
 }
 
 }  // namespace
 
-Bins best_fit_decreasing(const std::vector<int64_t>& sizes, int64_t capacity) {
-  const Sorted sorted = sort_descending(sizes);
-  return in_input_order(sorted, best_fit(sorted.sizes, capacity));
+void check_items(const Items& items) {
+  const auto check = [](const char* name, const std::vector<int64_t>& sizes) {
+    for (size_t i = 0; i < sizes.size(); ++i) {
+      if (sizes[i] >= 1 && sizes[i] <= kMaxPositions) continue;
+      throw PackingError(-1, std::string(name) + "[" + std::to_string(i) + "] is " + std::to_string(sizes[i]) +
+                                 "; expected 1 to " + std::to_string(kMaxPositions));
+    }
+  };
+  check("lengths", items.tokens);
+  check("targets", items.targets);
 }
 
-Bins pack_evenly(const std::vector<int64_t>& sizes, int64_t capacity) {
-  const Sorted sorted = sort_descending(sizes);
-  Bins bins = best_fit(sorted.sizes, capacity);
-  const int64_t count = sizes.size();
-  if (count > kEvenItems) return in_input_order(sorted, bins);
+Bins best_fit_decreasing(const Items& items, const Limits& limits) { return pack_sorted(items, limits, best_fit); }
 
-  // Oversized items keep their own bins, which best_fit numbered first.
-  const int64_t oversized = std::partition_point(sorted.sizes.begin(), sorted.sizes.end(),
-                                                 [&](int64_t size) { return size > capacity; }) -
-                            sorted.sizes.begin();
-  Bins rest{{}, {bins.loads.begin() + oversized, bins.loads.end()}};
-  for (int64_t i = oversized; i < count; ++i) rest.bin_of.push_back(bins.bin_of[i] - oversized);
-  const std::vector<int64_t> sizes_of_rest(sorted.sizes.begin() + oversized, sorted.sizes.end());
-  while (rest.loads.size() > 1) {
-    rest = even_out(sizes_of_rest, std::move(rest));
-    // The two least loaded bins may fit into one, which best-fit decreasing alone never leaves.
-    std::vector<int64_t> by_load(rest.loads.size());
-    std::iota(by_load.begin(), by_load.end(), 0);
-    std::stable_sort(by_load.begin(), by_load.end(), [&](int64_t a, int64_t b) { return rest.loads[a] < rest.loads[b]; });
-    const int64_t into = by_load[0], from = by_load[1], last = rest.loads.size() - 1;
-    if (rest.loads[into] > capacity - rest.loads[from]) break;
-    rest.loads[into] += rest.loads[from];
-    rest.loads[from] = rest.loads[last];
-    rest.loads.pop_back();
-    for (int64_t& bin : rest.bin_of) {
-      if (bin == from) bin = into;
-      if (bin == last) bin = from;
-    }
+Bins pack_evenly(const Items& items, const Limits& limits) { return pack_sorted(items, limits, pack_fitting); }
+
+RankedBins plan_ranks(const Items& items, const Limits& limits, int64_t ranks, bool equal_counts) {
+  if (ranks == 1) {
+    Bins bins = pack_evenly(items, limits);
+    const int64_t count = bins.loads.size();
+    return {std::move(bins), {0, count}};
   }
-  bins.loads.resize(oversized);
-  bins.loads.insert(bins.loads.end(), rest.loads.begin(), rest.loads.end());
-  for (int64_t i = oversized; i < count; ++i) bins.bin_of[i] = rest.bin_of[i - oversized] + oversized;
-  return in_input_order(sorted, bins);
+  const Sorted sorted = take(items, by_tokens(items));
+  Bins shares = least_loaded(sorted.items, ranks);
+  if (items.count() <= kEvenItems) exchange(sorted.items, shares);
+  shares = in_input_order(sorted.order, shares);
+
+  std::vector<std::vector<int64_t>> owned(ranks);
+  for (int64_t i = 0; i < items.count(); ++i) owned[shares.bin_of[i]].push_back(i);
+  std::vector<Sorted> parts;
+  std::vector<Bins> packed;
+  size_t most = 0;
+  for (auto& own : owned) {
+    parts.push_back(take(items, std::move(own)));
+    packed.push_back(pack_evenly(parts.back().items, limits));
+    most = std::max(most, packed.back().loads.size());
+  }
+  RankedBins result{{std::vector<int64_t>(items.count()), {}}, {0}};
+  for (int64_t r = 0; r < ranks; ++r) {
+    Bins& bins = packed[r];
+    if (equal_counts && bins.loads.size() < most) {
+      split_bins(parts[r].items, most, bins);
+      std::vector<int64_t> same(parts[r].order.size());
+      std::iota(same.begin(), same.end(), 0);
+      bins = in_input_order(same, bins);
+    }
+    const int64_t first = result.bins.loads.size();
+    for (size_t i = 0; i < bins.bin_of.size(); ++i) result.bins.bin_of[parts[r].order[i]] = first + bins.bin_of[i];
+    result.bins.loads.insert(result.bins.loads.end(), bins.loads.begin(), bins.loads.end());
+    result.rank_bounds.push_back(result.bins.loads.size());
+  }
+  return result;
 }
 
 }  // namespace dpofast

@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -5,15 +6,41 @@ from numpy.typing import NDArray
 
 UNLIMITED: int
 
-def plan(lengths: NDArray[np.int64], max_tokens: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]: ...
-def pack(
-    tokens: NDArray[np.int64],
+def plan(
     lengths: NDArray[np.int64],
-    branch_counts: NDArray[np.int64],
-    pair_counts: NDArray[np.int64],
-    pairs: NDArray[np.int64],
-    grouped: NDArray[np.uint8],
+    targets: NDArray[np.int64] | None,
     max_tokens: int,
-    share_prompts: bool,
-    vocab_size: int,
-) -> tuple[list[dict[str, Any]], NDArray[np.int64]]: ...
+    max_targets: int,
+    ranks: int,
+    equal_counts: bool,
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]: ...
+
+class Sequences:
+    @staticmethod
+    def from_objects(objects: list[Any], convert: Callable[[int], NDArray[np.int64]]) -> Sequences: ...
+    @staticmethod
+    def from_columns(columns: list[list[tuple[NDArray[Any], NDArray[Any]]]]) -> Sequences: ...
+    def __len__(self) -> int: ...
+    def lengths(self) -> NDArray[np.int64]: ...
+
+class Packer:
+    def __init__(
+        self,
+        sequences: Sequences,
+        branch_counts: NDArray[np.int64],
+        pair_counts: NDArray[np.int64],
+        pairs: NDArray[np.int64],
+        grouped: NDArray[np.uint8],
+        max_tokens: int,
+        max_targets: int,
+        share_prompts: bool,
+        vocab_size: int,
+        threads: int,
+    ) -> None: ...
+    @property
+    def shapes(self) -> NDArray[np.int64]: ...
+    @property
+    def sequences(self) -> NDArray[np.int64]: ...
+    @property
+    def canonical(self) -> NDArray[np.int64]: ...
+    def fill(self, longs: NDArray[np.int64], ints: NDArray[np.int32], threads: int) -> None: ...

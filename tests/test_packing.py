@@ -430,22 +430,27 @@ def test_plan_splits_what_int32_cannot_hold():
     assert plan([]).micro_batches == []
 
 
-def flat_arguments(**changes):
-    arrays = {"tokens": [1, 2, 3], "lengths": [1, 1, 1], "branch_counts": [2], "pair_counts": [1], "pairs": [[0, 1]]}
-    arrays = {name: np.array(value, np.int64) for name, value in (arrays | changes).items()}
-    limits = {"max_tokens": 8, "share_prompts": True, "vocab_size": _C.UNLIMITED}
-    return arrays | limits | {"grouped": np.zeros(1, np.uint8)}
+def packer(**changes):
+    arrays = {"sequences": [[1], [2], [3]], "branch_counts": [2], "pair_counts": [1], "pairs": [[0, 1]]} | changes
+    sequences = _C.Sequences.from_objects(arrays.pop("sequences"), lambda index: None)
+    return _C.Packer(
+        sequences=sequences,
+        **{name: np.array(value, np.int64) for name, value in arrays.items()},
+        grouped=np.zeros(1, np.uint8),
+        max_tokens=8,
+        max_targets=8,
+        share_prompts=True,
+        vocab_size=_C.UNLIMITED,
+        threads=1,
+    )
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"tokens": [1, 2]},
-        {"tokens": [1, 2, 3, 4]},
-        {"lengths": [1, 1, 2**62]},
-        {"lengths": [1, 3, -1]},
-        {"lengths": [2, 1]},
-        {"lengths": []},
+        {"sequences": [[1], [2]]},
+        {"sequences": [[1], [2], [3], [4]]},
+        {"sequences": []},
         {"branch_counts": [3]},
         {"branch_counts": [-1]},
         {"branch_counts": [2**62]},
@@ -457,9 +462,17 @@ def flat_arguments(**changes):
     ],
 )
 def test_the_extension_refuses_arrays_that_do_not_fit_together(changes):
-    assert len(_C.pack(**flat_arguments())[0]) == 1
+    assert packer().shapes.tolist() == [[1, 2, 1, 2, 1, 4]]
     with pytest.raises(ValueError):
-        _C.pack(**flat_arguments(**changes))
+        packer(**changes)
+
+
+def test_the_extension_refuses_buffers_that_are_too_small():
+    longs, ints = np.empty(7, np.int64), np.empty(9, np.int32)
+    packer().fill(longs, ints, threads=1)
+    for small in ((longs[1:], ints), (longs, ints[1:])):
+        with pytest.raises(ValueError, match="longs and ints need 7 and 9 elements"):
+            packer().fill(*small, threads=1)
 
 
 def test_to_moves_device_tensors_only():

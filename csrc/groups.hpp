@@ -1,0 +1,61 @@
+// Examples -> groups: a prompt and its distinct branches. Everything is validated here. Pure C++17, no Python.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "errors.hpp"
+#include "sequences.hpp"
+
+namespace dpofast {
+
+// A borrowed array.
+template <typename T>
+struct Span {
+  const T* data;
+  int64_t size;
+  const T& operator[](int64_t i) const { return data[i]; }
+};
+
+// Examples as flat arrays. An example owns a run of sequences, its prompt first and its branches after it, and a run of
+// pairs that name its branches from 0.
+struct Examples {
+  Span<Sequence> sequences;
+  Span<int64_t> branch_counts;  // (E,) branches of each example
+  Span<int64_t> pair_counts;    // (E,) pairs of each example
+  Span<int64_t> pairs;          // (Q, 2) chosen, rejected; size is 2 * Q
+  Span<uint8_t> grouped;  // (E,) 0: prompt_ids, chosen_ids, rejected_ids; 1: prompt_ids, branches, pairs (for messages)
+};
+
+struct Branch {
+  int64_t sequence;  // the input sequence where it first appeared
+  int64_t group;
+  uint64_t hash;  // of its tokens alone
+};
+
+struct Pair {
+  int64_t chosen, rejected;  // indices into Groups::branches
+  int64_t example;
+};
+
+// Examples with equal prompts merged into groups and equal responses of a group merged into branches.
+struct Groups {
+  Examples examples;
+  bool share_prompts;
+  std::vector<int64_t> canonical;  // for each input sequence the first equal one (of the same group)
+  std::vector<int64_t> prompts;    // the prompt's sequence for each group
+  std::vector<Branch> branches;
+  std::vector<Pair> pairs;  // one for each input pair, in input order
+
+  int64_t length(int64_t sequence) const { return examples.sequences[sequence].length; }
+  // Positions a group costs once, and each of its branches on top. A branch's last token is only a target.
+  int64_t prompt_cost(int64_t group) const { return share_prompts ? length(prompts[group]) : 0; }
+  int64_t branch_cost(const Branch& branch) const {
+    return length(branch.sequence) - 1 + (share_prompts ? 0 : length(prompts[branch.group]));
+  }
+};
+
+// Validates every value (ids in [0, vocab_size), nothing empty, pairs that name two different branches) and merges.
+Groups group_examples(const Examples& examples, bool share_prompts, int64_t vocab_size, int64_t threads);
+
+}  // namespace dpofast

@@ -1,0 +1,32 @@
+// A loop over independent items on several threads.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <thread>
+#include <vector>
+
+namespace dpofast {
+
+// Calls body(begin, end) for ranges that cover [0, count), each by one thread; the caller's thread is one of them. body
+// must not throw.
+template <typename Body>
+void parallel_ranges(int64_t count, int64_t threads, Body body) {
+  threads = std::min(threads, count);
+  if (threads <= 1) return body(int64_t{0}, count);
+  // More ranges than threads, so that one slow range does not keep the others waiting.
+  const int64_t ranges = std::min(count, 8 * threads);
+  std::atomic<int64_t> next{0};
+  const auto work = [&] {
+    for (int64_t r; (r = next.fetch_add(1, std::memory_order_relaxed)) < ranges;) {
+      body(r * count / ranges, (r + 1) * count / ranges);
+    }
+  };
+  std::vector<std::thread> others;
+  for (int64_t t = 1; t < threads; ++t) others.emplace_back(work);
+  work();
+  for (std::thread& other : others) other.join();
+}
+
+}  // namespace dpofast

@@ -1,0 +1,116 @@
+#include "python_sequences.hpp"
+
+namespace py = pybind11;
+
+namespace dpofast {
+namespace {
+
+// Writes a list's or tuple's ints to `out`; false where an element is something else, bool among it, or too large.
+bool read_ints(PyObject* items, int64_t* out) {
+  PyObject** const values = PySequence_Fast_ITEMS(items);
+  const Py_ssize_t count = PySequence_Fast_GET_SIZE(items);
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    if (!PyLong_CheckExact(values[i])) return false;
+    int overflow = 0;
+    out[i] = PyLong_AsLongLongAndOverflow(values[i], &overflow);
+    if (overflow) return false;
+  }
+  return true;
+}
+
+bool is_list(PyObject* object) { return PyList_CheckExact(object) || PyTuple_CheckExact(object); }
+
+}  // namespace
+
+bool Sequences::read_array(py::handle object, Sequence& sequence) {
+  if (!py::isinstance<py::array>(object)) return false;
+  const auto array = py::reinterpret_borrow<py::array>(object);
+  if (array.ndim() != 1 || !(array.flags() & py::array::c_style)) return false;
+  sequence.wide = py::isinstance<py::array_t<int64_t>>(object);
+  if (!sequence.wide && !py::isinstance<py::array_t<int32_t>>(object)) return false;
+  if (!(array.flags() & py::detail::npy_api::NPY_ARRAY_ALIGNED_)) return false;
+  sequence.data = array.data();
+  sequence.length = array.size();
+  return true;
+}
+
+std::shared_ptr<Sequences> Sequences::from_objects(const py::list& objects, const py::function& convert) {
+  auto result = std::make_shared<Sequences>();
+  const int64_t count = objects.size();
+  int64_t room = 0;
+  for (const py::handle object : objects) {
+    if (is_list(object.ptr())) room += PySequence_Fast_GET_SIZE(object.ptr());
+  }
+  result->from_lists_.reset(new int64_t[room]);
+  int64_t* next = result->from_lists_.get();
+  result->items_.resize(count);
+  result->alive_.push_back(objects);
+  for (int64_t i = 0; i < count; ++i) {
+    const py::object object = py::reinterpret_borrow<py::object>(PyList_GET_ITEM(objects.ptr(), i));
+    Sequence& item = result->items_[i];
+    if (is_list(object.ptr())) {
+      const int64_t length = PySequence_Fast_GET_SIZE(object.ptr());
+      // convert runs Python code, which may have changed a list since its length was counted.
+      if (length <= room && read_ints(object.ptr(), next)) {
+        item = {next, length, true};
+        next += length;
+        room -= length;
+        continue;
+      }
+    } else if (read_array(object, item)) {
+      result->alive_.push_back(object);
+      continue;
+    }
+    const py::object array = convert(i);
+    if (!read_array(array, item)) throw py::type_error("convert must return a (n,) int64 array");
+    result->alive_.push_back(array);
+  }
+  return result;
+}
+
+void Sequences::add_chunk(const py::handle& chunk, int64_t column, int64_t columns, int64_t first_row) {
+  const auto parts = py::reinterpret_borrow<py::tuple>(chunk);
+  Sequence values{}, offsets{};
+  if (!read_array(parts[0], values) || !read_array(parts[1], offsets) || offsets.length == 0) {
+    throw py::type_error("a chunk is (values, offsets), both (n,) int32 or int64 arrays, with one offset or more");
+  }
+  alive_.push_back(parts);
+  const char* const data = static_cast<const char*>(values.data);
+  const int64_t width = values.wide ? sizeof(int64_t) : sizeof(int32_t);
+  int64_t start = offsets[0];
+  if (start < 0) throw PackingError(first_row, "offsets start at " + std::to_string(start) + "; expected 0 or more");
+  for (int64_t row = 0; row + 1 < offsets.length; ++row) {
+    const int64_t stop = offsets[row + 1];
+    if (stop < start || stop > values.length) {
+      throw PackingError(first_row + row, "offsets go from " + std::to_string(start) + " to " + std::to_string(stop) +
+                                              "; expected them to ascend within " + std::to_string(values.length) +
+                                              " values");
+    }
+    items_[(first_row + row) * columns + column] = {data + start * width, stop - start, values.wide};
+    start = stop;
+  }
+}
+
+std::shared_ptr<Sequences> Sequences::from_columns(const py::list& columns) {
+  auto result = std::make_shared<Sequences>();
+  const auto rows_of = [](py::handle chunk) {
+    return static_cast<int64_t>(py::len(chunk[py::int_(1)])) - 1;
+  };
+  for (size_t c = 0; c < columns.size(); ++c) {
+    int64_t rows = 0;
+    for (const py::handle chunk : columns[c]) rows += rows_of(chunk);
+    const int64_t items = rows * static_cast<int64_t>(columns.size());
+    if (c == 0) result->items_.resize(items);
+    if (items != result->size()) throw PackingError(-1, "columns differ in length");
+  }
+  for (size_t c = 0; c < columns.size(); ++c) {
+    int64_t row = 0;
+    for (const py::handle chunk : columns[c]) {
+      result->add_chunk(chunk, c, columns.size(), row);
+      row += rows_of(chunk);
+    }
+  }
+  return result;
+}
+
+}  // namespace dpofast

@@ -1,0 +1,42 @@
+// Where Python keeps token ids (lists, numpy arrays, the buffers of Arrow list columns) as Sequences, without a copy but
+// for lists.
+#pragma once
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "groups.hpp"
+
+namespace dpofast {
+
+template <typename T>
+using Array = pybind11::array_t<T, pybind11::array::c_style>;
+
+class Sequences {
+ public:
+  static std::shared_ptr<Sequences> from_objects(const pybind11::list& objects, const pybind11::function& convert);
+  static std::shared_ptr<Sequences> from_columns(const pybind11::list& columns);
+
+  int64_t size() const { return items_.size(); }
+  Span<Sequence> span() const { return {items_.data(), size()}; }
+  std::vector<int64_t> lengths() const {
+    std::vector<int64_t> lengths;
+    for (const Sequence& item : items_) lengths.push_back(item.length);
+    return lengths;
+  }
+
+ private:
+  // Whether `object` is a one-dimensional, contiguous array of int32 or int64; the sequence is then set to it.
+  static bool read_array(pybind11::handle object, Sequence& sequence);
+  void add_chunk(const pybind11::handle& chunk, int64_t column, int64_t columns, int64_t first_row);
+
+  std::vector<Sequence> items_;
+  std::unique_ptr<int64_t[]> from_lists_;
+  std::vector<pybind11::object> alive_;
+};
+
+}  // namespace dpofast

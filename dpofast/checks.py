@@ -1,0 +1,47 @@
+"""Arguments of the packer as what its C++ part takes, or a ValueError that names them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from dpofast import _C
+
+
+def limit(name: str, value: int | None) -> int:
+    """A bound of 1 or more; None is none.
+
+    Raises:
+        ValueError: another value.
+    """
+    return _C.UNLIMITED if value is None else at_least_one(name, value, "None or an integer")
+
+
+def at_least_one(name: str, value: int, expected: str = "an integer") -> int:
+    """An integer in [1, 2**63).
+
+    Raises:
+        ValueError: another value.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 1 <= value <= _C.UNLIMITED:
+        raise ValueError(f"{name}: expected {expected} in [1, 2**63), got {value!r}")
+    return int(value)
+
+
+def integers(value: Any, name: str, columns: int | None = None) -> np.ndarray:
+    """A 1-D integer array, or a 2-D one where columns is given.
+
+    Raises:
+        ValueError: ragged lists, another shape or another dtype.
+    """
+    expected = f"{name}: expected integers, a 1-D array or list" + (f" of {columns} each" if columns else "")
+    try:
+        array = np.asarray(value)
+    except (TypeError, ValueError, RuntimeError) as error:  # ragged lists, tensors on another device
+        raise ValueError(f"{expected}; {error}") from error
+    if array.size == 0 and array.ndim == 1:
+        return np.empty(0, np.int64)  # np.asarray([]) is float64
+    if array.ndim != (2 if columns else 1) or array.dtype.kind not in "iu" or (columns and array.shape[1] != columns):
+        raise ValueError(f"{expected}, got shape {array.shape} of {array.dtype}")
+    return array
