@@ -6,8 +6,9 @@ loss.backward(create_graph=True) it does not, and a gradient penalty would come 
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -49,3 +50,16 @@ def first_order_only(backward: _Backward) -> _Backward:
         return tuple(None if gradient is None else _Constant.apply(gradient, *sources) for gradient in gradients)
 
     return guarded
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[None]:
+    """Autograd records inside, also in the body of a torch.library operator, where it is switched off by dispatch key.
+
+    For a loss's derivative on a few numbers, taken at once; nothing that leaves may still hang on the graph.
+    """
+    with torch.inference_mode(False):
+        include, exclude = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+        recorded = exclude.remove(torch._C.DispatchKey.AutogradFunctionality)
+        with torch._C._ForceDispatchKeyGuard(include, recorded), torch.enable_grad():
+            yield

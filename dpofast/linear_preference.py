@@ -5,12 +5,13 @@ coefficients follow at once, and the ring is flushed into dh, dW and db before t
 computed twice: 3 GEMMs in units of 2·N·D·V for a trained head, 2 for a frozen one, 1 without gradients. A component
 that is longer than the ring keeps what fits and recomputes the rest.
 
-Everything happens in forward; backward multiplies by the upstream scalar and hands the gradients over.
+Everything happens in forward; backward multiplies by the upstream scalar and hands the gradients over. A coupled loss
+(losses.py) makes one component of the whole call.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,7 +28,8 @@ from dpofast.head import (
     chunks,
     default_logits_bytes,
 )
-from dpofast.preference import PairTerms, PreferenceLoss, PreferenceOutput, check_pairs, pair_terms, spread
+from dpofast.pair_terms import PairTerms, StepTotals, Tokens, pair_terms, side_indices
+from dpofast.preference import PreferenceLoss, PreferenceOutput, check_pair_names, check_reference
 from dpofast.reference import IGNORE_INDEX
 from dpofast.rows import LogitOptions, RowResult, check_target_values, choose_backend
 
@@ -43,9 +45,9 @@ class Step:
     targets: Tensor
     cu_targets: Tensor
     pairs: Tensor
-    ref_logps: Tensor
+    ref_logps: Tensor | None
     loss: PreferenceLoss
-    num_pairs: int
+    totals: StepTotals
     options: LogitOptions
     backend: str
     max_logits_bytes: int
@@ -81,6 +83,12 @@ def compute(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, step: Step, needs: _Needs
 ) -> tuple[PairTerms, _Gradient]:
     """The pairs' terms, and the gradients of sum(losses)/num_pairs that are needed."""
+    if "sft" in step.loss.kinds and step.totals.num_chosen_tokens is None:
+        # of the call, not of one flush
+        none = hidden.new_empty(0, dtype=accumulate_dtype(hidden.dtype))
+        lengths = Tokens(none, step.cu_targets, _counted(step, slice(None))).lengths()
+        chosen_tokens = lengths[side_indices(step.pairs, lengths.device)[:, 0]].sum()
+        step = replace(step, totals=replace(step.totals, num_chosen_tokens=chosen_tokens))
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         if needs[1] or needs[2]:
             return _with_trained_head(hidden, weight, bias, step, needs)
@@ -102,7 +110,8 @@ def _with_frozen_head(
             exp, result = head.exp(rows)
             dh[rows] = head.hidden_product(exp)
             results.append(result)
-    terms, coefficients = _terms(head, results, step, step.cu_targets, step.pairs, step.ref_logps)
+    part = _Part(slice(0, len(step.targets)), step.cu_targets, step.pairs, step.ref_logps)
+    terms, coefficients = _terms(head, results, step, part)
     if dh is not None:
         dh.mul_(coefficients.unsqueeze(1))
     return terms, (dh, None, None)
@@ -112,7 +121,7 @@ def _with_trained_head(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, step: Step, needs: _Needs
 ) -> tuple[PairTerms, _Gradient]:
     cu_targets = step.cu_targets.tolist()
-    runs = components(cu_targets, step.pairs.tolist())
+    runs = [(0, len(cu_targets) - 1)] if step.loss.coupled else components(cu_targets, step.pairs.tolist())
     largest = max((cu_targets[stop] - cu_targets[start] for start, stop in runs), default=0)
     rows = len(step.targets)
     plan = HeadPlan.make(rows, weight.shape[0], hidden.dtype, step.max_logits_bytes, keep=True, largest=largest)
@@ -129,8 +138,12 @@ def _with_trained_head(
         exp = ring[: kept.stop - kept.start]
         results = [*head.exp_into(exp, kept), *(head.logps(rows) for rows in beyond)]
         inside = (step.pairs[:, 0] >= start) & (step.pairs[:, 0] < stop)
+        ref_logps = step.ref_logps
+        if ref_logps is not None:
+            ref_logps = ref_logps[start:stop] if ref_logps.dim() == 1 else ref_logps[_on(inside, ref_logps)]
         local = step.cu_targets[start : stop + 1] - first
-        terms, coefficients = _terms(head, results, step, local, step.pairs[inside] - start, step.ref_logps[start:stop])
+        part = _Part(slice(first, last), local, step.pairs[inside] - start, ref_logps)
+        terms, coefficients = _terms(head, results, step, part)
         gradients.flush(kept, exp, coefficients[: kept.stop - first])
         for rows_beyond in beyond:
             share = coefficients[rows_beyond.start - first : rows_beyond.stop - first]
@@ -139,24 +152,52 @@ def _with_trained_head(
     return _joined(parts, step, head), gradients.finish()
 
 
-def _terms(
-    head: Head, results: list[RowResult], step: Step, cu_targets: Tensor, pairs: Tensor, ref_logps: Tensor
-) -> tuple[PairTerms, Tensor]:
-    """The terms of some sequences, and the row coefficients c (rows,) of their targets."""
+@dataclass(frozen=True)
+class _Part:
+    """Some whole components: their rows, cu_targets and pairs counted from the first of them, and their reference."""
+
+    rows: slice
+    cu_targets: Tensor
+    pairs: Tensor
+    ref_logps: Tensor | None
+
+
+def _terms(head: Head, results: list[RowResult], step: Step, part: _Part) -> tuple[PairTerms, Tensor]:
+    """The terms of some components, and the row coefficients c (rows,) of their targets."""
     logps, scale = head.joined(results, "logps"), head.joined(results, "scale")
-    terms = pair_terms(logps, cu_targets, pairs, ref_logps, step.loss, step.backend)
-    by_token = spread(terms.coefficients / step.num_pairs, cu_targets, len(logps))
+    stats = [result.stats["log_sum_sq_probs"] for result in results] if step.loss.use_weighting else []
+    log_sum_sq = torch.cat(stats) if stats else None
+    tokens = Tokens(logps, part.cu_targets, _counted(step, part.rows), log_sum_sq)
+    terms = pair_terms(tokens, part.pairs, part.ref_logps, step.loss, step.totals, step.backend)
     # where, not times zero: an ignored row counts as 0 even where the loss is not finite
-    return terms, torch.where(scale == 0, 0.0, by_token * scale)
+    return terms, torch.where(scale == 0, 0.0, terms.coefficients / step.totals.num_pairs * scale)
+
+
+def _counted(step: Step, rows: slice) -> Tensor | None:
+    """Which targets are tokens, for a loss that asks how many there are."""
+    return step.targets[rows] != step.options.ignore_index if step.loss.needs_lengths else None
+
+
+def _on(inside: Tensor, like: Tensor) -> Tensor:
+    """The pairs inside, as an index on the device of `like`."""
+    return inside.nonzero().squeeze(1).to(like.device, non_blocking=True)
 
 
 def _joined(parts: list[tuple[Tensor, PairTerms]], step: Step, head: Head) -> PairTerms:
     """The flushes' terms in the order of the sequences and pairs."""
-    losses = head.hidden.new_empty(len(step.pairs), dtype=head.wide)
-    for inside, terms in parts:
-        losses[inside.nonzero().squeeze(1).to(losses.device, non_blocking=True)] = terms.losses
-    fields = ("logps", "rewards", "coefficients")
-    return PairTerms(losses, *(torch.cat([getattr(terms, field) for _, terms in parts]) for field in fields))
+
+    def join(field: str, each_pair: bool) -> Tensor:
+        values = [getattr(terms, field) for _, terms in parts]
+        if not each_pair:
+            return torch.cat(values)
+        joined = head.hidden.new_empty((len(step.pairs), *values[0].shape[1:]), dtype=head.wide)
+        for (inside, _), value in zip(parts, values, strict=True):
+            joined[_on(inside, joined)] = value
+        return joined
+
+    weighted = step.loss.ld_alpha is not None
+    by_pair = {"losses": True, "logps": weighted, "rewards": weighted, "coefficients": False}
+    return PairTerms(**{field: join(field, by) for field, by in by_pair.items()})
 
 
 class LinearPreference(torch.autograd.Function):
@@ -173,7 +214,7 @@ class LinearPreference(torch.autograd.Function):
         ctx.mark_non_differentiable(*outputs)
         ctx.save_for_backward(hidden, weight, bias)
         ctx.step, ctx.needs, ctx.gradients = step, needs, gradients
-        return (terms.losses.sum() / step.num_pairs, *outputs)
+        return (terms.losses.sum() / step.totals.num_pairs, *outputs)
 
     @staticmethod
     @first_order_only
@@ -198,11 +239,11 @@ def linear_preference_op(
     targets: Tensor,
     cu_targets: Tensor,
     pairs: Tensor,
-    ref_logps: Tensor,
-    kind: str,
-    beta: float,
-    label_smoothing: float,
+    ref_logps: Tensor | None,
+    earlier_rewards: Tensor | None,
+    loss: str,
     num_pairs: int,
+    num_chosen_tokens: int | None,
     temperature: float,
     logit_scale: float,
     softcap: float | None,
@@ -215,9 +256,10 @@ def linear_preference_op(
 ) -> _Seven:
     """The same as one operator, for torch.compile: loss, losses, logps, rewards, dh, dW, db (empty if not needed)."""
     check_target_values(targets, weight.shape[0], ignore_index)
-    loss = PreferenceLoss(kind=kind, beta=beta, label_smoothing=label_smoothing)
-    options = LogitOptions(temperature, logit_scale, softcap, ignore_index)
-    step = Step(targets, cu_targets, pairs, ref_logps, loss, num_pairs, options, backend, max_logits_bytes)
+    decoded = PreferenceLoss.decode(loss)
+    totals = StepTotals(num_pairs, num_chosen_tokens, earlier_rewards)
+    options = LogitOptions(temperature, logit_scale, softcap, ignore_index, _stats(decoded))
+    step = Step(targets, cu_targets, pairs, ref_logps, decoded, totals, options, backend, max_logits_bytes)
     terms, gradients = compute(hidden, weight, bias, step, (need_dh, need_dw, need_db))
     dh, dw, db = (hidden.new_empty(0) if gradient is None else gradient for gradient in gradients)
     return terms.losses.sum() / num_pairs, terms.losses, terms.logps, terms.rewards, dh, dw, db
@@ -231,6 +273,9 @@ def _(
     targets: Tensor,
     cu_targets: Tensor,
     pairs: Tensor,
+    ref_logps: Tensor | None,
+    earlier_rewards: Tensor | None,
+    loss: str,
     *arguments: Any,
 ) -> _Seven:
     need_dh, need_dw, need_db = arguments[-3:]
@@ -238,12 +283,13 @@ def _(
     def wide(*shape: int) -> Tensor:
         return hidden.new_empty(shape, dtype=accumulate_dtype(hidden.dtype))
 
-    sequences = cu_targets.shape[0] - 1
+    weighted = PreferenceLoss.decode(loss).ld_alpha is not None
+    sums = (pairs.shape[0], 2) if weighted else (cu_targets.shape[0] - 1,)
     return (
         wide(),
         wide(pairs.shape[0]),
-        wide(sequences),
-        wide(sequences),
+        wide(*sums),
+        wide(*sums),
         torch.empty_like(hidden) if need_dh else hidden.new_empty(0),
         torch.empty_like(weight) if need_dw else hidden.new_empty(0),
         weight.new_empty(weight.shape[0]) if need_db else hidden.new_empty(0),
@@ -285,10 +331,12 @@ def linear_preference_loss(
     targets: Tensor,
     cu_targets: Tensor,
     pairs: Tensor,
-    ref_logps: Tensor,
+    ref_logps: Tensor | None = None,
     *,
     loss: PreferenceLoss | None = None,
     num_pairs: int | None = None,
+    num_chosen_tokens: int | None = None,
+    earlier_rewards: Tensor | None = None,
     bias: Tensor | None = None,
     temperature: float = 1.0,
     logit_scale: float = 1.0,
@@ -305,24 +353,26 @@ def linear_preference_loss(
         targets: (N,), int64.
         cu_targets: (S+1,) int32 on the CPU: sequence s owns targets[cu_targets[s]:cu_targets[s+1]].
         pairs: (P, 2) int32 on the CPU, chosen and rejected sequence.
-        ref_logps: (S,) float32, the reference's summed log-probs, nats.
-        loss: kind and options, default PreferenceLoss().
-        num_pairs: what the sum over pairs is divided by, default P.
+        ref_logps: (S,) float32, the reference's summed log-probs, nats; with ld_alpha (P, 2), what pair_logprobs makes
+            of its token log-probs; None for kinds that need none.
+        loss: kind and options, default PreferenceLoss(). One that couples the pairs of the call recomputes the rows of
+            E that do not fit max_logits_bytes; every other kind does the three GEMMs and no more.
+        num_pairs, num_chosen_tokens, earlier_rewards: as in preference_loss.
         bias, temperature, logit_scale, softcap, ignore_index, max_logits_bytes, backend: as in linear_logprobs, without
             the "reference" backend.
 
     Returns:
-        PreferenceOutput: loss scalar, differentiable; losses (P,), logps and rewards (S,), detached.
+        PreferenceOutput: loss scalar, differentiable; losses (P,), logps and rewards (S,) or (P, 2), detached.
 
     Raises:
         ValueError: shapes, dtypes, devices or options that do not fit, a pair that names a missing sequence.
         TypeError: a head weight that is no plain dense tensor.
     """
     loss = PreferenceLoss() if loss is None else loss
-    options = LogitOptions(temperature, logit_scale, softcap, ignore_index)
+    options = LogitOptions(temperature, logit_scale, softcap, ignore_index, _stats(loss))
     hidden, weight, bias = autocast_inputs(hidden, weight, bias)
     check_head(hidden, weight, bias, targets)
-    _check_pairs(targets, cu_targets, pairs, ref_logps)
+    _check_pairs(targets, cu_targets, pairs, ref_logps, loss)
     chosen = choose_backend(backend, hidden.device)
     if chosen == "reference":
         raise ValueError("backend: expected auto, triton or torch; the reference is preference_loss of linear_logprobs")
@@ -339,10 +389,10 @@ def linear_preference_loss(
             cu_targets,
             pairs,
             ref_logps,
-            loss.kind,
-            loss.beta,
-            loss.label_smoothing,
+            earlier_rewards,
+            loss.encoded,
             divisor,
+            num_chosen_tokens,
             temperature,
             logit_scale,
             softcap,
@@ -352,24 +402,30 @@ def linear_preference_loss(
             *needs,
         )[:4]
     else:
-        step = Step(targets, cu_targets, pairs, ref_logps, loss, divisor, options, chosen, budget)
+        totals = StepTotals(divisor, num_chosen_tokens, earlier_rewards)
+        step = Step(targets, cu_targets, pairs, ref_logps, loss, totals, options, chosen, budget)
         values = LinearPreference.apply(hidden, weight, bias, step, needs)
     return PreferenceOutput(*values)
 
 
-def _check_pairs(targets: Tensor, cu_targets: Tensor, pairs: Tensor, ref_logps: Tensor) -> None:
+def _stats(loss: PreferenceLoss) -> tuple[str, ...]:
+    """What the loss needs to know of a row beside its log-prob."""
+    return ("log_sum_sq_probs",) if loss.use_weighting else ()
+
+
+def _check_pairs(
+    targets: Tensor, cu_targets: Tensor, pairs: Tensor, ref_logps: Tensor | None, loss: PreferenceLoss
+) -> None:
     """What a call with known pairs needs; values are looked at where they lie on the CPU, outside a compiled graph."""
     for name, tensor in (("cu_targets", cu_targets), ("pairs", pairs)):
         if tensor.dtype != torch.int32 or not tensor.is_cpu:
             raise ValueError(f"{name}: expected int32 on the CPU, got {tensor.dtype} on {tensor.device}")
     if cu_targets.dim() != 1 or len(cu_targets) == 0:
         raise ValueError(f"cu_targets: expected shape (S+1,), got {tuple(cu_targets.shape)}")
-    check_pairs(ref_logps, pairs, ref_logps)
-    if ref_logps.shape != (len(cu_targets) - 1,) or ref_logps.device != targets.device:
-        raise ValueError(
-            f"ref_logps: expected shape ({len(cu_targets) - 1},) on {targets.device}, one value a sequence of "
-            f"cu_targets, got {tuple(ref_logps.shape)} on {ref_logps.device}"
-        )
+    check_pair_names(pairs, len(cu_targets) - 1)
+    check_reference(ref_logps, len(cu_targets) - 1, len(pairs), loss)
+    if ref_logps is not None and ref_logps.device != targets.device:
+        raise ValueError(f"ref_logps: expected on {targets.device} like targets, got on {ref_logps.device}")
     if torch.compiler.is_compiling():
         return
     bounds = cu_targets.tolist()

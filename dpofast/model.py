@@ -18,7 +18,8 @@ from dpofast.attention import restore_attention, use_packed_attention
 from dpofast.linear_preference import linear_preference_loss
 from dpofast.logprobs import LogprobOutput, linear_logprobs
 from dpofast.packing import PackedBatch
-from dpofast.preference import PreferenceLoss, PreferenceOutput, segment_sums
+from dpofast.pair_terms import segment_sums
+from dpofast.preference import PreferenceLoss, PreferenceOutput
 from dpofast.trunk import packed_hidden, padded_hidden
 
 
@@ -26,12 +27,15 @@ from dpofast.trunk import packed_hidden, padded_hidden
 class PackedPreference:
     """What turns model(packed=batch, preference=...) into the whole loss, in one pass over the head.
 
-    ref_logps (S,) float32 on the batch's device; num_pairs is what the sum over the batch's pairs is divided by.
+    ref_logps (S,) float32 on the batch's device, (P, 2) with ld_alpha, or None; num_pairs is what the sum over the
+    batch's pairs is divided by. The others are as in preference_loss.
     """
 
-    ref_logps: Tensor
+    ref_logps: Tensor | None
     loss: PreferenceLoss
     num_pairs: int
+    num_chosen_tokens: int | None = None
+    earlier_rewards: Tensor | None = None
 
 
 def attach_logprob_head(model: Any, *, padded: bool = False) -> Any:
@@ -161,6 +165,8 @@ def _packed_output(
         preference.ref_logps,
         loss=preference.loss,
         num_pairs=preference.num_pairs,
+        num_chosen_tokens=preference.num_chosen_tokens,
+        earlier_rewards=preference.earlier_rewards,
         **options,
     )
 

@@ -6,6 +6,7 @@ reader who wants to know what a number means finds its formula here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -91,6 +92,140 @@ def sigmoid_loss(
     margin = beta * (logratios[chosen] - logratios[rejected])
     losses = -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
     return losses, (beta * logratios).detach()
+
+
+def preference_loss(
+    token_logps: Tensor,
+    cu_targets: Tensor,
+    pairs: Tensor,
+    ref_token_logps: Tensor | None = None,
+    *,
+    kind: str | Sequence[str] = "sigmoid",
+    weights: Sequence[float] | None = None,
+    log_sum_sq_probs: Tensor | None = None,
+    ld_alpha: float | None = None,
+    use_weighting: bool = False,
+    rpo_alpha: float | None = None,
+    **options: Any,
+) -> Tensor:
+    """Every loss of dpofast.PreferenceLoss, pair by pair as its paper writes it: a scalar, the mean over pairs.
+
+    token_logps and ref_token_logps (N,) of the sequences of cu_targets (S+1,), nats; log_sum_sq_probs (N,), for
+    use_weighting; pairs (P, 2). options are PreferenceLoss's own.
+    """
+    bounds = cu_targets.tolist()
+    ref_token_logps = torch.zeros_like(token_logps) if ref_token_logps is None else ref_token_logps
+
+    def tokens(values: Tensor, sequence: int) -> Tensor:
+        return values[bounds[sequence] : bounds[sequence + 1]]
+
+    def weighted_sum(values: Tensor, shorter: int) -> Tensor:
+        return values[:shorter].sum() + (1.0 if ld_alpha is None else ld_alpha) * values[shorter:].sum()
+
+    rows, factors = [], []
+    for chosen, rejected in pairs.tolist():
+        sides = [tokens(token_logps, chosen), tokens(token_logps, rejected)]
+        ref_sides = [tokens(ref_token_logps, chosen), tokens(ref_token_logps, rejected)]
+        shorter = min(len(side) for side in sides)
+        sums = [weighted_sum(side, shorter) for side in (*sides, *ref_sides)]
+        lengths = [token_logps.new_tensor(max(len(side), 1)) for side in sides]
+        rows.append(torch.stack([*sums, *lengths, sides[0].sum()]))
+        factor = token_logps.new_tensor(1.0)
+        if use_weighting:
+            for side, sequence in zip(sides, (chosen, rejected), strict=True):
+                aligned = (side - tokens(log_sum_sq_probs, sequence)).detach()  # type: ignore[arg-type]
+                factor = factor * aligned.mean().exp()
+        factors.append(factor)
+    columns = torch.stack(rows).unbind(1)
+    kinds = [kind] if isinstance(kind, str) else kind
+    total = sum(
+        weight * _kind_losses(name, *columns, **options)
+        for name, weight in zip(kinds, weights or [1.0] * len(kinds), strict=True)
+    )
+    if rpo_alpha is not None:
+        total = total - rpo_alpha * columns[6] / columns[4]
+    return (total * torch.stack(factors)).mean()
+
+
+def _kind_losses(
+    kind: str,
+    pw: Tensor,
+    pl: Tensor,
+    rw: Tensor,
+    rl: Tensor,
+    nw: Tensor,
+    nl: Tensor,
+    chosen_sum: Tensor,
+    *,
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+    f_divergence_type: str = "reverse_kl",
+    f_alpha_divergence_coef: float = 0.5,
+    ipo_average: bool = True,
+    bco_delta: str = "zero",
+    discopop_tau: float = 0.05,
+    simpo_gamma: float = 0.5,
+    cpo_alpha: float = 1.0,
+) -> Tensor:
+    """(P,) from policy and reference log-probs and lengths of chosen (w) and rejected (l) responses, (P,) each."""
+    ls, sig, e, b = F.logsigmoid, torch.sigmoid, label_smoothing, beta
+    w, l = pw - rw, pl - rl  # noqa: E741
+    if f_divergence_type == "forward_kl":
+        sw, sl = 1 - torch.exp(-w), 1 - torch.exp(-l)
+    elif f_divergence_type == "js_divergence":
+        sw, sl = math.log(2) + ls(w), math.log(2) + ls(l)
+    elif f_divergence_type == "alpha_divergence" and f_alpha_divergence_coef != 1:
+        power = f_alpha_divergence_coef - 1
+        sw, sl = ((torch.exp(power * u) - 1) / power for u in (w, l))
+    else:
+        sw, sl = w, l
+    x = b * (sw - sl)
+    if kind == "sigmoid":
+        return -(1 - e) * ls(x) - e * ls(-x)
+    if kind == "sigmoid_norm":
+        x = b * (sw / nw - sl / nl)
+        return -(1 - e) * ls(x) - e * ls(-x)
+    if kind == "robust":
+        return (-(1 - e) * ls(x) + e * ls(-x)) / (1 - 2 * e)
+    if kind == "hinge":
+        return torch.relu(1 - x)
+    if kind == "ipo":
+        return ((sw / nw - sl / nl if ipo_average else sw - sl) - 1 / (2 * b)) ** 2
+    if kind == "exo_pair":
+        return sig(x) * (ls(x) - math.log(1 - e)) + sig(-x) * (ls(-x) - math.log(e))
+    if kind == "discopop":
+        m = sig(x / discopop_tau)
+        return -ls(x) * (1 - m) + torch.exp(-x) * m
+    if kind == "nca_pair":
+        return -ls(b * w) - 0.5 * ls(-b * w) - 0.5 * ls(-b * l)
+    if kind == "bco_pair":
+        shift = b * torch.cat([w, l]).mean().item() if bco_delta == "running_mean" else 0.0
+        return -ls(b * w - shift) - ls(-(b * l - shift))
+    if kind == "sppo_hard":
+        return (w - 1 / (2 * b)) ** 2 + (l + 1 / (2 * b)) ** 2
+    if kind == "cal_dpo":
+        return -ls(w - l) + 0.5 * ((w - 1 / (2 * b)) ** 2 + (l + 1 / (2 * b)) ** 2)
+    if kind == "apo_zero":
+        return 1 - sig(b * w) + sig(b * l)
+    if kind == "apo_down":
+        return sig(b * w) + 1 - sig(b * (w - l))
+    if kind in ("aot", "aot_unpaired"):
+        upper, lower = (pw - pl, rw - rl) if kind == "aot" else (w, l)
+        x = b * (torch.sort(upper).values - torch.sort(lower).values)
+        return -(1 - e) * ls(x) - e * ls(-x)
+    if kind == "kto_pair":
+        kl = max(0.0, torch.cat([w, l]).mean().item())
+        return 1 - sig(b * (w - kl)) + 1 - sig(b * (kl - l))
+    if kind == "sft":
+        return -chosen_sum * len(nw) / nw.sum()
+    if kind == "simpo":
+        return -ls(b * (pw / nw - pl / nl) - simpo_gamma)
+    if kind == "orpo":
+        odds = [torch.exp(p / n) / (1 - torch.exp(p / n)) for p, n in ((pw, nw), (pl, nl))]
+        return -chosen_sum / nw - b * ls(torch.log(odds[0]) - torch.log(odds[1]))
+    if kind == "cpo":
+        return -ls(b * (pw - pl)) - cpo_alpha * chosen_sum / nw
+    raise ValueError(f"kind: expected one of dpofast.losses.KINDS, got {kind!r}")
 
 
 def padded_rows(rows: Sequence[tuple[Sequence[int], Sequence[int]]], pad_id: int = 0) -> dict[str, Tensor]:

@@ -5,7 +5,9 @@ Sequence s sums to l_s over its targets; r_s = l_s − ref_s (ref_s = 0 without 
     u = β (r_c − r_r),    loss = −(1 − ε) · log σ(u) − ε · log σ(−u)        (DPO, arXiv 2305.18290; ε > 0: cDPO)
     d loss / d l_c = β (ε σ(u) − (1 − ε) σ(−u)) = −d loss / d l_r
 
-and a sequence's coefficient is the sum of d loss / d l over its pairs. All float32, in nats.
+and a sequence's coefficient is the sum of d loss / d l over its pairs. With lengths, r_s is divided by n_s tokens
+(and d loss / d l with it). With ld_alpha, targets beyond the shorter response of a pair weigh ld_alpha in l_c and l_r
+(LD-DPO, arXiv 2409.06411): l then belongs to a pair, and coefficients to targets. All float32, in nats.
 
 One program per sequence: it sums its own targets, then walks its pairs and sums each partner's targets again. A few
 thousand floats are cheaper to read twice than to hand over through a second launch; equal order of summation makes
@@ -54,9 +56,11 @@ class PreferenceSigmoid(NamedTuple):
 
     Attributes:
         pair_losses: (P,) loss of each pair.
-        coefficients: (S,) d(sum of pair losses) / d(sequence log-prob); 0 for a sequence in no pair.
-        rewards: (S,) β · (log-prob − reference).
-        sequence_logps: (S,) log-prob of each sequence, summed over its targets; 0 for an empty one.
+        coefficients: (S,) d(sum of pair losses) / d(sequence log-prob); 0 for a sequence in no pair. With ld_alpha
+            (N,), by each target's log-prob.
+        rewards: (S,) β · (log-prob − reference); with ld_alpha (P, 2).
+        sequence_logps: (S,) log-prob of each sequence, summed over its targets; 0 for an empty one. With ld_alpha
+            (P, 2), weighted, of each pair's chosen and rejected response.
     """
 
     pair_losses: torch.Tensor
@@ -104,18 +108,34 @@ def pair_adjacency(pairs: torch.Tensor, num_sequences: int) -> PairAdjacency:
 
 
 @triton.jit
-def _sequence_logp(logps_ptr, cu_targets_ptr, ref_logps_ptr, sequence, BLOCK_N: tl.constexpr):
-    """(l_s, r_s). Lanes add up their own tokens and are then summed as a tree: a short chain of roundings."""
+def _sequence_logp(logps_ptr, cu_targets_ptr, sequence, BLOCK_N: tl.constexpr):
+    """l_s. Lanes add up their own tokens and are then summed as a tree: a short chain of roundings."""
     stop = tl.load(cu_targets_ptr + sequence + 1)
     lanes = tl.zeros((BLOCK_N,), tl.float32)
     for start in range(tl.load(cu_targets_ptr + sequence), stop, BLOCK_N):
         offs_n = start + tl.arange(0, BLOCK_N)
         lanes += tl.load(logps_ptr + offs_n.to(tl.int64), mask=offs_n < stop, other=0.0)
-    logp = tl.sum(lanes, 0)
-    ratio = logp
-    if ref_logps_ptr is not None:
-        ratio = logp - tl.load(ref_logps_ptr + sequence)
-    return logp, ratio
+    return tl.sum(lanes, 0)
+
+
+@triton.jit
+def _weighted_logp(logps_ptr, positions_ptr, cu_targets_ptr, sequence, shared, ld_alpha, BLOCK_N: tl.constexpr):
+    """The same with weight ld_alpha from position `shared` on."""
+    stop = tl.load(cu_targets_ptr + sequence + 1)
+    lanes = tl.zeros((BLOCK_N,), tl.float32)
+    for start in range(tl.load(cu_targets_ptr + sequence), stop, BLOCK_N):
+        offs_n = start + tl.arange(0, BLOCK_N)
+        position = tl.load(positions_ptr + offs_n.to(tl.int64), mask=offs_n < stop, other=0)
+        logp = tl.load(logps_ptr + offs_n.to(tl.int64), mask=offs_n < stop, other=0.0)
+        lanes += tl.where(position < shared, logp, ld_alpha * logp)
+    return tl.sum(lanes, 0)
+
+
+@triton.jit
+def _per_token(ratio, lengths_ptr, sequence, NORMALIZE: tl.constexpr):
+    if NORMALIZE:
+        ratio = ratio / tl.load(lengths_ptr + sequence)
+    return ratio
 
 
 @triton.jit
@@ -130,10 +150,24 @@ def _log1p_exp(e):
 
 
 @triton.jit
+def _pair_terms(u, label_smoothing):
+    """(loss, d loss / d u) of a pair."""
+    # With e <= 1 nothing overflows: σ(|u|) = 1 / (1 + e), σ(−|u|) = e / (1 + e), log σ(u) = min(u, 0) − log(1 + e).
+    e = tl.exp(-tl.abs(u))
+    likely = 1.0 / (1.0 + e)
+    unlikely = e * likely
+    sigmoid = tl.where(u < 0.0, unlikely, likely)
+    complement = tl.where(u < 0.0, likely, unlikely)
+    loss = _log1p_exp(e) - (1.0 - label_smoothing) * tl.minimum(u, 0.0) + label_smoothing * tl.maximum(u, 0.0)
+    return loss, label_smoothing * sigmoid - (1.0 - label_smoothing) * complement
+
+
+@triton.jit
 def _preference_sigmoid_kernel(
     logps_ptr,
     cu_targets_ptr,
     ref_logps_ptr,
+    lengths_ptr,
     offsets_ptr,
     entries_ptr,
     pair_losses_ptr,
@@ -142,12 +176,17 @@ def _preference_sigmoid_kernel(
     sequence_logps_ptr,
     beta,
     label_smoothing,
+    NORMALIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     sequence = tl.program_id(0).to(tl.int64)
-    logp, ratio = _sequence_logp(logps_ptr, cu_targets_ptr, ref_logps_ptr, sequence, BLOCK_N)
+    logp = _sequence_logp(logps_ptr, cu_targets_ptr, sequence, BLOCK_N)
+    ratio = logp
+    if ref_logps_ptr is not None:
+        ratio = logp - tl.load(ref_logps_ptr + sequence)
     tl.store(sequence_logps_ptr + sequence, logp)
     tl.store(rewards_ptr + sequence, beta * ratio)
+    ratio = _per_token(ratio, lengths_ptr, sequence, NORMALIZE)
 
     coefficient = tl.full((), 0.0, tl.float32)
     first = tl.load(offsets_ptr + sequence).to(tl.int64)
@@ -157,20 +196,74 @@ def _preference_sigmoid_kernel(
         partner = tl.load(entry_ptr).to(tl.int64)
         side = tl.load(entry_ptr + 1)
         pair = tl.load(entry_ptr + 2).to(tl.int64)
-        _logp, partner_ratio = _sequence_logp(logps_ptr, cu_targets_ptr, ref_logps_ptr, partner, BLOCK_N)
+        partner_ratio = _sequence_logp(logps_ptr, cu_targets_ptr, partner, BLOCK_N)
+        if ref_logps_ptr is not None:
+            partner_ratio -= tl.load(ref_logps_ptr + partner)
+        partner_ratio = _per_token(partner_ratio, lengths_ptr, partner, NORMALIZE)
 
         # Both sides compute the same u: r_c − r_r and −(r_r − r_c) are equal to the bit.
-        u = beta * (side * (ratio - partner_ratio))
-        # With e <= 1 nothing overflows: σ(|u|) = 1 / (1 + e), σ(−|u|) = e / (1 + e), log σ(u) = min(u, 0) − log(1 + e).
-        e = tl.exp(-tl.abs(u))
-        likely = 1.0 / (1.0 + e)
-        unlikely = e * likely
-        sigmoid = tl.where(u < 0.0, unlikely, likely)
-        complement = tl.where(u < 0.0, likely, unlikely)
-        coefficient += beta * side * (label_smoothing * sigmoid - (1.0 - label_smoothing) * complement)
-        loss = _log1p_exp(e) - (1.0 - label_smoothing) * tl.minimum(u, 0.0) + label_smoothing * tl.maximum(u, 0.0)
+        loss, slope = _pair_terms(beta * (side * (ratio - partner_ratio)), label_smoothing)
+        coefficient += beta * side * slope
         tl.store(pair_losses_ptr + pair, loss, mask=side > 0)
-    tl.store(coefficients_ptr + sequence, coefficient)
+    tl.store(coefficients_ptr + sequence, _per_token(coefficient, lengths_ptr, sequence, NORMALIZE))
+
+
+@triton.jit
+def _preference_sigmoid_ld_kernel(
+    logps_ptr,
+    cu_targets_ptr,
+    ref_logps_ptr,
+    lengths_ptr,
+    positions_ptr,
+    offsets_ptr,
+    entries_ptr,
+    pair_losses_ptr,
+    coefficients_ptr,
+    rewards_ptr,
+    sequence_logps_ptr,
+    beta,
+    label_smoothing,
+    ld_alpha,
+    NORMALIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    # As above, with sums that differ from pair to pair. Coefficients of tokens are added up in global memory: no other
+    # program touches these, and each element stays with one thread.
+    sequence = tl.program_id(0).to(tl.int64)
+    length = tl.load(lengths_ptr + sequence)
+    begin = tl.load(cu_targets_ptr + sequence)
+    stop = tl.load(cu_targets_ptr + sequence + 1)
+    first = tl.load(offsets_ptr + sequence).to(tl.int64)
+    last = tl.load(offsets_ptr + sequence + 1).to(tl.int64)
+    for entry in range(first, last):
+        entry_ptr = entries_ptr + entry * 3
+        partner = tl.load(entry_ptr).to(tl.int64)
+        side = tl.load(entry_ptr + 1)
+        pair = tl.load(entry_ptr + 2).to(tl.int64)
+        shared = tl.minimum(length, tl.load(lengths_ptr + partner)).to(tl.int32)
+        own = 2 * pair + tl.where(side > 0, 0, 1)
+        other = 2 * pair + tl.where(side > 0, 1, 0)
+        logp = _weighted_logp(logps_ptr, positions_ptr, cu_targets_ptr, sequence, shared, ld_alpha, BLOCK_N)
+        partner_ratio = _weighted_logp(logps_ptr, positions_ptr, cu_targets_ptr, partner, shared, ld_alpha, BLOCK_N)
+        ratio = logp
+        if ref_logps_ptr is not None:
+            ratio = logp - tl.load(ref_logps_ptr + own)
+            partner_ratio -= tl.load(ref_logps_ptr + other)
+        tl.store(sequence_logps_ptr + own, logp)
+        tl.store(rewards_ptr + own, beta * ratio)
+
+        ratio = _per_token(ratio, lengths_ptr, sequence, NORMALIZE)
+        partner_ratio = _per_token(partner_ratio, lengths_ptr, partner, NORMALIZE)
+        loss, slope = _pair_terms(beta * (side * (ratio - partner_ratio)), label_smoothing)
+        tl.store(pair_losses_ptr + pair, loss, mask=side > 0)
+        coefficient = _per_token(beta * side * slope, lengths_ptr, sequence, NORMALIZE)
+        for start in range(begin, stop, BLOCK_N):
+            offs_n = start + tl.arange(0, BLOCK_N)
+            rows = offs_n.to(tl.int64)
+            position = tl.load(positions_ptr + rows, mask=offs_n < stop, other=0)
+            total = tl.load(coefficients_ptr + rows, mask=offs_n < stop, other=0.0)
+            total += tl.where(position < shared, coefficient, ld_alpha * coefficient)
+            tl.store(coefficients_ptr + rows, total, mask=offs_n < stop)
 
 
 def preference_sigmoid(
@@ -181,6 +274,10 @@ def preference_sigmoid(
     *,
     beta: float,
     label_smoothing: float = 0.0,
+    lengths: torch.Tensor | None = None,
+    normalize: bool = False,
+    positions: torch.Tensor | None = None,
+    ld_alpha: float | None = None,
 ) -> PreferenceSigmoid:
     """DPO's sigmoid loss of every pair, with the coefficient and the reward of every sequence, in one launch.
 
@@ -188,9 +285,14 @@ def preference_sigmoid(
         logps: (N,) float32, log-prob of each target in nats (0 where ignored).
         cu_targets: (S+1,) int32 on the device of ``logps``: sequence s owns logps[cu_targets[s]:cu_targets[s+1]].
         adjacency: :func:`pair_adjacency` of the pairs, moved to the same device.
-        ref_logps: (S,) float32, the reference's sequence log-probs, or None for 0.
+        ref_logps: (S,) float32, the reference's sequence log-probs, or None for 0. With ld_alpha (P, 2), its weighted
+            log-probs of each pair's chosen and rejected response.
         beta: β, finite and above 0.
         label_smoothing: ε in [0, 0.5], the probability that a preference is flipped.
+        lengths: (S,) float32, tokens of each sequence, at least 1; for normalize and ld_alpha.
+        normalize: divide r_s by the sequence's length.
+        positions: (N,) int32, each target's place in its sequence from 0; for ld_alpha.
+        ld_alpha: weight in [0, 1] of the targets from the shorter length of a pair on, or None for 1.
 
     Returns:
         :class:`PreferenceSigmoid`. A NaN log-prob makes NaN of its sequence, its pairs and their sequences alone.
@@ -207,28 +309,41 @@ def preference_sigmoid(
     if cu_targets.dim() != 1 or len(cu_targets) == 0:
         raise ValueError(f"cu_targets: expected (S+1,) with S >= 0, got {tuple(cu_targets.shape)}")
     S, P = len(cu_targets) - 1, adjacency.num_pairs
+    weighted = ld_alpha is not None
+    if ld_alpha is not None and not 0.0 <= ld_alpha <= 1.0:
+        raise ValueError(f"ld_alpha: expected a number in [0, 1] or None, got {ld_alpha!r}")
+    needed = {"lengths": (lengths, normalize or weighted), "positions": (positions, weighted)}
+    missing = [name for name, (tensor, need) in needed.items() if need and tensor is None]
+    if missing:
+        raise ValueError(f"{' and '.join(missing)}: needed for normalize={normalize}, ld_alpha={ld_alpha}, got None")
     check_tensor("cu_targets", cu_targets, (S + 1,), (torch.int32,), logps.device)
     check_tensor("adjacency.offsets", adjacency.offsets, (S + 1,), (torch.int32,), logps.device)
     check_tensor("adjacency.entries", adjacency.entries, (2 * P, 3), (torch.int32,), logps.device)
+    per_sequence = (P, 2) if weighted else (S,)
     if ref_logps is not None:
-        check_tensor("ref_logps", ref_logps, (S,), (torch.float32,), logps.device)
+        check_tensor("ref_logps", ref_logps, per_sequence, (torch.float32,), logps.device)
+    if lengths is not None:
+        check_tensor("lengths", lengths, (S,), (torch.float32,), logps.device)
+    if positions is not None:
+        check_tensor("positions", positions, tuple(logps.shape), (torch.int32,), logps.device)
 
     pair_losses = torch.empty(P, dtype=torch.float32, device=logps.device)
-    coefficients, rewards, sequence_logps = (torch.empty(S, dtype=torch.float32, device=logps.device) for _ in range(3))
+    rewards, sequence_logps = (torch.empty(per_sequence, dtype=torch.float32, device=logps.device) for _ in range(2))
+    coefficients = torch.zeros_like(logps) if weighted else torch.empty_like(rewards)
     if S > 0:
-        with launch_guard(_preference_sigmoid_kernel, logps, "logps"):
-            _preference_sigmoid_kernel[(S,)](
-                logps.contiguous(),
-                cu_targets.contiguous(),
-                ref_logps.contiguous() if ref_logps is not None else None,
-                adjacency.offsets.contiguous(),
-                adjacency.entries.contiguous(),
+        kernel = _preference_sigmoid_ld_kernel if weighted else _preference_sigmoid_kernel
+        inputs = (logps, cu_targets, ref_logps, lengths, *((positions,) if weighted else ()), *adjacency)
+        with launch_guard(kernel, logps, "logps"):
+            kernel[(S,)](
+                *(None if tensor is None else tensor.contiguous() for tensor in inputs),
                 pair_losses,
                 coefficients,
                 rewards,
                 sequence_logps,
                 float(beta),
                 float(label_smoothing),
+                *(() if ld_alpha is None else (float(ld_alpha),)),
+                NORMALIZE=normalize,
                 BLOCK_N=BLOCK_N,
                 num_warps=1,
                 **COMPILE_OPTIONS,

@@ -145,7 +145,7 @@ def test_components_are_the_shortest_closed_runs(data):
 def test_the_operator_passes_opcheck(needs):
     tensors, *rest = inputs()
     leaves = [tensor.requires_grad_(need) for tensor, need in zip(tensors, needs, strict=True)]
-    arguments = ("sigmoid", 0.3, 0.1, 4, 1.0, 1.0, None, -100, "torch", 9 * 61 * 4, *needs)
+    arguments = (None, LOSS.encoded, 4, None, 1.0, 1.0, None, -100, "torch", 9 * 61 * 4, *needs)
     torch.library.opcheck(linear_preference_op, (*leaves, *rest, *arguments))
 
 
