@@ -115,15 +115,22 @@ def _row_cases(backend: str) -> list[AotCase]:
 
 
 def _preference_cases() -> list[AotCase]:
-    kernel = preference._preference_sigmoid_kernel
-    types = {name: "*fp32" for name in kernel.arg_names if name.endswith("_ptr")}
-    types |= dict.fromkeys(("cu_targets_ptr", "offsets_ptr", "entries_ptr"), "*i32")
-    types |= dict.fromkeys(("beta", "label_smoothing"), "fp32")
-    reference_free = {name: kind for name, kind in types.items() if name != "ref_logps_ptr"}
-    constants = {"BLOCK_N": preference.BLOCK_N}
+    integers = ("cu_targets_ptr", "offsets_ptr", "entries_ptr", "positions_ptr")
+
+    def case(name: str, kernel: Any, *, normalize: bool = False, without: tuple[str, ...] = ()) -> AotCase:
+        arguments = [argument for argument in kernel.arg_names if argument not in ("NORMALIZE", "BLOCK_N", *without)]
+        pointers = {argument: "*i32" if argument in integers else "*fp32" for argument in arguments}
+        types = {argument: kind if argument.endswith("_ptr") else "fp32" for argument, kind in pointers.items()}
+        constants = {"NORMALIZE": normalize, "BLOCK_N": preference.BLOCK_N}
+        return AotCase(f"preference {name}", kernel, types, constants, (), 1)
+
+    plain, weighted = preference._preference_sigmoid_kernel, preference._preference_sigmoid_ld_kernel
     return [
-        AotCase("preference sigmoid", kernel, types, constants, (), 1),
-        AotCase("preference sigmoid, no reference", kernel, reference_free, constants, (), 1),
+        case("sigmoid", plain, without=("lengths_ptr",)),
+        case("sigmoid, no reference", plain, without=("lengths_ptr", "ref_logps_ptr")),
+        case("sigmoid per token", plain, normalize=True),
+        case("sigmoid with ld_alpha", weighted),
+        case("sigmoid with ld_alpha per token", weighted, normalize=True),
     ]
 
 

@@ -7,6 +7,7 @@ import torch
 
 from dpofast import reference
 from dpofast.kernels.preference import PairAdjacency, pair_adjacency, preference_sigmoid
+from dpofast.pair_terms import pair_logprobs
 
 pytestmark = pytest.mark.usefixtures("nan_empty")
 
@@ -209,3 +210,77 @@ def test_bad_arguments(change, message):
     good = {"logps": torch.zeros(2), "cu_targets": cumulative([1, 1]), "adjacency": ADJACENCY, "beta": 0.1}
     with pytest.raises(ValueError, match=message):
         preference_sigmoid(**{**good, **change})
+
+
+# With lengths and ld_alpha: sequences of at least one token, the log-probs of the reference by pair.
+LD_LENGTHS, LD_PAIRS = [3, 1, 300, 700, 40, 5, 12], [[0, 1], [0, 2], [3, 2], [1, 3], [4, 5]]
+
+
+def ld_batch(device, ld_alpha):
+    """Policy and reference of a batch: the arguments of the kernel, and of the reference."""
+    tokens, ref_tokens = (-2 * torch.rand(sum(LD_LENGTHS)) for _ in range(2))
+    cu_targets, pairs = cumulative(LD_LENGTHS), torch.tensor(LD_PAIRS, dtype=torch.int32)
+    positions = torch.cat([torch.arange(n, dtype=torch.int32) for n in LD_LENGTHS])
+    options = {"lengths": cu_targets.diff().float().to(device)}
+    if ld_alpha is None:
+        ref = reference.sequence_logprobs(ref_tokens, cu_targets)
+    else:
+        ref = pair_logprobs(ref_tokens, cu_targets, pairs, ld_alpha=ld_alpha)
+        options |= {"positions": positions.to(device), "ld_alpha": ld_alpha}
+    return (tokens.to(device), cu_targets.to(device), pairs, ref.to(device)), options, (cu_targets, pairs, ref_tokens)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("ld_alpha", [None, 0.0, 0.3, 1.0])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
+def test_lengths_and_ld_alpha(label_smoothing, ld_alpha, normalize, device):
+    inputs, options, (cu_targets, pairs, ref_tokens) = ld_batch(device, ld_alpha)
+    beta = 30.0 if normalize else 0.1
+    got = run(*inputs, **options, beta=beta, label_smoothing=label_smoothing, normalize=normalize)
+    tokens = inputs[0].cpu().double().requires_grad_()
+    expected = reference.preference_loss(
+        tokens,
+        cu_targets,
+        pairs,
+        ref_tokens.double(),
+        kind="sigmoid_norm" if normalize else "sigmoid",
+        beta=beta,
+        label_smoothing=label_smoothing,
+        ld_alpha=ld_alpha,
+    )
+    (coefficients,) = torch.autograd.grad(expected * len(pairs), tokens)
+    if ld_alpha is None:
+        coefficients = coefficients[cu_targets[:-1].long()]
+    torch.testing.assert_close(got.pair_losses.double().mean().cpu(), expected.detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(got.coefficients.double().cpu(), coefficients, rtol=1e-4, atol=1e-6)
+    if ld_alpha is not None:
+        sums = pair_logprobs(tokens.detach(), cu_targets, pairs, ld_alpha=ld_alpha)
+        torch.testing.assert_close(got.sequence_logps.double().cpu(), sums, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(got.rewards.double().cpu() / beta, sums - inputs[3].cpu(), rtol=1e-5, atol=2e-4)
+
+
+def test_ld_alpha_of_1_changes_nothing(device):
+    (logps, cu_targets, pairs, by_pair), options, _ = ld_batch(device, 1.0)
+    ref_logps = torch.zeros(len(LD_LENGTHS), device=device)
+    ref_logps[pairs.long()] = by_pair
+    got, plain = (
+        run(logps, cu_targets, pairs, by_pair, **options, beta=0.1),
+        run(logps, cu_targets, pairs, ref_logps, beta=0.1),
+    )
+    assert torch.equal(got.pair_losses, plain.pair_losses)
+    assert torch.equal(got.rewards, plain.rewards[pairs.long()])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"normalize": True}, "lengths: needed for normalize=True, ld_alpha=None, got None"),
+        ({"ld_alpha": 0.5}, "lengths and positions: needed for normalize=False, ld_alpha=0.5, got None"),
+        ({"ld_alpha": 1.5}, r"ld_alpha: expected a number in \[0, 1\] or None, got 1.5"),
+        ({"lengths": torch.ones(3)}, r"lengths: expected \(2,\) float32 .* got \(3,\)"),
+        ({"positions": torch.zeros(2)}, r"positions: expected \(2,\) int32 .* torch.float32"),
+    ],
+)
+def test_bad_lengths_and_positions(change, message):
+    with pytest.raises(ValueError, match=message):
+        preference_sigmoid(torch.zeros(2), cumulative([1, 1]), ADJACENCY, **{"beta": 0.1, **change})

@@ -4,10 +4,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from losses_cases import LOSSES
 
 import dpofast
+from bench.cost import Cost
 from dpofast import PreferenceLoss, reference
 from dpofast.linear_preference import components, flushes, linear_preference_op
+from dpofast.pair_terms import pair_logprobs, runs_fused
+from dpofast.preference import token_preference_loss
 
 LOSS = PreferenceLoss(beta=0.3, label_smoothing=0.1)
 LENGTHS = [5, 3, 1, 7, 0, 4, 2, 6]
@@ -184,3 +188,86 @@ def test_bad_arguments(change, message):
     arguments = {"targets": targets, "cu_targets": cu_targets, "pairs": pairs, "ref_logps": ref, **change}
     with pytest.raises(ValueError, match=message):
         dpofast.linear_preference_loss(hidden, weight, **arguments)
+
+
+def per_token_loss(tensors, targets, cu_targets, pairs, ref, loss, **options):
+    """The same by linear_logprobs, then token_preference_loss: another plan of the head."""
+    hidden, weight, bias = tensors
+    stats = ("log_sum_sq_probs",) if loss.use_weighting else ()
+    output = dpofast.linear_logprobs(hidden, weight, targets, bias=bias, stats=stats)
+    known = {"log_sum_sq_probs": output.log_sum_sq_probs, "counted": targets != -100, **options}
+    return token_preference_loss(output.logps, cu_targets, pairs, ref, loss=loss, **known)
+
+
+BACKENDS = [(name, "auto") for name in LOSSES]
+BACKENDS += [(name, "triton") for name in LOSSES if runs_fused(PreferenceLoss(**LOSSES[name]), "triton")]
+
+
+@pytest.mark.parametrize(("name", "backend"), BACKENDS)
+def test_every_loss_equals_its_per_token_form(name, backend, device):
+    """With ignored targets, shared branches and several flushes."""
+    loss = PreferenceLoss(**LOSSES[name])
+    tensors, targets, cu_targets, pairs, ref = inputs(device=device)
+    ref_tokens = -torch.rand(len(targets), device=device)
+    ref = None if not loss.needs_reference else ref
+    if ref is not None and loss.ld_alpha is not None:
+        ref = pair_logprobs(ref_tokens, cu_targets, pairs, ld_alpha=loss.ld_alpha)
+    results = []
+    for function, options in (
+        (per_token_loss, {"backend": "auto" if device.type == "cuda" else "torch"}),
+        (linear_loss, {"backend": backend, "max_logits_bytes": 9 * 61 * 4}),
+    ):
+        leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+        output = function(leaves, targets, cu_targets, pairs, ref, loss, num_pairs=7, **options)
+        (output.loss * 1.7).backward()
+        results.append((output, [leaf.grad for leaf in leaves]))
+    (expected, gradients), (got, got_gradients) = results
+    for field in ("loss", "losses", "logps", "rewards"):
+        torch.testing.assert_close(getattr(got, field), getattr(expected, field), atol=2e-5, rtol=1e-5)
+    for a, b in zip(got_gradients, gradients, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5 * float(b.abs().max()), rtol=1e-5)
+
+
+def linear_loss(tensors, targets, cu_targets, pairs, ref, loss, **options):
+    hidden, weight, bias = tensors
+    return dpofast.linear_preference_loss(
+        hidden, weight, targets, cu_targets, pairs, ref, loss=loss, bias=bias, **options
+    )
+
+
+@pytest.mark.parametrize("name", ["sft", "bco running mean", "mix of all modifiers"])
+def test_other_losses_compile_without_a_graph_break(name):
+    loss = PreferenceLoss(**LOSSES[name])
+    tensors, targets, cu_targets, pairs, ref = inputs()
+    ref = None if not loss.needs_reference else ref
+    if loss.ld_alpha is not None:
+        ref = torch.full((len(pairs), 2), -5.0)
+    earlier = torch.tensor([3.0, 8.0], dtype=torch.float64)
+
+    def function(hidden, weight):
+        known = (targets, cu_targets, pairs, ref)
+        return linear_loss((hidden, weight, tensors[2]), *known, loss, earlier_rewards=earlier).loss
+
+    grads = []
+    for run in (function, torch.compile(function, fullgraph=True, backend="aot_eager")):
+        leaves = [tensor.clone().requires_grad_() for tensor in tensors[:2]]
+        run(*leaves).backward()
+        grads.append([leaf.grad for leaf in leaves])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_separable_losses_do_three_gemms_and_coupled_ones_recompute(name):
+    """A budget of 20 rows for 28 targets, whose longest component has ten."""
+    loss = PreferenceLoss(**LOSSES[name])
+    (hidden, weight, _), targets, cu_targets, _, ref = inputs()
+    pairs = torch.tensor([[1, 2], [5, 6]], dtype=torch.int32)
+    ref = None if not loss.needs_reference else ref if loss.ld_alpha is None else torch.zeros(2, 2)
+    leaves = [hidden.requires_grad_(), weight.requires_grad_()]
+    with Cost() as cost:
+        known = (targets, cu_targets, pairs, ref)
+        output = dpofast.linear_preference_loss(*leaves, *known, loss=loss, max_logits_bytes=20 * 61 * 4)
+        output.loss.backward()
+    units = cost.gemm_units(len(targets), hidden.shape[1], weight.shape[0])
+    assert units > 3 if loss.coupled else units == 3
