@@ -2,10 +2,11 @@
 
 import re
 from glob import glob
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
-from pybind11.setup_helpers import Pybind11Extension
-from setuptools import setup
+from setuptools import Extension, setup
 
 VERSION = re.search(r'^__version__ = "(.+)"$', Path("dpofast/__init__.py").read_text("utf-8"), re.MULTILINE)[1]
 
@@ -14,6 +15,23 @@ if not Path("dpofast/kernels").is_dir():
         "dpofast/kernels should be a link to kernels/, but this copy of the source has lost it (a downloaded zip, or "
         "git without symlinks). Use git clone, or put a copy there: rm dpofast/kernels && cp -r kernels dpofast/kernels"
     )
+
+
+def extension(name: str, sources: list[str], **options: Any) -> Extension:
+    """A C++17 extension over pybind11, or over the copy of its headers that torch brings where pybind11 is missing."""
+    if find_spec("pybind11"):
+        from pybind11.setup_helpers import Pybind11Extension
+
+        return Pybind11Extension(name, sources, cxx_std=17, extra_compile_args=["-O3"], **options)
+    torch = find_spec("torch")
+    headers = Path(torch.origin).parent / "include" if torch and torch.origin else Path()
+    if not (headers / "pybind11" / "pybind11.h").exists():
+        raise SystemExit("dpofast builds its C++ extension with pybind11, which is missing: pip install 'pybind11>=3.0'")
+    arguments = ["-std=c++17", "-fvisibility=hidden", "-g0", "-O3"]
+    return Extension(
+        name, sources, language="c++", include_dirs=[str(headers)], extra_compile_args=arguments, **options
+    )
+
 
 setup(
     name="dpofast",
@@ -30,13 +48,7 @@ setup(
     packages=["dpofast", "dpofast.demo", "dpofast.kernels"],
     package_data={"dpofast": ["py.typed", "*.pyi"], "dpofast.demo": ["data/*"]},
     ext_modules=[
-        Pybind11Extension(
-            "dpofast._C",
-            sorted(glob("csrc/*.cpp")),
-            depends=glob("csrc/*.hpp"),
-            cxx_std=17,
-            extra_compile_args=["-O3"],
-        )
+        extension("dpofast._C", sorted(glob("csrc/*.cpp")), depends=glob("csrc/*.hpp")),
     ],
     entry_points={"console_scripts": ["dpofast = dpofast.cli:main"]},
     install_requires=[

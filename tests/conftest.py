@@ -1,7 +1,14 @@
-"""What every test gets: fixed seeds and threads, no network, Triton's interpreter where there is no GPU."""
+"""What every test gets: fixed seeds and threads, no network, and the devices it runs on.
+
+    pytest           the CPU alone, kernels in Triton's interpreter, whether or not there is a GPU
+    pytest -m gpu    the tests of the GPU alone, kernels compiled for it
+
+Triton decides once a process whether it compiles or interprets, so the two never share one.
+"""
 
 import os
 import random
+import re
 import tempfile
 
 import hypothesis
@@ -9,10 +16,8 @@ import numpy as np
 import pytest
 import torch
 
-# Both are read when triton and huggingface_hub are imported, which happens in test modules, after this file.
+# Read when huggingface_hub is imported, which happens in test modules, after this file.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Compiled code of an earlier run, perhaps one that was killed while it wrote, is no part of this one.
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", tempfile.mkdtemp(prefix="dpofast-inductor-"))
@@ -22,10 +27,50 @@ hypothesis.settings.register_profile("dpofast", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("dpofast")
 
 
+def _wants_gpu(config):
+    return re.search(r"(?<!not )\bgpu\b", config.option.markexpr or "") is not None
+
+
+def pytest_addoption(parser):
+    parser.addoption("--shard", metavar="I/K", help="run every K-th of the selected tests only, from the I-th on")
+
+
 def pytest_configure(config):
-    """Without a GPU its tests are deselected, not skipped; `-m gpu` names them and fails there."""
-    if not torch.cuda.is_available() and not config.option.markexpr:
-        config.option.markexpr = "not gpu"
+    """Choose interpreter or GPU before a test module imports triton.
+
+    Without `-m`, the tests of the GPU are deselected, not skipped; with `-m gpu` a machine without one is an error.
+    """
+    if _wants_gpu(config):
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            raise pytest.UsageError("-m gpu compiles the kernels, and TRITON_INTERPRET=1 interprets them: unset it")
+        if not torch.cuda.is_available():
+            raise pytest.UsageError("-m gpu needs a CUDA device, and torch sees none")
+        # cuBLAS repeats its results to the bit only with a workspace of its own a stream.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        return
+    config.option.markexpr = config.option.markexpr or "not gpu"
+    os.environ["TRITON_INTERPRET"] = "1"
+    # What picks a device by itself, as transformers' Trainer does, finds the CPU; nobody has asked for a GPU so far.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_ignore_collect(collection_path, config):
+    """With `-m gpu`, leave files alone that have no such test: what they import may be missing on a GPU machine."""
+    if _wants_gpu(config) and collection_path.suffix == ".py":
+        return True if not re.search(r"\bdevice\)|\bdevice,|mark\.gpu", collection_path.read_text("utf-8")) else None
+    return None
+
+
+@pytest.hookimpl(trylast=True)  # after -m has deselected, and before the first test
+def pytest_collection_modifyitems(config, items):
+    """Keep the tests of one shard. Neighbours share compiled kernels, so a shard is a run of neighbours."""
+    if config.option.shard is None:
+        return
+    found = re.fullmatch(r"(\d+)/(\d+)", config.option.shard)
+    if not found or not 1 <= int(found[1]) <= int(found[2]):
+        raise pytest.UsageError(f"--shard: expected I/K with 1 <= I <= K, got {config.option.shard!r}")
+    shard, shards = int(found[1]), int(found[2])
+    items[:] = items[len(items) * (shard - 1) // shards : len(items) * shard // shards]
 
 
 @pytest.fixture(autouse=True)
@@ -36,10 +81,10 @@ def seeds():
     torch.manual_seed(0)
 
 
-@pytest.fixture
-def device():
-    """Where kernels run: the GPU, or the CPU under Triton's interpreter."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    """Where kernels run: in Triton's interpreter on the CPU, and a second time, as a test of the GPU, on it."""
+    return torch.device(request.param)
 
 
 @pytest.fixture

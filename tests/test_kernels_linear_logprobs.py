@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from close import assert_same
 
 from dpofast import reference
 from dpofast.kernels.linear_logprobs import linear_logprobs
@@ -51,6 +52,11 @@ def truth(hidden, weight, targets, dtype, *, bias=None, **scales):
     return reference.logprobs(z, targets), lse, z[z.isfinite()].abs().max()
 
 
+def tensor_core_error(hidden):
+    """Relative error of a 16-bit product on a GPU: a tensor core cuts its sum to float32 at every 16 terms or so."""
+    return 2.0**-22 * hidden.shape[1] / 16 if hidden.is_cuda and hidden.dtype != torch.float32 else 0.0
+
+
 def assert_as_good_as_torch(result, hidden, weight, targets, **options):
     """Error against float64 within twice float32 torch's own, plus two roundings of the largest z and of the value.
 
@@ -62,7 +68,7 @@ def assert_as_good_as_torch(result, hidden, weight, targets, **options):
         value = getattr(result, name)
         assert value.dtype == torch.float32
         error, own = (value.double() - exact).abs().max(), (framework.double() - exact).abs().max()
-        floor = 2.0**-22 * (z_max + exact.abs().max())
+        floor = 2.0**-22 * (z_max + exact.abs().max()) + tensor_core_error(hidden) * z_max
         assert error <= 2 * own + floor, f"{name}: error {error:.3g}, torch's {own:.3g}, floor {floor:.3g}"
 
 
@@ -194,11 +200,12 @@ def test_any_strides(descriptors, device):
             assert view.stride() != rows.stride()
             arguments = {"hidden": hidden, "weight": weight, name: view}
             got = linear_logprobs(targets=targets, tile=SMALL, descriptors=descriptors, **arguments)
-            assert torch.equal(got.logps, plain.logps) and torch.equal(got.lse, plain.lse)
+            assert_same(got.logps, plain.logps, name)
+            assert_same(got.lse, plain.lse, name)
     repeated = linear_logprobs(hidden[:1].expand(20, -1), weight, targets[:1].expand(20), tile=SMALL)
-    assert torch.equal(repeated.logps, plain.logps[:1].expand(20))
+    assert_same(repeated.logps, plain.logps[:1].expand(20))
     strided = torch.stack([targets, targets + 1], 1)[:, 0]
-    assert torch.equal(linear_logprobs(hidden, weight, strided, tile=SMALL).logps, plain.logps)
+    assert_same(linear_logprobs(hidden, weight, strided, tile=SMALL).logps, plain.logps)
 
 
 def test_no_rows(device):
@@ -224,7 +231,7 @@ def test_rows_beyond_32_bit_offsets(device, tmp_path):
         for descriptors in (False, True):
             arguments = {"hidden": hidden, "weight": weight, name: far}
             got = linear_logprobs(targets=targets, tile=SMALL, descriptors=descriptors, **arguments)
-            assert torch.equal(got.logps, near.logps), (name, descriptors)
+            assert_same(got.logps, near.logps, (name, descriptors))
 
 
 H100 = {"slots": 132, "cache_bytes": 50 << 20}
@@ -293,12 +300,13 @@ def test_bad_arguments(change, message):
 @pytest.mark.parametrize(
     ("n", "d", "v"), [(300, 1024, 151_936), (1, 4096, 50_257), (2500, 576, 49_152), (130, 41, 999)]
 )
-def test_real_sizes_on_the_gpu(n, d, v, options, dtype, descriptors, device):
-    hidden, weight, targets = problem(n, d, v, device, dtype)
-    options = with_bias(OPTIONS[options], v, device)
+def test_real_sizes_on_the_gpu(n, d, v, options, dtype, descriptors):
+    hidden, weight, targets = problem(n, d, v, torch.device("cuda"), dtype)
+    options = with_bias(OPTIONS[options], v, hidden.device)
     result = linear_logprobs(hidden, weight, targets, descriptors=descriptors, **options)
     assert_as_good_as_torch(result, hidden, weight, targets, **options)
     again = linear_logprobs(hidden, weight, targets, descriptors=descriptors, **options)
     assert torch.equal(result.logps, again.logps)
-    exact = truth(hidden, weight, targets, torch.float64, **options)[0]
-    assert (result.logps[:256].double().sum() - exact[:256].sum()).abs() < 1e-3
+    exact, _, z_max = truth(hidden, weight, targets, torch.float64, **options)
+    sums = result.logps[:256].double().sum(), exact[:256].sum()
+    assert (sums[0] - sums[1]).abs() < 1e-3 + 256 * tensor_core_error(hidden) * z_max

@@ -86,7 +86,7 @@ def test_policy_equal_to_reference_gives_log_2_and_no_margin(device):
     ref_logps = run(logps, cu_targets, no_pairs, None, beta=0.1).sequence_logps
     got = run(logps, cu_targets, pairs, ref_logps, beta=0.1)
     assert (got.rewards == 0).all()
-    torch.testing.assert_close(got.pair_losses, torch.full_like(got.pair_losses, math.log(2)), rtol=1e-7, atol=0)
+    torch.testing.assert_close(got.pair_losses, torch.full_like(got.pair_losses, math.log(2)), rtol=3e-7, atol=0)
     assert got.coefficients[[4, 5]].tolist() == pytest.approx([-0.05, -0.05])
     assert got.coefficients[7].item() == pytest.approx(0.1)
 

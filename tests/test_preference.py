@@ -69,10 +69,10 @@ def test_derivative_in_float64():
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
-def test_from_tokens_to_the_loss(backend, label_smoothing):
+def test_from_tokens_to_the_loss(backend, label_smoothing, device):
     cu_targets = torch.tensor([0, 3, 4, 204, 206], dtype=torch.int32)
     _, pairs, ref = inputs()
-    tokens = -torch.rand(206)
+    tokens, ref = -torch.rand(206).to(device), ref.to(device)
     loss = PreferenceLoss(beta=0.3, label_smoothing=label_smoothing)
     leaf, wide = tokens.clone().requires_grad_(), tokens.double().requires_grad_()
     output = token_preference_loss(leaf, cu_targets, pairs, ref, loss=loss, num_pairs=5, backend=backend)

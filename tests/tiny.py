@@ -3,7 +3,6 @@
 import random
 
 import torch
-from datasets import Dataset
 from tokenizers import Tokenizer, models
 from transformers import (
     LlamaConfig,
@@ -63,4 +62,6 @@ def tiny_pairs(count=12, seed=0, longest=9):
 
 def tiny_dataset(count=12, seed=0):
     """tiny_pairs as a Dataset."""
+    from datasets import Dataset  # here: tests of the GPU do without it
+
     return Dataset.from_list(tiny_pairs(count, seed))
