@@ -26,7 +26,7 @@ def extension(name: str, sources: list[str], **options: Any) -> Extension:
     torch = find_spec("torch")
     headers = Path(torch.origin).parent / "include" if torch and torch.origin else Path()
     if not (headers / "pybind11" / "pybind11.h").exists():
-        raise SystemExit("dpofast builds its C++ extension with pybind11, which is missing: pip install 'pybind11>=3.0'")
+        raise SystemExit("dpofast builds a C++ extension with pybind11, which is missing: pip install 'pybind11>=3.0'")
     arguments = ["-std=c++17", "-fvisibility=hidden", "-g0", "-O3"]
     return Extension(
         name, sources, language="c++", include_dirs=[str(headers)], extra_compile_args=arguments, **options
@@ -45,7 +45,7 @@ setup(
     python_requires=">=3.10",
     # Explicit: discovery would also find `kernels`, and a top-level package of that name would shadow PyPI's, which
     # transformers uses. dpofast/kernels is a link to kernels/.
-    packages=["dpofast", "dpofast.demo", "dpofast.kernels"],
+    packages=["dpofast", "dpofast.demo", "dpofast.integrations", "dpofast.kernels"],
     package_data={"dpofast": ["py.typed", "*.pyi"], "dpofast.demo": ["data/*"]},
     ext_modules=[
         extension("dpofast._C", sorted(glob("csrc/*.cpp")), depends=glob("csrc/*.hpp")),

@@ -18,7 +18,7 @@ from dpofast.reference import padded_logprobs
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 _CANARY_PROMPT, _CANARY_RESPONSES = 5, (4, 6)
 # Largest |packed − padded| log-prob of the canary; a wrong mask or a missing logit scale is off by 0.1 and more.
-_CANARY_TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-3, torch.float16: 5e-2, torch.bfloat16: 3e-1}
+CANARY_TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-3, torch.float16: 5e-2, torch.bfloat16: 3e-1}
 
 
 def admit_head(model: Any) -> None:
@@ -81,9 +81,9 @@ def check_numbers(model: Any, padded: bool) -> None:
     finally:
         model.train(training)
     difference = float((ours - truth).abs().max())
-    if difference <= _CANARY_TOLERANCE[model.dtype]:
+    if difference <= CANARY_TOLERANCE[model.dtype]:
         return
-    apart = f"differ by {difference:.2g} nats, more than {_CANARY_TOLERANCE[model.dtype]}"
+    apart = f"differ by {difference:.2g} nats, more than {CANARY_TOLERANCE[model.dtype]}"
     if not padded:
         raise cannot_pack(model, f"packed and padded log-probs of the same tokens {apart}")
     raise ValueError(

@@ -53,7 +53,7 @@ def attach_logprob_head(model: Any, *, padded: bool = False) -> Any:
         ValueError: a model that cannot run so, by name and with the reason: an encoder, an adapter on the head, numbers
             that differ from the model's own; and for packed rows no AttentionInterface, a stateful or a hybrid trunk.
     """
-    base = _base_causal_lm(model)
+    base = base_causal_lm(model)
     if isinstance(base, _PackedForward):
         if base._padded_rows != padded:
             raise ValueError(
@@ -64,7 +64,7 @@ def attach_logprob_head(model: Any, *, padded: bool = False) -> Any:
     if not padded:
         admit_packed(base)
     plain_class: Any = type(base)
-    base.__class__ = _packed_class(plain_class, padded)
+    base.__class__ = packed_class(plain_class, padded)
     if not padded:
         use_packed_attention(base)
     try:
@@ -77,7 +77,7 @@ def attach_logprob_head(model: Any, *, padded: bool = False) -> Any:
 
 def detach_logprob_head(model: Any) -> Any:
     """Undo attach_logprob_head. Returns the model."""
-    base = _base_causal_lm(model)
+    base = base_causal_lm(model)
     if isinstance(base, _PackedForward):
         padded = base._padded_rows
         base.__class__ = type(base)._unpacked_class
@@ -103,12 +103,12 @@ class _PackedForward:
 
 
 def _rebuilt(cls: type, padded: bool) -> Any:
-    packed: Any = _packed_class(cls, padded)
+    packed: Any = packed_class(cls, padded)
     return packed.__new__(packed)
 
 
 @functools.cache
-def _packed_class(cls: Any, padded: bool) -> type:
+def packed_class(cls: Any, padded: bool) -> type:
     """A subclass of the model's class, of the same name: forward is looked up through the type, so deepcopy works."""
 
     @functools.wraps(cls.forward)  # generate() reads the parameters of forward
@@ -152,7 +152,7 @@ def _packed_output(
     options = {
         "bias": head.bias,
         "max_logits_bytes": max_logits_bytes,
-        **_logit_options(model.config.get_text_config()),
+        **logit_options(model.config.get_text_config()),
     }
     if preference is None:
         return linear_logprobs(hidden, head.weight, batch.targets, stats=stats, **options)
@@ -171,14 +171,17 @@ def _packed_output(
     )
 
 
-def _logit_options(config: Any) -> dict[str, Any]:
+def logit_options(config: Any) -> dict[str, Any]:
     """What a family does to its logits, read from its config."""
-    scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
-    scale = scale / (getattr(config, "logits_scaling", None) or 1.0)  # Granite
-    scale = scale * (getattr(config, "lm_head_multiplier", None) or 1.0)  # Falcon-H1
+    scale = 1.0
+    for name in ("logit_scale", "lm_head_multiplier", "output_multiplier"):  # Cohere, Falcon-H1, Muse Glimmer
+        scale *= getattr(config, name, None) or 1.0
+    scaling = getattr(config, "logits_scaling", None) or 1.0
+    # HyperCLOVA X multiplies by it; Granite and MiniCPM3 divide
+    scale *= scaling if getattr(config, "model_type", None) == "hyperclovax" else 1 / scaling
     return {"logit_scale": scale, "softcap": getattr(config, "final_logit_softcapping", None)}  # Gemma
 
 
-def _base_causal_lm(model: Any) -> Any:
+def base_causal_lm(model: Any) -> Any:
     """The transformers model inside a PEFT wrapper, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model

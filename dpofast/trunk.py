@@ -15,8 +15,8 @@ from dpofast.packing import PackedBatch
 _SPARE_POSITIONS = 8
 
 
-def packed_hidden(model: Any, batch: PackedBatch) -> Tensor:
-    """The trunk's output (N, D) in the order of the batch's targets: T positions are computed, one row.
+def packed_trunk(model: Any, batch: PackedBatch, **options: Any) -> Any:
+    """The trunk's output over the packed row, last_hidden_state (1, T, D); options go to the trunk as they are.
 
     Raises:
         ValueError: a sequence longer than the model's table of positions, or attention layers that saw no layout.
@@ -32,11 +32,17 @@ def packed_hidden(model: Any, batch: PackedBatch) -> Tensor:
         attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=batch.input_ids.device),
         use_cache=False,
         packed_layout=layout,
+        **options,
     )
     layers = model.config.get_text_config().num_hidden_layers
     if layout.calls != layers:
         raise cannot_pack(model, f"{layout.calls} attention calls of its {layers} layers saw the packed layout")
-    return output.last_hidden_state[0].index_select(0, batch.logit_rows)
+    return output
+
+
+def packed_hidden(model: Any, batch: PackedBatch) -> Tensor:
+    """The trunk's output (N, D) in the order of the batch's targets: T positions are computed, one row."""
+    return packed_trunk(model, batch).last_hidden_state[0].index_select(0, batch.logit_rows)
 
 
 def padded_hidden(model: Any, batch: PackedBatch) -> Tensor:
