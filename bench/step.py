@@ -11,7 +11,7 @@ trl turns it on by default, which saves memory and costs it time; --trl-checkpoi
 default, is off as well. trl computes the reference inside each step, its default; dpofast computes it once before
 training, and that time is spread over the steps and counted: --epochs says how often they see the same pairs (trl's
 default is 3). --trl-precompute and --dpofast-live add each one with the other's choice, --dpofast-unshared runs every
-prompt once a response.
+prompt once a response, --trl-patched is trl under dpofast.integrations.trl.patch_trl().
 
 Each run is a process of its own and the runs alternate. The first step is reported apart: it allocates the optimizer's
 state and touches every buffer for the first time, which happens once in a training run of thousands of steps. Memory
@@ -38,7 +38,7 @@ from bench.real_pairs import TABLE, build_pairs, read_reviews, write_jsonl
 from bench.timing import PeakMemory, interleave, run_child, spread, write_record
 from bench.work import Work
 
-BASE = "trl"
+BASE, PATCHED = "trl", "trl-patched"
 # name: library, settings of its own
 ENGINES: dict[str, tuple[str, dict[str, Any]]] = {
     "dpofast": ("dpofast", {"precompute_ref_log_probs": True}),
@@ -47,6 +47,7 @@ ENGINES: dict[str, tuple[str, dict[str, Any]]] = {
     "trl-precompute": ("trl", {"precompute_ref_log_probs": True}),
     "dpofast-live": ("dpofast", {"precompute_ref_log_probs": False}),
     "dpofast-unshared": ("dpofast", {"precompute_ref_log_probs": True, "share_prompts": False}),
+    PATCHED: (BASE, {"precompute_ref_log_probs": False}),
 }
 EXTRA_ENGINES = tuple(ENGINES)[2:]
 # The trainer's method that computes the reference before training; timed by wrapping it.
@@ -101,7 +102,11 @@ def train(engine: str, case: StepCase, *, count: bool = False) -> dict[str, Any]
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
+    from dpofast.integrations.trl import patch_trl
+
     name, settings = ENGINES[engine]
+    if engine == PATCHED:
+        patch_trl()
     library = importlib.import_module(name)
     trainer_class, config_class = library.DPOTrainer, library.DPOConfig
 

@@ -211,12 +211,12 @@ def _is_reference_pass(model: Any) -> bool:
     trl gives a reference model of its own no statistics to compute; a PEFT policy is its own reference with its adapter
     off, or with the adapter named "ref".
     """
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or "peft" not in sys.modules:
         return False
-    for module in model.modules():
-        if hasattr(module, "active_adapters") and hasattr(module, "disable_adapters"):
-            return bool(module.disable_adapters) or "ref" in module.active_adapters
-    return False
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layer = next((module for module in model.modules() if isinstance(module, BaseTunerLayer)), None)
+    return layer is not None and (layer.disable_adapters or "ref" in layer.active_adapters)
 
 
 def score_packed(
