@@ -22,12 +22,12 @@ def extension(name: str, sources: list[str], **options: Any) -> Extension:
     if find_spec("pybind11"):
         from pybind11.setup_helpers import Pybind11Extension
 
-        return Pybind11Extension(name, sources, cxx_std=17, extra_compile_args=["-O3"], **options)
+        return Pybind11Extension(name, sources, cxx_std=17, extra_compile_args=["-O3", "-pthread"], **options)
     torch = find_spec("torch")
     headers = Path(torch.origin).parent / "include" if torch and torch.origin else Path()
     if not (headers / "pybind11" / "pybind11.h").exists():
         raise SystemExit("dpofast builds a C++ extension with pybind11, which is missing: pip install 'pybind11>=3.0'")
-    arguments = ["-std=c++17", "-fvisibility=hidden", "-g0", "-O3"]
+    arguments = ["-std=c++17", "-fvisibility=hidden", "-g0", "-O3", "-pthread"]
     return Extension(
         name, sources, language="c++", include_dirs=[str(headers)], extra_compile_args=arguments, **options
     )
@@ -48,7 +48,12 @@ setup(
     packages=["dpofast", "dpofast.demo", "dpofast.integrations", "dpofast.kernels"],
     package_data={"dpofast": ["py.typed", "*.pyi"], "dpofast.demo": ["data/*"]},
     ext_modules=[
-        extension("dpofast._C", sorted(glob("csrc/*.cpp")), depends=glob("csrc/*.hpp")),
+        extension(
+            "dpofast._C",
+            sorted(glob("csrc/*.cpp") + glob("csrc/python/*.cpp")),
+            depends=glob("csrc/**/*.hpp", recursive=True),
+            extra_link_args=["-pthread"],
+        ),
     ],
     entry_points={"console_scripts": ["dpofast = dpofast.cli:main"]},
     install_requires=[

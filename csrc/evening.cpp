@@ -74,7 +74,7 @@ bool fill_tightly(const std::vector<int64_t>& sizes, int64_t capacity, int64_t c
   return true;
 }
 
-// `bins`, or another packing into `count` bins whose largest load is lower.
+// `bins`, or another packing into no more bins whose largest load is lower.
 Bins lower_largest(const Items& items, const Limits& limits, Bins bins) {
   const int64_t count = bins.loads.size();
   const int64_t total = std::accumulate(bins.loads.begin(), bins.loads.end(), int64_t{0});
@@ -93,7 +93,6 @@ Bins lower_largest(const Items& items, const Limits& limits, Bins bins) {
     Bins tighter = best_fit(items, {middle, limits.targets});
     if (static_cast<int64_t>(tighter.loads.size()) <= count) {
       high = largest(tighter);
-      tighter.loads.resize(count, 0);
       bins = std::move(tighter);
     } else {
       low = middle + 1;

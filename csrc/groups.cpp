@@ -67,7 +67,7 @@ void check_counts(const Examples& examples) {
   }
 }
 
-// Names what is wrong with a sequence that is empty or did not pass the scan.
+// Names what is wrong with a sequence that is empty or has an id out of range.
 [[noreturn]] void refuse(const Examples& examples, int64_t example, int64_t index, const Sequence& sequence,
                          int64_t vocab_size) {
   const std::string name = sequence_name(examples, example, index);
@@ -87,9 +87,9 @@ std::vector<uint64_t> checked_hashes(const Examples& examples, int64_t vocab_siz
   std::atomic<bool> valid{true};
   parallel_ranges(count, threads, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const Scan found = scan(examples.sequences[i], vocab_size);
-      hashes[i] = found.hash;
-      if (!found.valid || examples.sequences[i].length == 0) valid.store(false, std::memory_order_relaxed);
+      const Sequence& ids = examples.sequences[i];
+      if (ids.length == 0 || !in_range(ids, vocab_size)) valid.store(false, std::memory_order_relaxed);
+      hashes[i] = content_hash(ids);
     }
   });
   if (valid) return hashes;
@@ -97,7 +97,7 @@ std::vector<uint64_t> checked_hashes(const Examples& examples, int64_t vocab_siz
   for (int64_t e = 0; e < examples.branch_counts.size; ++e) {
     for (int64_t k = 0; k <= examples.branch_counts[e]; ++k, ++sequence) {
       const Sequence& ids = examples.sequences[sequence];
-      if (ids.length == 0 || !scan(ids, vocab_size).valid) refuse(examples, e, k, ids, vocab_size);
+      if (ids.length == 0 || !in_range(ids, vocab_size)) refuse(examples, e, k, ids, vocab_size);
     }
   }
   return hashes;

@@ -1,8 +1,11 @@
 // Token sequences that lie wherever the caller has them, as int32 or int64: read in place, never gathered first.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <limits>
+#include <type_traits>
 
 namespace dpofast {
 
@@ -28,35 +31,39 @@ inline uint64_t mix(uint64_t hash, uint64_t value) {
   return hash ^ (hash >> 32);
 }
 
-// A hash of the tokens' values, whatever their type, and whether all of them lie in [0, limit). One pass: four chains
-// of multiplications run side by side, and the sign bit of `bad` collects what is negative or above limit - 1.
-struct Scan {
-  uint64_t hash;
-  bool valid;
-};
-
-inline Scan scan(const Sequence& sequence, int64_t limit) {
+// Whether all tokens lie in [0, limit). The sign bit of `bad` collects what is negative or above limit - 1; without a
+// branch, the loop is vectorized in the tokens' own width.
+inline bool in_range(const Sequence& sequence, int64_t limit) {
   return with_tokens(sequence, [&](const auto* tokens) {
-    const int64_t length = sequence.length;
-    const uint64_t most = static_cast<uint64_t>(limit) - 1;
-    uint64_t lanes[4] = {1, 2, 3, 4}, bad = 0;
+    using Token = std::remove_const_t<std::remove_pointer_t<decltype(tokens)>>;
+    using Bits = std::make_unsigned_t<Token>;
+    const Bits most = static_cast<Bits>(std::min<int64_t>(limit - 1, std::numeric_limits<Token>::max()));
+    Bits bad = 0;
+    for (int64_t i = 0; i < sequence.length; ++i) {
+      const Bits token = static_cast<Bits>(tokens[i]);
+      bad |= token | (most - token);
+    }
+    return static_cast<Token>(bad) >= 0;
+  });
+}
+
+// A hash of the tokens' values, whatever their type. Four chains of multiplications run side by side, two tokens a
+// link; equality is always checked afterwards, so ids of 2^32 and more may overlap.
+inline uint64_t content_hash(const Sequence& sequence) {
+  return with_tokens(sequence, [&](const auto* tokens) {
+    const auto word = [&](int64_t i) { return static_cast<uint64_t>(static_cast<int64_t>(tokens[i])); };
+    uint64_t lanes[4] = {1, 2, 3, 4};
     int64_t i = 0;
-    for (; i + 4 <= length; i += 4) {
+    for (; i + 8 <= sequence.length; i += 8) {
       for (int lane = 0; lane < 4; ++lane) {
-        const uint64_t token = static_cast<uint64_t>(static_cast<int64_t>(tokens[i + lane]));
-        bad |= token | (most - token);
-        lanes[lane] = (lanes[lane] ^ token) * 0x9E3779B97F4A7C15ull;
-        lanes[lane] ^= lanes[lane] >> 32;
+        const uint64_t both = word(i + 2 * lane) ^ (word(i + 2 * lane + 1) << 32);
+        lanes[lane] = (lanes[lane] ^ both) * 0x9E3779B97F4A7C15ull;
       }
     }
-    uint64_t hash = length;
-    for (const uint64_t lane : lanes) hash = mix(hash, lane);
-    for (; i < length; ++i) {
-      const uint64_t token = static_cast<uint64_t>(static_cast<int64_t>(tokens[i]));
-      bad |= token | (most - token);
-      hash = mix(hash, token);
-    }
-    return Scan{hash, bad >> 63 == 0};
+    uint64_t hash = sequence.length;
+    for (const uint64_t lane : lanes) hash = mix(hash, lane ^ (lane >> 32));
+    for (; i < sequence.length; ++i) hash = mix(hash, word(i));
+    return hash;
   });
 }
 

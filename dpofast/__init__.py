@@ -12,16 +12,21 @@ _MODULES = {
     "DPOTrainer": "dpofast.trainer",
     "DataError": "dpofast.data",
     "LogprobOutput": "dpofast.logprobs",
+    "PackBuffers": "dpofast.packing",
     "PackedBatch": "dpofast.packing",
+    "PackingCollator": "dpofast.collator",
     "PreferenceLoss": "dpofast.preference",
     "PreferenceOutput": "dpofast.preference",
+    "PromptGroupSampler": "dpofast.collator",
     "attach_logprob_head": "dpofast.model",
     "detach_logprob_head": "dpofast.model",
+    "group_by_prompt": "dpofast.collator",
     "linear_logprobs": "dpofast.logprobs",
     "linear_preference_loss": "dpofast.linear_preference",
     "load_preferences": "dpofast.data",
     "logprobs": "dpofast.logprobs",
     "pack": "dpofast.packing",
+    "plan": "dpofast.packing",
     "preference_loss": "dpofast.preference",
     "sequence_logprobs": "dpofast.model",
     "tokenize_preferences": "dpofast.data",
@@ -30,6 +35,9 @@ __all__ = ["__version__", *_MODULES]
 
 # What a type checker sees of the table above, and what runs.
 if TYPE_CHECKING:
+    from dpofast.collator import PackingCollator as PackingCollator
+    from dpofast.collator import PromptGroupSampler as PromptGroupSampler
+    from dpofast.collator import group_by_prompt as group_by_prompt
     from dpofast.data import DataError as DataError
     from dpofast.data import load_preferences as load_preferences
     from dpofast.data import tokenize_preferences as tokenize_preferences
@@ -40,8 +48,10 @@ if TYPE_CHECKING:
     from dpofast.model import attach_logprob_head as attach_logprob_head
     from dpofast.model import detach_logprob_head as detach_logprob_head
     from dpofast.model import sequence_logprobs as sequence_logprobs
+    from dpofast.packing import PackBuffers as PackBuffers
     from dpofast.packing import PackedBatch as PackedBatch
     from dpofast.packing import pack as pack
+    from dpofast.packing import plan as plan
     from dpofast.preference import PreferenceLoss as PreferenceLoss
     from dpofast.preference import PreferenceOutput as PreferenceOutput
     from dpofast.preference import preference_loss as preference_loss

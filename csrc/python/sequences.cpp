@@ -1,4 +1,4 @@
-#include "python_sequences.hpp"
+#include "sequences.hpp"
 
 namespace py = pybind11;
 

@@ -3,8 +3,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "batches.hpp"
-#include "python_sequences.hpp"
+#include "../batches.hpp"
+#include "sequences.hpp"
 
 namespace py = pybind11;
 

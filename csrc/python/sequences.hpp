@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "groups.hpp"
+#include "../groups.hpp"
 
 namespace dpofast {
 

@@ -1,0 +1,248 @@
+// Random and damaged inputs through the packer's core: it either throws PackingError or keeps every promise. Built with
+// sanitizers (make fuzz). Usage: fuzz CASES [FIRST_SEED]; a broken promise is named with the seed that gives it again.
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "../batches.hpp"
+
+using namespace dpofast;
+
+namespace {
+
+struct Random {
+  std::mt19937_64 engine;
+  int64_t below(int64_t count) { return static_cast<int64_t>(engine() % static_cast<uint64_t>(count)); }
+  bool one_in(int64_t count) { return below(count) == 0; }
+};
+
+int64_t current_seed = 0;
+
+void require(bool kept, const char* what) {
+  if (kept) return;
+  std::printf("broken promise with seed %lld: %s\n", static_cast<long long>(current_seed), what);
+  std::exit(1);
+}
+
+// Examples whose every buffer has exactly the size that it should have, so that a read beyond it is caught.
+struct Input {
+  std::vector<std::unique_ptr<int64_t[]>> wide;
+  std::vector<std::unique_ptr<int32_t[]>> narrow;
+  std::vector<Sequence> sequences;
+  std::vector<int64_t> branch_counts, pair_counts, pairs;
+  std::vector<uint8_t> grouped;
+
+  void add_sequence(Random& random, int64_t length, int64_t vocab, int64_t first) {
+    const bool is_wide = random.one_in(2);
+    if (is_wide) wide.emplace_back(new int64_t[length]);
+    else narrow.emplace_back(new int32_t[length]);
+    for (int64_t i = 0; i < length; ++i) {
+      const int64_t id = i == 0 && first ? first : random.below(vocab);
+      if (is_wide) wide.back()[i] = id;
+      else narrow.back()[i] = static_cast<int32_t>(id);
+    }
+    sequences.push_back({is_wide ? static_cast<void*>(wide.back().get()) : narrow.back().get(), length, is_wide});
+  }
+
+  Examples examples() const {
+    const auto span = [](const auto& values) {
+      return Span<std::decay_t<decltype(values[0])>>{values.data(), static_cast<int64_t>(values.size())};
+    };
+    return {span(sequences), span(branch_counts), span(pair_counts), span(pairs), span(grouped)};
+  }
+};
+
+// Few ids and short sequences, so that prompts and responses collide often. Branch k mostly starts with id k: an example
+// whose pair turns out to be of equal branches is refused.
+Input draw(Random& random) {
+  Input input;
+  const int64_t examples = random.below(9), longest = random.one_in(8) ? 40 : 5;
+  for (int64_t e = 0; e < examples; ++e) {
+    const int64_t branches = random.one_in(2) ? 2 : 2 + random.below(4);
+    const bool distinct = !random.one_in(16);
+    for (int64_t k = 0; k <= branches; ++k) {
+      input.add_sequence(random, random.one_in(500) ? 0 : 1 + random.below(longest), 2 + random.below(2),
+                         distinct ? k : 0);
+    }
+    const auto add_pair = [&](int64_t chosen, int64_t rejected) { input.pairs.insert(input.pairs.end(), {chosen, rejected}); };
+    for (int64_t k = 1; k < branches; ++k) add_pair(k - 1, k);
+    const int64_t more = random.below(4);
+    for (int64_t p = 0; p < more; ++p) {
+      const int64_t chosen = random.below(branches);
+      add_pair(chosen, (chosen + 1 + random.below(branches - 1)) % branches);
+    }
+    input.branch_counts.push_back(branches);
+    input.pair_counts.push_back(branches - 1 + more);
+    input.grouped.push_back(branches != 2);
+  }
+  return input;
+}
+
+void damage(Random& random, Input& input) {
+  static constexpr int64_t kValues[] = {-1, 0, 1, 2, 7, int64_t{1} << 31, int64_t{1} << 62, -(int64_t{1} << 62),
+                                        std::numeric_limits<int64_t>::max(), std::numeric_limits<int64_t>::min()};
+  const int64_t value = kValues[random.below(10)];
+  const auto strike = [&](std::vector<int64_t>& values) {
+    if (values.empty()) return;
+    if (random.one_in(3)) values.resize(random.below(values.size()));
+    else values[random.below(values.size())] = value;
+  };
+  switch (random.below(6)) {
+    case 0: return strike(input.branch_counts);
+    case 1: return strike(input.pair_counts);
+    case 2: return strike(input.pairs);
+    case 3: return input.sequences.resize(input.sequences.size() / 2);
+    case 4: return input.grouped.resize(input.grouped.size() / 2);
+    default:
+      for (const Sequence& sequence : input.sequences) {
+        if (sequence.wide && sequence.length && random.one_in(2)) {
+          const_cast<int64_t*>(static_cast<const int64_t*>(sequence.data))[random.below(sequence.length)] = value;
+        }
+      }
+  }
+}
+
+bool is_target(const Sequence& response, const int64_t* targets) {
+  for (int64_t i = 0; i < response.length; ++i) {
+    if (response[i] != targets[i]) return false;
+  }
+  return true;
+}
+
+// Every batch against the sequences it came from.
+void check_batches(const Groups& groups, const Layout& layout, const int64_t* longs, const int32_t* ints) {
+  const auto& sequences = groups.examples.sequences;
+  const int64_t* branch = layout.branches.data();
+  for (const BatchShape& shape : layout.shapes) {
+    const int64_t *ids = longs, *positions = ids + shape.tokens, *rows = positions + shape.tokens,
+                  *targets = rows + shape.targets;
+    const int32_t *cu_seqlens = ints, *prefixes = cu_seqlens + shape.segments + 1,
+                  *cu_targets = prefixes + 2 * shape.segments, *pairs = cu_targets + shape.sequences + 1;
+    require(cu_seqlens[0] == 0 && cu_seqlens[shape.segments] == shape.tokens, "segments cover the rows");
+    for (int64_t g = 0; g < shape.segments; ++g) {
+      require(cu_seqlens[g] < cu_seqlens[g + 1], "segments have rows");
+      require(0 <= prefixes[2 * g] && prefixes[2 * g] <= prefixes[2 * g + 1] && prefixes[2 * g + 1] <= cu_seqlens[g],
+              "prefixes lie before their segment");
+    }
+    require(cu_targets[0] == 0 && cu_targets[shape.sequences] == shape.targets, "sequences cover the targets");
+    for (int64_t s = 0; s < shape.sequences; ++s, ++branch) {
+      const Branch& found = groups.branches[*branch];
+      const Sequence &prompt = sequences[groups.prompts[found.group]], &response = sequences[found.sequence];
+      const int64_t first = cu_targets[s];
+      require(cu_targets[s + 1] - first == response.length && is_target(response, targets + first), "targets");
+      for (int64_t i = 0; i < response.length; ++i) {
+        const int64_t row = rows[first + i];
+        require(row >= 0 && row < shape.tokens, "logit rows");
+        require(positions[row] == prompt.length - 1 + i, "positions");
+        require(ids[row] == (i ? response[i - 1] : prompt[prompt.length - 1]), "input ids");
+      }
+      const int64_t last_prompt_row = rows[first];
+      for (int64_t i = 0; i < prompt.length; ++i) {
+        require(ids[last_prompt_row - prompt.length + 1 + i] == prompt[i], "prompt");
+      }
+    }
+    for (int64_t p = 0; p < 2 * shape.pairs; ++p) require(0 <= pairs[p] && pairs[p] < shape.sequences, "pairs");
+    longs += shape.longs();
+    ints += shape.ints();
+  }
+}
+
+void check_pack(Random& random, const Input& input) {
+  const bool share = !random.one_in(4);
+  const Limits limits{random.one_in(8) ? kUnlimited : 1 + random.below(60),
+                      random.one_in(2) ? kUnlimited : 1 + random.below(30)};
+  const int64_t threads = 1 + random.below(3);
+  const Groups groups = group_examples(input.examples(), share, random.one_in(50) ? 2 : 1000, threads);
+  const Layout layout = lay_out(groups, plan_batches(groups, limits));
+  int64_t long_count = 0, int_count = 0, pair = 0;
+  std::vector<int64_t> seen(groups.pairs.size(), 0);
+  for (const BatchShape& shape : layout.shapes) {
+    long_count += shape.longs();
+    int_count += shape.ints();
+    int64_t largest_tokens = 0, largest_targets = 0;
+    for (int64_t p = 0; p < shape.pairs; ++p, ++pair) {
+      const Pair& found = groups.pairs[layout.pairs[pair]];
+      ++seen[layout.pairs[pair]];
+      const Branch &chosen = groups.branches[found.chosen], &rejected = groups.branches[found.rejected];
+      largest_tokens = std::max(largest_tokens, groups.prompt_cost(chosen.group) + groups.branch_cost(chosen) +
+                                                    groups.branch_cost(rejected));
+      largest_targets = std::max(largest_targets, groups.length(chosen.sequence) + groups.length(rejected.sequence));
+    }
+    // Beyond a limit there is one pair, and what adds nothing to it.
+    require(shape.tokens <= limits.tokens || shape.tokens == largest_tokens, "max_tokens");
+    require(shape.targets <= limits.targets || shape.targets == largest_targets, "max_targets");
+  }
+  require(std::all_of(seen.begin(), seen.end(), [](int64_t times) { return times == 1; }), "every pair once");
+  const std::unique_ptr<int64_t[]> longs(new int64_t[long_count]);
+  const std::unique_ptr<int32_t[]> ints(new int32_t[int_count]);
+  fill(layout, longs.get(), ints.get(), threads);
+  check_batches(groups, layout, longs.get(), ints.get());
+}
+
+void check_plan(Random& random) {
+  const int64_t longest = random.one_in(4) ? 20000 : 40;
+  Items items;
+  const int64_t count = random.one_in(2000) ? kEvenItems + random.below(2000) : random.below(60);
+  for (int64_t i = 0; i < count; ++i) items.tokens.push_back(1 + random.below(longest));
+  Limits limits{random.one_in(8) ? kUnlimited : 1 + random.below(2 * longest), kUnlimited};
+  if (random.one_in(3)) {
+    for (int64_t i = 0; i < count; ++i) items.targets.push_back(1 + random.below(longest));
+    limits.targets = 1 + random.below(2 * longest);
+  }
+  check_items(items);
+  const int64_t ranks = 1 + random.below(4);
+  const bool equal_counts = random.one_in(2);
+  const RankedBins plan = plan_ranks(items, limits, ranks, equal_counts);
+  const int64_t bins = plan.bins.loads.size();
+  std::vector<int64_t> loads(bins, 0), targets(bins, 0), members(bins, 0);
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t bin = plan.bins.bin_of[i];
+    require(0 <= bin && bin < bins, "bins");
+    loads[bin] += items.tokens[i];
+    if (!items.targets.empty()) targets[bin] += items.targets[i];
+    ++members[bin];
+  }
+  require(loads == plan.bins.loads, "loads");
+  for (int64_t b = 0; b < bins; ++b) {
+    require(members[b] == 1 || (loads[b] <= limits.tokens && targets[b] <= limits.targets), "limits");
+    require(members[b] > 0 || equal_counts, "empty bins");
+  }
+  require(static_cast<int64_t>(plan.rank_bounds.size()) == ranks + 1 && plan.rank_bounds[ranks] == bins, "ranks");
+  if (equal_counts) {
+    for (int64_t r = 0; r < ranks; ++r) {
+      require(plan.rank_bounds[r + 1] - plan.rank_bounds[r] == plan.rank_bounds[1], "equal counts");
+    }
+  }
+  if (ranks == 1) {
+    std::shuffle(items.tokens.begin(), items.tokens.end(), random.engine);
+    if (items.targets.empty()) {
+      require(plan_ranks(items, limits, 1, false).bins.loads == loads, "order independence");
+    }
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const int64_t cases = argc > 1 ? std::atoll(argv[1]) : 1000, first = argc > 2 ? std::atoll(argv[2]) : 0;
+  int64_t refused = 0;
+  for (int64_t seed = first; seed < first + cases; ++seed) {
+    current_seed = seed;
+    Random random{std::mt19937_64(static_cast<uint64_t>(seed))};
+    Input input = draw(random);
+    const bool damaged = random.one_in(4);
+    if (damaged) damage(random, input);
+    try {
+      check_pack(random, input);
+    } catch (const PackingError&) {
+      ++refused;
+    }
+    check_plan(random);
+  }
+  std::printf("%lld cases, %lld refused, no promise broken\n", static_cast<long long>(cases),
+              static_cast<long long>(refused));
+  return 0;
+}

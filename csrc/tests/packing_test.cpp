@@ -1,0 +1,136 @@
+// Unit tests of the packer's core, without Python: prints what failed and exits with 1.
+#include <cstdio>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "../batches.hpp"
+
+using namespace dpofast;
+
+namespace {
+
+int failures = 0;
+
+template <typename T>
+std::string text(const std::vector<T>& values) {
+  std::string joined;
+  for (const T& value : values) joined += std::to_string(value) + " ";
+  return joined;
+}
+std::string text(const std::string& value) { return value; }
+std::string text(int64_t value) { return std::to_string(value); }
+
+template <typename T>
+void expect(const char* what, const T& found, const T& expected) {
+  if (found == expected) return;
+  std::printf("%s: expected %s, got %s\n", what, text(expected).c_str(), text(found).c_str());
+  ++failures;
+}
+
+void expect_error(const char* what, const std::string& message, const std::function<void()>& call) {
+  std::string found = "no error";
+  try {
+    call();
+  } catch (const PackingError& error) {
+    found = error.what();
+  }
+  expect(what, found.find(message) == std::string::npos ? found : message, message);
+}
+
+// Pairs as prompt, chosen, rejected; odd sequences as int32.
+struct Table {
+  std::vector<std::vector<int64_t>> wide;
+  std::vector<std::vector<int32_t>> narrow;
+  std::vector<Sequence> sequences;
+  std::vector<int64_t> branch_counts, pair_counts, pairs;
+  std::vector<uint8_t> grouped;
+
+  explicit Table(const std::vector<std::vector<int64_t>>& ids) : wide(ids) {
+    narrow.reserve(ids.size());
+    for (size_t i = 0; i < ids.size(); ++i) {
+      narrow.emplace_back(ids[i].begin(), ids[i].end());
+      const int64_t length = ids[i].size();
+      sequences.push_back(i % 2 ? Sequence{narrow[i].data(), length, false} : Sequence{wide[i].data(), length, true});
+    }
+    const size_t count = ids.size() / 3;
+    branch_counts.assign(count, 2);
+    pair_counts.assign(count, 1);
+    grouped.assign(count, 0);
+    for (size_t i = 0; i < count; ++i) pairs.insert(pairs.end(), {0, 1});
+  }
+
+  Examples examples() const {
+    const auto span = [](const auto& values) {
+      return Span<std::decay_t<decltype(values[0])>>{values.data(), static_cast<int64_t>(values.size())};
+    };
+    return {span(sequences), span(branch_counts), span(pair_counts), span(pairs), span(grouped)};
+  }
+};
+
+void test_design_example() {
+  const Table table({{10, 11, 12}, {20, 21}, {30, 31, 32}});
+  const Groups groups = group_examples(table.examples(), true, 100, 1);
+  const Layout layout = lay_out(groups, plan_batches(groups, {100, 100}));
+  expect<int64_t>("batches", layout.shapes.size(), 1);
+  const BatchShape& shape = layout.shapes[0];
+  std::vector<int64_t> longs(shape.longs());
+  std::vector<int32_t> ints(shape.ints());
+  fill(layout, longs.data(), ints.data(), 2);
+  expect<std::vector<int64_t>>("longs", longs,
+                               {10, 11, 12, 20, 30, 31, 0, 1, 2, 3, 3, 4, 2, 3, 2, 4, 5, 20, 21, 30, 31, 32, 0});
+  expect<std::vector<int32_t>>("ints", ints, {0, 4, 6, 0, 0, 0, 3, 0, 2, 5, 0, 1});
+  expect<int64_t>("padded_tokens", shape.padded_tokens, 12);
+}
+
+void test_equal_ids_of_either_width_are_one() {
+  const Table table({{7, 8}, {1}, {2}, {7, 8}, {2}, {1, 2, 3, 4, 5, 6, 7, 8, 9}});
+  const Groups groups = group_examples(table.examples(), true, 100, 1);
+  expect<int64_t>("groups", groups.prompts.size(), 1);
+  expect<int64_t>("branches", groups.branches.size(), 3);
+  expect<std::vector<int64_t>>("canonical", groups.canonical, {0, 1, 2, 0, 2, 5});
+}
+
+void test_errors() {
+  const auto group = [](const Table& table) { group_examples(table.examples(), true, 100, 1); };
+  expect_error("empty", "examples[0]: chosen_ids is empty", [&] { group(Table({{1}, {}, {2}})); });
+  expect_error("negative", "examples[0]: prompt_ids[1] is -4", [&] { group(Table({{1, -4}, {1}, {2}})); });
+  expect_error("negative int32", "examples[0]: chosen_ids[0] is -1", [&] { group(Table({{1}, {-1}, {2}})); });
+  expect_error("vocabulary", "examples[1]: rejected_ids[9] is 100; expected a token id of 0 or more and below",
+               [&] { group(Table({{1}, {2}, {3}, {1}, {2}, {0, 1, 2, 3, 4, 5, 6, 7, 8, 100}})); });
+  expect_error("equal", "form a pair but are equal", [&] { group(Table({{1}, {2, 3}, {2, 3}})); });
+  Table table({{1}, {2}, {3}});
+  table.branch_counts[0] = int64_t{1} << 62;
+  expect_error("counts", "examples[0]: branch_counts and pair_counts go beyond", [&] { group(table); });
+  expect_error("positions", "int32 positions allow", [] { check_positions(kMaxPositions + 1, 0); });
+  expect_error("sizes", "lengths[1] is 0", [] { check_items({{1, 0}, {}}); });
+}
+
+void test_planner() {
+  expect<std::vector<int64_t>>("even", pack_evenly({std::vector<int64_t>(8, 268), {}}, {2000, kUnlimited}).loads,
+                               {1072, 1072});
+  // Best-fit decreasing needs three: 4 + 4, 3 + 3 + 3 and 3.
+  const Items hard{{4, 4, 3, 3, 3, 3}, {}};
+  expect<int64_t>("best fit", best_fit_decreasing(hard, {10, kUnlimited}).loads.size(), 3);
+  expect<int64_t>("harder", pack_evenly(hard, {10, kUnlimited}).loads.size(), 2);
+  expect<std::vector<int64_t>>("targets", pack_evenly({{5, 5, 5, 5}, {3, 3, 3, 3}}, {100, 6}).loads, {10, 10});
+  expect<std::vector<int64_t>>("oversized by targets", pack_evenly({{5, 5}, {9, 3}}, {100, 6}).loads, {5, 5});
+  const RankedBins ranked = plan_ranks({{8, 8, 8, 1}, {}}, {8, kUnlimited}, 2, true);
+  expect<std::vector<int64_t>>("equal counts", ranked.rank_bounds, {0, 2, 4});
+  std::vector<int64_t> sizes;
+  for (int64_t i = 0; i < 20000; ++i) sizes.push_back(100 + i * 7919 % 1900);
+  const Items epoch{sizes, {}};
+  expect<int64_t>("lower bound of an epoch", pack_evenly(epoch, {16384, kUnlimited}).loads.size(),
+                  lower_bound(epoch, {16384, kUnlimited}));
+}
+
+}  // namespace
+
+int main() {
+  test_design_example();
+  test_equal_ids_of_either_width_are_one();
+  test_errors();
+  test_planner();
+  if (failures == 0) std::printf("all passed\n");
+  return failures != 0;
+}
