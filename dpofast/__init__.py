@@ -26,7 +26,6 @@ _MODULES = {
     "load_preferences": "dpofast.data",
     "logprobs": "dpofast.logprobs",
     "pack": "dpofast.packing",
-    "plan": "dpofast.packing",
     "preference_loss": "dpofast.preference",
     "sequence_logprobs": "dpofast.model",
     "tokenize_preferences": "dpofast.data",
@@ -51,7 +50,6 @@ if TYPE_CHECKING:
     from dpofast.packing import PackBuffers as PackBuffers
     from dpofast.packing import PackedBatch as PackedBatch
     from dpofast.packing import pack as pack
-    from dpofast.packing import plan as plan
     from dpofast.preference import PreferenceLoss as PreferenceLoss
     from dpofast.preference import PreferenceOutput as PreferenceOutput
     from dpofast.preference import preference_loss as preference_loss

@@ -108,7 +108,8 @@ def group_by_prompt(
             waiting.setdefault(len(part), deque()).append((place, part))
             place += 1
 
-    full, short = [], []
+    full: list[np.ndarray] = []
+    short: list[np.ndarray] = []
     while waiting:
         step: list[int] = []
         while fitting := [count for count in waiting if count <= size - len(step)]:
