@@ -47,8 +47,8 @@ def admit_packed(model: Any) -> None:
         raise cannot_pack(model, "it carries a state from token to token, across the branches of a packed row")
     foreign = set(getattr(model.config, "layer_types", None) or _LAYER_TYPES) - _LAYER_TYPES
     if foreign:
-        raise cannot_pack(model, f"it has {', '.join(sorted(foreign))} layers, and only full_attention and "
-                          "sliding_attention layers know the packed layout")  # fmt: skip
+        known = " and ".join(sorted(_LAYER_TYPES))
+        raise cannot_pack(model, f"it has {', '.join(sorted(foreign))} layers, and only {known} layers can")
     if not getattr(model, "_supports_attention_backend", False):
         raise cannot_pack(model, "its attention does not go through transformers' AttentionInterface")
 

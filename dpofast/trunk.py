@@ -48,30 +48,30 @@ def packed_hidden(model: Any, batch: PackedBatch) -> Tensor:
 def padded_hidden(model: Any, batch: PackedBatch) -> Tensor:
     """The same (N, D) from S padded rows, one a sequence, by the model's own attention.
 
-    Rows of similar length run together, so that pads stay under a fifth of what is computed. Their lengths are read
-    back from the device: one sync a batch, which the packed row does without.
+    Rows of similar length run together, so that pads stay under a fifth of what is computed; with several processes
+    all rows run in one call, because a sharded trunk must be called equally often on each. Lengths are read back from
+    the device, a sync that the packed row does without.
 
     Raises:
         ValueError: a sequence longer than the model's table of positions.
     """
     input_ids, attended, in_response = batch.padded()
     # A row's last token is only ever a target.
-    input_ids, attended, in_response = input_ids[:, :-1], attended[:, 1:], in_response[:, 1:]
+    input_ids, attended, predicts = input_ids[:, :-1], attended[:, 1:], in_response[:, 1:].cpu()
     lengths = attended.sum(dim=1).cpu()
     _check_positions(model, int(lengths.max()))
-    parts, orders = [], []
-    first_target = batch.cu_targets.tolist()
+    bounds, device = batch.cu_targets.tolist(), input_ids.device
+    parts, targets = [], []
     for rows in _similar(lengths):
         longest = int(lengths[rows[0]])
-        index = torch.tensor(rows, device=input_ids.device)
+        index = torch.tensor(rows, device=device)
         output = _trunk(model)(
             input_ids=input_ids[index, :longest], attention_mask=attended[index, :longest], use_cache=False
         )
-        predicts = in_response[index, :longest].flatten().nonzero().squeeze(1)
-        parts.append(output.last_hidden_state.flatten(0, 1).index_select(0, predicts))
-        orders += [target for row in rows for target in range(first_target[row], first_target[row + 1])]
-    place = torch.tensor(orders).argsort().to(input_ids.device)
-    return torch.cat(parts).index_select(0, place)
+        flat = predicts[rows, :longest].flatten().nonzero().squeeze(1).to(device)
+        parts.append(output.last_hidden_state.flatten(0, 1).index_select(0, flat))
+        targets += [target for row in rows for target in range(bounds[row], bounds[row + 1])]
+    return torch.cat(parts).index_select(0, torch.tensor(targets).argsort().to(device))
 
 
 def _trunk(model: Any) -> Any:
@@ -85,6 +85,8 @@ def _trunk(model: Any) -> Any:
 def _similar(lengths: Tensor) -> list[list[int]]:
     """Rows in groups, longest first, each at least four fifths as long as the longest of its group."""
     order = lengths.argsort(descending=True, stable=True)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return [order.tolist()]
     groups: list[list[int]] = []
     for row, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
         if not groups or 5 * length < 4 * lengths[groups[-1][0]]:

@@ -1,5 +1,7 @@
 """Families of models against their own padded forward, packed or over padded rows; positions, routing, tables."""
 
+import copy
+
 import pytest
 import torch
 from families import PACKED, REFUSED, family_model
@@ -136,7 +138,14 @@ def test_padded_rows_of_similar_length_run_together():
     computed, rows = positions_computed(model, batch)
     assert rows == batch.num_sequences
     assert batch.num_tokens <= computed <= 1.25 * batch.num_tokens < batch.padded()[0].numel()
-    assert _similar(torch.tensor([10, 3, 9, 8, 7, 10])) == [[0, 5, 2, 3], [4], [1]]
+    assert torch.equal(copy.deepcopy(model)(packed=batch).logps, model(packed=batch).logps)
+
+
+def test_rows_are_grouped_by_length_in_one_process_only(monkeypatch):
+    lengths = torch.tensor([10, 3, 9, 8, 7, 10])
+    assert _similar(lengths) == [[0, 5, 2, 3], [4], [1]]
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    assert _similar(lengths) == [[0, 5, 2, 3, 4, 1]]
 
 
 def experts_chosen(model, call):
