@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _MODULES = {
-    "DPOConfig": "dpofast.trainer",
+    "DPOConfig": "dpofast.config",
     "DPOTrainer": "dpofast.trainer",
     "DataError": "dpofast.data",
     "LogprobOutput": "dpofast.logprobs",
@@ -26,8 +26,10 @@ _MODULES = {
     "load_preferences": "dpofast.data",
     "logprobs": "dpofast.logprobs",
     "pack": "dpofast.packing",
+    "pair_logprobs": "dpofast.pair_terms",
     "preference_loss": "dpofast.preference",
     "sequence_logprobs": "dpofast.model",
+    "token_preference_loss": "dpofast.preference",
     "tokenize_preferences": "dpofast.data",
 }
 __all__ = ["__version__", *_MODULES]
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from dpofast.collator import PackingCollator as PackingCollator
     from dpofast.collator import PromptGroupSampler as PromptGroupSampler
     from dpofast.collator import group_by_prompt as group_by_prompt
+    from dpofast.config import DPOConfig as DPOConfig
     from dpofast.data import DataError as DataError
     from dpofast.data import load_preferences as load_preferences
     from dpofast.data import tokenize_preferences as tokenize_preferences
@@ -50,10 +53,11 @@ if TYPE_CHECKING:
     from dpofast.packing import PackBuffers as PackBuffers
     from dpofast.packing import PackedBatch as PackedBatch
     from dpofast.packing import pack as pack
+    from dpofast.pair_terms import pair_logprobs as pair_logprobs
     from dpofast.preference import PreferenceLoss as PreferenceLoss
     from dpofast.preference import PreferenceOutput as PreferenceOutput
     from dpofast.preference import preference_loss as preference_loss
-    from dpofast.trainer import DPOConfig as DPOConfig
+    from dpofast.preference import token_preference_loss as token_preference_loss
     from dpofast.trainer import DPOTrainer as DPOTrainer
 else:
 

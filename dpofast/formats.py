@@ -55,6 +55,13 @@ def used_columns(columns: Collection[str]) -> tuple[str, ...]:
     for column in ("image", "images"):
         if column in found:
             raise BadRow("images are not supported", f"remove column '{column}' to train on the text alone")
+    unpaired = sorted(found & {"completion", "label"})
+    if unpaired and not found & {*ID_COLUMNS, "chosen", "rejected"}:
+        raise BadRow(
+            "unpaired preferences (KTO) are not supported",
+            f"column '{unpaired[0]}' belongs to single completions with a label: pair a good and a bad completion of "
+            "each prompt as chosen and rejected",
+        )
     is_ids = found.issuperset(ID_COLUMNS) or bool(found & {*ID_COLUMNS} and not found & {"chosen", "rejected"})
     needed: tuple[str, ...] = ID_COLUMNS if is_ids else ("chosen", "rejected")
     optional = () if is_ids else ("prompt", *TEMPLATE_COLUMNS)

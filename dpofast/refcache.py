@@ -17,6 +17,8 @@ from torch import Tensor
 
 from dpofast.model import sequence_logprobs
 from dpofast.packing import PackedBatch, pack
+from dpofast.pair_terms import pair_logprobs
+from dpofast.preference import of_pairs
 
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 # Examples planned together: enough for full micro-batches, few enough to stay in memory for any dataset.
@@ -24,9 +26,14 @@ _WINDOW = 256
 
 
 @torch.no_grad()
-def reference_logps(model: Any, batch: PackedBatch, max_logits_bytes: int | None) -> Tensor:
-    """Sequence log-probs (S,) float32 of a batch that lies on the model's device."""
-    return sequence_logprobs(model(packed=batch, max_logits_bytes=max_logits_bytes), batch)
+def reference_logps(
+    model: Any, batch: PackedBatch, max_logits_bytes: int | None, ld_alpha: float | None = None
+) -> Tensor:
+    """Sequence log-probs (S,) float32 of a batch that lies on the model's device; with ld_alpha weighted, (P, 2)."""
+    output = model(packed=batch, max_logits_bytes=max_logits_bytes)
+    if ld_alpha is None:
+        return sequence_logprobs(output, batch)
+    return pair_logprobs(output.logps, batch.cu_targets, batch.pairs, ld_alpha=ld_alpha)
 
 
 def add_reference_columns(
@@ -36,11 +43,14 @@ def add_reference_columns(
     max_tokens: int,
     share_prompts: bool,
     max_logits_bytes: int | None,
+    ld_alpha: float | None = None,
     device: torch.device,
     autocast: Callable[[], AbstractContextManager[Any]],
     progress: Callable[[int], Any],
 ) -> Dataset:
     """Add ref_chosen_logps and ref_rejected_logps (float32, nats, summed over the response) to a token-level dataset.
+
+    With ld_alpha the sums are weighted by it, as TRL's are: they belong to that ld_alpha.
 
     progress is called with the number of examples done after every window.
     """
@@ -53,8 +63,8 @@ def add_reference_columns(
             examples = [dataset[i] for i in range(start, stop)]
             for batch in pack(examples, max_tokens, share_prompts=share_prompts):
                 with autocast():
-                    logps = reference_logps(model, batch.to(device), max_logits_bytes).cpu()
-                columns[:, start + batch.pair_examples] = logps[batch.pairs.long()].T
+                    logps = reference_logps(model, batch.to(device), max_logits_bytes, ld_alpha).cpu()
+                columns[:, start + batch.pair_examples] = of_pairs(logps, batch.pairs).T
             progress(stop - start)
     finally:
         model.train(was_training)

@@ -12,123 +12,31 @@ import contextlib
 import copy
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
+from dpofast.config import DPOConfig
+from dpofast.coupled import RunningRewards, step_outputs
 from dpofast.data import tokenize_preferences
 from dpofast.head import HeadPlan
 from dpofast.metrics import TOKEN_STATISTICS, MetricSums, work_avoided
 from dpofast.model import PackedPreference, attach_logprob_head
 from dpofast.packing import PackedBatch, pack
-from dpofast.preference import KINDS, PreferenceLoss, PreferenceOutput, token_preference_loss
+from dpofast.pair_terms import StepTotals, Tokens
+from dpofast.preference import PreferenceOutput, token_preference_loss
 from dpofast.refcache import REFERENCE_COLUMNS, add_reference_columns, reference_logps
 
 # Large enough for full GEMM speed; on a CPU a pass without gradients is fastest where its activations stay in cache.
 _MAX_TOKENS_GPU, _MAX_TOKENS_CPU, _FORWARD_TOKENS_CPU = 16384, 2048, 1024
 _TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
-
-
-@dataclass
-class DPOConfig(TrainingArguments):
-    """TrainingArguments and what DPO adds; the names are TRL's where TRL has one.
-
-    Pairs per optimizer step = per_device_train_batch_size × gradient_accumulation_steps; max_tokens alone decides how
-    many of them run at once.
-    """
-
-    learning_rate: float = field(default=1e-6, metadata={"help": "The initial learning rate of AdamW."})
-    logging_steps: float = field(default=10, metadata={"help": "Log every so many optimizer steps."})
-    loss_type: str = field(default="sigmoid", metadata={"help": "The preference loss: sigmoid (DPO)."})
-    beta: float = field(default=0.1, metadata={"help": "Strength of the pull towards the reference model."})
-    label_smoothing: float = field(
-        default=0.0, metadata={"help": "Probability that a preference is flipped, in [0, 0.5]: conservative DPO."}
-    )
-    max_length: int | None = field(
-        default=1024, metadata={"help": "Prompt plus response is cut to so many tokens, at the response's end."}
-    )
-    truncation_mode: str = field(
-        default="keep_start", metadata={"help": "Which part of a long row is kept: keep_start."}
-    )
-    max_tokens: int | None = field(
-        default=None,
-        metadata={
-            "help": "Packed positions per micro-batch (default 2048 on the CPU, 16384 on a GPU); no effect on results."
-        },
-    )
-    share_prompts: bool = field(
-        default=True,
-        metadata={"help": "Run every prompt once for all its responses; False measures what that saves."},
-    )
-    max_logits_bytes: int | None = field(
-        default=None, metadata={"help": "Room for logits in bytes (default 256 MiB on the CPU, 1 GiB on a GPU)."}
-    )
-    precompute_ref_log_probs: bool = field(
-        default=True,
-        metadata={
-            "help": "Compute reference log-probs once before training, so that no reference model stays in memory."
-        },
-    )
-    token_statistics: bool = field(
-        default=False,
-        metadata={"help": "Also log entropy, mean logits and token accuracy: a few more passes over logits."},
-    )
-    padded: bool = field(
-        default=False,
-        metadata={
-            "help": "Run padded rows through the model's own attention: for models that cannot run packed, at more "
-            "work. max_tokens then counts the tokens of whole rows, without pads."
-        },
-    )
-    disable_dropout: bool = field(default=True, metadata={"help": "Set every dropout of the models to 0."})
-    on_bad_row: str = field(
-        default="raise", metadata={"help": "A bad row of the data: raise (stop) or skip (count it)."}
-    )
-    dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenize the data."})
-
-    def __post_init__(self) -> None:
-        """Check what TrainingArguments does not know."""
-        super().__post_init__()
-        if self.loss_type not in KINDS:
-            raise ValueError(f"loss_type: expected one of {KINDS}, got {self.loss_type!r}")
-        self.preference_loss()
-        for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if self.num_train_epochs <= 0 and self.max_steps <= 0:
-            raise ValueError(f"num_train_epochs: expected more than 0, or max_steps, got {self.num_train_epochs}")
-        if self.fp16 and self.device.type == "cpu":
-            raise ValueError("fp16: needs a GPU; on a CPU use bf16, or leave it out")
-        if self.learning_rate < 0:
-            raise ValueError(f"learning_rate: expected 0 or more, got {self.learning_rate}")
-        if self.max_length is not None and self.max_length < 2:
-            raise ValueError(f"max_length: expected room for a prompt and a response token, 2, got {self.max_length}")
-        if self.truncation_mode != "keep_start":
-            raise ValueError(
-                f"truncation_mode: expected 'keep_start', got {self.truncation_mode!r}: cut at the start, the two "
-                "responses would no longer share their prompt; raise max_length or shorten the prompts instead"
-            )
-        if self.label_smoothing_factor != 0:
-            raise ValueError(
-                "label_smoothing_factor: not used by DPO; the flipped-label probability is label_smoothing"
-            )
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise ValueError(f"max_tokens: expected at least 1, got {self.max_tokens}")
-        if self.on_bad_row not in ("raise", "skip"):
-            raise ValueError(f"on_bad_row: expected 'raise' or 'skip', got {self.on_bad_row!r}")
-        # It would replace a NaN loss by an average and go on.
-        self.logging_nan_inf_filter = False
-
-    def preference_loss(self) -> PreferenceLoss:
-        """The loss that these arguments describe; ValueError where they describe none."""
-        return PreferenceLoss(kind=self.loss_type, beta=self.beta, label_smoothing=self.label_smoothing)
 
 
 class DPOTrainer(Trainer):
@@ -171,6 +79,9 @@ class DPOTrainer(Trainer):
         _check_topology(args)
         if ref_model is not None and ref_model is model:
             raise ValueError("ref_model: expected another model than `model`, or None for the model as it is now")
+        self.loss = args.preference_loss()
+        if ref_model is not None and not self.loss.needs_reference:
+            raise ValueError(f"ref_model: loss_type {self.loss.kind!r} has no reference; leave it out")
         # The loop below makes the micro-batches, so Trainer sees one batch a step.
         args.per_device_train_batch_size *= args.gradient_accumulation_steps
         args.gradient_accumulation_steps = 1
@@ -213,7 +124,8 @@ class DPOTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        self.loss = args.preference_loss()
+        if self.loss.bco_delta == "running_mean":
+            self.add_callback(RunningRewards())
         on_cpu = args.device.type == "cpu"
         self.max_tokens = args.max_tokens or (_MAX_TOKENS_CPU if on_cpu else _MAX_TOKENS_GPU)
         self.max_forward_tokens = min(self.max_tokens, _FORWARD_TOKENS_CPU) if on_cpu else self.max_tokens
@@ -221,7 +133,7 @@ class DPOTrainer(Trainer):
         self.share_prompts = args.share_prompts and not args.padded
         self.ref_model = self._reference_model(ref_model)
         self._window = _LogWindow()
-        if args.precompute_ref_log_probs:
+        if args.precompute_ref_log_probs and self.loss.needs_reference:
             if self.train_dataset is not None:
                 self.train_dataset = self._with_reference(self.train_dataset, "train")
             self.eval_dataset = _each(self._with_reference, self.eval_dataset)
@@ -240,14 +152,23 @@ class DPOTrainer(Trainer):
         self._signature_columns = [*_TOKEN_COLUMNS, *REFERENCE_COLUMNS, "row"]
 
     def _packed(self, examples: Sequence[dict[str, Any]], max_tokens: int) -> list[PackedBatch]:
+        weighted = self.loss.ld_alpha is not None and REFERENCE_COLUMNS[0] in examples[0]
+        columns = []
+        if weighted:  # a branch's number differs from pair to pair, which a packed batch has no place for
+            columns = [[float(example[name]) for name in REFERENCE_COLUMNS] for example in examples]
+            examples = [{name: example[name] for name in _TOKEN_COLUMNS} for example in examples]
         batches = pack(examples, max_tokens, share_prompts=self.share_prompts)
+        if weighted:
+            by_pair = torch.tensor(columns, dtype=torch.float32)
+            batches = [replace(batch, ref_logps=by_pair[batch.pair_examples]) for batch in batches]
         return [batch.to(self.args.device) for batch in batches]
 
     # ---- reference --------------------------------------------------------------------------------------------------
 
     def _reference_model(self, ref_model: Any) -> Any:
         """The model that gives reference log-probs, or None where the trained model itself does (adapters off)."""
-        if ref_model is None and not self.args.precompute_ref_log_probs and not _is_peft(self.model):
+        live = self.loss.needs_reference and not self.args.precompute_ref_log_probs
+        if ref_model is None and live and not _is_peft(self.model):
             ref_model = copy.deepcopy(self.model)
         if ref_model is not None:
             ref_model.requires_grad_(False).eval().to(self.args.device)
@@ -280,13 +201,15 @@ class DPOTrainer(Trainer):
                 max_tokens=self.max_forward_tokens,
                 share_prompts=self.share_prompts,
                 max_logits_bytes=self.args.max_logits_bytes,
+                ld_alpha=self.loss.ld_alpha,
                 device=self.args.device,
                 autocast=self.accelerator.autocast,
                 progress=bar.update,
             )
 
-    def _reference_logps(self, batch: PackedBatch) -> Tensor:
-        if batch.ref_logps is not None:
+    def _reference_logps(self, batch: PackedBatch) -> Tensor | None:
+        """(S,), with ld_alpha (P, 2), or None where the loss has no reference and the data brought none."""
+        if batch.ref_logps is not None or not self.loss.needs_reference:
             return batch.ref_logps
         if self.args.precompute_ref_log_probs:
             raise ValueError(
@@ -297,29 +220,86 @@ class DPOTrainer(Trainer):
             training = model.training
             model.eval()
             try:
-                return reference_logps(model, batch, self.args.max_logits_bytes)
+                return reference_logps(model, batch, self.args.max_logits_bytes, self.loss.ld_alpha)
             finally:
                 model.train(training)
 
     # ---- the step ---------------------------------------------------------------------------------------------------
 
-    def _forward(self, model: nn.Module, batch: PackedBatch, num_pairs: int, sums: MetricSums) -> PreferenceOutput:
-        """The batch's loss, divided by num_pairs; per-token statistics cost a path that keeps more."""
-        budget = self.args.max_logits_bytes
-        # accelerate puts only the prepared policy under autocast, and the reference must take the same path
-        with self.accelerator.autocast():
-            ref_logps = self._reference_logps(batch)
-            if self.args.token_statistics:
-                tokens = model(packed=batch, stats=TOKEN_STATISTICS, max_logits_bytes=budget)
-                sums.add_tokens(tokens, batch)
-                output = token_preference_loss(
-                    tokens.logps, batch.cu_targets, batch.pairs, ref_logps, loss=self.loss, num_pairs=num_pairs
-                )
-            else:
-                preference = PackedPreference(ref_logps, self.loss, num_pairs)
-                output = model(packed=batch, preference=preference, max_logits_bytes=budget)
-        sums.add_pairs(output, batch, self.loss.beta)
-        return output
+    def _totals(self, examples: Sequence[dict[str, Any]]) -> StepTotals:
+        chosen_tokens = sum(len(example["chosen_ids"]) for example in examples)
+        running = self._running_rewards
+        earlier = None if running is None else running.tensor(self.args.device)
+        return StepTotals(len(examples), chosen_tokens, earlier)
+
+    @property
+    def _running_rewards(self) -> RunningRewards | None:
+        # looked up anew: resuming puts another object in its place
+        found = (callback for callback in self.callback_handler.callbacks if isinstance(callback, RunningRewards))
+        return next(found, None)
+
+    def _outputs(
+        self, model: nn.Module, batches: list[PackedBatch], totals: StepTotals, sums: MetricSums
+    ) -> Iterator[PreferenceOutput]:
+        """The loss of each batch, its share of the step's; per-token statistics cost a path that keeps more."""
+        plan = self._coupled if self.loss.coupled and len(batches) > 1 else self._separable
+        for batch, output in zip(batches, plan(model, batches, totals, sums), strict=True):
+            with_reference = batch.ref_logps is not None or self.loss.needs_reference
+            sums.add_pairs(output, batch, self.loss.beta, with_reference=with_reference)
+            yield output
+
+    def _tokens(self, model: nn.Module, batch: PackedBatch, sums: MetricSums) -> Tokens:
+        """Log-probs and statistics per token."""
+        stats: tuple[str, ...] = TOKEN_STATISTICS if self.args.token_statistics else ()
+        stats += ("log_sum_sq_probs",) if self.loss.use_weighting else ()
+        output = model(packed=batch, stats=stats, max_logits_bytes=self.args.max_logits_bytes)
+        if self.args.token_statistics:
+            sums.add_tokens(output, batch)
+        return Tokens(output.logps, batch.cu_targets, None, output.log_sum_sq_probs)
+
+    def _separable(
+        self, model: nn.Module, batches: list[PackedBatch], totals: StepTotals, sums: MetricSums
+    ) -> Iterator[PreferenceOutput]:
+        step = {name: getattr(totals, name) for name in ("num_pairs", "num_chosen_tokens", "earlier_rewards")}
+        for batch in batches:
+            # accelerate puts only the prepared policy under autocast, and the reference must take the same path
+            with self.accelerator.autocast():
+                ref_logps = self._reference_logps(batch)
+                if self.args.token_statistics:
+                    tokens = self._tokens(model, batch, sums)
+                    output = token_preference_loss(
+                        tokens.logps,
+                        batch.cu_targets,
+                        batch.pairs,
+                        ref_logps,
+                        loss=self.loss,
+                        log_sum_sq_probs=tokens.log_sum_sq,
+                        **step,
+                    )
+                else:
+                    preference = PackedPreference(ref_logps, self.loss, **step)
+                    budget = self.args.max_logits_bytes
+                    output = model(packed=batch, preference=preference, max_logits_bytes=budget)
+            yield output
+
+    def _coupled(
+        self, model: nn.Module, batches: list[PackedBatch], totals: StepTotals, sums: MetricSums
+    ) -> Iterator[PreferenceOutput]:
+        """A loss that couples several micro-batches: all their log-probs first, then each one's gradient."""
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        # Both passes over a micro-batch draw the same dropout.
+        with torch.random.fork_rng(devices), torch.no_grad(), self.accelerator.autocast():
+            tokens = [self._tokens(model, batch, sums) for batch in batches]
+            references = [self._reference_logps(batch) for batch in batches]
+        pairs = [batch.pairs for batch in batches]
+        for batch, (output, coefficients) in zip(
+            batches, step_outputs(tokens, pairs, references, self.loss, totals), strict=True
+        ):
+            if torch.is_grad_enabled():
+                with self.accelerator.autocast():
+                    logps = model(packed=batch, max_logits_bytes=self.args.max_logits_bytes).logps
+                output = replace(output, loss=(logps * coefficients).sum())
+            yield output
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """Forward and backward of one optimizer step's pairs, micro-batch by micro-batch. Returns the mean loss."""
@@ -329,12 +309,15 @@ class DPOTrainer(Trainer):
             self.optimizer.train()
         batches = self._packed(inputs, self.max_tokens)
         losses = []
+        outputs = self._outputs(model, batches, self._totals(inputs), self._window.sums)
         for index, batch in enumerate(batches):
             last = index == len(batches) - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
-                output = self._forward(model, batch, len(inputs), self._window.sums)
+                output = next(outputs)
                 self.accelerator.backward(output.loss)
             losses.append(output.losses)
+            if self._running_rewards is not None:
+                self._running_rewards.add(output.of_pairs("rewards", batch.pairs))
         loss = torch.cat(losses).sum() / len(inputs)
         if not math.isfinite(loss.item()):
             self._raise_not_finite(inputs, batches, losses)
@@ -396,9 +379,9 @@ class DPOTrainer(Trainer):
         sums = MetricSums()
         count = 0
         for examples in dataloader:
-            for batch in self._packed(examples, self.max_forward_tokens):
-                output = self._forward(model, batch, batch.num_pairs, sums)
-                sums.add("loss", output.losses.sum(), batch.num_pairs)
+            batches = self._packed(examples, self.max_forward_tokens)
+            for output in self._outputs(model, batches, self._totals(examples), sums):
+                sums.add("loss", output.losses.sum(), len(output.losses))
             count += len(examples)
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in sums.means().items()}

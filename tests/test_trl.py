@@ -86,9 +86,7 @@ def test_precomputing_runs_packed(tmp_path):
 
 
 def test_the_kernel_alone_gives_the_same_run(tmp_path):
-    assert_same_run(
-        train(tmp_path / "plain", patched=False), train(tmp_path / "fast", patched=True, level="kernel")
-    )
+    assert_same_run(train(tmp_path / "plain", patched=False), train(tmp_path / "fast", patched=True, level="kernel"))
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -138,7 +136,9 @@ def test_the_balancing_loss_of_experts(model_class, config_class, tmp_path):
         torch.manual_seed(0)
         extra = {"num_experts": 4, "moe_intermediate_size": 32, "head_dim": 8, "decoder_sparse_step": 1}
         return model_class(
-            config_class(**{**SHAPE, **extra, "num_local_experts": 4, "num_experts_per_tok": 2}, router_aux_loss_coef=0.1)
+            config_class(
+                **{**SHAPE, **extra, "num_local_experts": 4, "num_experts_per_tok": 2}, router_aux_loss_coef=0.1
+            )
         )
 
     options = {"max_steps": 5, "max_length": 12}
