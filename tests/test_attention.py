@@ -7,7 +7,7 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask
 
 from dpofast import attention_flex, attention_sdpa, attention_varlen, pack
-from dpofast.attention import attention_report, choose_attention, packed_attention
+from dpofast.attention import _attention_over, attention_report, choose_attention, packed_attention
 from dpofast.attention_flex import block_mask, flex_attention_packed
 from dpofast.attention_layout import AttentionOptions, PackedLayout
 from dpofast.attention_sdpa import sdpa_attention
@@ -264,6 +264,19 @@ def test_the_report_names_a_backend_for_each_kind_of_layer():
     report = attention_report(torch.device("cpu"))
     assert list(report) == ["16-bit", "16-bit, softcap or sinks", "float32"]
     assert all(line.startswith("sdpa: segment by segment; not varlen: ") for line in report.values())
+
+
+def test_a_position_bias_is_refused():
+    segments = packed_segments(LENGTHS)
+    attend = _attention_over("sdpa")
+    with pytest.raises(ValueError, match="Identity: packed attention has no position_bias"):
+        attend(
+            torch.nn.Identity(),
+            *random_inputs(segments),
+            None,
+            packed_layout=PackedLayout(segments),
+            position_bias=torch.zeros(1, HEADS, 1, 1),
+        )
 
 
 def test_autocast_decides_the_dtype():
