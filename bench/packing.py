@@ -175,7 +175,6 @@ def filling(rng: np.random.Generator, pairs: int, step: int, clock: Clock) -> di
         cuts = cut(columns, pairs, step)
         buffers = PackBuffers()
         tokens = sum(batch.num_tokens for part in cuts for batch in pack(part, MAX_TOKENS, buffers=buffers))
-        longs, ints = (part.numpy() for part in buffers.take(0, 0))
         packers = []
         for part in cuts:
             flat = read_examples(part)
@@ -193,6 +192,10 @@ def filling(rng: np.random.Generator, pairs: int, step: int, clock: Clock) -> di
                     threads=1,
                 )
             )
+
+        # What PackBuffers holds after the largest step, as `pack` hands it over.
+        most = np.max([packer.shapes.sum(0) for packer in packers], 0)
+        longs, ints = (part.numpy() for part in buffers.take(4 * int(most[0]), 4 * int(most[2:5].sum())))
 
         def fill_all(packers=packers, longs=longs, ints=ints):
             for packer in packers:

@@ -50,9 +50,9 @@ class PackBuffers:
         self._ints = torch.empty(0, dtype=torch.int32)
 
     def take(self, longs: int, ints: int) -> tuple[Tensor, Tensor]:
-        """At least so many int64 and int32 elements, with anything in them."""
+        """So many int64 and int32 elements, with anything in them."""
         self._longs, self._ints = self._grown(self._longs, longs), self._grown(self._ints, ints)
-        return self._longs, self._ints
+        return self._longs[:longs], self._ints[:ints]
 
     def _grown(self, buffer: Tensor, size: int) -> Tensor:
         if len(buffer) >= size:
@@ -123,8 +123,8 @@ def pack(
     int_sizes = np.stack((segments + 1, 2 * segments, sequences + 1, 2 * pairs), 1)
     longs, ints = (buffers or PackBuffers()).take(int(long_sizes.sum()), int(int_sizes.sum()))
     packer.fill(longs.numpy(), ints.numpy(), threads)
-    long_parts = iter(longs[: long_sizes.sum()].split(long_sizes.ravel().tolist()))
-    int_parts = iter(ints[: int_sizes.sum()].split(int_sizes.ravel().tolist()))
+    long_parts = iter(longs.split(long_sizes.ravel().tolist()))
+    int_parts = iter(ints.split(int_sizes.ravel().tolist()))
     batches = []
     for index, padded_tokens in enumerate(padded.tolist()):
         input_ids, position_ids, logit_rows, target_ids, pair_examples = (next(long_parts) for _ in range(5))

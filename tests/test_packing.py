@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpofast import _C
-from dpofast.packing import PackedBatch, Segments, pack, plan
+from dpofast.packing import PackBuffers, PackedBatch, Segments, pack
 
 DESIGN = {"prompt_ids": [10, 11, 12], "chosen_ids": [20, 21], "rejected_ids": [30, 31, 32]}
 
@@ -367,67 +367,12 @@ def test_bad_reference_logps_of_groups(refs, message):
 def test_bad_limits(value):
     with pytest.raises(ValueError, match="max_tokens: expected None or an integer in"):
         pack([DESIGN], value)
-    with pytest.raises(ValueError, match="max_tokens: expected None or an integer in"):
-        plan([1], value)
+    with pytest.raises(ValueError, match="max_targets: expected None or an integer in"):
+        pack([DESIGN], max_targets=value)
+    with pytest.raises(ValueError, match="num_threads: expected an integer in"):
+        pack([DESIGN], num_threads=value)
     with pytest.raises(ValueError, match="vocab_size: expected None or an integer in"):
         pack([DESIGN], vocab_size=value)
-
-
-def test_plan_reaches_the_lower_bound_on_realistic_lengths():
-    rng = np.random.default_rng(0)
-    for size in (64, 256, 1000):
-        lengths = np.clip(rng.lognormal(5.5, 0.7, size), 8, 2048).astype(np.int64)
-        result = plan(lengths, 8192)
-        assert len(result.loads) == -(-lengths.sum() // 8192)
-        assert result.oversized == 0
-
-
-@given(st.lists(st.integers(1, 50)), st.integers(1, 60), st.randoms(use_true_random=False))
-def test_plan(lengths, max_tokens, rng):
-    result = plan(lengths, max_tokens)
-    assert sorted(i for batch in result.micro_batches for i in batch) == list(range(len(lengths)))
-    assert result.loads.tolist() == [sum(lengths[i] for i in batch) for batch in result.micro_batches]
-    assert result.loads.tolist() == sorted(result.loads.tolist(), reverse=True)
-    assert result.oversized == sum(length > max_tokens for length in lengths)
-    for batch, load in zip(result.micro_batches, result.loads, strict=True):
-        assert load <= max_tokens or len(batch) == 1
-        assert batch.tolist() == sorted(batch.tolist())
-    # No two batches could have been one.
-    assert all(a + b > max_tokens for a, b in zip(result.loads, result.loads[1:], strict=False))
-    assert plan(rng.sample(lengths, len(lengths)), max_tokens).loads.tolist() == result.loads.tolist()
-
-
-def test_a_short_tail_is_shared_out():
-    assert plan([268] * 8, 2000).loads.tolist() == [1072, 1072]  # best-fit decreasing: 1876 + 268
-    assert plan([9, 5, 5, 4, 3, 3, 2, 1], 17).loads.tolist() == [16, 16]
-    assert plan([50, 9, 1, 1], 10).loads.tolist() == [50, 9, 2]  # what is too long stays alone
-    rng = np.random.default_rng(0)
-    for size in (64, 128, 512):
-        lengths = np.clip(rng.lognormal(5.5, 0.7, size), 8, 2048).astype(np.int64)
-        loads = plan(lengths, 4096).loads
-        assert len(loads) == -(-lengths.sum() // 4096)
-        assert loads.max() <= 1.01 * loads.mean()
-
-
-@pytest.mark.parametrize(
-    ("lengths", "message"),
-    [
-        ([3, 0], r"lengths\[1\] is 0; expected 1 to 2147483647"),
-        ([-1], r"lengths\[0\] is -1"),
-        ([2**31], r"lengths\[0\] is 2147483648"),
-        ([2**30, 2**30], r"would hold 2147483648 tokens .* int32 .*: give a smaller max_tokens"),
-        ([[1, 2]], r"lengths: expected integers, a 1-D array or list, got shape \(1, 2\)"),
-        ([1.0], r"lengths: expected integers, .* of float64"),
-    ],
-)
-def test_bad_lengths(lengths, message):
-    with pytest.raises(ValueError, match=message):
-        plan(lengths)
-
-
-def test_plan_splits_what_int32_cannot_hold():
-    assert plan([2**30] * 3, 2**31 - 1).loads.tolist() == [2**30] * 3
-    assert plan([]).micro_batches == []
 
 
 def packer(**changes):
@@ -487,8 +432,43 @@ def test_to_moves_device_tensors_only():
     assert pack([DESIGN])[0].to("cpu").ref_logps is None
 
 
+def test_buffers_are_reused():
+    buffers = PackBuffers()
+    (first,) = pack([DESIGN], buffers=buffers)
+    (second,) = pack([example([1, 2, 3], [4, 5], [6, 7, 8])], buffers=buffers)
+    assert first.input_ids.data_ptr() == second.input_ids.data_ptr()
+    assert second.input_ids.tolist() == first.input_ids.tolist() == [1, 2, 3, 4, 6, 7]
+    many = pack([DESIGN, example([1, 2, 3], [4, 5], [6, 7, 8])], 6, buffers=buffers)
+    assert [batch.num_pairs for batch in many] == [1, 1]
+    assert unpadded(many[1])[0][0] == (1, 2, 3)
+
+
+@examples_and_budget
+def test_threads_write_the_same(examples, max_tokens, share_prompts):
+    one, three = (pack(examples, max_tokens, share_prompts=share_prompts, num_threads=count) for count in (1, 3))
+    for a, b in zip(one, three, strict=True):
+        for name in ("input_ids", "position_ids", "logit_rows", "targets", "cu_targets", "pairs", "pair_examples"):
+            assert torch.equal(getattr(a, name), getattr(b, name))
+        assert torch.equal(a.segments.cu_seqlens_q, b.segments.cu_seqlens_q)
+        assert torch.equal(a.segments.prefixes, b.segments.prefixes)
+
+
+@given(st.lists(rows(), max_size=12), st.integers(1, 60), st.integers(1, 20))
+def test_max_targets_is_kept(examples, max_tokens, max_targets):
+    batches = pack(examples, max_tokens, max_targets=max_targets)
+    assert sorted(batch_pairs(batches)) == sorted(pair_lists(examples))
+    for batch in batches:
+        pairs = batch_pairs([batch])
+        assert batch.num_targets <= max_targets or batch.num_targets in {len(c) + len(r) for _, _, c, r in pairs}
+        assert batch.num_tokens <= max_tokens or batch.num_tokens in {
+            len(p) + len(c) + len(r) - 2 for _, p, c, r in pairs
+        }
+
+
 def test_pin_memory_needs_cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="pin_memory needs CUDA"):
+        PackBuffers(pin_memory=True)
     with pytest.raises(ValueError, match="pin_memory needs CUDA"):
         pack([DESIGN])[0].pin_memory()
 

@@ -68,13 +68,19 @@ std::shared_ptr<Sequences> Sequences::from_objects(const py::list& objects, cons
   return result;
 }
 
-void Sequences::add_chunk(const py::handle& chunk, int64_t column, int64_t columns, int64_t first_row) {
-  const auto parts = py::reinterpret_borrow<py::tuple>(chunk);
-  Sequence values{}, offsets{};
-  if (!read_array(parts[0], values) || !read_array(parts[1], offsets) || offsets.length == 0) {
+Sequences::Chunk Sequences::read_chunk(const py::handle& chunk) {
+  const auto parts = py::cast<py::tuple>(chunk);
+  Chunk read{};
+  if (parts.size() != 2 || !read_array(parts[0], read.values) || !read_array(parts[1], read.offsets) ||
+      read.offsets.length == 0) {
     throw py::type_error("a chunk is (values, offsets), both (n,) int32 or int64 arrays, with one offset or more");
   }
   alive_.push_back(parts);
+  return read;
+}
+
+void Sequences::add_chunk(const Chunk& chunk, int64_t column, int64_t columns, int64_t first_row) {
+  const auto& [values, offsets] = chunk;
   const char* const data = static_cast<const char*>(values.data);
   const int64_t width = values.wide ? sizeof(int64_t) : sizeof(int32_t);
   int64_t start = offsets[0];
@@ -93,21 +99,22 @@ void Sequences::add_chunk(const py::handle& chunk, int64_t column, int64_t colum
 
 std::shared_ptr<Sequences> Sequences::from_columns(const py::list& columns) {
   auto result = std::make_shared<Sequences>();
-  const auto rows_of = [](py::handle chunk) {
-    return static_cast<int64_t>(py::len(chunk[py::int_(1)])) - 1;
-  };
-  for (size_t c = 0; c < columns.size(); ++c) {
+  const int64_t count = columns.size();
+  std::vector<std::vector<Chunk>> chunks(count);
+  for (int64_t c = 0; c < count; ++c) {
     int64_t rows = 0;
-    for (const py::handle chunk : columns[c]) rows += rows_of(chunk);
-    const int64_t items = rows * static_cast<int64_t>(columns.size());
-    if (c == 0) result->items_.resize(items);
-    if (items != result->size()) throw PackingError(-1, "columns differ in length");
-  }
-  for (size_t c = 0; c < columns.size(); ++c) {
-    int64_t row = 0;
     for (const py::handle chunk : columns[c]) {
-      result->add_chunk(chunk, c, columns.size(), row);
-      row += rows_of(chunk);
+      chunks[c].push_back(result->read_chunk(chunk));
+      rows += chunks[c].back().rows();
+    }
+    if (c == 0) result->items_.resize(rows * count);
+    if (rows * count != result->size()) throw PackingError(-1, "columns differ in length");
+  }
+  for (int64_t c = 0; c < count; ++c) {
+    int64_t row = 0;
+    for (const Chunk& chunk : chunks[c]) {
+      result->add_chunk(chunk, c, count, row);
+      row += chunk.rows();
     }
   }
   return result;

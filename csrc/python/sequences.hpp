@@ -30,9 +30,16 @@ class Sequences {
   }
 
  private:
+  // Rows of one column: row r is values[offsets[r]:offsets[r + 1]].
+  struct Chunk {
+    Sequence values, offsets;
+    int64_t rows() const { return offsets.length - 1; }
+  };
+
   // Whether `object` is a one-dimensional, contiguous array of int32 or int64; the sequence is then set to it.
   static bool read_array(pybind11::handle object, Sequence& sequence);
-  void add_chunk(const pybind11::handle& chunk, int64_t column, int64_t columns, int64_t first_row);
+  Chunk read_chunk(const pybind11::handle& chunk);
+  void add_chunk(const Chunk& chunk, int64_t column, int64_t columns, int64_t first_row);
 
   std::vector<Sequence> items_;
   std::unique_ptr<int64_t[]> from_lists_;
