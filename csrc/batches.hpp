@@ -15,7 +15,7 @@ std::vector<std::vector<int64_t>> plan_batches(const Groups& groups, const Limit
 // How large the arrays of one micro-batch are.
 struct BatchShape {
   int64_t tokens = 0, targets = 0, segments = 0, sequences = 0, pairs = 0;  // T, N, G, S, P
-  int64_t padded_tokens = 0;                                               // 2 * P * the longest prompt + response
+  int64_t padded_tokens = 0;                                                // 2 * P * the longest prompt + response
 
   // input_ids (T), position_ids (T), logit_rows (N), targets (N), pair_examples (P), in this order
   int64_t longs() const { return 2 * tokens + 2 * targets + pairs; }

@@ -65,14 +65,15 @@ Bins best_fit(const Items& items, const Limits& limits) {
 }
 
 int64_t lower_bound(const Items& items, const Limits& limits) {
-  int64_t tokens = 0, targets = 0, large = 0;
-  for (int64_t i = 0; i < items.count(); ++i) {
-    tokens += items.tokens[i];
-    if (!items.targets.empty()) targets += items.targets[i];
-    large += items.tokens[i] > limits.tokens / 2 || (!items.targets.empty() && items.targets[i] > limits.targets / 2);
-  }
-  const auto ceil_div = [](int64_t a, int64_t b) { return a == 0 ? 0 : (a - 1) / b + 1; };
-  return std::max({ceil_div(tokens, limits.tokens), ceil_div(targets, limits.targets), large});
+  const auto needed = [](const std::vector<int64_t>& sizes, int64_t limit) {
+    int64_t sum = 0, large = 0;  // no two items above half of a bin share one
+    for (const int64_t size : sizes) {
+      sum += size;
+      large += size > limit / 2;
+    }
+    return std::max(sum == 0 ? 0 : (sum - 1) / limit + 1, large);
+  };
+  return std::max(needed(items.tokens, limits.tokens), needed(items.targets, limits.targets));
 }
 
 }  // namespace dpofast

@@ -34,10 +34,10 @@ struct Bins {
 // Each item into the bin with the least room for it, for items that all fit; best-fit decreasing where they descend.
 Bins best_fit(const Items& items, const Limits& limits);
 
-// Bin after bin: the largest item that fits, again and again, and for the end of the bin, where there is one, an item or
-// a pair that fills it to the last token. Best-fit decreasing leaves 0.03 to 0.12 % of such bins empty, because small
-// items run out; this reaches the lower bound on a million lengths of pairs. Sizes descend, none is above capacity, and
-// capacity is at most BitRooms::kMaxCapacity.
+// Bin after bin: the largest item that fits, again and again, and for the end of the bin, where there is one, an item
+// or a pair that fills it to the last token. Best-fit decreasing leaves 0.03 to 0.12 % of such bins empty, because
+// small items run out; this reaches the lower bound on a million lengths of pairs. Sizes descend, none is above
+// capacity, and capacity is at most BitRooms::kMaxCapacity.
 Bins close_exactly(const std::vector<int64_t>& sizes, int64_t capacity);
 
 // Bins that any packing needs: of the sum, and of the items that are larger than half a bin.

@@ -53,7 +53,8 @@ Bins close_exactly(const std::vector<int64_t>& sizes, int64_t capacity) {
       const int64_t size = left.at_most(room);
       if (size < 0) break;
       if (size < room && room <= 2 * size) {
-        // One item more would leave a rest that few items fit. Two of about half the room can fill it to the last token.
+        // One item more would leave a rest that few items fit. Two of about half the room can fill it to the last
+        // token.
         int tried = 0;
         for (int64_t half = left.at_most(room / 2); half >= 0 && room - half <= size && tried < kTriedPairs; ++tried) {
           if (left.has(room - half, half)) {

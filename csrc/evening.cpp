@@ -57,8 +57,7 @@ bool fill_tightly(const std::vector<int64_t>& sizes, int64_t capacity, int64_t c
   std::iota(left.begin(), left.end(), 0);
   for (int64_t bin = 0; bin < count && !left.empty(); ++bin) {
     const int64_t first = left[0];
-    std::vector<int64_t> taken =
-        fullest_subset(sizes, {left.begin() + 1, left.end()}, capacity - sizes[first]);
+    std::vector<int64_t> taken = fullest_subset(sizes, {left.begin() + 1, left.end()}, capacity - sizes[first]);
     taken.push_back(first);
     std::sort(taken.begin(), taken.end());
     for (const int64_t item : taken) {
@@ -85,10 +84,9 @@ Bins lower_largest(const Items& items, const Limits& limits, Bins bins) {
     exchange(items, spread);
     if (largest(spread) < largest(bins)) bins = std::move(spread);
   }
-  // Best-fit at the least capacity, found by bisection, that needs no more bins.
+  // Best-fit at the least capacity, found by bisection to half a percent, that needs no more bins.
   int64_t low = std::max(longest, (total + count - 1) / count), high = largest(bins);
-  // Once the excess is under half a percent, the largest item decides the speed, not the load.
-  while (high - low > low / 256) {
+  while (high - low > low / 200) {
     const int64_t middle = low + (high - low) / 2;
     Bins tighter = best_fit(items, {middle, limits.targets});
     if (static_cast<int64_t>(tighter.loads.size()) <= count) {

@@ -4,16 +4,19 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <system_error>
 #include <thread>
 #include <vector>
 
 namespace dpofast {
 
+constexpr int64_t kMaxThreads = 256;
+
 // Calls body(begin, end) for ranges that cover [0, count), each by one thread; the caller's thread is one of them. body
 // must not throw.
 template <typename Body>
 void parallel_ranges(int64_t count, int64_t threads, Body body) {
-  threads = std::min(threads, count);
+  threads = std::min({threads, count, kMaxThreads});
   if (threads <= 1) return body(int64_t{0}, count);
   // More ranges than threads, so that one slow range does not keep the others waiting.
   const int64_t ranges = std::min(count, 8 * threads);
@@ -24,7 +27,11 @@ void parallel_ranges(int64_t count, int64_t threads, Body body) {
     }
   };
   std::vector<std::thread> others;
-  for (int64_t t = 1; t < threads; ++t) others.emplace_back(work);
+  try {
+    for (int64_t t = 1; t < threads; ++t) others.emplace_back(work);
+  } catch (const std::system_error&) {
+    // The system grants no more threads; those that run share the work.
+  }
   work();
   for (std::thread& other : others) other.join();
 }

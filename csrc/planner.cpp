@@ -42,7 +42,8 @@ std::vector<int64_t> by_tokens(const Items& items) {
   }
   std::iota(order.begin(), order.end(), 0);
   std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
-    return tokens[a] != tokens[b] ? tokens[a] > tokens[b] : !items.targets.empty() && items.targets[a] > items.targets[b];
+    return tokens[a] != tokens[b] ? tokens[a] > tokens[b]
+                                  : !items.targets.empty() && items.targets[a] > items.targets[b];
   });
   return order;
 }
@@ -63,8 +64,7 @@ std::vector<int64_t> by_share(const Items& items, const Limits& limits) {
 Bins in_input_order(const std::vector<int64_t>& order, const Bins& bins) {
   std::vector<int64_t> by_load(bins.loads.size()), rank(bins.loads.size());
   std::iota(by_load.begin(), by_load.end(), 0);
-  std::stable_sort(by_load.begin(), by_load.end(),
-                   [&](int64_t a, int64_t b) { return bins.loads[a] > bins.loads[b]; });
+  std::stable_sort(by_load.begin(), by_load.end(), [&](int64_t a, int64_t b) { return bins.loads[a] > bins.loads[b]; });
   Bins result{std::vector<int64_t>(order.size()), {}};
   for (size_t i = 0; i < by_load.size(); ++i) {
     rank[by_load[i]] = i;

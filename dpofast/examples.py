@@ -54,8 +54,7 @@ def read_examples(examples: Any) -> FlatExamples:
     if isinstance(examples, (pa.Table, pa.RecordBatch)):
         if "branches" in examples.schema.names:
             return _read_rows(examples.to_pylist())
-        examples = {name: examples.column(name) for name in (*TOKEN_COLUMNS, *REF_COLUMNS) if name in
-                    examples.schema.names}
+        examples = dict(zip(examples.schema.names, examples.columns, strict=True))
     return _read_columns(examples) if isinstance(examples, Mapping) else _read_rows(examples)
 
 

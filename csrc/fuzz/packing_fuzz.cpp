@@ -37,12 +37,16 @@ struct Input {
 
   void add_sequence(Random& random, int64_t length, int64_t vocab, int64_t first) {
     const bool is_wide = random.one_in(2);
-    if (is_wide) wide.emplace_back(new int64_t[length]);
-    else narrow.emplace_back(new int32_t[length]);
+    if (is_wide)
+      wide.emplace_back(new int64_t[length]);
+    else
+      narrow.emplace_back(new int32_t[length]);
     for (int64_t i = 0; i < length; ++i) {
       const int64_t id = i == 0 && first ? first : random.below(vocab);
-      if (is_wide) wide.back()[i] = id;
-      else narrow.back()[i] = static_cast<int32_t>(id);
+      if (is_wide)
+        wide.back()[i] = id;
+      else
+        narrow.back()[i] = static_cast<int32_t>(id);
     }
     sequences.push_back({is_wide ? static_cast<void*>(wide.back().get()) : narrow.back().get(), length, is_wide});
   }
@@ -55,8 +59,8 @@ struct Input {
   }
 };
 
-// Few ids and short sequences, so that prompts and responses collide often. Branch k mostly starts with id k: an example
-// whose pair turns out to be of equal branches is refused.
+// Few ids and short sequences, so that prompts and responses collide often. Branch k mostly starts with id k: an
+// example whose pair turns out to be of equal branches is refused.
 Input draw(Random& random) {
   Input input;
   const int64_t examples = random.below(9), longest = random.one_in(8) ? 40 : 5;
@@ -67,7 +71,9 @@ Input draw(Random& random) {
       input.add_sequence(random, random.one_in(500) ? 0 : 1 + random.below(longest), 2 + random.below(2),
                          distinct ? k : 0);
     }
-    const auto add_pair = [&](int64_t chosen, int64_t rejected) { input.pairs.insert(input.pairs.end(), {chosen, rejected}); };
+    const auto add_pair = [&](int64_t chosen, int64_t rejected) {
+      input.pairs.insert(input.pairs.end(), {chosen, rejected});
+    };
     for (int64_t k = 1; k < branches; ++k) add_pair(k - 1, k);
     const int64_t more = random.below(4);
     for (int64_t p = 0; p < more; ++p) {
@@ -82,20 +88,35 @@ Input draw(Random& random) {
 }
 
 void damage(Random& random, Input& input) {
-  static constexpr int64_t kValues[] = {-1, 0, 1, 2, 7, int64_t{1} << 31, int64_t{1} << 62, -(int64_t{1} << 62),
-                                        std::numeric_limits<int64_t>::max(), std::numeric_limits<int64_t>::min()};
+  static constexpr int64_t kValues[] = {-1,
+                                        0,
+                                        1,
+                                        2,
+                                        7,
+                                        int64_t{1} << 31,
+                                        int64_t{1} << 62,
+                                        -(int64_t{1} << 62),
+                                        std::numeric_limits<int64_t>::max(),
+                                        std::numeric_limits<int64_t>::min()};
   const int64_t value = kValues[random.below(10)];
   const auto strike = [&](std::vector<int64_t>& values) {
     if (values.empty()) return;
-    if (random.one_in(3)) values.resize(random.below(values.size()));
-    else values[random.below(values.size())] = value;
+    if (random.one_in(3))
+      values.resize(random.below(values.size()));
+    else
+      values[random.below(values.size())] = value;
   };
   switch (random.below(6)) {
-    case 0: return strike(input.branch_counts);
-    case 1: return strike(input.pair_counts);
-    case 2: return strike(input.pairs);
-    case 3: return input.sequences.resize(input.sequences.size() / 2);
-    case 4: return input.grouped.resize(input.grouped.size() / 2);
+    case 0:
+      return strike(input.branch_counts);
+    case 1:
+      return strike(input.pair_counts);
+    case 2:
+      return strike(input.pairs);
+    case 3:
+      return input.sequences.resize(input.sequences.size() / 2);
+    case 4:
+      return input.grouped.resize(input.grouped.size() / 2);
     default:
       for (const Sequence& sequence : input.sequences) {
         if (sequence.wide && sequence.length && random.one_in(2)) {
@@ -167,8 +188,8 @@ void check_pack(Random& random, const Input& input) {
       const Pair& found = groups.pairs[layout.pairs[pair]];
       ++seen[layout.pairs[pair]];
       const Branch &chosen = groups.branches[found.chosen], &rejected = groups.branches[found.rejected];
-      largest_tokens = std::max(largest_tokens, groups.prompt_cost(chosen.group) + groups.branch_cost(chosen) +
-                                                    groups.branch_cost(rejected));
+      largest_tokens = std::max(
+          largest_tokens, groups.prompt_cost(chosen.group) + groups.branch_cost(chosen) + groups.branch_cost(rejected));
       largest_targets = std::max(largest_targets, groups.length(chosen.sequence) + groups.length(rejected.sequence));
     }
     // Beyond a limit there is one pair, and what adds nothing to it.

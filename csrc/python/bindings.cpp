@@ -75,8 +75,8 @@ class Packer {
     py::array_t<int64_t> table({static_cast<py::ssize_t>(layout_->shapes.size()), py::ssize_t{6}});
     int64_t* row = table.mutable_data();
     for (const dpofast::BatchShape& shape : layout_->shapes) {
-      for (const int64_t value : {shape.tokens, shape.targets, shape.segments, shape.sequences, shape.pairs,
-                                  shape.padded_tokens}) {
+      for (const int64_t value :
+           {shape.tokens, shape.targets, shape.segments, shape.sequences, shape.pairs, shape.padded_tokens}) {
         *row++ = value;
       }
     }
@@ -99,8 +99,8 @@ class Packer {
       int_count += shape.ints();
     }
     if (longs.size() < long_count || ints.size() < int_count) {
-      throw dpofast::PackingError(-1, "longs and ints need " + std::to_string(long_count) + " and " +
-                                          std::to_string(int_count) + " elements");
+      throw dpofast::PackingError(
+          -1, "longs and ints need " + std::to_string(long_count) + " and " + std::to_string(int_count) + " elements");
     }
     int64_t* const longs_at = longs.mutable_data();
     int32_t* const ints_at = ints.mutable_data();
@@ -135,11 +135,11 @@ PYBIND11_MODULE(_C, module) {
                   "Columns of equal length, each a list of chunks (values, offsets); sequence r * C + c is row r of "
                   "column c. Values and offsets are (n,) int32 or int64 arrays, which are read in place.");
   py::class_<Packer>(module, "Packer")
-      .def(py::init<std::shared_ptr<dpofast::Sequences>, Array<int64_t>, Array<int64_t>, Array<int64_t>,
-                    Array<uint8_t>, int64_t, int64_t, bool, int64_t, int64_t>(),
+      .def(py::init<std::shared_ptr<dpofast::Sequences>, Array<int64_t>, Array<int64_t>, Array<int64_t>, Array<uint8_t>,
+                    int64_t, int64_t, bool, int64_t, int64_t>(),
            py::arg("sequences"), py::arg("branch_counts").noconvert(), py::arg("pair_counts").noconvert(),
-           py::arg("pairs").noconvert(), py::arg("grouped").noconvert(), py::arg("max_tokens"),
-           py::arg("max_targets"), py::arg("share_prompts"), py::arg("vocab_size"), py::arg("threads"))
+           py::arg("pairs").noconvert(), py::arg("grouped").noconvert(), py::arg("max_tokens"), py::arg("max_targets"),
+           py::arg("share_prompts"), py::arg("vocab_size"), py::arg("threads"))
       .def_property_readonly("shapes", &Packer::shapes, "(B, 6) int64: T, N, G, S, P, padded_tokens.")
       .def_property_readonly("sequences", &Packer::sequences, "(sum of S,) the input sequence of each branch.")
       .def_property_readonly("canonical", &Packer::canonical, "For each input sequence the first equal one.")

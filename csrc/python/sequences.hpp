@@ -1,5 +1,5 @@
-// Where Python keeps token ids (lists, numpy arrays, the buffers of Arrow list columns) as Sequences, without a copy but
-// for lists.
+// Where Python keeps token ids (lists, numpy arrays, the buffers of Arrow list columns) as Sequences, without a copy
+// but for lists.
 #pragma once
 
 #include <pybind11/numpy.h>
