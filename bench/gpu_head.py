@@ -1,0 +1,107 @@
+"""bench/gpu.py's head: every plan and every peer against the bare products, on the shapes of the goals.
+
+bench/head.py does the work. Forward only, two more of our own stand beside the public function, whichever of them it
+chooses: the tl.dot kernel, whose logits never leave the chip, and the scratch of logits with a row kernel.
+"""
+
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench import head
+from bench.gpu_setting import Setting, one_line
+from dpofast.gemm import accumulate_dtype, logits_into
+from dpofast.kernels.linear_logprobs import linear_logprobs
+from dpofast.kernels.token_logprobs import token_logprobs
+
+# On an H100: two reads of the logits are 1.16 of two products, one read 1.10.
+GOALS = {
+    ("trained", "dpofast pairs"): 1.15,
+    ("frozen", "dpofast pairs"): 1.10,
+    ("frozen", "dpofast"): 1.10,
+    ("forward", "tl.dot kernel"): 1.08,
+    ("forward", "scratch"): 1.15,
+}
+SCRATCH_ROWS = 512
+
+
+def tl_dot(problem: head.Problem) -> head.Head:
+    """The kernel with the product inside, as it is launched without options."""
+    return head.per_token(problem, lambda h, w: linear_logprobs(h, w, problem.targets).logps)
+
+
+def scratch(problem: head.Problem) -> head.Head:
+    """Logits of a few hundred rows at a time, then the row kernel."""
+
+    def logps(hidden: Tensor, weight: Tensor) -> Tensor:
+        buffer = hidden.new_empty(SCRATCH_ROWS, len(weight), dtype=accumulate_dtype(hidden.dtype))
+        values = []
+        for h, targets in zip(hidden.split(SCRATCH_ROWS), problem.targets.split(SCRATCH_ROWS), strict=True):
+            logits_into(buffer[: len(h)], h, weight)
+            values.append(token_logprobs(buffer[: len(h)], targets).logps)
+        return torch.cat(values)
+
+    return head.per_token(problem, logps)
+
+
+FORWARD_ONLY = {"tl.dot kernel": tl_dot, "scratch": scratch}
+
+
+def run(setting: Setting, figures: dict[str, Any], left: Callable[[], float]) -> None:
+    """Fill figures; what of ours fails is told at the end, when everything else has been measured."""
+    problem = head.Problem.make(setting.n, setting.d, setting.v, setting.pairs, setting.dtype, setting.device)
+    figures["shape"] = {name: getattr(setting, name) for name in ("n", "d", "v", "pairs")}
+    heads, figures["absent"] = head.build(problem, [*head.OURS, *setting.peers])
+    for name, reason in figures["absent"].items():
+        print(f"{name} is not installed here and left out: {reason}", flush=True)
+    truth = head.Truth.of(problem)
+    figures["logps_limits"] = {name: truth.limit(count) for name, count in _counts(setting).items()}
+    ours = {name: make(problem) for name, make in FORWARD_ONLY.items()}
+    figures["goals_apply"] = setting.device.type == "cuda"
+    figures["modes"] = {}
+    wrong = []
+    for mode in head.MODES:
+        if left() < 15:
+            wrong.append(f"{mode}: no time left")
+            continue
+        contenders = {**heads, **ours} if mode == "forward" else heads
+        try:
+            result = head.compare(problem, contenders, truth, mode, setting.rounds)
+        except Exception as error:
+            traceback.print_exc()
+            wrong.append(f"{mode}: {one_line(error)}")
+            continue
+        figures["modes"][mode] = result
+        wrong += [f"{mode}: {name}: {result['failed'][name]}" for name in ours if name in result["failed"]]
+        entries = result["contenders"]
+        wrong += [f"{mode}: {name}: {entries[name]['wrong']}" for name in ours if entries.get(name, {}).get("wrong")]
+    if wrong:
+        raise RuntimeError("; ".join(wrong))
+
+
+def _counts(setting: Setting) -> dict[str, int]:
+    return {"token": setting.n, "sequence": 2 * setting.pairs}
+
+
+def table(figures: dict[str, Any]) -> str:
+    """The modes of bench/head.py, the floor's rate, and the goals beside what was reached."""
+    shape = figures["shape"]
+    lines = [f"head: N {shape['n']}, D {shape['d']}, V {shape['v']}, {shape['pairs']} pairs"]
+    for name, reason in figures["absent"].items():
+        lines.append(f"{name} is not installed here and left out: {reason}")
+    for mode, result in figures["modes"].items():
+        products = 1 + len(head.MODES[mode])
+        flops = products * 2 * shape["n"] * shape["d"] * shape["v"]
+        lines += ["", head.table(mode, result)]
+        lines.append(f"{head.FLOOR} runs at {flops / min(result['floor_s']) / 1e12:.0f} TFLOP/s")
+        for (goal_mode, name), goal in GOALS.items():
+            if figures["goals_apply"] and goal_mode == mode and name in result["contenders"]:
+                reached = result["contenders"][name]["floors"]
+                lines.append(
+                    f"goal on an H100: {name} within {goal:.2f} of {products} x torch.mm: {reached:.3f}, "
+                    f"{'reached' if reached <= goal else 'MISSED'}"
+                )
+    return "\n".join(lines)
