@@ -163,9 +163,9 @@ def predict(case: AotCase) -> Prediction | None:
             return None
         once = _BYTES[types["logits_ptr"]]
         out = _BYTES.get(types.get("out_ptr", ""), 0)
-        # With E, the row is read again once its maximum is known.
-        again = once + _BYTES[types["exp_ptr"]] if "exp_ptr" in types else 0
-        per_logit = once + again + out
+        # E needs the row's maximum, and so a second read, or a guess of it (exp_rows.py: here, one that is good).
+        again = once if "exp_ptr" in types and "shift_ptr" not in types else 0
+        per_logit = once + again + _BYTES.get(types.get("exp_ptr", ""), 0) + out
         return Prediction(N * V * per_logit / BYTES_PER_SECOND, f"N·V·{per_logit} bytes / 3.0 TB/s")
     if "hidden" not in types or "fp32" in types["hidden"] or not constants["EVEN_D"]:
         return None

@@ -1,8 +1,8 @@
 """Matrix products whose result is float32 although their factors are 16-bit.
 
 A bfloat16 logit costs 0.03 nats on a 256-token sum, so logits and weight gradients of a 16-bit model are float32.
-CUDA's GEMMs write float32 directly (out_dtype). On the CPU the wide factor is upcast a block of rows at a time, so no
-float32 copy of a (V, D) weight ever exists. float32 and float64 factors go straight to BLAS.
+CUDA's GEMMs write float32 directly (out_dtype). On the CPU the wide factor is upcast upcast_rows rows of the (V, D)
+side at a time, so no float32 copy of a whole weight ever exists. float32 and float64 factors go straight to BLAS.
 """
 
 from __future__ import annotations
@@ -10,20 +10,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Rows of the (V, D) factor that are upcast together on the CPU: 4 MiB at D = 1024.
-_UPCAST_ROWS = 1024
-
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of logits, sums and log-probs for inputs of `dtype`: float64 stays, everything else is float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _blocks(rows: int) -> list[slice]:
-    return [slice(start, min(start + _UPCAST_ROWS, rows)) for start in range(0, rows, _UPCAST_ROWS)]
+def _blocks(rows: int, upcast_rows: int) -> list[slice]:
+    return [slice(start, min(start + upcast_rows, rows)) for start in range(0, rows, max(upcast_rows, 1))]
 
 
-def logits_into(out: Tensor, hidden: Tensor, weight: Tensor) -> None:
+def logits_into(out: Tensor, hidden: Tensor, weight: Tensor, upcast_rows: int) -> None:
     """out (R, V) = hidden (R, D) · weight (V, D)ᵀ, accumulated and written in out's float32 or float64."""
     if hidden.dtype == out.dtype:
         torch.mm(hidden, weight.t(), out=out)
@@ -31,31 +28,53 @@ def logits_into(out: Tensor, hidden: Tensor, weight: Tensor) -> None:
         torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out)
     else:
         wide = hidden.to(out.dtype)
-        for block in _blocks(weight.shape[0]):
+        for block in _blocks(weight.shape[0], upcast_rows):
             torch.mm(wide, weight[block].to(out.dtype).t(), out=out[:, block])
 
 
-def add_transposed_product(total: Tensor, rows: Tensor, scaled: Tensor, *, first: bool) -> None:
-    """total (V, D) = rows (R, V)ᵀ · scaled (R, D), added to what is there unless first; total is float32 or float64."""
+def add_transposed_product(total: Tensor, rows: Tensor, scaled: Tensor, upcast_rows: int, *, first: bool) -> None:
+    """total (V, D) = rows (R, V)ᵀ · scaled (R, D), added to what is there unless first.
+
+    total is float32 or float64; or, where nothing will be added to it, any narrower dtype, rounded once.
+    """
     if rows.dtype == total.dtype:
         torch.mm(rows.t(), scaled, out=total) if first else total.addmm_(rows.t(), scaled)
-    elif rows.is_cuda:
+    elif rows.is_cuda and rows.dtype.itemsize < total.dtype.itemsize:
         if first:
             torch.mm(rows.t(), scaled, out_dtype=total.dtype, out=total)
         else:
             torch.addmm(total, rows.t(), scaled, out_dtype=total.dtype, out=total)
     else:
-        wide = scaled.to(total.dtype)
-        for block in _blocks(total.shape[0]):
-            factor = rows[:, block].to(total.dtype).t()
-            torch.mm(factor, wide, out=total[block]) if first else total[block].addmm_(factor, wide)
+        dtype = accumulate_dtype(rows.dtype)
+        # A total that is narrower still takes the one product of factors that are wide already.
+        parts = [slice(len(rows))] if rows.dtype == dtype else _blocks(len(rows), upcast_rows) or [slice(0)]
+        for part in parts:
+            wide = scaled[part].to(dtype)
+            for block in _blocks(total.shape[0], upcast_rows):
+                factor = rows[part, block].to(dtype).t()
+                if not first:
+                    total[block].addmm_(factor, wide)
+                elif total.dtype == dtype:
+                    torch.mm(factor, wide, out=total[block])
+                else:
+                    total[block] = torch.mm(factor, wide)
+            first = False
 
 
-def product(rows: Tensor, weight: Tensor) -> Tensor:
-    """rows (R, V) · weight (V, D) in rows' dtype, upcasting a block of the weight at a time where the dtypes differ."""
-    if rows.dtype == weight.dtype:
-        return torch.mm(rows, weight)
-    total = rows.new_zeros(rows.shape[0], weight.shape[1])
-    for block in _blocks(weight.shape[0]):
+def product_into(
+    out: Tensor, rows: Tensor, weight: Tensor, upcast_rows: int, coefficients: Tensor | None = None
+) -> None:
+    """out (R, D) = coefficients (R,) ⊙ (rows (R, V) · weight (V, D)), the product in rows' dtype.
+
+    Where the weight is narrower than rows, a block of it at a time is upcast, and the product is scaled before it is
+    rounded to out's dtype.
+    """
+    if rows.dtype == weight.dtype == out.dtype:
+        torch.mm(rows, weight, out=out)
+        if coefficients is not None:
+            out.mul_(coefficients.unsqueeze(1))
+        return
+    total = torch.zeros_like(out, dtype=rows.dtype)
+    for block in _blocks(weight.shape[0], upcast_rows):
         total.addmm_(rows[:, block], weight[block].to(rows.dtype))
-    return total
+    out.copy_(total if coefficients is None else total.mul_(coefficients.unsqueeze(1)))

@@ -7,15 +7,20 @@ db = Eᵀ·c. Buffers: a scratch of logits for a few hundred rows, and rows of E
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from dpofast.gemm import accumulate_dtype, add_transposed_product, logits_into, product
-from dpofast.rows import LogitOptions, RowResult, row_blocks, row_logprobs
+from dpofast.gemm import accumulate_dtype, add_transposed_product, logits_into, product_into
+from dpofast.rows import TEMPORARY_ROWS, LogitOptions, RowResult, row_blocks, row_logprobs
 
 _ROW_MULTIPLE = 128
 SCRATCH_ROWS = 512
+# Rows of the (V, D) factor that are upcast together where they have to be, and where memory allows.
+_UPCAST_ROWS = 1024
+# Rows of a buffer on a GPU start 16 elements apart, or a multiple: a kernel reads them 16 bytes at a time at any V.
+_COLUMN_MULTIPLE = 16
 
 
 def default_logits_bytes(device: torch.device) -> int:
@@ -24,7 +29,13 @@ def default_logits_bytes(device: torch.device) -> int:
 
 
 def exp_dtype(dtype: torch.dtype) -> torch.dtype:
-    """E's dtype: the model's own, but float32 for float16, whose range neither e_y − S nor 1/S fits."""
+    """E's dtype: the model's own, but float32 for float16.
+
+    float16 would hold E, whose entries reach V − 1, behind a power of two that V alone fixes. It would not hold what
+    dW needs beside it: c ⊙ h with |c| = |g|/S. On flat rows of V = 262,144 with g = 1e-3 those products lie below
+    float16's least number and dW is 0, an error of 100 % (tests/test_accuracy.py); a scale for them follows from g,
+    which is known on the device alone, and would cost a sync or another pass over dW a flush.
+    """
     return torch.float32 if dtype == torch.float16 else dtype
 
 
@@ -44,37 +55,101 @@ def chunks(start: int, stop: int, rows: int) -> list[slice]:
 
 @dataclass(frozen=True)
 class HeadPlan:
-    """How many rows of E are kept at a time, and how many rows of logits are scratch."""
+    """How many rows of everything fit max_logits_bytes.
+
+    kept_rows of E are kept at a time, scratch_rows of logits are scratch; upcast_rows of the weight and temporary_rows
+    of the vocabulary are copied at once where a product or the row work needs copies.
+    """
 
     kept_rows: int
     scratch_rows: int
+    upcast_rows: int
+    temporary_rows: int
+
+    @property
+    def step(self) -> int:
+        """Rows that go through the scratch, or straight into the kept rows, at a time."""
+        return self.scratch_rows or even_rows(self.kept_rows, SCRATCH_ROWS)
 
     @staticmethod
     def make(
-        rows: int, vocab: int, dtype: torch.dtype, max_logits_bytes: int, *, keep: bool, largest: int | None = None
+        rows: int,
+        weight: Tensor,
+        max_logits_bytes: int,
+        *,
+        keep: bool,
+        largest: int | None = None,
+        temporaries: int = 0,
+        vocab: int | None = None,
     ) -> HeadPlan:
         """Split the byte budget; ValueError where it does not hold a single row.
 
-        rows are those of the call, `largest` the most that must be kept at the same time (all of them, if None).
+        Counted are the logits, E, and what the products and the row work allocate beside them: nothing of the head is
+        alive beyond the budget but inputs, returned gradients, E·W (N, D) of a frozen head, the float32 dW of a 16-bit
+        head that is flushed more than once, and vectors of N elements.
 
-        Where all rows fit and E has the logits' dtype there is no scratch: logits go straight into the kept rows.
+        Args:
+            rows: those of the call.
+            weight: (V, D); its shape, dtype and device count.
+            max_logits_bytes: the budget.
+            keep: the head trains, so rows of E are kept for it.
+            largest: the most rows that must be kept at the same time, None for all.
+            temporaries: row_temporaries of the call.
+            vocab: V where it is not the weight's (a larger shard of another rank).
         """
-        logit_bytes = vocab * accumulate_dtype(dtype).itemsize
-        tile_bytes = 0 if exp_dtype(dtype) == accumulate_dtype(dtype) else vocab * exp_dtype(dtype).itemsize
-        row_bytes = logit_bytes + tile_bytes
-        if max_logits_bytes < row_bytes:
+        dtype, width, most = weight.dtype, weight.shape[1], max_logits_bytes
+        wide, narrow = accumulate_dtype(dtype).itemsize, exp_dtype(dtype).itemsize
+        columns = _columns(weight.shape[0] if vocab is None else vocab, weight.device)
+        # CUDA's products widen their result themselves; E in float32 beside a float16 weight needs a copy there too.
+        upcasts = dtype.itemsize < wide and not (weight.is_cuda and narrow < wide)
+        upcast = min(_UPCAST_ROWS, columns, max(1, most // (32 * wide * max(width, _UPCAST_ROWS)))) if upcasts else 0
+        # db adds E up in float32, from a copy of a few rows.
+        temporaries = max(temporaries, int(keep and narrow < wide))
+        temporary = min(TEMPORARY_ROWS, max(1, most // (32 * wide * columns * max(temporaries, 1))))
+        # Two copies of the weight's or dW's block, and E's; then temporaries, and db before it is rounded.
+        fixed = upcast * (2 * width + upcast) * wide + (temporary * temporaries + keep) * columns * wide
+        # Beside logits and E, (rows, D) copies: the product before it is rounded, and c ⊙ h, which a flush needs.
+        copied = width * wide if dtype.itemsize < wide else 0
+        flushed = width * narrow if keep else 0
+        kept_bytes = columns * narrow + flushed
+        scratch_bytes = columns * (wide + (narrow if narrow < wide else 0)) + copied + flushed
+        if most < fixed + scratch_bytes:
             raise ValueError(
-                f"max_logits_bytes: expected at least one row of {vocab} logits, {row_bytes} bytes, "
-                f"got {max_logits_bytes}: raise it"
+                f"max_logits_bytes: expected at least one row of {columns} logits and what goes with it, "
+                f"{fixed + scratch_bytes} bytes, got {most}: raise it"
             )
-        affordable = max_logits_bytes // row_bytes
+        affordable = (most - fixed) // scratch_bytes
         if not keep:
-            return HeadPlan(0, even_rows(rows, min(affordable, SCRATCH_ROWS)))
-        if tile_bytes == 0 and (rows if largest is None else largest) <= affordable:
-            return HeadPlan(min(rows, affordable), 0)
+            return HeadPlan(0, even_rows(rows, min(affordable, SCRATCH_ROWS)), upcast, temporary)
+        # Logits become E where they are, so where all rows fit there is no scratch.
+        needed = rows if largest is None else largest
+        if narrow == wide and needed * kept_bytes + min(needed, SCRATCH_ROWS) * copied <= most - fixed:
+            room = (most - fixed - SCRATCH_ROWS * copied) // kept_bytes
+            return HeadPlan(min(rows, max(needed, room)), 0, upcast, temporary)
         scratch = even_rows(rows, min(SCRATCH_ROWS, max(1, affordable // 2)))
-        kept = (max_logits_bytes - scratch * row_bytes) // (tile_bytes or logit_bytes)
-        return HeadPlan(min(rows, kept), scratch)
+        kept = (most - fixed - scratch * scratch_bytes) // kept_bytes
+        return HeadPlan(min(rows, kept), scratch, upcast, temporary)
+
+
+def _columns(vocab: int, device: torch.device) -> int:
+    """Columns between the starts of two rows of a buffer.
+
+    None are added on the CPU: oneDNN's bfloat16 products (AMX, torch 2.13) read a few columns past the row's end and
+    multiply them by 0, so that a NaN in memory never written comes out as NaN.
+    """
+    return vocab if device.type == "cpu" else -(-vocab // _COLUMN_MULTIPLE) * _COLUMN_MULTIPLE
+
+
+def exp_rows_like(weight: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
+    """An uninitialized (rows, V) buffer on the weight's device, its rows as far apart as HeadPlan counts."""
+    vocab = weight.shape[0]
+    return weight.new_empty(rows, _columns(vocab, weight.device), dtype=dtype)[:, :vocab]
+
+
+def scale_rows(out: Tensor, rows: Tensor, coefficients: Tensor, step: int = SCRATCH_ROWS) -> None:
+    """out (R, D) <- coefficients (R,) ⊙ rows (R, D), possibly in place: step rows at a time, for torch's own copies."""
+    for part in chunks(0, len(rows), step):
+        torch.mul(rows[part], coefficients[part].unsqueeze(1), out=out[part])
 
 
 class Head:
@@ -90,23 +165,42 @@ class Head:
         backend: str,
         plan: HeadPlan,
     ) -> None:
-        """Allocate the scratch; kept rows are the caller's."""
+        """Nothing is allocated yet: the scratch is at its first use, kept rows are the caller's."""
         self.hidden, self.weight, self.bias, self.targets = hidden, weight, bias, targets
         self.options, self.backend, self.plan = options, backend, plan
         self.wide, self.narrow = accumulate_dtype(hidden.dtype), exp_dtype(hidden.dtype)
-        self._logits = self._buffer(plan.scratch_rows, self.wide)
-        self._tile = self._logits if self.narrow == self.wide else self._buffer(plan.scratch_rows, self.narrow)
 
-    def _buffer(self, rows: int, dtype: torch.dtype) -> Tensor:
-        return self.hidden.new_empty(rows, self.weight.shape[0], dtype=dtype)
+    @cached_property
+    def _logits(self) -> Tensor:
+        return exp_rows_like(self.weight, self.plan.scratch_rows, self.wide)
+
+    @cached_property
+    def _tile(self) -> Tensor:
+        if self.narrow == self.wide:
+            return self._logits
+        return exp_rows_like(self.weight, self.plan.scratch_rows, self.narrow)
 
     def kept(self) -> Tensor:
         """A fresh buffer for the plan's kept rows of E."""
-        return self._buffer(self.plan.kept_rows, self.narrow)
+        return exp_rows_like(self.weight, self.plan.kept_rows, self.narrow)
 
     def logps(self, rows: slice) -> RowResult:
         """Log-probs of at most scratch_rows rows, without E."""
         return self._row_work(rows, self._logits[: rows.stop - rows.start], None)
+
+    def all_logps(self) -> list[RowResult]:
+        """Log-probs of all rows, for a call that needs no gradient: the backend 'fused' keeps logits off memory.
+
+        Statistics need the logits, so with them 'fused' works as 'triton' does.
+        """
+        if self.backend != "fused" or self.options.stats:
+            return [self.logps(rows) for rows in chunks(0, len(self.targets), self.plan.scratch_rows)]
+        from dpofast.kernels.linear_logprobs import linear_logprobs
+
+        logps, _ = linear_logprobs(
+            self.hidden, self.weight, self.targets, bias=self.bias, **self.options.kernel_arguments()
+        )
+        return [RowResult(logps, torch.zeros_like(logps), {})]
 
     def exp(self, rows: slice) -> tuple[Tensor, RowResult]:
         """E of at most scratch_rows rows, in the scratch: valid until the next call."""
@@ -117,19 +211,29 @@ class Head:
         """E of any number of rows, written to kept (n, V), a chunk at a time."""
         direct = self.narrow == self.wide
         results = []
-        for part in chunks(0, len(kept), self.plan.scratch_rows or even_rows(len(kept), SCRATCH_ROWS)):
+        for part in chunks(0, len(kept), self.plan.step):
             exp = kept[part]
             logits = exp if direct else self._logits[: len(exp)]
             results.append(self._row_work(slice(rows.start + part.start, rows.start + part.stop), logits, exp))
         return results
 
     def _row_work(self, rows: slice, logits: Tensor, exp: Tensor | None) -> RowResult:
-        logits_into(logits, self.hidden[rows], self.weight)
-        return row_logprobs(logits, self.bias, self.targets[rows], self.options, exp_out=exp, backend=self.backend)
+        logits_into(logits, self.hidden[rows], self.weight, self.plan.upcast_rows)
+        return row_logprobs(
+            logits,
+            self.bias,
+            self.targets[rows],
+            self.options,
+            exp_out=exp,
+            backend=self.backend,
+            temporary_rows=self.plan.temporary_rows,
+        )
 
-    def hidden_product(self, exp: Tensor) -> Tensor:
-        """E·W (R, D), in E's dtype."""
-        return product(exp, self.weight)
+    def hidden_product(self, out: Tensor, exp: Tensor, coefficients: Tensor | None = None) -> None:
+        """out (R, D) <- E·W, with coefficients (R,) c ⊙ (E·W)."""
+        for part in chunks(0, len(exp), self.plan.step):
+            c = None if coefficients is None else coefficients[part]
+            product_into(out[part], exp[part], self.weight, self.plan.upcast_rows, c)
 
     def joined(self, results: list[RowResult], field: str) -> Tensor:
         """One field of all results, in row order."""
@@ -140,32 +244,33 @@ class Head:
 class Gradients:
     """Adds up dW and db over flushes of E rows and writes dh; needs says which of hidden, weight, bias get one.
 
-    dW is added up in float32 (float64) and cast at the end; one that is written by a single flush needs no such sum.
+    dW is added up in float32 (float64) and rounded at the end; one that a single flush writes is rounded there.
     """
 
     def __init__(self, head: Head, needs: tuple[bool, bool, bool], *, flushes: int = 2) -> None:
         """Allocate the gradients that are needed."""
         self.head = head
-        total = head.weight.dtype if flushes <= 1 and head.narrow == head.weight.dtype else head.wide
         need_dh, need_dw, need_db = needs
         self.dh = torch.empty_like(head.hidden) if need_dh else None
+        total = head.weight.dtype if flushes <= 1 else head.wide
         self.dw = torch.empty_like(head.weight, dtype=total) if need_dw else None
         self.db = head.hidden.new_zeros(head.weight.shape[0], dtype=head.wide) if need_db else None
         self._flushed = False
 
     def flush(self, rows: slice, exp: Tensor, coefficients: Tensor) -> None:
         """Add the rows' share: exp (R, V) is their E, coefficients (R,) is c."""
-        c = coefficients.unsqueeze(1)
+        head, plan = self.head, self.head.plan
         if self.dh is not None:
-            torch.mul(self.head.hidden_product(exp), c, out=self.dh[rows])
+            head.hidden_product(self.dh[rows], exp, coefficients)
         if self.dw is not None:
+            scaled = exp.new_empty(len(exp), head.hidden.shape[1])
+            scale_rows(scaled, head.hidden[rows], coefficients, plan.step)
             # filled, not times zero: an ignored row's hidden may be NaN
-            scaled = exp.new_empty(len(exp), self.head.hidden.shape[1])
-            torch.mul(self.head.hidden[rows], c, out=scaled).masked_fill_(c == 0, 0.0)
-            add_transposed_product(self.dw, exp, scaled, first=not self._flushed)
+            scaled.masked_fill_(coefficients.unsqueeze(1) == 0, 0.0)
+            add_transposed_product(self.dw, exp, scaled, plan.upcast_rows, first=not self._flushed)
         if self.db is not None:
-            for block in row_blocks(len(exp)):
-                self.db.addmv_(exp[block].to(c.dtype).t(), coefficients[block])
+            for block in row_blocks(len(exp), plan.temporary_rows):
+                self.db.addmv_(exp[block].to(self.db.dtype).t(), coefficients[block])
         self._flushed = True
 
     def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -186,9 +291,9 @@ def autocast_inputs(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tupl
 
 
 def check_floating(name: str, tensor: Tensor) -> None:
-    """ValueError unless the tensor is floating-point."""
-    if not tensor.is_floating_point():
-        raise ValueError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
+    """ValueError unless the tensor's dtype is one that the engine computes with."""
+    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise ValueError(f"{name}: expected a floating-point tensor of 16, 32 or 64 bits, got {tensor.dtype}")
 
 
 def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> None:

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from dpofast.first_order import no_second_derivative
 from dpofast.gemm import accumulate_dtype
-from dpofast.head import Gradients, Head, HeadPlan, chunks, exp_dtype
-from dpofast.rows import STATS, LogitOptions, check_target_values
+from dpofast.head import Gradients, Head, HeadPlan, chunks, exp_dtype, exp_rows_like, scale_rows
+from dpofast.rows import STATS, LogitOptions, check_target_values, row_temporaries
 
 _Eight = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 _Three = tuple[Tensor, Tensor, Tensor]
@@ -84,24 +84,34 @@ def linear_logprobs_op(
     options = _options(temperature, logit_scale, softcap, ignore_index, stats)
     check_target_values(targets, weight.shape[0], ignore_index)
     trains = need_dw or need_db
-    plan = HeadPlan.make(len(targets), weight.shape[0], hidden.dtype, max_logits_bytes, keep=trains)
+    plan = _plan(targets, weight, options, backend, max_logits_bytes, trains)
     with torch.autocast(hidden.device.type, enabled=False):
         head = Head(hidden, weight, bias, targets, options, backend, plan)
         kept = head.kept()
         products = hidden.new_empty(
             (len(targets), weight.shape[1]) if need_dh and not trains else (0,), dtype=head.narrow
         )
-        results = head.exp_into(kept, slice(0, plan.kept_rows))
-        for rows in chunks(plan.kept_rows, len(targets), plan.scratch_rows):
-            if need_dh and not trains:
+        if not (need_dh or trains):
+            results = head.all_logps()
+        elif trains:  # the rows beyond those that are kept are recomputed in backward
+            results = head.exp_into(kept, slice(0, plan.kept_rows))
+            results += [head.logps(rows) for rows in chunks(plan.kept_rows, len(targets), plan.scratch_rows)]
+        else:
+            results = []
+            for rows in chunks(0, len(targets), plan.scratch_rows):
                 exp, result = head.exp(rows)
-                products[rows] = head.hidden_product(exp)
-            else:  # a head that trains recomputes these rows in backward
-                result = head.logps(rows)
-            results.append(result)
+                head.hidden_product(products[rows], exp)
+                results.append(result)
         logps, scale = head.joined(results, "logps"), head.joined(results, "scale")
         values = [_statistic(name, results, options, logps) for name in STATS]
     return (logps, scale, kept, products, *values)  # type: ignore[return-value]
+
+
+def _plan(
+    targets: Tensor, weight: Tensor, options: LogitOptions, backend: str, max_logits_bytes: int, keep: bool
+) -> HeadPlan:
+    temporaries = row_temporaries(options, backend)
+    return HeadPlan.make(len(targets), weight, max_logits_bytes, keep=keep, temporaries=temporaries)
 
 
 def _statistic(name: str, results: list[Any], options: LogitOptions, logps: Tensor) -> Tensor:
@@ -112,20 +122,21 @@ def _statistic(name: str, results: list[Any], options: LogitOptions, logps: Tens
 
 @linear_logprobs_op.register_fake
 def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *arguments: Any) -> _Eight:
-    stats, _, max_logits_bytes, need_dh, need_dw, need_db = arguments[4:]
-    n, (vocab, width) = targets.shape[0], weight.shape
+    options = _options(*arguments[:5])
+    backend, max_logits_bytes, need_dh, need_dw, need_db = arguments[5:]
+    n, width = targets.shape[0], weight.shape[1]
     trains = need_dw or need_db
-    plan = HeadPlan.make(n, vocab, hidden.dtype, max_logits_bytes, keep=trains)
+    plan = _plan(targets, weight, options, backend, max_logits_bytes, trains)
     wide, narrow = accumulate_dtype(hidden.dtype), exp_dtype(hidden.dtype)
     products = (n, width) if need_dh and not trains else (0,)
     values = [
-        hidden.new_empty(n if name in stats.split(",") else 0, dtype=torch.bool if name == "is_top1" else wide)
+        hidden.new_empty(n if name in options.stats else 0, dtype=torch.bool if name == "is_top1" else wide)
         for name in STATS
     ]
     return (  # type: ignore[return-value]
         hidden.new_empty(n, dtype=wide),
         hidden.new_empty(n, dtype=wide),
-        hidden.new_empty(plan.kept_rows, vocab, dtype=narrow),
+        exp_rows_like(weight, plan.kept_rows, narrow),
         hidden.new_empty(products, dtype=narrow),
         *values,
     )
@@ -145,6 +156,7 @@ def linear_logprobs_backward_op(
     logit_scale: float,
     softcap: float | None,
     ignore_index: int,
+    stats: str,
     backend: str,
     max_logits_bytes: int,
     need_dh: bool,
@@ -156,10 +168,13 @@ def linear_logprobs_backward_op(
     coefficients = torch.where(scale == 0, 0.0, grad_logps * scale)
     nothing = hidden.new_empty(0)
     if not (need_dw or need_db):
-        return (products * coefficients.unsqueeze(1)).to(hidden.dtype), nothing, nothing.clone()
-    plan = HeadPlan.make(len(targets), weight.shape[0], hidden.dtype, max_logits_bytes, keep=True)
+        scaled = torch.empty_like(hidden)
+        scale_rows(scaled, products, coefficients)
+        return scaled, nothing, nothing.clone()
+    options = _options(temperature, logit_scale, softcap, ignore_index, stats)
+    plan = _plan(targets, weight, options, backend, max_logits_bytes, True)  # forward's
+    options = _options(temperature, logit_scale, softcap, ignore_index)
     with torch.autocast(hidden.device.type, enabled=False):
-        options = _options(temperature, logit_scale, softcap, ignore_index)
         head = Head(hidden, weight, bias, targets, options, backend, plan)
         recomputed = chunks(plan.kept_rows, len(targets), plan.scratch_rows)
         flushes = len(recomputed) + (plan.kept_rows > 0)
@@ -189,8 +204,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: _Eight) -> None:
     ctx.mark_non_differentiable(scale, kept, products, *values)
     ctx.set_materialize_grads(False)  # zeros for kept would be as large as kept
     ctx.save_for_backward(hidden, weight, bias, targets, scale, kept, products)
-    options, (backend, max_logits_bytes, *needs) = arguments[:4], arguments[5:]
-    ctx.arguments, ctx.needs = (*options, backend, max_logits_bytes, *needs), needs
+    ctx.arguments, ctx.needs = arguments, arguments[-3:]
 
 
 def _backward(ctx: Any, grad_logps: Tensor | None, *_: Any) -> tuple[Any, ...]:

@@ -27,11 +27,12 @@ from dpofast.head import (
     check_head,
     chunks,
     default_logits_bytes,
+    scale_rows,
 )
 from dpofast.pair_terms import PairTerms, StepTotals, Tokens, pair_terms, side_indices
 from dpofast.preference import PreferenceLoss, PreferenceOutput, check_pair_names, check_reference
 from dpofast.reference import IGNORE_INDEX
-from dpofast.rows import LogitOptions, RowResult, check_target_values, choose_backend
+from dpofast.rows import LogitOptions, RowResult, check_target_values, choose_backend, row_temporaries
 
 _Needs = tuple[bool, bool, bool]
 _Seven = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -99,21 +100,22 @@ def _with_frozen_head(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, step: Step, need_dh: bool
 ) -> tuple[PairTerms, _Gradient]:
     """E·W is written where dh will be, and scaled by row once all coefficients are known."""
-    plan = HeadPlan.make(len(step.targets), weight.shape[0], hidden.dtype, step.max_logits_bytes, keep=False)
+    temporaries = row_temporaries(step.options, step.backend)
+    plan = HeadPlan.make(len(step.targets), weight, step.max_logits_bytes, keep=False, temporaries=temporaries)
     head = Head(hidden, weight, bias, step.targets, step.options, step.backend, plan)
-    dh = torch.empty_like(hidden) if need_dh else None
+    everything = _Part(slice(0, len(step.targets)), step.cu_targets, step.pairs, step.ref_logps)
+    if not need_dh:
+        return _terms(head, head.all_logps(), step, everything)[0], (None, None, None)
+    # In E's dtype: in float16 the sums of a flat row of a large vocabulary would be infinite.
+    products = torch.empty_like(hidden, dtype=head.narrow)
     results = []
     for rows in chunks(0, len(step.targets), plan.scratch_rows):
-        if dh is None:
-            results.append(head.logps(rows))
-        else:
-            exp, result = head.exp(rows)
-            dh[rows] = head.hidden_product(exp)
-            results.append(result)
-    part = _Part(slice(0, len(step.targets)), step.cu_targets, step.pairs, step.ref_logps)
-    terms, coefficients = _terms(head, results, step, part)
-    if dh is not None:
-        dh.mul_(coefficients.unsqueeze(1))
+        exp, result = head.exp(rows)
+        head.hidden_product(products[rows], exp)
+        results.append(result)
+    terms, coefficients = _terms(head, results, step, everything)
+    dh = products if head.narrow == hidden.dtype else torch.empty_like(hidden)
+    scale_rows(dh, products, coefficients)
     return terms, (dh, None, None)
 
 
@@ -124,7 +126,8 @@ def _with_trained_head(
     runs = [(0, len(cu_targets) - 1)] if step.loss.coupled else components(cu_targets, step.pairs.tolist())
     largest = max((cu_targets[stop] - cu_targets[start] for start, stop in runs), default=0)
     rows = len(step.targets)
-    plan = HeadPlan.make(rows, weight.shape[0], hidden.dtype, step.max_logits_bytes, keep=True, largest=largest)
+    temporaries = row_temporaries(step.options, step.backend)
+    plan = HeadPlan.make(rows, weight, step.max_logits_bytes, keep=True, largest=largest, temporaries=temporaries)
     head = Head(hidden, weight, bias, step.targets, step.options, step.backend, plan)
     ring = head.kept()
     plan_of_flushes = flushes(cu_targets, runs, plan.kept_rows)
@@ -373,7 +376,7 @@ def linear_preference_loss(
     hidden, weight, bias = autocast_inputs(hidden, weight, bias)
     check_head(hidden, weight, bias, targets)
     _check_pairs(targets, cu_targets, pairs, ref_logps, loss)
-    chosen = choose_backend(backend, hidden.device)
+    chosen = choose_backend(backend, hidden.device, hidden.dtype)
     if chosen == "reference":
         raise ValueError("backend: expected auto, triton or torch; the reference is preference_loss of linear_logprobs")
     divisor = len(pairs) if num_pairs is None else num_pairs

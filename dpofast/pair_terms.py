@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dpofast.first_order import recording
 from dpofast.losses import Pairs, pair_losses
+from dpofast.rows import uses_triton
 
 if TYPE_CHECKING:
     from dpofast.preference import PreferenceLoss
@@ -172,7 +173,7 @@ def runs_fused(loss: PreferenceLoss, backend: str) -> bool:
     """Whether kernels/preference.py computes this loss: DPO, with label smoothing, per token, with ld_alpha."""
     plain = loss.f_divergence_type == "reverse_kl" and not loss.use_weighting and loss.rpo_alpha is None
     kinds = loss.kinds in (("sigmoid",), ("sigmoid_norm",)) and loss.kind_weights == (1.0,)
-    return backend == "triton" and plain and kinds
+    return uses_triton(backend) and plain and kinds
 
 
 def pair_terms(

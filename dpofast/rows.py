@@ -20,9 +20,12 @@ from torch import Tensor
 from dpofast.reference import IGNORE_INDEX
 
 STATS = ("entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
-BACKENDS = ("auto", "triton", "torch", "reference")
-# Rows whose temporaries (softcap's derivative, a statistic's product) exist at the same time.
-_TEMPORARY_ROWS = 32
+BACKENDS = ("auto", "triton", "fused", "torch", "reference")
+# GPU architectures (kernels/linear_tiles.py) where "auto" takes the fused kernel for calls without gradient. None yet:
+# on none has it been timed against the GEMM and row kernel that "auto" takes, and compiling cleanly is no speed.
+FUSED_BY_DEFAULT: tuple[str, ...] = ()
+# Rows whose temporaries (softcap's derivative, a statistic's product) exist at the same time, where memory allows.
+TEMPORARY_ROWS = 32
 
 
 @dataclass(frozen=True)
@@ -69,18 +72,46 @@ class RowResult:
     stats: dict[str, Tensor]
 
 
-def choose_backend(backend: str, device: torch.device) -> str:
-    """'triton', 'torch' or 'reference' for this device; ValueError where the one that was asked for cannot run."""
+def choose_backend(backend: str, device: torch.device, head_dtype: torch.dtype | None = None) -> str:
+    """'triton', 'fused', 'torch' or 'reference' for this device; ValueError where the one asked for cannot run.
+
+    head_dtype: of hidden states and head, which 'fused' multiplies; None where the call has neither.
+    """
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
     if backend == "auto":
-        return "triton" if device.type in ("cuda", "xpu") else "torch"
-    if backend == "triton" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        if device.type not in ("cuda", "xpu"):
+            return "torch"
+        sixteen_bit = head_dtype is not None and head_dtype.itemsize == 2
+        return "fused" if sixteen_bit and _architecture(device) in FUSED_BY_DEFAULT else "triton"
+    if backend == "fused" and head_dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(
-            "backend='triton' needs a GPU, but the tensors are on the CPU: use backend='auto', "
+            "backend='fused' multiplies hidden states with the head in float32, bfloat16 or float16, got "
+            f"{'neither' if head_dtype is None else head_dtype}: use backend='auto'"
+        )
+    if backend == "fused" and device.type == "cuda" and not torch.version.hip:
+        major, minor = torch.cuda.get_device_capability(device)
+        if major < 8:
+            raise ValueError(
+                f"backend='fused' needs compute capability 8.0 or above, got {major}.{minor}: use backend='triton'"
+            )
+    if uses_triton(backend) and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            f"backend={backend!r} needs a GPU, but the tensors are on the CPU: use backend='auto', "
             "or start Python with TRITON_INTERPRET=1 to run the kernels in Triton's interpreter"
         )
     return backend
+
+
+def _architecture(device: torch.device) -> str:
+    from dpofast.kernels.linear_tiles import architecture_of
+
+    return architecture_of(device)
+
+
+def uses_triton(backend: str) -> bool:
+    """Whether this chosen backend does its row work in kernels/: 'fused' too, where it needs E or statistics."""
+    return backend in ("triton", "fused")
 
 
 def check_target_values(targets: Tensor, vocab: int, ignore_index: int) -> None:
@@ -96,43 +127,62 @@ def check_target_values(targets: Tensor, vocab: int, ignore_index: int) -> None:
 
 
 def row_logprobs(
-    logits: Tensor, bias: Tensor | None, targets: Tensor, options: LogitOptions, *, exp_out: Tensor | None, backend: str
+    logits: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    options: LogitOptions,
+    *,
+    exp_out: Tensor | None,
+    backend: str,
+    temporary_rows: int = TEMPORARY_ROWS,
 ) -> RowResult:
     """Log-probs of logits (R, V), float32 or float64, contiguous rows; the torch backend overwrites logits.
 
     exp_out (R, V), of any float dtype and possibly logits itself, receives E; rows of ignored targets receive zeros.
+    temporary_rows: at most row_temporaries(options, backend) times so many rows of V are allocated at once.
     """
-    if backend == "triton":
+    if uses_triton(backend):
         return _triton_rows(logits, bias, targets, options, exp_out)
     if options.softcap is None or exp_out is None:
-        return _torch_rows(logits, bias, targets, options, exp_out)
+        return _torch_rows(logits, bias, targets, options, exp_out, temporary_rows)
     # Softcap's derivative is a temporary as large as the rows.
-    blocks = row_blocks(len(logits))
-    parts = [_torch_rows(logits[b], bias, targets[b], options, exp_out[b]) for b in blocks]
+    blocks = row_blocks(len(logits), temporary_rows)
+    parts = [_torch_rows(logits[b], bias, targets[b], options, exp_out[b], temporary_rows) for b in blocks]
     stats = {name: torch.cat([part.stats[name] for part in parts]) for name in options.stats} if parts else {}
     logps, scale = (torch.cat([getattr(part, field) for part in parts]) for field in ("logps", "scale"))
     return RowResult(logps, scale, stats)
 
 
+def row_temporaries(options: LogitOptions, backend: str) -> int:
+    """Temporaries as wide as the vocabulary that row_logprobs holds at once for each of its temporary_rows."""
+    if uses_triton(backend):
+        return 0
+    shifted_and_exp = 2 if "entropy" in options.stats else 1 if "log_sum_sq_probs" in options.stats else 0
+    return shifted_and_exp + (options.softcap is not None)
+
+
 def _triton_rows(
     logits: Tensor, bias: Tensor | None, targets: Tensor, options: LogitOptions, exp_out: Tensor | None
 ) -> RowResult:
+    from dpofast.kernels.exp_rows import exp_rows
     from dpofast.kernels.token_logprobs import token_logprobs
 
-    rows = token_logprobs(
-        logits,
-        targets,
-        bias=bias,
-        stats=options.stats,
-        exp_out=exp_out,
-        **options.kernel_arguments(),
-    )
+    # Where E replaces the logits a row must be read twice.
+    apart = exp_out is not None and exp_out.data_ptr() != logits.data_ptr()
+    function = exp_rows if apart else token_logprobs
+    arguments = {"bias": bias, "stats": options.stats, "exp_out": exp_out, **options.kernel_arguments()}
+    rows = function(logits, targets, **arguments)
     scale = torch.where(targets == options.ignore_index, 0.0, -options.gradient_scale / rows.sum_exp)
     return RowResult(rows.logps, scale, rows.stats)
 
 
 def _torch_rows(
-    x: Tensor, bias: Tensor | None, targets: Tensor, options: LogitOptions, exp_out: Tensor | None
+    x: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    options: LogitOptions,
+    exp_out: Tensor | None,
+    temporary_rows: int,
 ) -> RowResult:
     ignored = targets == options.ignore_index
     safe_targets = targets.masked_fill(ignored, 0).unsqueeze(1)
@@ -141,13 +191,13 @@ def _torch_rows(
     tanh_squared = scale_in_place(x, options, keep_derivative=exp_out is not None)
     target_logit = x.gather(1, safe_targets)
     row_max = x.amax(dim=1, keepdim=True)
-    stats = _shifted_statistics(x, safe_targets, row_max, options.stats)
+    stats = _shifted_statistics(x, safe_targets, row_max, options.stats, temporary_rows)
     x.sub_(row_max)
     e = x.exp_()
     sum_exp = e.sum(dim=1, keepdim=True)
     log_sum = sum_exp.log()
     logps = target_logit - row_max - log_sum
-    _finish_statistics(e, sum_exp, log_sum, stats)
+    _finish_statistics(e, sum_exp, log_sum, stats, temporary_rows)
     if exp_out is not None:
         e.scatter_add_(1, safe_targets, -sum_exp)
         if tanh_squared is not None:
@@ -162,9 +212,9 @@ def _torch_rows(
     return RowResult(logps.squeeze(1).masked_fill(ignored, 0.0), scale.masked_fill(ignored, 0.0), zero_ignored)
 
 
-def row_blocks(rows: int) -> Sequence[slice]:
+def row_blocks(rows: int, temporary_rows: int) -> Sequence[slice]:
     """Slices of a few rows, for work that needs a temporary as wide as the vocabulary."""
-    return [slice(start, start + _TEMPORARY_ROWS) for start in range(0, rows, _TEMPORARY_ROWS)]
+    return [slice(start, start + temporary_rows) for start in range(0, rows, temporary_rows)]
 
 
 def scale_in_place(x: Tensor, options: LogitOptions, *, keep_derivative: bool) -> Tensor | None:
@@ -179,7 +229,9 @@ def scale_in_place(x: Tensor, options: LogitOptions, *, keep_derivative: bool) -
     return tanh_squared
 
 
-def _shifted_statistics(x: Tensor, safe_targets: Tensor, row_max: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
+def _shifted_statistics(
+    x: Tensor, safe_targets: Tensor, row_max: Tensor, names: tuple[str, ...], temporary_rows: int
+) -> dict[str, Tensor]:
     """What needs z itself, before it is overwritten: entropy so far holds Σ e·(z − m)."""
     stats: dict[str, Tensor] = {}
     if "mean_logits" in names:
@@ -188,7 +240,7 @@ def _shifted_statistics(x: Tensor, safe_targets: Tensor, row_max: Tensor, names:
         stats["is_top1"] = x.argmax(dim=1) == safe_targets.squeeze(1)
     if "entropy" in names:
         weighted = x.new_empty(x.shape[0])
-        for block in row_blocks(x.shape[0]):
+        for block in row_blocks(x.shape[0], temporary_rows):
             shifted = x[block] - row_max[block]
             # exp(−inf)·(−inf) for a masked-out vocabulary entry is 0 here: the limit of p·log p
             weighted[block] = shifted.exp().mul_(shifted.clamp_(min=-1e4)).sum(dim=1)
@@ -198,10 +250,12 @@ def _shifted_statistics(x: Tensor, safe_targets: Tensor, row_max: Tensor, names:
     return stats
 
 
-def _finish_statistics(e: Tensor, sum_exp: Tensor, log_sum: Tensor, stats: dict[str, Tensor]) -> None:
+def _finish_statistics(
+    e: Tensor, sum_exp: Tensor, log_sum: Tensor, stats: dict[str, Tensor], temporary_rows: int
+) -> None:
     if "entropy" in stats:
         stats["entropy"] = log_sum.squeeze(1) - stats["entropy"] / sum_exp.squeeze(1)
     if "log_sum_sq_probs" in stats:
-        for block in row_blocks(e.shape[0]):
+        for block in row_blocks(e.shape[0], temporary_rows):
             sum_sq = e[block].square().sum(dim=1)
             stats["log_sum_sq_probs"][block] = sum_sq.log() - 2 * log_sum[block].squeeze(1)

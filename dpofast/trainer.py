@@ -104,7 +104,7 @@ class DPOTrainer(Trainer):
 
         head = model.get_output_embeddings().weight
         if args.max_logits_bytes is not None:  # refused here and not in the first step
-            HeadPlan.make(1, head.shape[0], head.dtype, args.max_logits_bytes, keep=True)
+            HeadPlan.make(1, head, args.max_logits_bytes, keep=True)
         self.data_reports: dict[str, Any] = {}
         self._tokenize_options = {
             "tokenizer": processing_class,

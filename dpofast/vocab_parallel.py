@@ -27,8 +27,11 @@ from torch import Tensor
 from dpofast import reference
 from dpofast.first_order import first_order_only
 from dpofast.gemm import logits_into
-from dpofast.head import SCRATCH_ROWS, Gradients, Head, HeadPlan, chunks, even_rows
+from dpofast.head import Gradients, Head, HeadPlan, chunks, scale_rows
 from dpofast.rows import LogitOptions, row_blocks, scale_in_place
+
+# Blocks as wide as the shard that torch's row work holds at once: softcap's slope and its square, or a statistic's.
+_TEMPORARIES = 3
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ class _ShardedHead(Head):
         """out <- z in torch, and raw logits for the kernels, which scale them on the way in."""
         if self.size == 0:
             return
-        logits_into(out, self.hidden[rows], self.weight)
+        logits_into(out, self.hidden[rows], self.weight, self.plan.upcast_rows)
         if not self.triton:
             if self.bias is not None:
                 out.add_(self.bias)
@@ -136,7 +139,7 @@ class _ShardedHead(Head):
         # From the lowest finite number up, so that a shard of nothing but −inf gives exp(−inf) = 0.
         row_max.copy_(z.amax(dim=1).clamp_(min=torch.finfo(z.dtype).min))
         target.copy_(z.gather(1, index.unsqueeze(1)).squeeze(1))
-        for block in row_blocks(len(z)):
+        for block in row_blocks(len(z), self.plan.temporary_rows):
             sum_exp[block] = (z[block] - row_max[block].unsqueeze(1)).exp_().sum(dim=1)
             if stats:
                 values = reference.token_statistics(z[block], index[block])
@@ -180,7 +183,7 @@ class _ShardedHead(Head):
             return
         scale = self.options.gradient_scale
         onehot = self.owned[rows].to(z.dtype).mul_(-scale)
-        for block in row_blocks(len(z)):
+        for block in row_blocks(len(z), self.plan.temporary_rows):
             e = z[block]
             slope = None
             if self.options.softcap is not None:
@@ -215,7 +218,8 @@ class VocabParallelLogprobs(torch.autograd.Function):
         """Log-probs (N,), then one (N,) tensor a statistic."""
         need_dh, need_dw, need_db = needs
         trains, N = need_dw or need_db, len(targets)
-        plan = HeadPlan.make(N, max(shard.sizes), hidden.dtype, shard.max_logits_bytes, keep=trains)
+        budget, temporaries = shard.max_logits_bytes, 0 if backend == "triton" else _TEMPORARIES
+        plan = HeadPlan.make(N, weight, budget, keep=trains, temporaries=temporaries, vocab=max(shard.sizes))
         head = _ShardedHead(hidden, weight, bias, targets, shard, options, backend, plan)
         kept = head.kept()
         frozen = need_dh and not trains
@@ -224,8 +228,7 @@ class VocabParallelLogprobs(torch.autograd.Function):
         products = hidden.new_empty(N if frozen else 0, hidden.shape[1], dtype=head.narrow)
 
         joined, later = [], []
-        step = plan.scratch_rows or even_rows(plan.kept_rows, SCRATCH_ROWS)
-        for rows in chunks(0, plan.kept_rows, step) + chunks(plan.kept_rows, N, plan.scratch_rows):
+        for rows in chunks(0, plan.kept_rows, plan.step) + chunks(plan.kept_rows, N, plan.scratch_rows):
             z, exp = head.chunk(rows, kept)
             head.logits(rows, z)
             sums = head.local_sums(rows, z)
@@ -235,7 +238,7 @@ class VocabParallelLogprobs(torch.autograd.Function):
             joined.append(head.exchange(sums))
             head.exp_rows(rows, z, joined[-1][0], joined[-1][1], exp)
             if frozen:
-                products[rows] = head.hidden_product(exp)
+                head.hidden_product(products[rows], exp)
         if later:
             joined.append(head.exchange(torch.cat(later, dim=1)))
 
@@ -278,6 +281,8 @@ class VocabParallelLogprobs(torch.autograd.Function):
                 if head.size:
                     gradients.flush(rows, exp, c[rows])
                 if dh is not None:
-                    torch.mul(head.hidden_product(exp), c[rows].unsqueeze(1), out=dh[rows])
+                    product = torch.empty_like(hidden[rows], dtype=head.narrow)
+                    head.hidden_product(product, exp)
+                    scale_rows(dh[rows], product, c[rows], plan.step)
             dw, db = gradients.finish()[1:]
             return (None if dh is None else head.summed(dh), dw, db, *(None,) * 5)

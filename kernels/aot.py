@@ -13,7 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import linear_logprobs, preference, token_logprobs
+from . import exp_rows, linear_logprobs, preference, token_logprobs
 from .linear_tiles import linear_tile, takes_descriptors
 from .tiles import COMPILE_OPTIONS, row_tile
 
@@ -77,7 +77,7 @@ def aot_cases(architecture: str) -> list[AotCase]:
 def _row_cases(backend: str) -> list[AotCase]:
     integers = dict.fromkeys(("stride_logits_n", "stride_exp_n", "stride_out_n", "V", "ignore_index"), "i32")
     floats = dict.fromkeys(("scale", "cap", "exp_scale", "grad_scale"), "fp32")
-    vectors = dict.fromkeys(("logps_ptr", "row_max_ptr", "sum_exp_ptr", "grad_logps_ptr"), "*fp32")
+    vectors = dict.fromkeys(("logps_ptr", "row_max_ptr", "shift_ptr", "sum_exp_ptr", "grad_logps_ptr"), "*fp32")
     stats = {f"{name}_ptr": "*i1" if name == "is_top1" else "*fp32" for name in token_logprobs.STATS}
 
     def case(
@@ -98,6 +98,7 @@ def _row_cases(backend: str) -> list[AotCase]:
         )
 
     forward, gradient = token_logprobs._token_logprobs_kernel, token_logprobs._token_logprobs_grad_kernel
+    one_read = exp_rows._exp_rows_kernel
     wide, mixed = {"logits_ptr": "*fp32"}, {"logits_ptr": "*fp32", "exp_ptr": "*bf16"}
     everything = {"bias_ptr": "*bf16", "exp_ptr": "*bf16", **stats}
     return [
@@ -108,6 +109,10 @@ def _row_cases(backend: str) -> list[AotCase]:
         case(forward, "logps fp32, E bf16", mixed, V=100),
         case(forward, "logps fp32, all options", {**wide, **everything}, softcap=True),
         case(forward, "logps bf16, all options", {"logits_ptr": "*bf16", **everything}, softcap=True),
+        case(one_read, "one read fp32, E bf16", mixed),
+        case(one_read, "one read fp32, E bf16, ragged V", mixed, ragged=True),
+        case(one_read, "one read fp32, E bf16", mixed, V=100),
+        case(one_read, "one read fp32, all options", {**wide, **everything}, softcap=True),
         case(gradient, "gradient bf16", {"logits_ptr": "*bf16", "out_ptr": "*bf16"}),
         case(gradient, "gradient fp32", {**wide, "out_ptr": "*fp32"}),
         case(gradient, "gradient fp32, all options", {**wide, "out_ptr": "*fp16", "bias_ptr": "*fp16"}, softcap=True),

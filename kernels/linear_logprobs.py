@@ -342,7 +342,7 @@ def linear_logprobs(
         return LinearLogprobs(logps, lse)
 
     describable = _describable(hidden) and _describable(weight)
-    architecture = architecture_of(hidden)
+    architecture = architecture_of(hidden.device)
     if descriptors is None:
         descriptors = describable and takes_descriptors(architecture, hidden.dtype)
     elif descriptors and not describable:

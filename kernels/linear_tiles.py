@@ -32,16 +32,16 @@ class LinearTile:
     num_stages: int
 
 
-def architecture_of(tensor: torch.Tensor) -> str:
-    """The entry of ARCHITECTURES whose tiles fit the device of ``tensor``.
+def architecture_of(device: torch.device) -> str:
+    """The entry of ARCHITECTURES whose tiles fit the device.
 
     Consumer Blackwell (sm_120) has the shared memory and the tensor cores' instructions of sm_80; so do the rest.
     """
-    if tensor.device.type != "cuda":
+    if device.type != "cuda":
         return "sm_80"
     if torch.version.hip:
         return "gfx942"
-    return {9: "sm_90", 10: "sm_100"}.get(torch.cuda.get_device_capability(tensor.device)[0], "sm_80")
+    return {9: "sm_90", 10: "sm_100"}.get(torch.cuda.get_device_capability(device)[0], "sm_80")
 
 
 def takes_descriptors(architecture: str, dtype: torch.dtype) -> bool:

@@ -13,7 +13,7 @@ are rounded once, when they are stored. One program owns a row: results do not d
 overwrite the logits, since a program reads a block before it writes it and no other program touches its row.
 
 Bytes moved per logit of b bytes: b for the log-probs alone, 2b + (bytes of E) with E, b + (bytes of dx) for the
-gradient. Rows whose target is ignored read nothing.
+gradient. Rows whose target is ignored read nothing. exp_rows.py writes E from one read, where it has its own memory.
 """
 
 from __future__ import annotations
@@ -102,12 +102,30 @@ def _clip(x):
 
 
 @triton.jit
-def _zero_row(out_ptr, stride_v, V, BLOCK_V: tl.constexpr):
-    """Zeros that do not come from a product: an ignored row may hold NaN."""
+def _fill_row(out_ptr, value, stride_v, V, BLOCK_V: tl.constexpr):
+    """One value in a whole row; 0 does not come from a product, since an ignored row may hold NaN."""
     for start in range(0, V, BLOCK_V):
         offs_v = start + tl.arange(0, BLOCK_V)
-        zeros = tl.zeros((BLOCK_V,), out_ptr.dtype.element_ty)
-        tl.store(out_ptr + offs_v.to(tl.int64) * stride_v, zeros, mask=offs_v < V)
+        values = tl.full((BLOCK_V,), value, out_ptr.dtype.element_ty)
+        tl.store(out_ptr + offs_v.to(tl.int64) * stride_v, values, mask=offs_v < V)
+
+
+@triton.jit
+def _store_ignored(
+    row, logps_ptr, row_max_ptr, sum_exp_ptr, entropy_ptr, mean_logits_ptr, is_top1_ptr, log_sum_sq_probs_ptr
+):
+    """What an ignored row results in."""
+    tl.store(logps_ptr + row, 0.0)
+    tl.store(row_max_ptr + row, 0.0)
+    tl.store(sum_exp_ptr + row, 1.0)
+    if entropy_ptr is not None:
+        tl.store(entropy_ptr + row, 0.0)
+    if mean_logits_ptr is not None:
+        tl.store(mean_logits_ptr + row, 0.0)
+    if is_top1_ptr is not None:
+        tl.store(is_top1_ptr + row, False)
+    if log_sum_sq_probs_ptr is not None:
+        tl.store(log_sum_sq_probs_ptr + row, 0.0)
 
 
 @triton.jit
@@ -179,19 +197,11 @@ def _token_logprobs_kernel(
     target = tl.load(targets_ptr + row).to(tl.int64)
 
     if target == ignore_index:
-        tl.store(logps_ptr + row, 0.0)
-        tl.store(row_max_ptr + row, 0.0)
-        tl.store(sum_exp_ptr + row, 1.0)
-        if entropy_ptr is not None:
-            tl.store(entropy_ptr + row, 0.0)
-        if mean_logits_ptr is not None:
-            tl.store(mean_logits_ptr + row, 0.0)
-        if is_top1_ptr is not None:
-            tl.store(is_top1_ptr + row, False)
-        if log_sum_sq_probs_ptr is not None:
-            tl.store(log_sum_sq_probs_ptr + row, 0.0)
+        _store_ignored(
+            row, logps_ptr, row_max_ptr, sum_exp_ptr, entropy_ptr, mean_logits_ptr, is_top1_ptr, log_sum_sq_probs_ptr
+        )
         if exp_ptr is not None:
-            _zero_row(exp_ptr + row * stride_exp_n, stride_exp_v, V, BLOCK_V)
+            _fill_row(exp_ptr + row * stride_exp_n, 0.0, stride_exp_v, V, BLOCK_V)
         return
 
     m = tl.full((BLOCK_V,), LOWEST, tl.float32)
@@ -293,7 +303,7 @@ def _token_logprobs_grad_kernel(
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets_ptr + row).to(tl.int64)
     if target == ignore_index:
-        _zero_row(out_ptr + row * stride_out_n, stride_out_v, V, BLOCK_V)
+        _fill_row(out_ptr + row * stride_out_n, 0.0, stride_out_v, V, BLOCK_V)
         return
     sum_exp = tl.load(sum_exp_ptr + row)
     _gradient_row(
@@ -322,6 +332,20 @@ def _check_rows(logits: torch.Tensor, targets: torch.Tensor, bias: torch.Tensor 
     check_tensor("targets", targets, logits.shape[:1], (torch.int64,), logits.device)
     if bias is not None:
         check_tensor("bias", bias, logits.shape[1:], FLOAT_DTYPES, logits.device)
+
+
+def _check_stats(stats: Sequence[str]) -> None:
+    unknown = [name for name in stats if name not in STATS]
+    if unknown:
+        raise ValueError(f"stats: expected names among {', '.join(STATS)}, got {', '.join(map(repr, unknown))}")
+
+
+def _empty_result(logits: torch.Tensor, stats: Sequence[str]) -> TokenLogprobs:
+    def per_row(dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(logits.shape[0], dtype=dtype, device=logits.device)
+
+    values = {name: per_row(torch.bool if name == "is_top1" else torch.float32) for name in stats}
+    return TokenLogprobs(per_row(), per_row(), per_row(), values)
 
 
 def _scales(logit_scale: float, softcap: float | None, temperature: float) -> tuple[float, float | None]:
@@ -376,9 +400,7 @@ def token_logprobs(
     """
     _check_rows(logits, targets, bias)
     scale, cap = _scales(logit_scale, softcap, temperature)
-    unknown = [name for name in stats if name not in STATS]
-    if unknown:
-        raise ValueError(f"stats: expected names among {', '.join(STATS)}, got {', '.join(map(repr, unknown))}")
+    _check_stats(stats)
     N, V = logits.shape
     if exp_out is not None:
         check_tensor("exp_out", exp_out, logits.shape, FLOAT_DTYPES, logits.device)
@@ -388,12 +410,7 @@ def token_logprobs(
                 f"exp_scale: expected a power of two in (0, {largest:g} / V], for E to fit {exp_out.dtype}, got "
                 f"{exp_scale!r} at V = {V}; divide the row's coefficient by what you pass"
             )
-
-    def per_row(dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.empty(N, dtype=dtype, device=logits.device)
-
-    values = {name: per_row(torch.bool if name == "is_top1" else torch.float32) for name in stats}
-    result = TokenLogprobs(per_row(), per_row(), per_row(), values)
+    result = _empty_result(logits, stats)
     if N == 0:
         return result
     tile = row_tile(V, backend_of(logits))
@@ -405,7 +422,7 @@ def token_logprobs(
             result.logps,
             result.row_max,
             result.sum_exp,
-            *(values.get(name) for name in STATS),
+            *(result.stats.get(name) for name in STATS),
             exp_out,
             *logits.stride(),
             *(exp_out.stride() if exp_out is not None else (0, 0)),

@@ -62,7 +62,7 @@ def check(tensors, rest, *, needs=(1, 1, 1), upstream=1.0, tolerance=1e-5, **opt
 
 
 @pytest.mark.parametrize("needs", [(1, 1, 1), (1, 1, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 0, 0)])
-@pytest.mark.parametrize("rows_in_budget", [2, 9, 17, 1000])
+@pytest.mark.parametrize("rows_in_budget", [3, 9, 17, 1000])
 def test_every_plan_gives_the_same_numbers(needs, rows_in_budget, device):
     tensors, *rest = inputs(device=device)
     check(tensors, rest, needs=needs, upstream=1.7, max_logits_bytes=rows_in_budget * 61 * 4)
@@ -77,7 +77,7 @@ def test_backends_and_options(backend, options, device):
     check(tensors, rest, backend=backend, **options)
 
 
-@pytest.mark.parametrize("rows_in_budget", [4, 1000])
+@pytest.mark.parametrize("rows_in_budget", [8, 1000])
 def test_bfloat16_rounds_its_gradients_once(rows_in_budget, device):
     tensors, *rest = inputs(torch.bfloat16, device=device)
     leaves = [tensor.clone().requires_grad_() for tensor in tensors]

@@ -1,0 +1,268 @@
+"""Log-probabilities of target tokens and the row tile E of their gradient, from one read of the logits.
+
+Symbols are those of token_logprobs.py, which has to know m = max z before it can write exp(z − m), and so reads a row
+twice. E and S may share any other shift than m: with c in place of m,
+
+    S = Σ exp(z − c),   logp = z_y − c − log S,   E = (exp(z − c) − S · onehot(y)) · (1 − tanh²)
+
+scale by exp(m − c), and dx = −g / S · … · E is what it was. So a row is read once, with a guess c: the larger of the
+target's z and the maximum of the row's first tile. c is never above m. Where m − c turns out to pass ``LIMIT``, the
+row is done again with c = m. With z = 1 3 | 9 5, the target 1 and tiles of two, c = 3; m − c = 6, and E is exp(6)
+times what it is with m.
+
+Up to LIMIT = 16, exp(z − c) is at most 9e6 and S at most 9e6 · V: nothing nears the range of float32 or bfloat16, and
+z − c is rounded as a number of 16 is, by 1e-6 nats at most. float16 has no room for that, so E is not float16 here.
+E must not overlap the logits, which a second pass would need.
+
+Bytes moved per logit: 4 + 2 for float32 logits and E in bfloat16 (token_logprobs.py: 4 + 4 + 2); 12 in a row that is
+done again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+from .tiles import COMPILE_OPTIONS, backend_of, check_tensor, launch_guard, row_tile
+from .token_logprobs import (
+    LOWEST,
+    STATS,
+    TokenLogprobs,
+    _check_rows,
+    _check_stats,
+    _clip,
+    _empty_result,
+    _fill_row,
+    _raw_logits,
+    _scaled_logits,
+    _scales,
+    _store_ignored,
+)
+
+# Nats between the guess and the row's maximum above which a row is done again.
+LIMIT = tl.constexpr(16.0)
+
+
+@triton.jit
+def _exp_pass(
+    exp_ptr,
+    row_ptr,
+    bias_ptr,
+    shift,
+    stride_v,
+    stride_exp_v,
+    V,
+    scale,
+    cap,
+    ENTROPY: tl.constexpr,
+    SQUARES: tl.constexpr,
+    MEAN: tl.constexpr,
+    TOP1: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """E without the target's −S, and (m, S, Σ (z − c) e, Σ e², Σ z, first index of m); what is not asked for is 0."""
+    m = tl.full((BLOCK_V,), LOWEST, tl.float32)
+    s = tl.zeros((BLOCK_V,), tl.float32)
+    s_shift = tl.zeros((BLOCK_V,), tl.float32)
+    s_square = tl.zeros((BLOCK_V,), tl.float32)
+    s_logit = tl.zeros((BLOCK_V,), tl.float32)
+    first_max = tl.arange(0, BLOCK_V)
+    V_main = V // BLOCK_V * BLOCK_V
+    for MASKED in tl.static_range(2):
+        for start in range(MASKED * V_main, V if MASKED else V_main, BLOCK_V):
+            offs_v = start + tl.arange(0, BLOCK_V)
+            mask_v = offs_v < V
+            x = _raw_logits(row_ptr, bias_ptr, offs_v, mask_v, stride_v, MASKED)
+            z, slope = _scaled_logits(x, scale, cap)
+            if MASKED:
+                z = tl.where(mask_v, z, -float("inf"))
+            e = tl.exp(z - shift)
+            s += e
+            if ENTROPY:
+                s_shift += _clip(z - shift) * e
+            if SQUARES:
+                s_square += e * e
+            if MEAN:
+                s_logit += tl.where(mask_v, z, 0.0) if MASKED else z
+            if TOP1:
+                first_max = tl.where(z > m, offs_v, first_max)
+            m = tl.maximum(m, z)
+            out = (e * slope).to(exp_ptr.dtype.element_ty)
+            if MASKED:
+                tl.store(exp_ptr + offs_v.to(tl.int64) * stride_exp_v, out, mask=mask_v)
+            else:
+                tl.store(exp_ptr + offs_v.to(tl.int64) * stride_exp_v, out)
+    # Entries that are stored once more, by another thread, are stored after these: the last one of an address stands.
+    tl.debug_barrier()
+    row_max = tl.max(m, 0)
+    first = tl.min(tl.where(m == row_max, first_max, V), 0)
+    return row_max, tl.sum(s, 0), tl.sum(s_shift, 0), tl.sum(s_square, 0), tl.sum(s_logit, 0), first
+
+
+@triton.jit(do_not_specialize=["ignore_index"])
+def _exp_rows_kernel(
+    logits_ptr,
+    bias_ptr,
+    targets_ptr,
+    logps_ptr,
+    shift_ptr,
+    sum_exp_ptr,
+    entropy_ptr,
+    mean_logits_ptr,
+    is_top1_ptr,
+    log_sum_sq_probs_ptr,
+    exp_ptr,
+    stride_logits_n,
+    stride_logits_v,
+    stride_exp_n,
+    stride_exp_v,
+    V,
+    ignore_index,
+    scale,
+    cap,
+    BLOCK_V: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    row_ptr = logits_ptr + row * stride_logits_n
+    exp_row_ptr = exp_ptr + row * stride_exp_n
+    target = tl.load(targets_ptr + row).to(tl.int64)
+
+    if target == ignore_index:
+        _store_ignored(
+            row, logps_ptr, shift_ptr, sum_exp_ptr, entropy_ptr, mean_logits_ptr, is_top1_ptr, log_sum_sq_probs_ptr
+        )
+        _fill_row(exp_row_ptr, 0.0, stride_exp_v, V, BLOCK_V)
+        return
+
+    in_range = (target >= 0) & (target < V)
+    x_target = tl.load(row_ptr + target * stride_logits_v, mask=in_range, other=float("nan")).to(tl.float32)
+    if bias_ptr is not None:
+        x_target += tl.load(bias_ptr + target, mask=in_range, other=0.0).to(tl.float32)
+    z_target, slope_target = _scaled_logits(x_target, scale, cap)
+
+    offs_v = tl.arange(0, BLOCK_V)
+    x = _raw_logits(row_ptr, bias_ptr, offs_v, offs_v < V, stride_logits_v, True)
+    z = tl.where(offs_v < V, _scaled_logits(x, scale, cap)[0], LOWEST)
+    # Triton's maximum drops NaN; finite, so that z − c is never −inf − (−inf).
+    shift = _clip(tl.maximum(tl.max(z, 0), z_target))
+
+    row_max, sum_exp, s_shift, s_square, s_logit, first = _exp_pass(
+        exp_row_ptr,
+        row_ptr,
+        bias_ptr,
+        shift,
+        stride_logits_v,
+        stride_exp_v,
+        V,
+        scale,
+        cap,
+        entropy_ptr is not None,
+        log_sum_sq_probs_ptr is not None,
+        mean_logits_ptr is not None,
+        is_top1_ptr is not None,
+        BLOCK_V,
+    )
+    if row_max - shift > LIMIT:
+        shift = row_max
+        row_max, sum_exp, s_shift, s_square, s_logit, first = _exp_pass(
+            exp_row_ptr,
+            row_ptr,
+            bias_ptr,
+            shift,
+            stride_logits_v,
+            stride_exp_v,
+            V,
+            scale,
+            cap,
+            entropy_ptr is not None,
+            log_sum_sq_probs_ptr is not None,
+            mean_logits_ptr is not None,
+            is_top1_ptr is not None,
+            BLOCK_V,
+        )
+
+    # S holds a NaN or an infinity of the row, is 0 where all z are −inf, and else at least 1.
+    whole = in_range & (sum_exp > 0.0) & (sum_exp < float("inf"))
+    shift = tl.where(whole, shift, float("nan"))
+    log_sum = tl.log(sum_exp)
+    tl.store(logps_ptr + row, z_target - shift - log_sum)
+    tl.store(shift_ptr + row, shift)
+    tl.store(sum_exp_ptr + row, sum_exp)
+    if entropy_ptr is not None:
+        tl.store(entropy_ptr + row, log_sum - s_shift / sum_exp)
+    if mean_logits_ptr is not None:
+        tl.store(mean_logits_ptr + row, s_logit / V)
+    if is_top1_ptr is not None:
+        tl.store(is_top1_ptr + row, whole & (first == target))
+    if log_sum_sq_probs_ptr is not None:
+        tl.store(log_sum_sq_probs_ptr + row, tl.log(s_square) - 2.0 * log_sum)
+    if whole:
+        patched = (tl.exp(z_target - shift) - sum_exp) * slope_target
+        tl.store(exp_row_ptr + target * stride_exp_v, patched.to(exp_ptr.dtype.element_ty))
+    else:
+        _fill_row(exp_row_ptr, float("nan"), stride_exp_v, V, BLOCK_V)
+
+
+def exp_rows(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    exp_out: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    stats: Sequence[str] = (),
+) -> TokenLogprobs:
+    """:func:`token_logprobs.token_logprobs` with E, from one read of the logits where the guess of the shift is good.
+
+    Args:
+        logits, targets, bias, logit_scale, softcap, temperature, ignore_index, stats: as there.
+        exp_out: (N, V) float32 or bfloat16, any strides, no byte of it shared with the logits: receives E.
+
+    Returns:
+        :class:`TokenLogprobs`; row_max is the shift c, at most LIMIT below the row's largest z, and sum_exp is
+        Σ exp(z − c): what token_logprobs_grad takes, and the S of this E.
+
+    Raises:
+        ValueError: a shape, dtype, device, option or name of a statistic is not as there, or E shares the logits'
+            storage.
+    """
+    _check_rows(logits, targets, bias)
+    scale, cap = _scales(logit_scale, softcap, temperature)
+    _check_stats(stats)
+    check_tensor("exp_out", exp_out, logits.shape, (torch.float32, torch.bfloat16), logits.device)
+    if exp_out.untyped_storage().data_ptr() == logits.untyped_storage().data_ptr() and logits.numel():
+        raise ValueError(
+            "exp_out: expected a storage of its own, got the logits': use token_logprobs, which may overwrite them"
+        )
+    N, V = logits.shape
+    result = _empty_result(logits, stats)
+    if N == 0:
+        return result
+    tile = row_tile(V, backend_of(logits))
+    with launch_guard(_exp_rows_kernel, logits, "logits"):
+        _exp_rows_kernel[(N,)](
+            logits,
+            bias.contiguous() if bias is not None else None,
+            targets.contiguous(),
+            result.logps,
+            result.row_max,
+            result.sum_exp,
+            *(result.stats.get(name) for name in STATS),
+            exp_out,
+            *logits.stride(),
+            *exp_out.stride(),
+            V,
+            ignore_index,
+            scale,
+            cap,
+            BLOCK_V=tile.BLOCK_V,
+            num_warps=tile.num_warps,
+            **COMPILE_OPTIONS,
+        )
+    return result
