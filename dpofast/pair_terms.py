@@ -47,12 +47,12 @@ class Tokens:
 
     def positions(self) -> Tensor:
         """(N,) int32: how many counted targets of its sequence stand before each target."""
-        before = self.is_token().cumsum(0, dtype=torch.int32)
-        before = before - self.is_token().int()
-        starts = self.cu_targets[:-1].long().clamp(max=max(len(before) - 1, 0)).to(before.device, non_blocking=True)
-        if len(before) == 0:
-            return before
-        return before - spread(before[starts], self.cu_targets, len(before))
+        counted = self.is_token().int()
+        before = counted.cumsum(0, dtype=torch.int32) - counted
+        # an empty sequence at the end starts where nothing is, and has no target to ask
+        starts = self.cu_targets[:-1].long().to(before.device, non_blocking=True)
+        padded = torch.nn.functional.pad(before, (0, 1))
+        return before - spread(padded[starts], self.cu_targets, len(before))
 
 
 @dataclass(frozen=True)

@@ -126,6 +126,7 @@ class DPOTrainer(Trainer):
         )
         if self.loss.bco_delta == "running_mean":
             self.add_callback(RunningRewards())
+            self.args.restore_callback_states_from_checkpoint = True
         on_cpu = args.device.type == "cpu"
         self.max_tokens = args.max_tokens or (_MAX_TOKENS_CPU if on_cpu else _MAX_TOKENS_GPU)
         self.max_forward_tokens = min(self.max_tokens, _FORWARD_TOKENS_CPU) if on_cpu else self.max_tokens
@@ -361,7 +362,8 @@ class DPOTrainer(Trainer):
         if "row" in dataset.column_names:
             return dataset
         tokens = self._tokenized(dataset, name)
-        return self._with_reference(tokens, name) if self.args.precompute_ref_log_probs else tokens
+        precompute = self.args.precompute_ref_log_probs and self.loss.needs_reference
+        return self._with_reference(tokens, name) if precompute else tokens
 
     @torch.no_grad()
     def evaluation_loop(

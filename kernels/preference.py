@@ -227,8 +227,8 @@ def _preference_sigmoid_ld_kernel(
     NORMALIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    # As above, with sums that differ from pair to pair. Coefficients of tokens are added up in global memory: no other
-    # program touches these, and each element stays with one thread.
+    # As above, with sums that differ from pair to pair. Coefficients of tokens are added up in global memory, where no
+    # other program touches them.
     sequence = tl.program_id(0).to(tl.int64)
     length = tl.load(lengths_ptr + sequence)
     begin = tl.load(cu_targets_ptr + sequence)
@@ -264,6 +264,8 @@ def _preference_sigmoid_ld_kernel(
             total = tl.load(coefficients_ptr + rows, mask=offs_n < stop, other=0.0)
             total += tl.where(position < shared, coefficient, ld_alpha * coefficient)
             tl.store(coefficients_ptr + rows, total, mask=offs_n < stop)
+        # The next pair reads them again, perhaps by other threads.
+        tl.debug_barrier()
 
 
 def preference_sigmoid(
