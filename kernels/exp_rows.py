@@ -26,21 +26,21 @@ import torch
 import triton
 import triton.language as tl
 
-from .tiles import COMPILE_OPTIONS, backend_of, check_tensor, launch_guard, row_tile
-from .token_logprobs import (
+from .row_parts import (
     LOWEST,
     STATS,
     TokenLogprobs,
-    _check_rows,
-    _check_stats,
-    _clip,
-    _empty_result,
-    _fill_row,
-    _raw_logits,
-    _scaled_logits,
-    _scales,
-    _store_ignored,
+    check_rows,
+    check_stats,
+    clip,
+    empty_result,
+    fill_row,
+    raw_logits,
+    scaled_logits,
+    scales,
+    store_ignored,
 )
+from .tiles import COMPILE_OPTIONS, backend_of, check_tensor, launch_guard, row_tile
 
 # Nats between the guess and the row's maximum above which a row is done again.
 LIMIT = tl.constexpr(16.0)
@@ -75,14 +75,14 @@ def _exp_pass(
         for start in range(MASKED * V_main, V if MASKED else V_main, BLOCK_V):
             offs_v = start + tl.arange(0, BLOCK_V)
             mask_v = offs_v < V
-            x = _raw_logits(row_ptr, bias_ptr, offs_v, mask_v, stride_v, MASKED)
-            z, slope = _scaled_logits(x, scale, cap)
+            x = raw_logits(row_ptr, bias_ptr, offs_v, mask_v, stride_v, MASKED)
+            z, slope = scaled_logits(x, scale, cap)
             if MASKED:
                 z = tl.where(mask_v, z, -float("inf"))
             e = tl.exp(z - shift)
             s += e
             if ENTROPY:
-                s_shift += _clip(z - shift) * e
+                s_shift += clip(z - shift) * e
             if SQUARES:
                 s_square += e * e
             if MEAN:
@@ -131,23 +131,23 @@ def _exp_rows_kernel(
     target = tl.load(targets_ptr + row).to(tl.int64)
 
     if target == ignore_index:
-        _store_ignored(
+        store_ignored(
             row, logps_ptr, shift_ptr, sum_exp_ptr, entropy_ptr, mean_logits_ptr, is_top1_ptr, log_sum_sq_probs_ptr
         )
-        _fill_row(exp_row_ptr, 0.0, stride_exp_v, V, BLOCK_V)
+        fill_row(exp_row_ptr, 0.0, stride_exp_v, V, BLOCK_V)
         return
 
     in_range = (target >= 0) & (target < V)
     x_target = tl.load(row_ptr + target * stride_logits_v, mask=in_range, other=float("nan")).to(tl.float32)
     if bias_ptr is not None:
         x_target += tl.load(bias_ptr + target, mask=in_range, other=0.0).to(tl.float32)
-    z_target, slope_target = _scaled_logits(x_target, scale, cap)
+    z_target, slope_target = scaled_logits(x_target, scale, cap)
 
     offs_v = tl.arange(0, BLOCK_V)
-    x = _raw_logits(row_ptr, bias_ptr, offs_v, offs_v < V, stride_logits_v, True)
-    z = tl.where(offs_v < V, _scaled_logits(x, scale, cap)[0], LOWEST)
+    x = raw_logits(row_ptr, bias_ptr, offs_v, offs_v < V, stride_logits_v, True)
+    z = tl.where(offs_v < V, scaled_logits(x, scale, cap)[0], LOWEST)
     # Triton's maximum drops NaN; finite, so that z − c is never −inf − (−inf).
-    shift = _clip(tl.maximum(tl.max(z, 0), z_target))
+    shift = clip(tl.maximum(tl.max(z, 0), z_target))
 
     row_max, sum_exp, s_shift, s_square, s_logit, first = _exp_pass(
         exp_row_ptr,
@@ -203,7 +203,7 @@ def _exp_rows_kernel(
         patched = (tl.exp(z_target - shift) - sum_exp) * slope_target
         tl.store(exp_row_ptr + target * stride_exp_v, patched.to(exp_ptr.dtype.element_ty))
     else:
-        _fill_row(exp_row_ptr, float("nan"), stride_exp_v, V, BLOCK_V)
+        fill_row(exp_row_ptr, float("nan"), stride_exp_v, V, BLOCK_V)
 
 
 def exp_rows(
@@ -232,16 +232,16 @@ def exp_rows(
         ValueError: a shape, dtype, device, option or name of a statistic is not as there, or E shares the logits'
             storage.
     """
-    _check_rows(logits, targets, bias)
-    scale, cap = _scales(logit_scale, softcap, temperature)
-    _check_stats(stats)
+    check_rows(logits, targets, bias)
+    scale, cap = scales(logit_scale, softcap, temperature)
+    check_stats(stats)
     check_tensor("exp_out", exp_out, logits.shape, (torch.float32, torch.bfloat16), logits.device)
     if exp_out.untyped_storage().data_ptr() == logits.untyped_storage().data_ptr() and logits.numel():
         raise ValueError(
             "exp_out: expected a storage of its own, got the logits': use token_logprobs, which may overwrite them"
         )
     N, V = logits.shape
-    result = _empty_result(logits, stats)
+    result = empty_result(logits, stats)
     if N == 0:
         return result
     tile = row_tile(V, backend_of(logits))

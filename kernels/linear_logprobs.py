@@ -27,8 +27,8 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .linear_tiles import LinearTile, architecture_of, linear_tile, takes_descriptors, vocab_splits
+from .row_parts import FLOAT_DTYPES, LOWEST, scaled_logits, scales
 from .tiles import COMPILE_OPTIONS, check_tensor, launch_guard
-from .token_logprobs import FLOAT_DTYPES, LOWEST, _scaled_logits, _scales
 
 # Where the device does not tell (XPU): an H100's.
 _CACHE_BYTES = 50 << 20
@@ -103,7 +103,7 @@ def _fold_tile(
             acc += tl.load(bias_ptr + offs_v, mask=offs_v < V, other=0.0).to(tl.float32)[None, :]
         else:
             acc += tl.load(bias_ptr + offs_v).to(tl.float32)[None, :]
-    z = _scaled_logits(acc, scale, cap)[0]
+    z = scaled_logits(acc, scale, cap)[0]
     if MASKED:
         z = tl.where((offs_v < V)[None, :], z, -float("inf"))
     m_new = tl.maximum(m, tl.max(z, 1))
@@ -238,7 +238,7 @@ def _merge_splits_kernel(
     x_target = tl.sum(lanes, 0)
     if bias_ptr is not None:
         x_target += tl.load(bias_ptr + safe_target).to(tl.float32)
-    z_target = _scaled_logits(x_target, scale, cap)[0]
+    z_target = scaled_logits(x_target, scale, cap)[0]
 
     offs_s = tl.arange(0, BLOCK_S)
     mask_s = offs_s < splits
@@ -332,7 +332,7 @@ def linear_logprobs(
             multiples of 16 bytes, or the tensors are on the CPU and Triton is not in interpreter mode.
     """
     _check(hidden, weight, targets, bias)
-    scale, cap = _scales(logit_scale, softcap, temperature)
+    scale, cap = scales(logit_scale, softcap, temperature)
     if splits is not None and splits < 1:
         raise ValueError(f"splits: expected None or a number from 1 on, got {splits!r}")
     hidden, weight = (rows if rows.stride(1) == 1 else rows.contiguous() for rows in (hidden, weight))

@@ -18,114 +18,28 @@ gradient. Rows whose target is ignored read nothing. exp_rows.py writes E from o
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
+from .row_parts import (
+    FLOAT_DTYPES,
+    LOWEST,
+    STATS,
+    TokenLogprobs,
+    check_rows,
+    check_stats,
+    clip,
+    empty_result,
+    fill_row,
+    raw_logits,
+    scaled_logits,
+    scales,
+    store_ignored,
+)
 from .tiles import COMPILE_OPTIONS, backend_of, check_tensor, launch_guard, row_tile
-
-STATS = ("entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
-
-FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-# The running maximum starts here and not at −inf, so that z − m is never −inf − (−inf) = NaN for a masked entry.
-LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
-
-
-class TokenLogprobs(NamedTuple):
-    """Per-row results of :func:`token_logprobs`; all (N,) float32 but ``stats["is_top1"]``, which is bool.
-
-    Attributes:
-        logps: log-probability of the target in nats; 0 where ignored.
-        row_max: m, the row's largest z; 0 where ignored, NaN in a broken row or where the target is out of range.
-        sum_exp: S = Σ exp(z − m); 1 where ignored.
-        stats: the statistics that were asked for, by name.
-    """
-
-    logps: torch.Tensor
-    row_max: torch.Tensor
-    sum_exp: torch.Tensor
-    stats: dict[str, torch.Tensor]
-
-
-@triton.jit
-def _tanh(u):
-    """tanh(u) and its derivative 1 − tanh²(u), both to float32 accuracy at every u.
-
-    With e = exp(−2|u|): tanh = ±(1 − 2e/(1 + e)) and 1 − tanh² = 4e/(1 + e)², which does not cancel where tanh is near
-    1. Where tanh is near 0 its first form cancels: there a polynomial stands (minimax, relative error 1e-9).
-    """
-    e = tl.exp(-2.0 * tl.abs(u))
-    r = 1.0 / (1.0 + e)
-    far = 1.0 - 2.0 * e * r
-    t = u * u
-    series = 2.1071678e-2 + t * -6.2742396e-3
-    series = -3.3333316e-1 + t * (1.3332586e-1 + t * (-5.3852309e-2 + t * series))
-    near = u + u * (t * series)
-    tanh = tl.where(tl.abs(u) < 0.55, near, tl.where(u < 0.0, -far, far))
-    return tanh, 4.0 * e * r * r
-
-
-@triton.jit
-def _raw_logits(row_ptr, bias_ptr, offs_v, mask_v, stride_v, MASKED: tl.constexpr):
-    """x + b in float32. A masked lane holds −inf + 0; only the tail tile is masked, for masks cost 16-byte loads."""
-    if MASKED:
-        x = tl.load(row_ptr + offs_v.to(tl.int64) * stride_v, mask=mask_v, other=-float("inf")).to(tl.float32)
-        if bias_ptr is not None:
-            x += tl.load(bias_ptr + offs_v, mask=mask_v, other=0.0).to(tl.float32)
-    else:
-        x = tl.load(row_ptr + offs_v.to(tl.int64) * stride_v).to(tl.float32)
-        if bias_ptr is not None:
-            x += tl.load(bias_ptr + offs_v).to(tl.float32)
-    return x
-
-
-@triton.jit
-def _scaled_logits(x, scale, cap):
-    """z and the softcap's factor of dz/dx: z = x·scale where cap is None, else cap·tanh(x·scale)."""
-    z = x * scale
-    slope = 1.0
-    if cap is not None:
-        tanh, slope = _tanh(z)
-        z = tanh * cap
-    return z, slope
-
-
-@triton.jit
-def _clip(x):
-    """x with ±inf made finite: the factor of a term whose other factor is 0 (0 · inf would be NaN)."""
-    return tl.minimum(tl.maximum(x, LOWEST), -LOWEST)
-
-
-@triton.jit
-def _fill_row(out_ptr, value, stride_v, V, BLOCK_V: tl.constexpr):
-    """One value in a whole row; 0 does not come from a product, since an ignored row may hold NaN."""
-    for start in range(0, V, BLOCK_V):
-        offs_v = start + tl.arange(0, BLOCK_V)
-        values = tl.full((BLOCK_V,), value, out_ptr.dtype.element_ty)
-        tl.store(out_ptr + offs_v.to(tl.int64) * stride_v, values, mask=offs_v < V)
-
-
-@triton.jit
-def _store_ignored(
-    row, logps_ptr, row_max_ptr, sum_exp_ptr, entropy_ptr, mean_logits_ptr, is_top1_ptr, log_sum_sq_probs_ptr
-):
-    """What an ignored row results in."""
-    tl.store(logps_ptr + row, 0.0)
-    tl.store(row_max_ptr + row, 0.0)
-    tl.store(sum_exp_ptr + row, 1.0)
-    if entropy_ptr is not None:
-        tl.store(entropy_ptr + row, 0.0)
-    if mean_logits_ptr is not None:
-        tl.store(mean_logits_ptr + row, 0.0)
-    if is_top1_ptr is not None:
-        tl.store(is_top1_ptr + row, False)
-    if log_sum_sq_probs_ptr is not None:
-        tl.store(log_sum_sq_probs_ptr + row, 0.0)
 
 
 @triton.jit
@@ -155,8 +69,8 @@ def _gradient_row(
         for start in range(MASKED * V_main, V if MASKED else V_main, BLOCK_V):
             offs_v = start + tl.arange(0, BLOCK_V)
             mask_v = offs_v < V
-            x = _raw_logits(row_ptr, bias_ptr, offs_v, mask_v, stride_v, MASKED)
-            z, slope = _scaled_logits(x, scale, cap)
+            x = raw_logits(row_ptr, bias_ptr, offs_v, mask_v, stride_v, MASKED)
+            z, slope = scaled_logits(x, scale, cap)
             e = tl.exp(z - row_max)
             out = coefficient * (tl.where(offs_v == target, e - sum_exp, e) * slope)
             out = out.to(out_ptr.dtype.element_ty)
@@ -197,11 +111,11 @@ def _token_logprobs_kernel(
     target = tl.load(targets_ptr + row).to(tl.int64)
 
     if target == ignore_index:
-        _store_ignored(
+        store_ignored(
             row, logps_ptr, row_max_ptr, sum_exp_ptr, entropy_ptr, mean_logits_ptr, is_top1_ptr, log_sum_sq_probs_ptr
         )
         if exp_ptr is not None:
-            _fill_row(exp_ptr + row * stride_exp_n, 0.0, stride_exp_v, V, BLOCK_V)
+            fill_row(exp_ptr + row * stride_exp_n, 0.0, stride_exp_v, V, BLOCK_V)
         return
 
     m = tl.full((BLOCK_V,), LOWEST, tl.float32)
@@ -215,8 +129,8 @@ def _token_logprobs_kernel(
         for start in range(MASKED * V_main, V if MASKED else V_main, BLOCK_V):
             offs_v = start + tl.arange(0, BLOCK_V)
             mask_v = offs_v < V
-            x = _raw_logits(row_ptr, bias_ptr, offs_v, mask_v, stride_logits_v, MASKED)
-            z = _scaled_logits(x, scale, cap)[0]
+            x = raw_logits(row_ptr, bias_ptr, offs_v, mask_v, stride_logits_v, MASKED)
+            z = scaled_logits(x, scale, cap)[0]
             if MASKED:
                 z = tl.where(mask_v, z, -float("inf"))
             # One exponential an entry: e rescales the old sums where z is a new maximum, and is z's own term elsewhere.
@@ -225,7 +139,7 @@ def _token_logprobs_kernel(
             rises = delta > 0.0
             if entropy_ptr is not None:
                 # s_shift = Σ (z − m) exp(z − m); every past z − m shrinks by delta when the maximum rises.
-                step = _clip(delta)
+                step = clip(delta)
                 s_shift = tl.where(rises, e * (s_shift - step * s), s_shift + step * e)
             if log_sum_sq_probs_ptr is not None:
                 s_square = tl.where(rises, s_square * e * e + 1.0, s_square + e * e)
@@ -241,7 +155,7 @@ def _token_logprobs_kernel(
     x_target = tl.load(row_ptr + target * stride_logits_v, mask=in_range, other=float("nan")).to(tl.float32)
     if bias_ptr is not None:
         x_target += tl.load(bias_ptr + target, mask=in_range, other=0.0).to(tl.float32)
-    z_target = _scaled_logits(x_target, scale, cap)[0]
+    z_target = scaled_logits(x_target, scale, cap)[0]
 
     row_max = tl.max(m, 0)
     delta = m - row_max
@@ -254,7 +168,7 @@ def _token_logprobs_kernel(
     tl.store(row_max_ptr + row, row_max)
     tl.store(sum_exp_ptr + row, sum_exp)
     if entropy_ptr is not None:
-        tl.store(entropy_ptr + row, log_sum - tl.sum(e * (s_shift + _clip(delta) * s), 0) / sum_exp)
+        tl.store(entropy_ptr + row, log_sum - tl.sum(e * (s_shift + clip(delta) * s), 0) / sum_exp)
     if mean_logits_ptr is not None:
         tl.store(mean_logits_ptr + row, tl.sum(s_logit, 0) / V)
     if is_top1_ptr is not None:
@@ -303,7 +217,7 @@ def _token_logprobs_grad_kernel(
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets_ptr + row).to(tl.int64)
     if target == ignore_index:
-        _fill_row(out_ptr + row * stride_out_n, 0.0, stride_out_v, V, BLOCK_V)
+        fill_row(out_ptr + row * stride_out_n, 0.0, stride_out_v, V, BLOCK_V)
         return
     sum_exp = tl.load(sum_exp_ptr + row)
     _gradient_row(
@@ -321,43 +235,6 @@ def _token_logprobs_grad_kernel(
         cap,
         BLOCK_V,
     )
-
-
-def _check_rows(logits: torch.Tensor, targets: torch.Tensor, bias: torch.Tensor | None) -> None:
-    if logits.dim() != 2 or logits.shape[1] == 0 or logits.dtype not in FLOAT_DTYPES:
-        raise ValueError(
-            f"logits: expected (N, V) with V >= 1 in float32, bfloat16 or float16, got {tuple(logits.shape)} "
-            f"{logits.dtype}; flatten leading dimensions, and use the reference for float64"
-        )
-    check_tensor("targets", targets, logits.shape[:1], (torch.int64,), logits.device)
-    if bias is not None:
-        check_tensor("bias", bias, logits.shape[1:], FLOAT_DTYPES, logits.device)
-
-
-def _check_stats(stats: Sequence[str]) -> None:
-    unknown = [name for name in stats if name not in STATS]
-    if unknown:
-        raise ValueError(f"stats: expected names among {', '.join(STATS)}, got {', '.join(map(repr, unknown))}")
-
-
-def _empty_result(logits: torch.Tensor, stats: Sequence[str]) -> TokenLogprobs:
-    def per_row(dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.empty(logits.shape[0], dtype=dtype, device=logits.device)
-
-    values = {name: per_row(torch.bool if name == "is_top1" else torch.float32) for name in stats}
-    return TokenLogprobs(per_row(), per_row(), per_row(), values)
-
-
-def _scales(logit_scale: float, softcap: float | None, temperature: float) -> tuple[float, float | None]:
-    """(scale, cap) of _scaled_logits."""
-    if not math.isfinite(logit_scale):
-        raise ValueError(f"logit_scale: expected a finite number, got {logit_scale!r}")
-    for name, value in (("temperature", temperature), ("softcap", 1.0 if softcap is None else softcap)):
-        if not 0.0 < value < math.inf:
-            raise ValueError(f"{name}: expected a finite number above 0, got {value!r}")
-    if softcap is None:
-        return logit_scale / temperature, None
-    return logit_scale / softcap, softcap / temperature
 
 
 def token_logprobs(
@@ -398,9 +275,9 @@ def token_logprobs(
     Raises:
         ValueError: a shape, dtype, device, option or name of a statistic is not as above, or E might overflow.
     """
-    _check_rows(logits, targets, bias)
-    scale, cap = _scales(logit_scale, softcap, temperature)
-    _check_stats(stats)
+    check_rows(logits, targets, bias)
+    scale, cap = scales(logit_scale, softcap, temperature)
+    check_stats(stats)
     N, V = logits.shape
     if exp_out is not None:
         check_tensor("exp_out", exp_out, logits.shape, FLOAT_DTYPES, logits.device)
@@ -410,7 +287,7 @@ def token_logprobs(
                 f"exp_scale: expected a power of two in (0, {largest:g} / V], for E to fit {exp_out.dtype}, got "
                 f"{exp_scale!r} at V = {V}; divide the row's coefficient by what you pass"
             )
-    result = _empty_result(logits, stats)
+    result = empty_result(logits, stats)
     if N == 0:
         return result
     tile = row_tile(V, backend_of(logits))
@@ -469,13 +346,13 @@ def token_logprobs_grad(
     Raises:
         ValueError: a shape, dtype, device or option is not as above.
     """
-    _check_rows(logits, targets, bias)
+    check_rows(logits, targets, bias)
     N, V = logits.shape
     check_tensor("row_max", row_max, (N,), (torch.float32,), logits.device)
     check_tensor("sum_exp", sum_exp, (N,), (torch.float32,), logits.device)
     check_tensor("grad_logps", grad_logps, (N,), FLOAT_DTYPES, logits.device)
     check_tensor("out", out, (N, V), FLOAT_DTYPES, logits.device)
-    scale, cap = _scales(logit_scale, softcap, temperature)
+    scale, cap = scales(logit_scale, softcap, temperature)
     if N == 0:
         return out
     tile = row_tile(V, backend_of(logits))

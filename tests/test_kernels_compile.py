@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from bench import kernel_report
-from dpofast.kernels import linear_logprobs, preference, token_logprobs
+from dpofast.kernels import exp_rows, linear_logprobs, preference, token_logprobs
 from dpofast.kernels.aot import TARGETS, aot_cases
 from dpofast.kernels.linear_tiles import ARCHITECTURES, linear_tile, takes_descriptors
 from dpofast.kernels.tiles import row_tile
@@ -35,6 +35,7 @@ def compile_everything():
     cu_targets = torch.tensor([0, 1], dtype=torch.int32)
     for launch in (
         lambda: token_logprobs.token_logprobs(ones[None], ones.long()),
+        lambda: exp_rows.exp_rows(ones[None], ones.long(), exp_out=ones[None].clone()),
         lambda: token_logprobs.token_logprobs_grad(ones[None], ones.long(), ones, ones, ones, out=ones[None]),
         lambda: linear_logprobs.linear_logprobs(ones[None], ones[None], ones.long()),
         lambda: preference.preference_sigmoid(ones, cu_targets, adjacency, beta=0.1),
@@ -95,6 +96,12 @@ def test_rows_are_read_and_written_16_bytes_at_a_time(report, target):
     # A vocabulary that no 16 divides costs only the tail its wide accesses (and the zeros theirs).
     ragged = facts["logps fp32, E bf16, ragged V x2048"]
     assert ragged["wide_loads"] == 4 and ragged["wide_stores"] == 1
+    # From one read: the tile of the guess, then main loop and tail of the pass, and of the pass that does a row again.
+    assert facts["one read fp32, E bf16 x2048"]["wide_loads"] == 2 + 2 * 4
+    # Beside the passes' stores, the zeros of an ignored row and the NaN of a broken one.
+    assert facts["one read fp32, E bf16 x2048"]["wide_stores"] == 2 * 2 + 2
+    ragged = facts["one read fp32, E bf16, ragged V x2048"]
+    assert ragged["wide_loads"] == 2 * 2 and ragged["wide_stores"] == 2
 
 
 @pytest.mark.parametrize("target", NVIDIA)
@@ -110,6 +117,15 @@ def test_in_place_rows_read_the_target_before_any_warp_overwrites_it(report, tar
     # The one 16-bit load is the target's logit; the 16-byte stores before the barrier are the zeros of an ignored row.
     assert accesses.index("LDG.E.U16") < barrier
     assert max(i for i, access in enumerate(accesses) if access == "STG.E.128") > barrier
+
+
+@pytest.mark.parametrize("target", NVIDIA)
+def test_the_targets_entry_of_e_is_stored_after_its_tile(report, target):
+    accesses = report[target]["one read fp32, E bf16 x2048"]["accesses"]
+    # The one 16-bit store is the target's; the loads of the last pass end before the last stores of a tile.
+    target_store = accesses.index("STG.E.U16")
+    last_tile = accesses.index("STG.E.128", max(i for i, access in enumerate(accesses) if access == "LDG.E.128"))
+    assert "BAR.SYNC" in accesses[last_tile:target_store]
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -177,6 +193,7 @@ def test_predictions_are_the_bytes_and_operations_over_the_rates():
     logits = 8192 * 128_256
     assert predicted["logps fp32 x2048"].seconds == pytest.approx(4 * logits / 3e12)
     assert predicted["logps fp32, E bf16 x2048"].seconds == pytest.approx(10 * logits / 3e12)
+    assert predicted["one read fp32, E bf16 x2048"].seconds == pytest.approx(6 * logits / 3e12)
     assert predicted["gradient bf16 x2048"].seconds == pytest.approx(4 * logits / 3e12)
     head = predicted["linear bf16 128x256x64"]
     assert 1.0 <= head.seconds / (2 * 4096 * logits / 800e12) < 1.05 and "6 splits" in head.formula

@@ -5,53 +5,12 @@ import math
 import pytest
 import torch
 from close import assert_same
+from row_cases import FLOATS, OPTIONS, assert_as_good_as_torch, make_bias, rows, store_error, truth
 
-from dpofast import reference
 from dpofast.kernels.token_logprobs import STATS, token_logprobs, token_logprobs_grad
 
 # The interpreter is numpy, which warns about infinities in lanes that a mask or a where discards.
 pytestmark = [pytest.mark.usefixtures("nan_empty"), pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")]
-
-IGNORED = -100
-OPTIONS = {
-    "plain": {},
-    "bias": {"bias": True},
-    "softcap": {"softcap": 5.0},
-    "all": {"bias": True, "softcap": 30.0, "logit_scale": 1.7, "temperature": 0.6},
-}
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def rows(n, v, device, dtype=torch.float32, scale=3.0):
-    """Logits, targets (the second row ignored) and an upstream gradient that is not 1."""
-    logits = (torch.randn(n, v) * scale).to(device, dtype)
-    targets = torch.randint(0, v, (n,))
-    targets[1:2] = IGNORED
-    return logits, targets.to(device), torch.randn(n).to(device)
-
-
-def make_bias(options, v, device):
-    return {**options, "bias": torch.randn(v).to(device)} if options.get("bias") else options
-
-
-def truth(logits, targets, upstream, dtype, *, bias=None, **scales):
-    """The same by autograd through the reference in dtype: E is the unit gradient without its row factor."""
-    x = logits.to(dtype).requires_grad_()
-    z = reference.scaled_logits(x if bias is None else x + bias.to(dtype), **scales)
-    logps = reference.logprobs(z, targets)
-    (unit,) = torch.autograd.grad(logps.sum(), x, retain_graph=True)
-    (grad,) = torch.autograd.grad(logps, x, upstream.to(dtype))
-    z, keep = z.detach(), targets != IGNORED
-    sum_exp = torch.where(keep, (z - z.amax(1, keepdim=True)).exp().sum(1), 1.0)
-    factor = scales.get("logit_scale", 1.0) / scales.get("temperature", 1.0)
-    return {
-        "logps": logps.detach(),
-        "row_max": torch.where(keep, z.amax(1), 0.0),
-        "sum_exp": sum_exp,
-        "exp": unit * -(sum_exp / factor)[:, None],
-        "grad": grad,
-        **reference.token_statistics(z, targets),
-    }
 
 
 def kernel(logits, targets, upstream, out_dtype=torch.float32, **options):
@@ -63,37 +22,6 @@ def kernel(logits, targets, upstream, out_dtype=torch.float32, **options):
     )
     scalars = {"logps": result.logps, "row_max": result.row_max, "sum_exp": result.sum_exp}
     return {**scalars, "exp": exp_out, "grad": grad, **result.stats}
-
-
-def assert_as_good_as_torch(got, exact, framework):
-    """Error against float64 within twice float32 torch's own, plus two roundings of the largest z and of the value.
-
-    z is a float32 wherever it is computed, so its last bits are an error in nats, and a relative one of what is exp(z).
-    """
-    assert got.keys() == exact.keys()
-    rounding = 2.0**-22
-    z_max = exact["row_max"].abs().max()
-    for name, value in got.items():
-        if name == "is_top1":
-            assert torch.equal(value, exact[name]), name
-            continue
-        assert value.dtype == torch.float32, name
-        error = (value.double() - exact[name]).abs().max()
-        own = (framework[name].double() - exact[name]).abs().max()
-        size = exact[name].abs().max()
-        floor = rounding * ((z_max + 1) * size if name in ("sum_exp", "exp", "grad") else z_max + size)
-        assert error <= 2 * own + floor, f"{name}: error {error:.3g}, torch's {own:.3g}, floor {floor:.3g}"
-
-
-def store_error(dtype, device):
-    """Relative error of one store: half an ulp, but the interpreter truncates to bfloat16, which is a whole one.
-
-    On a GPU what is stored may differ as well (close.assert_same).
-    """
-    epsilon = torch.finfo(dtype).eps
-    if device.type != "cpu":
-        return epsilon / 2 + 2.0**-20
-    return epsilon if dtype == torch.bfloat16 else epsilon / 2
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,156 @@
+"""What the row kernels share: the maps from logits to z, tile by tile, and the checks of their launchers.
+
+Symbols are those of token_logprobs.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from .tiles import check_tensor
+
+STATS = ("entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# The running maximum starts here and not at −inf, so that z − m is never −inf − (−inf) = NaN for a masked entry.
+LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
+
+
+class TokenLogprobs(NamedTuple):
+    """Per-row results of :func:`token_logprobs`; all (N,) float32 but ``stats["is_top1"]``, which is bool.
+
+    Attributes:
+        logps: log-probability of the target in nats; 0 where ignored.
+        row_max: m, the row's largest z; 0 where ignored, NaN in a broken row or where the target is out of range.
+        sum_exp: S = Σ exp(z − m); 1 where ignored.
+        stats: the statistics that were asked for, by name.
+    """
+
+    logps: torch.Tensor
+    row_max: torch.Tensor
+    sum_exp: torch.Tensor
+    stats: dict[str, torch.Tensor]
+
+
+@triton.jit
+def tanh(u):
+    """Hyperbolic tangent of u and its derivative 1 − tanh²(u), both to float32 accuracy at every u.
+
+    With e = exp(−2|u|): tanh = ±(1 − 2e/(1 + e)) and 1 − tanh² = 4e/(1 + e)², which does not cancel where tanh is near
+    1. Where tanh is near 0 its first form cancels: there a polynomial stands (minimax, relative error 1e-9).
+    """
+    e = tl.exp(-2.0 * tl.abs(u))
+    r = 1.0 / (1.0 + e)
+    far = 1.0 - 2.0 * e * r
+    t = u * u
+    series = 2.1071678e-2 + t * -6.2742396e-3
+    series = -3.3333316e-1 + t * (1.3332586e-1 + t * (-5.3852309e-2 + t * series))
+    near = u + u * (t * series)
+    value = tl.where(tl.abs(u) < 0.55, near, tl.where(u < 0.0, -far, far))
+    return value, 4.0 * e * r * r
+
+
+@triton.jit
+def raw_logits(row_ptr, bias_ptr, offs_v, mask_v, stride_v, MASKED: tl.constexpr):
+    """x + b in float32. A masked lane holds −inf + 0; only the tail tile is masked, for masks cost 16-byte loads."""
+    if MASKED:
+        x = tl.load(row_ptr + offs_v.to(tl.int64) * stride_v, mask=mask_v, other=-float("inf")).to(tl.float32)
+        if bias_ptr is not None:
+            x += tl.load(bias_ptr + offs_v, mask=mask_v, other=0.0).to(tl.float32)
+    else:
+        x = tl.load(row_ptr + offs_v.to(tl.int64) * stride_v).to(tl.float32)
+        if bias_ptr is not None:
+            x += tl.load(bias_ptr + offs_v).to(tl.float32)
+    return x
+
+
+@triton.jit
+def scaled_logits(x, scale, cap):
+    """z and the softcap's factor of dz/dx: z = x·scale where cap is None, else cap·tanh(x·scale)."""
+    z = x * scale
+    slope = 1.0
+    if cap is not None:
+        value, slope = tanh(z)
+        z = value * cap
+    return z, slope
+
+
+@triton.jit
+def clip(x):
+    """x with ±inf made finite: the factor of a term whose other factor is 0 (0 · inf would be NaN)."""
+    return tl.minimum(tl.maximum(x, LOWEST), -LOWEST)
+
+
+@triton.jit
+def fill_row(out_ptr, value, stride_v, V, BLOCK_V: tl.constexpr):
+    """One value in a whole row; 0 does not come from a product, since an ignored row may hold NaN."""
+    for start in range(0, V, BLOCK_V):
+        offs_v = start + tl.arange(0, BLOCK_V)
+        values = tl.full((BLOCK_V,), value, out_ptr.dtype.element_ty)
+        tl.store(out_ptr + offs_v.to(tl.int64) * stride_v, values, mask=offs_v < V)
+
+
+@triton.jit
+def store_ignored(
+    row, logps_ptr, row_max_ptr, sum_exp_ptr, entropy_ptr, mean_logits_ptr, is_top1_ptr, log_sum_sq_probs_ptr
+):
+    """What an ignored row results in."""
+    tl.store(logps_ptr + row, 0.0)
+    tl.store(row_max_ptr + row, 0.0)
+    tl.store(sum_exp_ptr + row, 1.0)
+    if entropy_ptr is not None:
+        tl.store(entropy_ptr + row, 0.0)
+    if mean_logits_ptr is not None:
+        tl.store(mean_logits_ptr + row, 0.0)
+    if is_top1_ptr is not None:
+        tl.store(is_top1_ptr + row, False)
+    if log_sum_sq_probs_ptr is not None:
+        tl.store(log_sum_sq_probs_ptr + row, 0.0)
+
+
+def check_rows(logits: torch.Tensor, targets: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """ValueError unless logits (N, V), targets (N,) and bias (V,) fit each other and the kernels."""
+    if logits.dim() != 2 or logits.shape[1] == 0 or logits.dtype not in FLOAT_DTYPES:
+        raise ValueError(
+            f"logits: expected (N, V) with V >= 1 in float32, bfloat16 or float16, got {tuple(logits.shape)} "
+            f"{logits.dtype}; flatten leading dimensions, and use the reference for float64"
+        )
+    check_tensor("targets", targets, logits.shape[:1], (torch.int64,), logits.device)
+    if bias is not None:
+        check_tensor("bias", bias, logits.shape[1:], FLOAT_DTYPES, logits.device)
+
+
+def check_stats(stats: Sequence[str]) -> None:
+    """ValueError for a name that is none of STATS."""
+    unknown = [name for name in stats if name not in STATS]
+    if unknown:
+        raise ValueError(f"stats: expected names among {', '.join(STATS)}, got {', '.join(map(repr, unknown))}")
+
+
+def empty_result(logits: torch.Tensor, stats: Sequence[str]) -> TokenLogprobs:
+    """Uninitialized results for the rows of logits."""
+
+    def per_row(dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(logits.shape[0], dtype=dtype, device=logits.device)
+
+    values = {name: per_row(torch.bool if name == "is_top1" else torch.float32) for name in stats}
+    return TokenLogprobs(per_row(), per_row(), per_row(), values)
+
+
+def scales(logit_scale: float, softcap: float | None, temperature: float) -> tuple[float, float | None]:
+    """(scale, cap) of scaled_logits; ValueError for an option that is not finite, or not above 0 where it must be."""
+    if not math.isfinite(logit_scale):
+        raise ValueError(f"logit_scale: expected a finite number, got {logit_scale!r}")
+    for name, value in (("temperature", temperature), ("softcap", 1.0 if softcap is None else softcap)):
+        if not 0.0 < value < math.inf:
+            raise ValueError(f"{name}: expected a finite number above 0, got {value!r}")
+    if softcap is None:
+        return logit_scale / temperature, None
+    return logit_scale / softcap, softcap / temperature
