@@ -86,7 +86,7 @@ def _attention_over(former: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
         **options: Any,
     ) -> tuple[Tensor, Tensor | None]:
         if packed_layout is None:
-            plain = ALL_ATTENTION_FUNCTIONS.get_interface(former, _eager_attention_of(module))
+            plain = ALL_ATTENTION_FUNCTIONS.get(former, _eager_attention_of(module))
             return plain(module, query, key, value, attention_mask, *args, **options)
         if options.get("position_bias") is not None:
             raise ValueError(f"{type(module).__name__}: packed attention has no position_bias, which this model needs")

@@ -11,7 +11,9 @@ import functools
 import inspect
 import sys
 from collections import Counter
+from collections.abc import Callable
 from contextlib import nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +30,7 @@ from dpofast.trunk import packed_trunk
 
 LEVELS = ("forward", "kernel")
 # What a model may be given beside its tokens without changing what is computed.
-_NEUTRAL = {"use_cache", "output_router_logits", "return_dict", "logits_to_keep", "output_hidden_states"}
+_NEUTRAL = {"use_cache", "return_dict", "logits_to_keep", "output_hidden_states"}
 _IGNORED = -100
 _CANARY_TOKENS = 8
 
@@ -56,6 +58,27 @@ class FusedOptions:
     def __deepcopy__(self, memo: dict[int, Any]) -> FusedOptions:
         """Immutable but for the shared counter, so a copied model keeps the same object."""
         return self
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What trl's trainer before 1.15 knows while it calls models for their logits, and a model does not.
+
+    Attributes:
+        labelled: from input_ids and attention_mask (rows, width), the mask of labelled tokens.
+        policy: the model whose statistics are read; of others only the log-probs are.
+        rows: the collator's, where it made them.
+        always: statistics that are read of every model.
+    """
+
+    labelled: Callable[[Tensor, Tensor | None], Tensor]
+    policy: Any
+    rows: PaddedRows | None = None
+    always: tuple[str, ...] = ()
+
+
+# Set while such a trainer computes its loss: every fused model that is called then answers with ScoredLogits.
+SCORING: ContextVar[Scoring | None] = ContextVar("dpofast_scoring", default=None)
 
 
 def fuse(model: Any, options: FusedOptions) -> str | None:
@@ -123,9 +146,12 @@ def _fused_class(cls: Any) -> type:
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         rows = kwargs.pop(ROWS_KEY, None)
-        if not kwargs.pop("fused_lm_head", False):
-            return cls.forward(self, *args, **kwargs)
-        return _fused_output(self, rows, args, kwargs)
+        if kwargs.pop("fused_lm_head", False):
+            return _fused_output(self, rows, args, kwargs)
+        scoring = SCORING.get()
+        if scoring is not None:
+            return _scored_output(self, rows, args, kwargs, scoring)
+        return cls.forward(self, *args, **kwargs)
 
     # generate() and Trainer read the parameters of forward; functools.wraps would also leave a link to the class's own
     # forward, which accelerate follows when it unwraps a model
@@ -142,7 +168,8 @@ def _fused_class(cls: Any) -> type:
 
 def _fused_output(model: Any, rows: PaddedRows | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """trl's FusedCausalLMOutput for labels (rows, width)."""
-    options: FusedOptions = model._dpofast_fused
+    from trl.trainer.utils import FusedCausalLMOutput
+
     labels = kwargs.pop("labels", None)
     num_items = kwargs.pop("num_items_in_batch", None)
     if kwargs.pop("shift_labels", None) is not None or labels is None:
@@ -150,34 +177,64 @@ def _fused_output(model: Any, rows: PaddedRows | None, args: tuple[Any, ...], kw
             f"{type(model).__name__}(fused_lm_head=True): expected labels, got none or shift_labels: context and "
             "sequence parallelism are not supported under patch_trl()"
         )
-    text_config = model.config.get_text_config()
-    wants_router = kwargs.pop("output_router_logits", None)
-    if wants_router is None:
-        wants_router = getattr(text_config, "output_router_logits", False)
-    stats = () if _is_reference_pass(model) else options.stats
+    stats = () if _is_reference_pass(model) else model._dpofast_fused.stats
+    grids, aux_loss = _scores(model, rows, args, kwargs, labels, stats)
+    log_probs = grids["log_probs"]
+    mask = (labels[:, 1:] != _IGNORED).to(log_probs.device)
+    loss = -log_probs.sum() / (mask.sum().clamp(min=1) if num_items is None else num_items)
+    if aux_loss is not None:
+        loss = loss + getattr(model.config.get_text_config(), "router_aux_loss_coef", 0.0) * aux_loss
+    return FusedCausalLMOutput(loss=loss, label_mask=mask, aux_loss=aux_loss, **grids)
+
+
+def _scored_output(
+    model: Any, rows: PaddedRows | None, args: tuple[Any, ...], kwargs: dict[str, Any], scoring: Scoring
+) -> Any:
+    """What trl before 1.15 reads of logits, for the labels that its trainer told."""
+    from dpofast.integrations.trl_logits import scored_output
+
+    input_ids = args[0] if args else kwargs["input_ids"]
+    labels = input_ids.masked_fill(~scoring.labelled(input_ids, kwargs.get("attention_mask")), _IGNORED)
+    stats = () if model is not scoring.policy or _is_reference_pass(model) else model._dpofast_fused.stats
+    rows = scoring.rows if rows is None else rows
+    grids, aux_loss = _scores(model, rows, args, kwargs, labels, scoring.always + stats)
+    vocab = model.get_output_embeddings().weight.shape[0]
+    return scored_output(grids, labels, aux_loss, vocab, kwargs.get("logits_to_keep"))
+
+
+def _scores(
+    model: Any,
+    rows: PaddedRows | None,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    labels: Tensor,
+    stats: tuple[str, ...],
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """(rows, width - 1) grids of log-probs and statistics by trl's names, and the balancing loss where asked for."""
+    options: FusedOptions = model._dpofast_fused
+    kwargs = {name: value for name, value in kwargs.items() if value is not None}
+    default = getattr(model.config.get_text_config(), "output_router_logits", False)
+    router = bool(kwargs.pop("output_router_logits", default))
     reason = _unpackable(model, args, kwargs, labels)
     if reason is None:
         input_ids = args[0] if args else kwargs["input_ids"]
         if rows is None or rows.shape != tuple(input_ids.shape):
             rows = PaddedRows.of(input_ids, kwargs.get("attention_mask"), labels != _IGNORED)
-        packed = rows.packed(input_ids.device, every_token=bool(wants_router))
+        packed = rows.packed(input_ids.device, every_token=router)
         if packed is not None:
-            scores, aux_loss = score_packed(model, packed, stats, options, wants_router)
-            grids = {
+            scores, aux_loss = _score_packed(model, packed, stats, options, router)
+            _count(options, rows)
+            return {
                 name: _grid(value.index_select(0, packed.source.to(value.device)), packed.cells, rows.shape)
                 for name, value in _per_token(scores)
-            }
-            _count(options, "packed", rows)
-            return _as_trl_output(model, grids, labels, aux_loss, num_items)
-        options.calls["padded: no row has a label"] += 1
-    else:
-        options.calls[f"padded: {reason}"] += 1
-    grids, aux_loss = _padded(model, rows, args, kwargs, labels, stats, options, wants_router)
-    return _as_trl_output(model, grids, labels, aux_loss, num_items)
+            }, aux_loss
+        reason = "no row has a label"
+    options.calls[f"padded: {reason}"] += 1
+    return _score_padded(model, rows, args, kwargs, labels, stats, options, router)
 
 
-def _count(options: FusedOptions, name: str, rows: PaddedRows) -> None:
-    options.calls[name] += 1
+def _count(options: FusedOptions, rows: PaddedRows) -> None:
+    options.calls["packed"] += 1
     unshared = rows.unshared_pairs()
     empty = sum(not len(labels) for labels in rows.labels)
     if unshared:
@@ -191,7 +248,7 @@ def _unpackable(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], label
     options: FusedOptions = model._dpofast_fused
     if not hasattr(model, "_unpacked_class"):
         return 'level "kernel" was asked for' if options.level == "kernel" else "the model cannot be packed"
-    given = {name for name, value in kwargs.items() if value is not None} - _NEUTRAL - {"input_ids", "attention_mask"}
+    given = kwargs.keys() - _NEUTRAL - {"input_ids", "attention_mask"}
     tokens = args[0] if args else kwargs.get("input_ids")
     if not given and len(args) <= 1 and tokens is not None and tokens.shape == labels.shape:
         return None
@@ -219,8 +276,8 @@ def _is_reference_pass(model: Any) -> bool:
     return layer is not None and (layer.disable_adapters or "ref" in layer.active_adapters)
 
 
-def score_packed(
-    model: Any, packed: PackedRows, stats: tuple[str, ...], options: FusedOptions, router: bool = False
+def _score_packed(
+    model: Any, packed: PackedRows, stats: tuple[str, ...], options: FusedOptions, router: bool
 ) -> tuple[LogprobOutput, Tensor | None]:
     """Log-probs and statistics of packed.targets (N,), and the balancing loss over every padded row's tokens."""
     trunk = packed_trunk(model, packed.batch, **({"output_router_logits": True} if router else {}))
@@ -232,7 +289,7 @@ def score_packed(
     return _head_scores(model, hidden, packed.targets, stats, options), aux_loss
 
 
-def _padded(
+def _score_padded(
     model: Any,
     rows: PaddedRows | None,
     args: tuple[Any, ...],
@@ -243,9 +300,8 @@ def _padded(
     router: bool,
 ) -> tuple[dict[str, Tensor], Tensor | None]:
     """The trunk on padded rows, the head on its labelled rows."""
-    kwargs = {**kwargs, "use_cache": False, **({"output_router_logits": True} if router else {})}
-    kwargs.pop("logits_to_keep", None)
-    trunk = model.base_model(*args, **kwargs)
+    kwargs = {name: value for name, value in kwargs.items() if name not in _NEUTRAL}
+    trunk = model.base_model(*args, **kwargs, use_cache=False, **({"output_router_logits": True} if router else {}))
     height, width = labels.shape
     if rows is None or rows.shape != (height, width):
         # waits for the device, as trl's own boolean indexing does
@@ -316,19 +372,6 @@ def _balancing_loss(model: Any, router_logits: tuple[Tensor, ...], attention_mas
     return balance(router_logits, experts, chosen, attention_mask)
 
 
-def _as_trl_output(
-    model: Any, grids: dict[str, Tensor], labels: Tensor, aux_loss: Tensor | None, num_items: Any
-) -> Any:
-    from trl.trainer.utils import FusedCausalLMOutput
-
-    log_probs = grids["log_probs"]
-    mask = (labels[:, 1:] != _IGNORED).to(log_probs.device)
-    loss = -log_probs.sum() / (mask.sum().clamp(min=1) if num_items is None else num_items)
-    if aux_loss is not None:
-        loss = loss + getattr(model.config.get_text_config(), "router_aux_loss_coef", 0.0) * aux_loss
-    return FusedCausalLMOutput(loss=loss, label_mask=mask, aux_loss=aux_loss, **grids)
-
-
 @torch.no_grad()
 def _padded_canary(model: Any) -> None:
     """The padded path against the model's own logits on random ids: an unknown scaling of the logits shows here."""
@@ -345,7 +388,7 @@ def _padded_canary(model: Any) -> None:
     model.eval()
     model._dpofast_fused = FusedOptions("kernel", "raise")
     try:
-        ours = model(input_ids=ids, attention_mask=ones, labels=ids, fused_lm_head=True).log_probs[0]
+        ours = _scores(model, None, (), {"input_ids": ids, "attention_mask": ones}, ids, ())[0]["log_probs"][0]
         theirs = padded_logprobs(model, ids, ones, completion, use_cache=False)
     finally:
         model.train(training)

@@ -144,7 +144,7 @@ class PaddedRows:
             groups.setdefault(prompt.tobytes(), {}).setdefault(self.ids[row][len(prompt) :].tobytes(), []).append(row)
         examples = [self._example(list(responses.values()), every_token) for responses in groups.values()]
         (batch,) = pack(examples)
-        sequence_of = np.zeros(len(self.ids), np.int64)  # rows left out stay at 0 and are not read
+        sequence_of = np.zeros(len(self.ids), np.int64)
         # Pair k of a group names its first branch and branch k + 1.
         pairs = iter(batch.pairs.numpy())
         for responses in groups.values():
