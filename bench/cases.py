@@ -52,8 +52,10 @@ class RandomProfile:
     layers: int = 4
 
 
-# Named by prompt length over response length.
+# Named by prompt length over response length; "medium" for trl with and without patch_trl(), at two vocabularies.
 RANDOM_PROFILES = {
+    "medium": RandomProfile(prompt_median=148, response_median=121),
+    "medium-49k": RandomProfile(prompt_median=148, response_median=121, vocab_size=49_152),
     "ratio-0.4": RandomProfile(prompt_median=60, response_median=150),
     "ratio-2": RandomProfile(prompt_median=240, response_median=120),
     "ratio-10": RandomProfile(prompt_median=600, response_median=60),
