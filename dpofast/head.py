@@ -16,7 +16,8 @@ from dpofast.gemm import accumulate_dtype, add_transposed_product, logits_into, 
 from dpofast.rows import TEMPORARY_ROWS, LogitOptions, RowResult, row_blocks, row_logprobs
 
 _ROW_MULTIPLE = 128
-SCRATCH_ROWS = 512
+# A product packs the whole head first, whatever its rows: on a CPU that costs a tenth at 512 rows, so more are taken.
+SCRATCH_ROWS, _CPU_SCRATCH_ROWS = 512, 2048
 # Rows of the (V, D) factor that are upcast together where they have to be, and where memory allows.
 _UPCAST_ROWS = 1024
 # Rows of a buffer on a GPU start 16 elements apart, or a multiple: a kernel reads them 16 bytes at a time at any V.
@@ -24,8 +25,8 @@ _COLUMN_MULTIPLE = 16
 
 
 def default_logits_bytes(device: torch.device) -> int:
-    """1 GiB on an accelerator, 256 MiB on the CPU."""
-    return 256 << 20 if device.type == "cpu" else 1 << 30
+    """1 GiB on an accelerator, 512 MiB on the CPU."""
+    return 512 << 20 if device.type == "cpu" else 1 << 30
 
 
 def exp_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -58,18 +59,20 @@ class HeadPlan:
     """How many rows of everything fit max_logits_bytes.
 
     kept_rows of E are kept at a time, scratch_rows of logits are scratch; upcast_rows of the weight and temporary_rows
-    of the vocabulary are copied at once where a product or the row work needs copies.
+    of the vocabulary are copied at once where a product or the row work needs copies; most_scratch_rows go through a
+    product at a time.
     """
 
     kept_rows: int
     scratch_rows: int
     upcast_rows: int
     temporary_rows: int
+    most_scratch_rows: int
 
     @property
     def step(self) -> int:
         """Rows that go through the scratch, or straight into the kept rows, at a time."""
-        return self.scratch_rows or even_rows(self.kept_rows, SCRATCH_ROWS)
+        return self.scratch_rows or even_rows(self.kept_rows, self.most_scratch_rows)
 
     @staticmethod
     def make(
@@ -98,6 +101,7 @@ class HeadPlan:
             vocab: V where it is not the weight's (a larger shard of another rank).
         """
         dtype, width, most = weight.dtype, weight.shape[1], max_logits_bytes
+        at_once = _CPU_SCRATCH_ROWS if weight.device.type == "cpu" else SCRATCH_ROWS
         wide, narrow = accumulate_dtype(dtype).itemsize, exp_dtype(dtype).itemsize
         columns = _columns(weight.shape[0] if vocab is None else vocab, weight.device)
         # CUDA's products widen their result themselves; E in float32 beside a float16 weight needs a copy there too.
@@ -120,15 +124,15 @@ class HeadPlan:
             )
         affordable = (most - fixed) // scratch_bytes
         if not keep:
-            return HeadPlan(0, even_rows(rows, min(affordable, SCRATCH_ROWS)), upcast, temporary)
+            return HeadPlan(0, even_rows(rows, min(affordable, at_once)), upcast, temporary, at_once)
         # Logits become E where they are, so where all rows fit there is no scratch.
         needed = rows if largest is None else largest
-        if narrow == wide and needed * kept_bytes + min(needed, SCRATCH_ROWS) * copied <= most - fixed:
-            room = (most - fixed - SCRATCH_ROWS * copied) // kept_bytes
-            return HeadPlan(min(rows, max(needed, room)), 0, upcast, temporary)
+        if narrow == wide and needed * kept_bytes + min(needed, at_once) * copied <= most - fixed:
+            room = (most - fixed - at_once * copied) // kept_bytes
+            return HeadPlan(min(rows, max(needed, room)), 0, upcast, temporary, at_once)
         scratch = even_rows(rows, min(SCRATCH_ROWS, max(1, affordable // 2)))
         kept = (most - fixed - scratch * scratch_bytes) // kept_bytes
-        return HeadPlan(min(rows, kept), scratch, upcast, temporary)
+        return HeadPlan(min(rows, kept), scratch, upcast, temporary, at_once)
 
 
 def _columns(vocab: int, device: torch.device) -> int:

@@ -121,7 +121,7 @@ def linear_logprobs(
         stats: names among "entropy", "mean_logits", "is_top1", "log_sum_sq_probs".
         process_group: weight and bias are this rank's rows of a head that is split over the vocabulary (dpofast/
             distributed.py); hidden and targets are the same on every rank. A DTensor weight brings its own.
-        max_logits_bytes: room for logits, default 1 GiB on a GPU and 256 MiB on the CPU.
+        max_logits_bytes: room for logits, default 1 GiB on a GPU and 512 MiB on the CPU.
         backend: "auto" (Triton on a GPU, chunked torch elsewhere), "triton", "torch" or "reference".
 
     Returns:

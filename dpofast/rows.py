@@ -26,6 +26,8 @@ BACKENDS = ("auto", "triton", "fused", "torch", "reference")
 FUSED_BY_DEFAULT: tuple[str, ...] = ()
 # Rows whose temporaries (softcap's derivative, a statistic's product) exist at the same time, where memory allows.
 TEMPORARY_ROWS = 32
+# What a CPU's second-level caches hold of the rows that are worked on together.
+_CACHE_BYTES = 2 << 20
 
 
 @dataclass(frozen=True)
@@ -143,11 +145,16 @@ def row_logprobs(
     """
     if uses_triton(backend):
         return _triton_rows(logits, bias, targets, options, exp_out)
-    if options.softcap is None or exp_out is None:
-        return _torch_rows(logits, bias, targets, options, exp_out, temporary_rows)
     # Softcap's derivative is a temporary as large as the rows.
-    blocks = row_blocks(len(logits), temporary_rows)
-    parts = [_torch_rows(logits[b], bias, targets[b], options, exp_out[b], temporary_rows) for b in blocks]
+    together = max(1, len(logits)) if options.softcap is None or exp_out is None else temporary_rows
+    if logits.is_cpu:  # one read from memory, the further passes from cache
+        together = min(together, max(2, _CACHE_BYTES // (logits.shape[1] * logits.element_size())))
+    if together >= len(logits):
+        return _torch_rows(logits, bias, targets, options, exp_out, temporary_rows)
+    parts = [
+        _torch_rows(logits[b], bias, targets[b], options, None if exp_out is None else exp_out[b], temporary_rows)
+        for b in row_blocks(len(logits), together)
+    ]
     stats = {name: torch.cat([part.stats[name] for part in parts]) for name in options.stats} if parts else {}
     logps, scale = (torch.cat([getattr(part, field) for part in parts]) for field in ("logps", "scale"))
     return RowResult(logps, scale, stats)

@@ -230,6 +230,7 @@ PLANS = {"none": (False, False), "frozen": (True, False), "trained": (True, True
 def engine_scaled_down(monkeypatch):
     for module, constant in (
         (head, "SCRATCH_ROWS"),
+        (head, "_CPU_SCRATCH_ROWS"),
         (head, "_ROW_MULTIPLE"),
         (head, "TEMPORARY_ROWS"),
         (head, "_UPCAST_ROWS"),
