@@ -6,7 +6,6 @@ python -m bench.gpu_tests            every test marked gpu; further arguments go
 
 import argparse
 import importlib.util
-import os
 import subprocess
 import sys
 import tempfile
@@ -36,7 +35,9 @@ def shards() -> int:
     """As many processes as cores and the GPU's memory allow."""
     import torch
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    from bench.timing import device
+
+    cores = device()["cores"]
     memory = torch.cuda.get_device_properties(0).total_memory // BYTES_PER_SHARD
     return max(1, min(MOST_SHARDS, cores // 2, memory))
 

@@ -259,8 +259,8 @@ def seen(function: Callable[[], Any], device: torch.device) -> tuple[Any, int | 
 class Truth:
     """Log-probs (N,), dh (N, D) and dW (V, D) of the plain code in float32.
 
-    own: log-probs from the product of the 16-bit tensors with a float32 result, where the device has it (CUDA). Its
-    tensor cores cut every sum to float32 at every few terms, always towards zero, so no contender can do better.
+    own: log-probs from the product of the 16-bit tensors with a float32 result, where the device has it (CUDA). Tensor
+    cores may cut a sum to float32 at every few terms, always towards zero; what that costs is no contender's fault.
     """
 
     logps: Tensor

@@ -9,6 +9,7 @@ import torch
 
 from bench import gpu, gpu_kernels, gpu_tests, head, tables
 from bench.gpu import Part, finite, main, run_here, text
+from bench.gpu_paths import no_sync
 from bench.gpu_setting import Setting, measure, one_line
 from bench.head import Problem, Truth, gate
 
@@ -131,6 +132,40 @@ def test_functions_take_turns():
     times = measure({name: lambda name=name: calls.append(name) for name in "ab"}, setting, calls=2)
     assert calls == list("abab") + list("aabb") * setting.rounds
     assert times["a"]["p20"] <= times["a"]["median"] <= times["a"]["p80"]
+
+
+def test_a_gpu_is_timed_by_its_own_clock(monkeypatch):
+    said = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            said.append("record")
+
+        def synchronize(self):
+            said.append("synchronize")
+
+        def elapsed_time(self, stop):
+            return 12.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: said.append(cycles))
+    assert head.timed(lambda: said.append("call"), torch.device("cuda"), calls=3) == pytest.approx(4e-3)
+    assert said == [2_000_000, "record", "call", "call", "call", "record", "synchronize"]
+
+
+def test_waiting_is_an_error_only_inside(monkeypatch):
+    modes = [0]
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: modes[-1])
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    with pytest.raises(KeyError), no_sync(torch.device("cuda")):
+        assert modes == [0, "error"]
+        raise KeyError
+    assert modes == [0, "error", 0]
+    with no_sync(torch.device("cpu")):
+        assert len(modes) == 3
 
 
 def test_an_error_of_the_gpu_ends_a_sweep():

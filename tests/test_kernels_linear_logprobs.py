@@ -53,7 +53,7 @@ def truth(hidden, weight, targets, dtype, *, bias=None, **scales):
 
 
 def tensor_core_error(hidden):
-    """Relative error of a 16-bit product on a GPU: a tensor core cuts its sum to float32 at every 16 terms or so."""
+    """Relative error of a 16-bit product on a GPU: a tensor core may cut its sum to float32 at every 16 terms."""
     return 2.0**-22 * hidden.shape[1] / 16 if hidden.is_cuda and hidden.dtype != torch.float32 else 0.0
 
 
