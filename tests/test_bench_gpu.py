@@ -224,12 +224,12 @@ def five_tests(tmp_path):
 
 
 def test_shards_run_every_test_once(five_tests, capfd):
-    assert gpu_tests.run(five_tests("pass"), 1, 120) == 0
+    assert gpu_tests.run(five_tests("pass"), 1, 600) == 0
     assert "shard 1/1: 5 passed" in capfd.readouterr().out
-    assert gpu_tests.run(five_tests("assert i != 4"), 2, 120) == 1
+    assert gpu_tests.run(five_tests("assert i != 4"), 2, 600) == 1
     shown = capfd.readouterr().out
     assert "shard 1/2: 2 passed" in shown and "shard 2/2: 1 failed, 2 passed" in shown and "FAILED with code 1" in shown
-    assert gpu_tests.run([*five_tests("pass"), "--shard", "3/2"], 1, 120) == 1
+    assert gpu_tests.run([*five_tests("pass"), "--shard", "3/2"], 1, 600) == 1
     assert "--shard: expected I/K with 1 <= I <= K, got '3/2'" in capfd.readouterr().out
 
 
@@ -239,10 +239,10 @@ def test_a_shard_that_hangs_is_killed(five_tests, capfd):
 
 
 def test_tests_of_the_gpu_need_one(five_tests, capfd, monkeypatch):
-    assert gpu_tests.run(["-m", "gpu", *five_tests("pass")], 1, 60) == 1
+    assert gpu_tests.run(["-m", "gpu", *five_tests("pass")], 1, 600) == 1
     assert "unset it" in capfd.readouterr().out
     monkeypatch.delenv("TRITON_INTERPRET")
-    assert gpu_tests.run(["-m", "gpu", *five_tests("pass")], 1, 60) == 1
+    assert gpu_tests.run(["-m", "gpu", *five_tests("pass")], 1, 600) == 1
     assert "-m gpu needs a CUDA device" in capfd.readouterr().out
 
 
