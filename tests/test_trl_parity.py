@@ -83,7 +83,7 @@ CASES = cases()
 @pytest.fixture(scope="module")
 def trainer(tmp_path_factory):
     """One trl trainer whose policy has left the reference."""
-    model, ref_model = tiny_model(), tiny_model()
+    model, ref_model = (tiny_model(num_hidden_layers=1) for _ in range(2))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -124,7 +124,7 @@ def packed(trainer):
     """The same policy and reference, packed: policy, batch, log-probs of the reference per token, token statistics."""
     models = []
     for model in (trainer.model, trainer.ref_model):
-        fresh = tiny_model()
+        fresh = tiny_model(num_hidden_layers=1)
         fresh.load_state_dict(copy.deepcopy(model.state_dict()))
         models.append(attach_logprob_head(fresh))
     (batch,) = pack(EXAMPLES)
