@@ -177,7 +177,7 @@ def test_loss_gradients_and_metrics_equal_trls(trainer, packed, name):
 def test_trl_ignores_label_smoothing_of_sigmoid(trainer, packed):
     smooth = {**CASES["sigmoid reverse_kl"], "label_smoothing": 0.2}
     assert trl_results(trainer, smooth)[0] == trl_results(trainer, CASES["sigmoid reverse_kl"])[0]
-    assert abs(our_results(packed, smooth)[0] - our_results(packed, CASES["sigmoid reverse_kl"])[0]) > 1e-2
+    assert abs(our_results(packed, smooth)[0] - our_results(packed, CASES["sigmoid reverse_kl"])[0]) > 1e-3
 
 
 def test_trl_accepts_a_divergence_that_does_nothing(trainer, packed):
