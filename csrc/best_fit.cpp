@@ -6,62 +6,70 @@
 namespace dpofast {
 namespace {
 
-// With two limits the tightest bin by tokens may lack room for the targets: so many are tried before a new one is
-// opened, which keeps a million items linear.
-constexpr int kTriedBins = 64;
+// One limit: the sizes of all items, and what a bin holds. `sizes` is empty where nothing is bounded.
+struct Bound {
+  const std::vector<int64_t>& sizes;
+  int64_t limit;
 
+  double share() const {
+    double sum = 0;
+    for (const int64_t size : sizes) sum += static_cast<double>(size);
+    return sum / static_cast<double>(limit);
+  }
+};
+
+// The bin of each item. Rooms are kept for the first bound; the second is checked bin by bin.
 template <typename Rooms>
-Bins best_fit_in(const Items& items, const Limits& limits, Rooms open) {
-  const int64_t count = items.count();
-  const std::vector<int64_t>& tokens = items.tokens;
-  const bool bounded = !items.targets.empty();
-  Bins bins{std::vector<int64_t>(count), {}};
-  std::vector<int64_t> target_room;
+std::vector<int64_t> best_fit_in(const Bound& first, const Bound& second, Rooms open) {
+  const int64_t count = first.sizes.size();
+  const bool bounded = !second.sizes.empty();
+  const int64_t least = *std::min_element(first.sizes.begin(), first.sizes.end());
+  std::vector<int64_t> bin_of(count), second_room;
+  int64_t bins = 0;
   for (int64_t i = 0; i < count;) {
-    const int64_t size = tokens[i];
+    const int64_t size = first.sizes[i];
     int64_t room = open.find(size), above = -1, bin = room < 0 ? -1 : open.top(room);
-    if (bounded) {
-      int tried = 0;
-      while (bin >= 0 && target_room[bin] < items.targets[i]) {
-        if (++tried == kTriedBins) {
-          bin = -1;
-          break;
-        }
-        above = bin;
-        bin = open.below(bin);
-        if (bin < 0 && (room = open.find(room + 1)) >= 0) {
-          above = -1;
-          bin = open.top(room);
-        }
+    while (bounded && bin >= 0 && second_room[bin] < second.sizes[i]) {
+      above = bin;
+      bin = open.below(bin);
+      if (bin < 0 && (room = open.find(room + 1)) >= 0) {
+        above = -1;
+        bin = open.top(room);
       }
     }
-    if (bin < 0) {
-      bin = bins.loads.size();
-      room = limits.tokens;
-      bins.loads.push_back(0);
-      if (bounded) target_room.push_back(limits.targets);
-    } else {
+    if (bin >= 0) {
       open.remove(room, above);
+    } else {
+      bin = bins++;
+      room = first.limit;
+      if (bounded) second_room.push_back(second.limit);
     }
     // The tightest bin stays the tightest for further items of the same size, until they no longer fit.
     do {
-      if (bounded) target_room[bin] -= items.targets[i];
-      bins.bin_of[i++] = bin;
-      bins.loads[bin] += size;
+      if (bounded) second_room[bin] -= second.sizes[i];
+      bin_of[i++] = bin;
       room -= size;
-    } while (!bounded && i < count && tokens[i] == size && size <= room);
-    if (bounded || room >= tokens.back()) open.push(room, bin);
+    } while (!bounded && i < count && first.sizes[i] == size && size <= room);
+    if (room >= least) open.push(room, bin);
   }
-  return bins;
+  return bin_of;
 }
 
 }  // namespace
 
 Bins best_fit(const Items& items, const Limits& limits) {
   if (items.count() == 0) return {};
-  const bool bits = limits.tokens <= BitRooms::kMaxCapacity && limits.tokens / 64 <= items.count();
-  return bits ? best_fit_in(items, limits, BitRooms(limits.tokens))
-              : best_fit_in(items, limits, TreeRooms(limits.tokens));
+  const Bound tokens{items.tokens, limits.tokens}, targets{items.targets, limits.targets};
+  // Rooms under the scarcer bound: bins that it has filled are then never looked at again.
+  const bool by_targets = targets.share() > tokens.share();
+  const Bound &first = by_targets ? targets : tokens, &second = by_targets ? tokens : targets;
+  const bool bits = first.limit <= BitRooms::kMaxCapacity && first.limit / 64 <= items.count();
+  Bins bins{
+      bits ? best_fit_in(first, second, BitRooms(first.limit)) : best_fit_in(first, second, TreeRooms(first.limit)),
+      {}};
+  bins.loads.assign(*std::max_element(bins.bin_of.begin(), bins.bin_of.end()) + 1, 0);
+  for (int64_t i = 0; i < items.count(); ++i) bins.loads[bins.bin_of[i]] += items.tokens[i];
+  return bins;
 }
 
 int64_t lower_bound(const Items& items, const Limits& limits) {

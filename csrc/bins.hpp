@@ -32,6 +32,7 @@ struct Bins {
 };
 
 // Each item into the bin with the least room for it, for items that all fit; best-fit decreasing where they descend.
+// O(n log n); with targets O(n) times the number of bins, since the tightest by one limit need not fit by the other.
 Bins best_fit(const Items& items, const Limits& limits);
 
 // Bin after bin: the largest item that fits, again and again, and for the end of the bin, where there is one, an item

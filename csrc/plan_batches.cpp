@@ -47,6 +47,7 @@ class GroupSplitter {
       piece_of_pair.push_back(open - first_piece);
     }
 
+    if (limits_.targets == kUnlimited) pieces.targets.clear();
     const Bins bins = best_fit_decreasing(pieces, room);
     const int64_t first_unit = units.count();
     std::vector<std::pair<int64_t, int64_t>> members;  // unit, branch

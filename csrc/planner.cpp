@@ -74,10 +74,32 @@ Bins in_input_order(const std::vector<int64_t>& order, const Bins& bins) {
   return result;
 }
 
+// best_fit for any number of items: with two limits, in shares of at most kEvenItems that all hold the same mixture of
+// sizes, and so waste a fraction of a bin each.
+Bins best_fit_shares(const Items& items, const Limits& limits) {
+  const int64_t count = items.count(), shares = (count + kEvenItems - 1) / kEvenItems;
+  if (items.targets.empty() || shares <= 1) return best_fit(items, limits);
+  Bins bins{std::vector<int64_t>(count), {}};
+  for (int64_t s = 0; s < shares; ++s) {
+    Items share;
+    for (int64_t i = s; i < count; i += shares) {
+      share.tokens.push_back(items.tokens[i]);
+      share.targets.push_back(items.targets[i]);
+    }
+    const Bins packed = best_fit(share, limits);
+    const int64_t first = bins.loads.size();
+    for (int64_t i = 0; i < share.count(); ++i) bins.bin_of[s + i * shares] = first + packed.bin_of[i];
+    bins.loads.insert(bins.loads.end(), packed.loads.begin(), packed.loads.end());
+  }
+  return bins;
+}
+
 // Packs descending items that all fit.
 Bins pack_fitting(const Items& items, const Limits& limits) {
   if (items.count() <= kEvenItems) return even_out(items, limits, best_fit(items, limits));
-  if (!items.targets.empty() || limits.tokens > BitRooms::kMaxCapacity) return best_fit(items, limits);
+  if (!items.targets.empty() || limits.tokens > BitRooms::kMaxCapacity) {
+    return best_fit_shares(items, limits);
+  }
   Bins exact = close_exactly(items.tokens, limits.tokens);
   const auto fewest = static_cast<size_t>(lower_bound(items, limits));
   if (exact.loads.size() == fewest) return exact;
@@ -119,7 +141,9 @@ void check_items(const Items& items) {
   check("targets", items.targets);
 }
 
-Bins best_fit_decreasing(const Items& items, const Limits& limits) { return pack_sorted(items, limits, best_fit); }
+Bins best_fit_decreasing(const Items& items, const Limits& limits) {
+  return pack_sorted(items, limits, best_fit_shares);
+}
 
 Bins pack_evenly(const Items& items, const Limits& limits) { return pack_sorted(items, limits, pack_fitting); }
 

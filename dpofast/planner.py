@@ -68,7 +68,7 @@ def plan(
     8,192 items of a rank (an optimizer step) are then packed into fewer micro-batches where a lower bound allows it
     and another way finds it (longest first with exchanges, or each micro-batch filled by the best subset), and spread
     evenly: the largest load falls, the count stays. Deterministic; the loads depend on the lengths alone, not on their
-    order. O(n) for lengths below about 4 n, else O(n log n).
+    order. O(n log n).
 
     Args:
         lengths: (n,) integers, packed tokens of each item; 1 or more.

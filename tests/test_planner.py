@@ -97,6 +97,16 @@ def test_an_epoch_reaches_the_lower_bound():
     assert len(plan(np.full(9_000, 8193), 16384).loads) == 9_000
 
 
+@pytest.mark.parametrize("size", [512, 20_000])
+def test_two_budgets_stay_near_the_lower_bound(size):
+    rng = np.random.default_rng(0)
+    prompts, responses = (np.clip(rng.lognormal(mean, 1, size), 4, 4096).astype(np.int64) for mean in (5, 6))
+    for max_targets in (9000, 12_800):  # of which either, or both, bind
+        made = plan(prompts + responses, 16384, targets=responses, max_targets=max_targets)
+        bound = max(-(-(prompts + responses).sum() // 16384), -(-responses.sum() // max_targets))
+        assert len(made.loads) <= 1.03 * bound + 1
+
+
 def test_more_is_tried_where_best_fit_misses_the_lower_bound():
     assert plan([4, 4, 3, 3, 3, 3], 10).loads.tolist() == [10, 10]
     assert plan([7, 6, 5, 4, 3, 2, 2, 1], 10).loads.tolist() == [10, 10, 10]
