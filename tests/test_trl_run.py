@@ -115,3 +115,13 @@ def test_equal_responses_after_truncation(tmp_path):
     assert_same_run(plain, fast)
 
 
+
+
+def test_mixed_precision(tmp_path):
+    """accelerate binds a model's forward when it prepares it; both models run packed all the same."""
+    plain, _ = train(tmp_path / "plain", patched=False, bf16=True, max_steps=4)
+    fast, _ = train(tmp_path / "fast", patched=True, bf16=True, max_steps=4)
+    assert fast.model._dpofast_fused.calls == {"packed": 2 * 4}
+    for theirs, ours in zip(plain.state.log_history[:4], fast.state.log_history[:4], strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=2e-2)
+        assert ours["logps/chosen"] == pytest.approx(theirs["logps/chosen"], abs=0.3)

@@ -17,10 +17,11 @@ NOT_COMPARED = ("runtime", "per_second", "epoch", "flos", "mfu")
 
 
 def word_tokenizer():
-    """Words "0" to "96", separated by spaces: text that trl can tokenize."""
-    words = Tokenizer(models.WordLevel({str(i): i for i in range(VOCAB)}, unk_token="0"))
+    """Words "3" to "96", separated by spaces: text that trl can tokenize."""
+    names = {1: "<eos>", 2: "<pad>"}
+    words = Tokenizer(models.WordLevel({names.get(i, str(i)): i for i in range(VOCAB)}, unk_token="0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="1", pad_token="2")
+    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", pad_token="<pad>")
 
 
 def text_pairs(count=24, seed=0, longest=9):

@@ -1,0 +1,48 @@
+"""A subclass of transformers.Trainer. train_dataset: rows with prompt_ids, chosen_ids and rejected_ids."""
+
+import torch
+from transformers import Trainer, TrainingArguments
+
+from dpofast import PreferenceLoss, attach_logprob_head, pack, preference_loss, sequence_logprobs
+
+
+class PreferenceTrainer(Trainer):
+    """Trains on packed pairs; TrainingArguments need remove_unused_columns=False."""
+
+    def __init__(self, model, ref_model, args, train_dataset, **options):
+        super().__init__(attach_logprob_head(model), args, self.collate, train_dataset, **options)
+        self.ref_model = attach_logprob_head(ref_model).eval().to(args.device)
+
+    @staticmethod
+    def collate(examples):
+        (batch,) = pack(examples)
+        return {"packed": batch}
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        batch = inputs["packed"]
+        logps = sequence_logprobs(model(packed=batch), batch)
+        with torch.no_grad():
+            ref_logps = sequence_logprobs(self.ref_model(packed=batch), batch)
+        output = preference_loss(logps, batch.pairs, ref_logps, loss=PreferenceLoss(beta=0.1))
+        return (output.loss, output) if return_outputs else output.loss
+
+
+def train(model, ref_model, dataset, folder, *, pairs_per_step=4, learning_rate=0.1):
+    """One pass over the dataset; the loss of every step."""
+    args = TrainingArguments(
+        output_dir=folder,
+        per_device_train_batch_size=pairs_per_step,
+        num_train_epochs=1,
+        train_sampling_strategy="sequential",
+        optim="sgd",
+        learning_rate=learning_rate,
+        lr_scheduler_type="constant",
+        max_grad_norm=0.0,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        remove_unused_columns=False,
+    )
+    trainer = PreferenceTrainer(model, ref_model, args, dataset)
+    trainer.train()
+    return [log["loss"] for log in trainer.state.log_history if "loss" in log]
