@@ -77,6 +77,7 @@ setup(
             "build",
             "clang-format",
             "hypothesis",
+            'liger-kernel==0.8.5; platform_system == "Linux"',
             "mypy",
             "peft>=0.18",
             "pybind11>=3.0",

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from dpofast.linear_preference import linear_preference_loss
 from dpofast.logprobs import linear_logprobs
-from dpofast.preference import PreferenceLoss, preference_loss, segment_sums
+from dpofast.pair_terms import segment_sums
+from dpofast.preference import PreferenceLoss, preference_loss
 
 # liger's loss types; dpofast's kinds have the same names.
 LOSS_TYPES = (
