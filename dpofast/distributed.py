@@ -136,9 +136,9 @@ def local_shards(
 
 
 def _checked_backend(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, backend: str) -> str:
-    check_head(hidden, weight, bias, targets)
-    chosen = choose_backend(backend, hidden.device)
-    if chosen == "reference" or (chosen == "triton" and hidden.dtype == torch.float64):
+    check_head(hidden, weight, bias, targets, may_be_empty=True)
+    chosen = "fused" if backend == "fused" else choose_backend(backend, hidden.device)
+    if chosen in ("reference", "fused") or (chosen == "triton" and hidden.dtype == torch.float64):
         raise ValueError(
             "backend: expected 'torch' with process_group, or 'triton' for other dtypes than float64, "
             f"got {backend!r} for {hidden.dtype}: use 'torch'"

@@ -66,10 +66,14 @@ def product_into(
 ) -> None:
     """out (R, D) = coefficients (R,) ⊙ (rows (R, V) · weight (V, D)), the product in rows' dtype.
 
-    Where the weight is narrower than rows, a block of it at a time is upcast, and the product is scaled before it is
-    rounded to out's dtype.
+    The product is scaled before it is rounded to out's dtype, but on the CPU where all three are 16-bit. Where the
+    weight is narrower than rows, a block of it at a time is upcast.
     """
     if rows.dtype == weight.dtype == out.dtype:
+        if coefficients is not None and rows.is_cuda and rows.dtype != accumulate_dtype(rows.dtype):
+            wide = torch.mm(rows, weight, out_dtype=accumulate_dtype(rows.dtype))
+            torch.mul(wide, coefficients.unsqueeze(1), out=out)
+            return
         torch.mm(rows, weight, out=out)
         if coefficients is not None:
             out.mul_(coefficients.unsqueeze(1))

@@ -77,6 +77,8 @@ def logprobs(
             f"targets: expected shape {tuple(logits.shape[:-1])}, that of logits {tuple(logits.shape)} without the "
             f"vocabulary, got {tuple(targets.shape)}"
         )
+    if logits.shape[-1] == 0:
+        raise ValueError(f"logits (..., V): expected a vocabulary of at least one word, got {tuple(logits.shape)}")
     check_floating("logits", logits)
     check_targets(targets, logits.device)
     chosen = choose_backend(backend, logits.device)
@@ -107,7 +109,8 @@ def linear_logprobs(
     """Log-probs of targets under softmax(z), z = softcap·tanh(logit_scale·(h·Wᵀ + b)/softcap)/temperature.
 
     The (N, V) logits are never built: they pass through a buffer of max_logits_bytes, in float32 also for a 16-bit
-    model.
+    model. A hidden state that is not finite makes its log-prob NaN, and with it its row of the hidden states' gradient
+    and the whole of the head's; the log-probs of other rows are what they were. An ignored row may hold anything.
 
     Args:
         hidden: (N, D), float32, bfloat16, float16 or float64.
@@ -121,8 +124,15 @@ def linear_logprobs(
         stats: names among "entropy", "mean_logits", "is_top1", "log_sum_sq_probs".
         process_group: weight and bias are this rank's rows of a head that is split over the vocabulary (dpofast/
             distributed.py); hidden and targets are the same on every rank. A DTensor weight brings its own.
-        max_logits_bytes: room for logits, default 1 GiB on a GPU and 512 MiB on the CPU.
-        backend: "auto" (Triton on a GPU, chunked torch elsewhere), "triton", "torch" or "reference".
+        max_logits_bytes: room for logits and what is computed from them, default 1 GiB on a GPU and 512 MiB on the CPU.
+            Nothing else is alive at the same time but inputs, results, gradients, vectors of N, and: (N, D) for a
+            frozen head; a float32 (V, D) for a 16-bit head that trains and whose rows do not all fit at once.
+        backend: "auto" (Triton on a GPU, chunked torch elsewhere), "triton", "fused", "torch" or "reference". "fused"
+            computes calls that need neither a gradient nor statistics (a reference pass, an evaluation) in one Triton
+            kernel: no logit reaches memory, and beside the results only 8 bytes a row and split are allocated; every
+            other call as "triton" does. Both accumulate in float32, so a policy and its equal reference differ by
+            roundings of the last bits of a logit. "auto" does not choose it on a device where it has not been timed
+            (rows.FUSED_BY_DEFAULT).
 
     Returns:
         LogprobOutput; logps (N,) float32 (float64 for float64 inputs), nats.
@@ -148,7 +158,7 @@ def linear_logprobs(
         )
         return LogprobOutput(logps, **values)
     check_head(hidden, weight, bias, targets)
-    chosen = choose_backend(backend, hidden.device)
+    chosen = choose_backend(backend, hidden.device, hidden.dtype)
     with torch.autocast(hidden.device.type, enabled=False):
         if chosen == "reference":
             return _reference_output(hidden, weight, bias, targets, options)

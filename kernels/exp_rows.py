@@ -10,9 +10,10 @@ target's z and the maximum of the row's first tile. c is never above m. Where m 
 row is done again with c = m. With z = 1 3 | 9 5, the target 1 and tiles of two, c = 3; m − c = 6, and E is exp(6)
 times what it is with m.
 
-Up to LIMIT = 16, exp(z − c) is at most 9e6 and S at most 9e6 · V: nothing nears the range of float32 or bfloat16, and
-z − c is rounded as a number of 16 is, by 1e-6 nats at most. float16 has no room for that, so E is not float16 here.
-E must not overlap the logits, which a second pass would need.
+In 1,962 rows of SmolLM2 over film reviews that it did not write (V = 49,152) the guess was m in 84 %, and at most 6.7
+below it. Up to LIMIT = 16, exp(z − c) is at most 9e6 and S at most 9e6 · V: nothing nears the range of float32 or
+bfloat16, and z − c is rounded as a number of 16 is, by 1e-6 nats at most. float16 has no room for that, so E is not
+float16 here. E must not overlap the logits, which a second pass would need.
 
 Bytes moved per logit: 4 + 2 for float32 logits and E in bfloat16 (token_logprobs.py: 4 + 4 + 2); 12 in a row that is
 done again.

@@ -6,9 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dpofast
-from dpofast import reference
+from bench.cost import Cost
+from dpofast import reference, rows
 from dpofast.head import HeadPlan, even_rows
 from dpofast.linear import linear_logprobs_op
+from dpofast.rows import choose_backend
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BACKENDS = ["torch", "triton", "reference"]
@@ -107,7 +109,7 @@ def test_every_plan_gives_the_same_gradients(needs, rows_in_budget, device):
             torch.testing.assert_close(leaf.grad.double(), true, atol=1e-5, rtol=1e-5)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(rows=st.integers(0, 5000), most=st.integers(1, 700))
 def test_even_rows_leave_no_short_tail(rows, most):
     size = even_rows(rows, most)
@@ -118,22 +120,22 @@ def test_even_rows_leave_no_short_tail(rows, most):
         assert size % 128 == 0 or size == -(-rows // -(-rows // most))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
-    rows=st.integers(0, 5000),
+    rows_of_call=st.integers(0, 5000),
     vocab=st.integers(1, 200_000),
     width=st.integers(1, 8192),
     budget=st.integers(1 << 23, 1 << 30),
     dtype=st.sampled_from(DTYPES),
     keep=st.booleans(),
 )
-def test_plan_stays_inside_the_budget(rows, vocab, width, budget, dtype, keep):
-    plan = HeadPlan.make(rows, torch.empty(vocab, width, dtype=dtype, device="meta"), budget, keep=keep)
+def test_plan_stays_inside_the_budget(rows_of_call, vocab, width, budget, dtype, keep):
+    plan = HeadPlan.make(rows_of_call, torch.empty(vocab, width, dtype=dtype, device="meta"), budget, keep=keep)
     tile = 2 if dtype == torch.bfloat16 else 0
     used = plan.scratch_rows * vocab * (4 + tile) + plan.kept_rows * (vocab + width) * (tile or 4)
     assert used <= budget
-    assert plan.kept_rows <= rows
-    assert plan.scratch_rows > 0 or plan.kept_rows == rows
+    assert plan.kept_rows <= rows_of_call
+    assert plan.scratch_rows > 0 or plan.kept_rows == rows_of_call
 
 
 def test_statistics_match_the_reference(device):
@@ -191,12 +193,43 @@ def test_all_rows_ignored(device):
     assert (logps == 0).all() and all((grad == 0).all() for grad in grads)
 
 
-def test_nan_hidden_makes_its_own_row_nan_only(device):
-    hidden, weight, _, targets, _ = head_inputs(device=device)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("backend", [*BACKENDS, "fused"])
+def test_a_hidden_state_that_is_not_finite_makes_its_own_row_nan_only(backend, value, device):
+    hidden, weight, _, targets, upstream = head_inputs(device=device)
+    hidden[1, 3] = value
+    others = torch.arange(len(hidden), device=device) != 1
+    for trains in (False, True):
+        leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_(trains)
+        with torch.no_grad():
+            logps = dpofast.linear_logprobs(*leaves, targets, backend=backend).logps
+        output = dpofast.linear_logprobs(*leaves, targets, backend=backend).logps
+        for values in (logps, output):
+            assert values[1].isnan() and values[others].isfinite().all()
+        output.backward(upstream)
+        assert leaves[0].grad[1].isnan().all() and leaves[0].grad[others].isfinite().all()
+        assert not trains or leaves[1].grad.isnan().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_nan_reaches_the_loss_and_the_gradients(dtype):
+    """Never a wrong finite number: a step over a broken hidden state shows."""
+    hidden, weight, _, targets, _ = head_inputs(n=40, dtype=dtype)
     hidden[1] = float("nan")
-    for backend in BACKENDS:
+    leaves = hidden.requires_grad_(), weight.requires_grad_()
+    cu_targets, pairs = torch.tensor([0, 15, 40], dtype=torch.int32), torch.tensor([[0, 1]], dtype=torch.int32)
+    output = dpofast.linear_preference_loss(*leaves, targets, cu_targets, pairs, torch.tensor([-30.0, -40.0]))
+    output.loss.backward()
+    assert output.loss.isnan() and output.logps[0].isnan() and output.logps[1].isfinite()
+    assert leaves[0].grad[1].isnan().all() and leaves[1].grad.isnan().any()
+
+
+def test_a_head_with_nan_makes_every_row_nan():
+    hidden, weight, _, targets, _ = head_inputs()
+    weight[7, 2] = float("nan")
+    for backend in (*BACKENDS, "fused"):
         logps = dpofast.linear_logprobs(hidden, weight, targets, backend=backend).logps
-        assert torch.isnan(logps[1]) and torch.isfinite(logps[torch.arange(len(logps), device=device) != 1]).all()
+        assert logps[targets != -100].isnan().all() and (logps[targets == -100] == 0).all()
 
 
 @pytest.mark.parametrize("budget_rows", [5, 1000])
@@ -258,7 +291,8 @@ def test_backward_twice_and_no_grad(device):
     output = dpofast.linear_logprobs(hidden, weight, targets, bias=bias).logps
     first = torch.autograd.grad(output, (hidden, weight), upstream, retain_graph=True)
     second = torch.autograd.grad(output, (hidden, weight), upstream)
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    for a, b in zip(first, second, strict=True):  # a BLAS on a busy machine may split its work otherwise
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
     with torch.no_grad():
         assert not dpofast.linear_logprobs(hidden, weight, targets, bias=bias).logps.requires_grad
 
@@ -289,7 +323,7 @@ def test_autocast_casts_once_and_returns_float32(device):
     output.sum().backward()
     expected = dpofast.linear_logprobs(leaf.bfloat16(), weight.bfloat16(), targets).logps
     assert output.dtype == torch.float32 and leaf.grad.dtype == torch.float32
-    assert torch.equal(output, expected)
+    torch.testing.assert_close(output.detach(), expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -297,6 +331,21 @@ def test_autocast_casts_once_and_returns_float32(device):
     [
         ({"hidden": torch.zeros(3, 9)}, ValueError, "expected equal D"),
         ({"hidden": torch.zeros(3, 8, dtype=torch.int64)}, ValueError, "hidden: expected a floating-point"),
+        ({"hidden": torch.zeros(3, 8).to(torch.float8_e5m2)}, ValueError, "hidden: .* of 16, 32 or 64 bits, .*float8"),
+        ({"hidden": torch.zeros(8)}, ValueError, r"expected equal D, got \(8,\)"),
+        ({"hidden": torch.zeros(1, 3, 8)}, ValueError, r"expected equal D, got \(1, 3, 8\)"),
+        ({"weight": torch.zeros(8)}, ValueError, r"expected equal D, got \(3, 8\) and \(8,\)"),
+        ({"weight": torch.zeros(0, 8)}, ValueError, r"weight \(V, D\): expected a vocabulary .* got \(0, 8\)"),
+        ({"weight": torch.zeros(10, 8, device="meta")}, ValueError, "weight: expected hidden's .* on cpu, .* on meta"),
+        ({"targets": torch.zeros(3, 1, dtype=torch.int64)}, ValueError, r"targets: expected shape \(3,\)"),
+        (
+            {"targets": torch.zeros(3, dtype=torch.int64, device="meta")},
+            ValueError,
+            "targets: expected on cpu, got meta",
+        ),
+        ({"bias": torch.zeros(10, 1)}, ValueError, r"bias: expected shape \(10,\), got \(10, 1\)"),
+        ({"bias": torch.zeros(10).half()}, ValueError, "bias: expected hidden's dtype .* got torch.float16"),
+        ({"bias": torch.zeros(10, device="meta")}, ValueError, "bias: expected hidden's dtype and device, .* on meta"),
         ({"targets": torch.zeros(4, dtype=torch.int64)}, ValueError, r"targets: expected shape \(3,\)"),
         ({"targets": torch.zeros(3, dtype=torch.int32)}, ValueError, "targets: expected int64"),
         ({"targets": torch.tensor([0, 10, 1])}, ValueError, r"ids in \[0, 10\).*got 10 at position 1"),
@@ -325,11 +374,83 @@ def test_triton_on_the_cpu_needs_the_interpreter(monkeypatch):
         dpofast.linear_logprobs(torch.zeros(1, 2), torch.zeros(3, 2), torch.tensor([0]), backend="triton")
 
 
+def test_the_fused_backend_equals_the_plan_of_a_policy(nan_empty):
+    """At step 0 policy and reference are one model: 256 tokens' margin, whatever path each of them takes, is 0."""
+    # The interpreter's tl.dot is wrong in bfloat16.
+    for dtype, options in ((torch.float32, OPTIONS[0]), (torch.float16, OPTIONS[2])):
+        hidden, weight, bias, targets, _ = head_inputs(n=512, d=64, vocab=525, dtype=dtype)
+        leaf = hidden.clone().requires_grad_()
+        policy = dpofast.linear_logprobs(leaf, weight, targets, bias=bias, backend="torch", **options).logps
+        ref = dpofast.linear_logprobs(hidden, weight, targets, bias=bias, backend="fused", **options).logps
+        log_ratios = (policy - ref).detach().view(2, 256).sum(1)
+        assert abs(0.1 * (log_ratios[0] - log_ratios[1])) < 1e-5
+        assert (ref[targets == -100] == 0).all()
+
+
+def test_the_fused_backend_keeps_logits_off_memory_where_it_can():
+    hidden, weight, bias, targets, upstream = head_inputs()
+    with Cost() as cost:
+        output = dpofast.linear_logprobs(hidden, weight, targets, bias=bias, backend="fused")
+    assert cost.gemm_flops == 0  # tl.dot
+    assert cost.peak_bytes_beyond(output.logps) <= 64 * len(targets)
+    # A gradient and statistics need the logits: the same plan, and the same bits, as "triton".
+    stats = ("entropy",)
+    for backend in ("fused", "triton"):
+        leaf = hidden.clone().requires_grad_()
+        output = dpofast.linear_logprobs(leaf, weight, targets, bias=bias, backend=backend, stats=stats)
+        output.logps.backward(upstream)
+        if backend == "fused":
+            first = output.logps.detach(), output.entropy, leaf.grad
+    for ours, expected in zip(first, (output.logps.detach(), output.entropy, leaf.grad), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-7)
+
+
+def test_the_fused_backend_in_a_preference_loss_without_gradient():
+    hidden, weight, bias, targets, _ = head_inputs(n=40)
+    cu_targets, pairs = torch.tensor([0, 15, 40], dtype=torch.int32), torch.tensor([[0, 1]], dtype=torch.int32)
+    known = (hidden, weight, targets, cu_targets, pairs, torch.tensor([-30.0, -40.0]))
+    with Cost() as cost:
+        fused = dpofast.linear_preference_loss(*known, bias=bias, backend="fused")
+    assert cost.gemm_flops == 0
+    torch.testing.assert_close(fused.logps, dpofast.linear_preference_loss(*known, bias=bias).logps)
+
+
+def test_where_the_fused_backend_cannot_run():
+    hidden, weight, _, targets, _ = head_inputs(dtype=torch.float64)
+    with pytest.raises(ValueError, match="backend='fused' multiplies .* got torch.float64: use backend='auto'"):
+        dpofast.linear_logprobs(hidden, weight, targets, backend="fused")
+    with pytest.raises(ValueError, match="backend='fused' multiplies .* got neither"):
+        dpofast.logprobs(hidden, targets, backend="fused")
+
+
+def test_auto_takes_the_fused_kernel_only_where_it_was_timed(monkeypatch):
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(rows, "_architecture", lambda device: "sm_90")
+    assert choose_backend("auto", cuda, torch.bfloat16) == "triton"
+    monkeypatch.setattr(rows, "FUSED_BY_DEFAULT", ("sm_90",))
+    assert choose_backend("auto", cuda, torch.bfloat16) == "fused"
+    for dtype in (torch.float32, None):
+        assert choose_backend("auto", cuda, dtype) == "triton"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with pytest.raises(ValueError, match="backend='fused' needs compute capability 8.0 or above, got 7.5"):
+        choose_backend("fused", cuda, torch.bfloat16)
+
+
 def test_logits_and_targets_must_fit():
     with pytest.raises(ValueError, match=r"targets: expected shape \(2, 3\)"):
         dpofast.logprobs(torch.zeros(2, 3, 5), torch.zeros(2, 4, dtype=torch.int64))
     with pytest.raises(ValueError, match="logits: expected a floating-point"):
         dpofast.logprobs(torch.zeros(2, 5, dtype=torch.int64), torch.zeros(2, dtype=torch.int64))
+    with pytest.raises(
+        ValueError, match=r"logits \(..., V\): expected a vocabulary of at least one word, got \(2, 0\)"
+    ):
+        dpofast.logprobs(torch.zeros(2, 0), torch.zeros(2, dtype=torch.int64))
+    with pytest.raises(ValueError, match="targets: expected int64, got torch.int32"):
+        dpofast.logprobs(torch.zeros(2, 5), torch.zeros(2, dtype=torch.int32))
+    with pytest.raises(ValueError, match="targets: expected on cpu, got meta"):
+        dpofast.logprobs(torch.zeros(2, 5), torch.zeros(2, dtype=torch.int64, device="meta"))
+    with pytest.raises(ValueError, match=r"targets: expected ids in \[0, 5\) .* got 5 at position 1"):
+        dpofast.logprobs(torch.zeros(2, 5), torch.tensor([0, 5]))
 
 
 @pytest.mark.parametrize("budget_rows", [5, 1000])
