@@ -9,6 +9,8 @@ import trl.trainer.dpo_trainer as trl_module
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from tiny import SHAPE, VOCAB, tiny_model
 from transformers import (
+    BertConfig,
+    BertModel,
     BloomConfig,
     BloomForCausalLM,
     Gemma2Config,
@@ -18,11 +20,18 @@ from transformers import (
 )
 from trl_cases import assert_same_run, build, train
 
-from dpofast import detach_logprob_head
+from dpofast import attach_logprob_head, detach_logprob_head
 from dpofast.integrations import trl as integration
 from dpofast.integrations.trl import patch_trl, report, unpatch_trl
 from dpofast.integrations.trl_rows import ROWS_KEY
 
+BERT = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+}
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
 
 
@@ -193,7 +202,7 @@ def test_a_model_that_cannot_be_packed(tmp_path):
     trainer.train()
     for theirs, ours in zip(plain[0].state.log_history[:4], trainer.state.log_history[:4], strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-4)
-    assert "BloomForCausalLM: padded, because BloomForCausalLM: its attention does not go through" in report()
+    assert "BloomForCausalLM: padded, because BloomForCausalLM cannot run packed: its attention" in report()
 
 
 def test_a_model_without_attention_gets_the_kernel():
@@ -219,6 +228,18 @@ def test_a_head_that_scales_its_logits_unknown_to_dpofast():
         with pytest.raises(ValueError, match=message):
             trl_module.add_fused_lm_head(model)
         assert type(model) is plain
+
+
+def test_a_model_without_a_plain_head_is_refused():
+    torch.manual_seed(0)
+    model = tiny_model()
+    model.lm_head = torch.nn.Sequential(model.lm_head)
+    for candidate, head in ((model, "Sequential"), (BertModel(BertConfig(**BERT)), "NoneType")):
+        plain = type(candidate)
+        patch_trl(level="kernel")
+        with pytest.raises(ValueError, match=f"{plain.__name__}: expected a plain nn.Linear head, got {head}"):
+            trl_module.add_fused_lm_head(candidate)
+        assert type(candidate) is plain
 
 
 def test_prompt_learning_adapters_are_not_packed(tmp_path):
@@ -259,3 +280,14 @@ def test_an_unknown_trl_is_refused_by_name(monkeypatch):
     with pytest.raises(ValueError, match="none of the seams that dpofast knows"):
         patch_trl()
     assert integration._patch is None
+
+
+def test_a_head_attached_by_hand_makes_way():
+    for padded in (False, True):
+        model = attach_logprob_head(tiny_model(), padded=padded)
+        theirs, ours = both_heads(tiny_model())[0], model
+        patch_trl()
+        trl_module.add_fused_lm_head(ours)
+        torch.testing.assert_close(fused_call(ours).log_probs, fused_call(theirs).log_probs, atol=1e-5, rtol=1e-5)
+        assert "1 x packed" in report()
+        unpatch_trl()

@@ -88,17 +88,17 @@ def fuse(model: Any, options: FusedOptions) -> str | None:
         ValueError: a model that cannot run packed (level "forward", on_unpackable "raise"), or whose plain logits the
             padded path does not reproduce, by name and with the reason.
     """
-    if isinstance(model, FusedForward):
-        unfuse(model)
+    unfuse(model)
+    detach_logprob_head(model)  # one that was attached by hand may run padded
     reason = None if options.level == "forward" else 'level "kernel" was asked for'
     if reason is None:
         try:
             attach_logprob_head(model)
         except ValueError as error:
-            reason = str(error)
+            reason = str(error).partition(". ")[0]  # what follows is advice for other callers
             if options.on_unpackable != "kernel":
                 raise ValueError(
-                    f"{error}. Keep trl's padded forward with dpofast's head instead: "
+                    f"{reason}. Keep trl's padded forward with dpofast's head instead: "
                     'patch_trl(on_unpackable="kernel") or patch_trl(level="kernel")'
                 ) from error
     plain_class: Any = type(model)
@@ -118,7 +118,7 @@ def unfuse(model: Any) -> None:
     if not isinstance(model, FusedForward):
         return
     model.__class__ = type(model)._fused_over
-    del model._dpofast_fused
+    model.__dict__.pop("_dpofast_fused", None)  # not there where fuse failed
     detach_logprob_head(model)
 
 
