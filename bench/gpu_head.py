@@ -40,7 +40,7 @@ def scratch(problem: head.Problem) -> head.Head:
         buffer = hidden.new_empty(SCRATCH_ROWS, len(weight), dtype=accumulate_dtype(hidden.dtype))
         values = []
         for h, targets in zip(hidden.split(SCRATCH_ROWS), problem.targets.split(SCRATCH_ROWS), strict=True):
-            logits_into(buffer[: len(h)], h, weight)
+            logits_into(buffer[: len(h)], h, weight, SCRATCH_ROWS)
             values.append(token_logprobs(buffer[: len(h)], targets).logps)
         return torch.cat(values)
 

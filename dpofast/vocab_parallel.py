@@ -31,7 +31,7 @@ from dpofast.head import Gradients, Head, HeadPlan, chunks, scale_rows
 from dpofast.rows import LogitOptions, row_blocks, scale_in_place
 
 # Blocks as wide as the shard that torch's row work holds at once: softcap's slope and its square, or a statistic's.
-_TEMPORARIES = 3
+TEMPORARIES = 3
 
 
 @dataclass(frozen=True)
@@ -218,7 +218,7 @@ class VocabParallelLogprobs(torch.autograd.Function):
         """Log-probs (N,), then one (N,) tensor a statistic."""
         need_dh, need_dw, need_db = needs
         trains, N = need_dw or need_db, len(targets)
-        budget, temporaries = shard.max_logits_bytes, 0 if backend == "triton" else _TEMPORARIES
+        budget, temporaries = shard.max_logits_bytes, 0 if backend == "triton" else TEMPORARIES
         plan = HeadPlan.make(N, weight, budget, keep=trains, temporaries=temporaries, vocab=max(shard.sizes))
         head = _ShardedHead(hidden, weight, bias, targets, shard, options, backend, plan)
         kept = head.kept()

@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 
 from bench.cost import Cost
 from dpofast.distributed import from_dtensor
+from dpofast.vocab_parallel import TEMPORARIES
 
 TIMEOUT = timedelta(seconds=60)
 WORLDS = (2, 4)
@@ -71,7 +72,10 @@ def exchanges_and_gemms():
             mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as reduce,
             Cost() as cost,
         ):
-            logps = call(h, w, targets, max_logits_bytes=rows * max(sizes) * 4).logps
+            # beside the rows their temporaries, and of a head that trains a row of db and c·h (rows, D)
+            row = max(sizes) * 4
+            budget = (rows + TEMPORARIES + needs[1]) * row + needs[1] * rows * hidden.shape[1] * 4
+            logps = call(h, w, targets, max_logits_bytes=budget).logps
             if any(needs):
                 logps.backward(upstream)
         assert (gather.call_count, reduce.call_count) == (gathers, reduces), needs
