@@ -30,9 +30,6 @@ from dpofast.gemm import logits_into
 from dpofast.head import Gradients, Head, HeadPlan, chunks, scale_rows
 from dpofast.rows import LogitOptions, row_blocks, scale_in_place
 
-# Blocks as wide as the shard that torch's row work holds at once: softcap's slope and its square, or a statistic's.
-TEMPORARIES = 3
-
 
 @dataclass(frozen=True)
 class VocabShard:
@@ -200,6 +197,14 @@ class _ShardedHead(Head):
         return dh.to(self.hidden.dtype)
 
 
+def _temporaries(options: LogitOptions, backend: str) -> int:
+    """Blocks as wide as the shard that the row work holds at once, as rows.row_temporaries counts them."""
+    if backend == "triton":
+        return 0
+    # Of token_statistics: log p, p, their product, a mask and zeros. Of softcap: its slope, and z/softcap before it.
+    return 5 if options.stats else 2 if options.softcap is not None else 1
+
+
 class VocabParallelLogprobs(torch.autograd.Function):
     """(hidden, weight, bias, targets) -> logps and the statistics named in options; a gradient of logps only."""
 
@@ -218,8 +223,14 @@ class VocabParallelLogprobs(torch.autograd.Function):
         """Log-probs (N,), then one (N,) tensor a statistic."""
         need_dh, need_dw, need_db = needs
         trains, N = need_dw or need_db, len(targets)
-        budget, temporaries = shard.max_logits_bytes, 0 if backend == "triton" else TEMPORARIES
-        plan = HeadPlan.make(N, weight, budget, keep=trains, temporaries=temporaries, vocab=max(shard.sizes))
+        plan = HeadPlan.make(
+            N,
+            weight,
+            shard.max_logits_bytes,
+            keep=trains,
+            temporaries=_temporaries(options, backend),
+            vocab=max(shard.sizes),
+        )
         head = _ShardedHead(hidden, weight, bias, targets, shard, options, backend, plan)
         kept = head.kept()
         frozen = need_dh and not trains

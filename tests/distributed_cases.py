@@ -114,7 +114,7 @@ def float64_is_exact_in_every_plan():
         truth, true_grads = truth_of(tensors, targets, upstream, **options)
         for sizes, rows, needs in itertools.product(
             SIZES[dist.get_world_size()],
-            (6, 13, 1000),
+            (6, 14, 1000),
             ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (0, 1, 1), (1, 0, 1), (1, 1, 1)),
         ):
             hidden, weight, bias = tensors[0].clone(), *(own_rows(tensor, sizes) for tensor in tensors[1:])
@@ -141,7 +141,7 @@ def small_budgets_of_a_16_bit_head():
     *tensors, targets, upstream = inputs(n=50, dtype=torch.bfloat16)
     sizes = SIZES[dist.get_world_size()][1]
     whole = parallel_gradients(tensors, targets, upstream, sizes)
-    for rows in (5, 12, 25):
+    for rows in (4, 7, 20):
         chunked = parallel_gradients(tensors, targets, upstream, sizes, max_logits_bytes=rows * max(sizes) * 6)
         torch.testing.assert_close(chunked[0], whole[0], atol=1e-6, rtol=1e-6)
         for ours, expected in zip(chunked[1], whole[1], strict=True):
@@ -182,7 +182,7 @@ def statistics():
             expected = reference.token_statistics(z, targets)
             assert not expected["is_top1"][[3, 6]].any() and expected["is_top1"].any()
             own = own_rows(weight, sizes), targets, own_rows(bias, sizes)
-            output = call(hidden, *own, stats=STATS, backend=backend, max_logits_bytes=9 * max(sizes) * 8, **options)
+            output = call(hidden, *own, stats=STATS, backend=backend, max_logits_bytes=14 * max(sizes) * 8, **options)
             assert torch.equal(output.is_top1, expected["is_top1"])
             for name in ("entropy", "mean_logits", "log_sum_sq_probs"):
                 tolerance = 1e-12 if dtype == torch.float64 else 3e-6
@@ -253,7 +253,7 @@ def nan_stays_in_its_row_and_ignored_rows_count_as_zero():
     _, clean = parallel_gradients(tensors, targets, upstream, sizes)
     ignored = targets == -100
     hidden = tensors[0].masked_fill(ignored.unsqueeze(1), float("nan"))
-    for backend, rows in itertools.product(("torch", "triton"), (6, 1000)):
+    for backend, rows in itertools.product(("torch", "triton"), (4, 1000)):
         logps, grads = parallel_gradients(
             (hidden, *tensors[1:]),
             targets,
