@@ -11,6 +11,20 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest --durations=10
 
+# The kernels with the oldest Triton that is supported; `make test` has the newest. Only triton is another one, and numpy,
+# which Triton 3.6's interpreter needs below 2.4; everything else is .venv's. --no-deps, since a CUDA build of torch pins
+# its own triton (2.13.0: 3.7.1) and runs these tests with either.
+.PHONY: test-triton36
+test-triton36: build/triton36/.installed
+	build/triton36/bin/python -m pytest tests/test_kernels_*.py
+
+build/triton36/.installed: $(INSTALLED)
+	$(BIN)/python -m venv build/triton36
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+	    > "$$(build/triton36/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/dependencies.pth"
+	build/triton36/bin/python -m pip install --no-deps triton==3.6.0 "numpy<2.4"
+	@touch $@
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/mypy dpofast

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 import dpofast
 from bench.cost import Cost
 from dpofast import reference, rows
-from dpofast.head import HeadPlan, even_rows
+from dpofast.head import HeadPlan, even_rows, exp_rows_like
 from dpofast.linear import linear_logprobs_op
 from dpofast.rows import choose_backend
 
@@ -136,6 +136,13 @@ def test_plan_stays_inside_the_budget(rows_of_call, vocab, width, budget, dtype,
     assert used <= budget
     assert plan.kept_rows <= rows_of_call
     assert plan.scratch_rows > 0 or plan.kept_rows == rows_of_call
+
+
+def test_rows_of_a_buffer_on_a_gpu_start_at_multiples_of_16_elements():
+    """So that a kernel reads 16 bytes at a time at V = 50,257; a CPU's bfloat16 products would read what lies between."""
+    for device, stride in (("meta", 50_272), ("cpu", 50_257)):
+        buffer = exp_rows_like(torch.empty(50_257, 1, device=device), 3, torch.bfloat16)
+        assert buffer.shape == (3, 50_257) and buffer.stride() == (stride, 1)
 
 
 def test_statistics_match_the_reference(device):
