@@ -155,6 +155,7 @@ def train(engine: str, case: StepCase, *, count: bool = False) -> dict[str, Any]
             "lr_scheduler_type": "constant",
             "max_grad_norm": 1.0,
             "beta": case.beta,
+            "max_length": None,
             "disable_dropout": True,
             "bf16": False,
             "gradient_checkpointing": False,

@@ -139,7 +139,7 @@ def test_plan_stays_inside_the_budget(rows_of_call, vocab, width, budget, dtype,
 
 
 def test_rows_of_a_buffer_on_a_gpu_start_at_multiples_of_16_elements():
-    """So that a kernel reads 16 bytes at a time at V = 50,257; a CPU's bfloat16 products would read what lies between."""
+    """A kernel then reads 16 bytes at a time at V = 50,257; a CPU's bfloat16 products would read what lies between."""
     for device, stride in (("meta", 50_272), ("cpu", 50_257)):
         buffer = exp_rows_like(torch.empty(50_257, 1, device=device), 3, torch.bfloat16)
         assert buffer.shape == (3, 50_257) and buffer.stride() == (stride, 1)
