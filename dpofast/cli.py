@@ -159,7 +159,9 @@ def _train_arguments(argv: Sequence[str]) -> tuple[TrainArguments, Any]:
         def error(self, message: str) -> NoReturn:  # argparse would print some hundred flags in front of it
             raise ValueError(f"{message}; `dpofast train --help` lists every option")
 
-    parser = Parser((TrainArguments, DPOConfig), prog="dpofast train")  # type: ignore[arg-type]
+    # Unabbreviated: the file is looked for by its whole name, so a shortened --config would be taken and not read.
+    arguments: Any = (TrainArguments, DPOConfig)
+    parser = Parser(arguments, prog="dpofast train", allow_abbrev=False)
     parser.add_argument("--config", help="A YAML file of the same names; flags win over it.")
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--config")

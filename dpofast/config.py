@@ -114,7 +114,7 @@ class DPOConfig(TrainingArguments):
             raise ValueError(f"num_train_epochs: expected more than 0, or max_steps, got {self.num_train_epochs}")
         if self.fp16 and self.device.type == "cpu":
             raise ValueError("fp16: needs a GPU; on a CPU use bf16, or leave it out")
-        if self.learning_rate < 0:
+        if not 0 <= self.learning_rate < float("inf"):
             raise ValueError(f"learning_rate: expected 0 or more, got {self.learning_rate}")
         if self.max_length is not None and self.max_length < 2:
             raise ValueError(f"max_length: expected room for a prompt and a response token, 2, got {self.max_length}")

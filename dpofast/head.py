@@ -301,6 +301,13 @@ def check_floating(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name}: expected a floating-point tensor of 16, 32 or 64 bits, got {tensor.dtype}")
 
 
+def check_tensors(**tensors: object) -> None:
+    """TypeError for an argument, named, that is neither a tensor nor None."""
+    for name, value in tensors.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+
+
 def check_head(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *, may_be_empty: bool = False
 ) -> None:

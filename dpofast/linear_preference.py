@@ -25,12 +25,13 @@ from dpofast.head import (
     HeadPlan,
     autocast_inputs,
     check_head,
+    check_tensors,
     chunks,
     default_logits_bytes,
     scale_rows,
 )
 from dpofast.pair_terms import PairTerms, StepTotals, Tokens, pair_terms, side_indices
-from dpofast.preference import PreferenceLoss, PreferenceOutput, check_pair_names, check_reference
+from dpofast.preference import PreferenceLoss, PreferenceOutput, check_pair_names, check_reference, checked_loss
 from dpofast.reference import IGNORE_INDEX
 from dpofast.rows import LogitOptions, RowResult, check_target_values, choose_backend, row_temporaries
 
@@ -371,8 +372,10 @@ def linear_preference_loss(
         ValueError: shapes, dtypes, devices or options that do not fit, a pair that names a missing sequence.
         TypeError: a head weight that is no plain dense tensor.
     """
-    loss = PreferenceLoss() if loss is None else loss
+    loss = checked_loss(loss)
     options = LogitOptions(temperature, logit_scale, softcap, ignore_index, _stats(loss))
+    check_tensors(hidden=hidden, weight=weight, bias=bias, targets=targets)
+    check_tensors(cu_targets=cu_targets, pairs=pairs, ref_logps=ref_logps)
     hidden, weight, bias = autocast_inputs(hidden, weight, bias)
     check_head(hidden, weight, bias, targets)
     _check_pairs(targets, cu_targets, pairs, ref_logps, loss)

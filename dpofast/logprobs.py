@@ -18,6 +18,7 @@ from dpofast.head import (
     check_floating,
     check_head,
     check_targets,
+    check_tensors,
     chunks,
     default_logits_bytes,
 )
@@ -72,6 +73,7 @@ def logprobs(
             the vocabulary. On a GPU such a target gives NaN.
     """
     options = LogitOptions(temperature=temperature, ignore_index=ignore_index)
+    check_tensors(logits=logits, targets=targets)
     if logits.dim() == 0 or logits.shape[:-1] != targets.shape:
         raise ValueError(
             f"targets: expected shape {tuple(logits.shape[:-1])}, that of logits {tuple(logits.shape)} without the "
@@ -142,6 +144,7 @@ def linear_logprobs(
         TypeError: a head weight that is no plain dense tensor (quantized, sharded).
     """
     options = LogitOptions(temperature, logit_scale, softcap, ignore_index, tuple(stats))
+    check_tensors(hidden=hidden, weight=weight, bias=bias, targets=targets)
     weight, bias, process_group = local_shards(weight, bias, process_group)
     hidden, weight, bias = autocast_inputs(hidden, weight, bias)
     budget = default_logits_bytes(hidden.device) if max_logits_bytes is None else max_logits_bytes

@@ -87,7 +87,13 @@ def detach_logprob_head(model: Any) -> Any:
 
 
 def sequence_logprobs(output: LogprobOutput, batch: PackedBatch) -> Tensor:
-    """Sums of the batch's target log-probs over each of its S sequences: (S,) float32, nats, differentiable."""
+    """Sums of the batch's target log-probs over each of its S sequences: (S,) float32, nats, differentiable.
+
+    Raises:
+        ValueError: an output that is not of this batch.
+    """
+    if len(output.logps) != batch.num_targets:
+        raise ValueError(f"output: expected {batch.num_targets} log-probs, one a target, got {len(output.logps)}")
     return segment_sums(output.logps, batch.cu_targets)
 
 
@@ -121,6 +127,10 @@ def packed_class(cls: Any, padded: bool) -> type:
         max_logits_bytes: int | None = None,
         **kwargs: Any,
     ) -> Any:
+        if packed is not None and not isinstance(packed, PackedBatch):
+            several = isinstance(packed, list)
+            got = "a list: call it once for each batch that pack() returns" if several else repr(packed)
+            raise TypeError(f"model(packed=...): expected a PackedBatch, got {got}")
         if packed is None:
             return cls.forward(self, *args, **kwargs)
         extra = [name for name, value in kwargs.items() if value is not None]

@@ -63,6 +63,15 @@ class StepTotals:
     num_chosen_tokens: int | Tensor | None = None
     earlier_rewards: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        """Check what is divided by: 0 or a negative number would train in silence, and the wrong way."""
+        for name in ("num_pairs", "num_chosen_tokens"):
+            value = getattr(self, name)
+            if isinstance(value, Tensor) or (name == "num_chosen_tokens" and value is None):
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name}: expected an integer of 1 or more, got {value!r}")
+
     def view(
         self,
         policy: Tensor,

@@ -21,6 +21,16 @@ from dpofast.pair_terms import StepTotals, Tokens, pair_terms, pairs_of_tokens, 
 from dpofast.rows import choose_backend
 
 # Options that only some kinds read; any other value than the default needs a kind that does.
+_NUMBERS = (
+    "beta",
+    "label_smoothing",
+    "f_alpha_divergence_coef",
+    "ld_alpha",
+    "rpo_alpha",
+    "discopop_tau",
+    "simpo_gamma",
+    "cpo_alpha",
+)
 _OWN_OPTIONS = ("ipo_average", "bco_delta", "discopop_tau", "simpo_gamma", "cpo_alpha")
 
 
@@ -70,6 +80,7 @@ class PreferenceLoss:
 
     def __post_init__(self) -> None:
         """Check every option."""
+        self._check_types()
         for name in ("kind", "weights"):
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
@@ -79,6 +90,22 @@ class PreferenceLoss:
         self._check_combinations()
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}
         object.__setattr__(self, "encoded", json.dumps(values))
+
+    def _check_types(self) -> None:
+        kinds = [self.kind] if isinstance(self.kind, str) else self.kind
+        if not isinstance(kinds, (list, tuple)) or not all(isinstance(kind, str) for kind in kinds):
+            raise ValueError(f"kind: expected a name or a list of names, got {self.kind!r}")
+        if self.weights is not None and not (
+            isinstance(self.weights, (list, tuple)) and all(map(_is_number, self.weights))
+        ):
+            raise ValueError(f"weights: expected a list of numbers, one a kind, got {self.weights!r}")
+        for name in ("use_weighting", "ipo_average"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}: expected True or False, got {getattr(self, name)!r}")
+        for name in _NUMBERS:
+            value = getattr(self, name)
+            if not (_is_number(value) or (value is None and name in ("ld_alpha", "rpo_alpha"))):
+                raise ValueError(f"{name}: expected a number, got {value!r}")
 
     def _check_ranges(self) -> None:
         weights = self.kind_weights
@@ -100,8 +127,10 @@ class PreferenceLoss:
         ranges = {kind: KINDS[kind].smoothing for kind in self.kinds}
         for kind, allowed in ranges.items():
             if allowed is not None and not SMOOTHING_RANGES[allowed](self.label_smoothing):
+                hint = " (the EXO paper takes 1e-3)" if kind == "exo_pair" else ""
                 raise ValueError(
-                    f"label_smoothing: expected a number in {allowed} for kind {kind!r}, got {self.label_smoothing}"
+                    f"label_smoothing: expected a number in {allowed} for kind {kind!r}{hint}, "
+                    f"got {self.label_smoothing}"
                 )
         if self.label_smoothing != 0 and not any(ranges.values()):
             self._refuse("label_smoothing", [kind for kind in KINDS if KINDS[kind].smoothing])
@@ -168,6 +197,17 @@ class PreferenceLoss:
         return PreferenceLoss(**json.loads(encoded))
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def checked_loss(loss: PreferenceLoss | None) -> PreferenceLoss:
+    """The loss, or DPO's where there is none; TypeError for anything else."""
+    if loss is not None and not isinstance(loss, PreferenceLoss):
+        raise TypeError(f"loss: expected a PreferenceLoss(kind=...), got {loss!r}")
+    return PreferenceLoss() if loss is None else loss
+
+
 @dataclass(frozen=True)
 class PreferenceOutput:
     """loss: scalar, a mean over pairs, or a sum over them divided by num_pairs; losses (P,); logps and rewards (S,).
@@ -219,7 +259,7 @@ def preference_loss(
         ValueError: shapes that do not fit, no pair, something the kind needs that is missing, a loss that needs token
             log-probs (ld_alpha, use_weighting), or (on the CPU) a pair that names a missing sequence.
     """
-    loss = PreferenceLoss() if loss is None else loss
+    loss = checked_loss(loss)
     check_pairs(logps, pairs, ref_logps, loss)
     for name in ("ld_alpha", "use_weighting"):
         if getattr(loss, name) not in (None, False):
@@ -272,7 +312,7 @@ def token_preference_loss(
     Raises:
         ValueError: as preference_loss, and a backend that cannot run here.
     """
-    loss = PreferenceLoss() if loss is None else loss
+    loss = checked_loss(loss)
     tokens = Tokens(token_logps, cu_targets, counted, log_sum_sq_probs)
     check_tokens(tokens, pairs, ref_logps, loss)
     totals = StepTotals(len(pairs) if num_pairs is None else num_pairs, num_chosen_tokens, earlier_rewards)

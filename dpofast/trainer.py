@@ -102,6 +102,10 @@ class DPOTrainer(Trainer):
         if ref_model is not None:
             attach_logprob_head(ref_model, padded=args.padded)
 
+        vocab = model.get_input_embeddings().weight.shape[0]
+        if ref_model is not None and ref_model.get_input_embeddings().weight.shape[0] != vocab:
+            theirs = ref_model.get_input_embeddings().weight.shape[0]
+            raise ValueError(f"ref_model: expected the model's vocabulary of {vocab} tokens, got {theirs}")
         head = model.get_output_embeddings().weight
         if args.max_logits_bytes is not None:  # refused here and not in the first step
             HeadPlan.make(1, head, args.max_logits_bytes, keep=True)
@@ -112,7 +116,7 @@ class DPOTrainer(Trainer):
             "truncation_mode": args.truncation_mode,
             "on_bad_row": args.on_bad_row,
             "num_proc": args.dataset_num_proc,
-            "vocab_size": model.get_input_embeddings().weight.shape[0],
+            "vocab_size": vocab,
         }
         super().__init__(
             model=model,
@@ -127,6 +131,13 @@ class DPOTrainer(Trainer):
         if self.loss.bco_delta == "running_mean":
             self.add_callback(RunningRewards())
             self.args.restore_callback_states_from_checkpoint = True
+        if self.train_dataset is not None:
+            pairs, step = len(self.train_dataset), args.per_device_train_batch_size
+            if args.dataloader_drop_last and pairs < step:
+                raise ValueError(
+                    f"dataloader_drop_last: {pairs} pairs are fewer than the {step} of a step, so nothing would be "
+                    "trained: leave it off, or set a smaller per_device_train_batch_size"
+                )
         on_cpu = args.device.type == "cpu"
         self.max_tokens = args.max_tokens or (_MAX_TOKENS_CPU if on_cpu else _MAX_TOKENS_GPU)
         self.max_forward_tokens = min(self.max_tokens, _FORWARD_TOKENS_CPU) if on_cpu else self.max_tokens

@@ -129,6 +129,7 @@ def test_missing_files_and_models(run, tmp_path, model_dir):
         (["--dtype", "int8"], "dtype: expected one of"),
         (["--max_tokens", "0"], "max_tokens: expected at least 1"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["--conf", "nowhere.yaml"], "unknown: --conf nowhere.yaml"),
         (["--fp16"], "fp16: needs a GPU"),
         (["--num_train_epochs", "0"], "num_train_epochs: expected more than 0"),
     ],

@@ -191,7 +191,16 @@ def test_the_readme_shows_the_table_of_kinds():
         ({"label_smoothing": 0.6}, r"label_smoothing: expected a number in \[0, 0.5\] for kind 'sigmoid', got 0.6"),
         ({"label_smoothing": -0.1}, "label_smoothing"),
         ({"kind": "robust", "label_smoothing": 0.5}, r"label_smoothing: expected a number in \[0, 0.5\) for kind 'rob"),
-        ({"kind": "exo_pair"}, r"label_smoothing: expected a number in \(0, 1\) for kind 'exo_pair', got 0.0"),
+        (
+            {"kind": "exo_pair"},
+            r"label_smoothing: expected a number in \(0, 1\) for kind 'exo_pair' \(the EXO paper takes 1e-3\), got 0.0",
+        ),
+        ({"kind": 3}, "kind: expected a name or a list of names, got 3"),
+        ({"weights": 1.0}, "weights: expected a list of numbers, one a kind, got 1.0"),
+        ({"weights": {"sigmoid": 1.0}}, "weights: expected a list of numbers"),
+        ({"beta": "0.1"}, "beta: expected a number, got '0.1'"),
+        ({"beta": True}, "beta: expected a number, got True"),
+        ({"use_weighting": "no"}, "use_weighting: expected True or False, got 'no'"),
         ({"kind": "exo_pair", "label_smoothing": 1.0}, r"label_smoothing: expected a number in \(0, 1\)"),
         ({"kind": "hinge", "label_smoothing": 0.1}, "label_smoothing=0.1: not for kind 'hinge'; the kinds that"),
         ({"f_divergence_type": "kl"}, "f_divergence_type: expected one of"),
@@ -245,6 +254,9 @@ def arguments(**change):
         ),
         ({}, {"counted": torch.ones(3, dtype=torch.bool)}, r"counted: expected shape \(30,\), got \(3,\)"),
         ({}, {"pairs": torch.tensor([[0, 8]])}, r"pairs: expected sequence numbers in \[0, 8\)"),
+        ({}, {"num_pairs": 0}, "num_pairs: expected an integer of 1 or more, got 0"),
+        ({}, {"num_pairs": -1}, "num_pairs: expected an integer of 1 or more, got -1"),
+        ({"kind": "sft"}, {"num_chosen_tokens": 0}, "num_chosen_tokens: expected an integer of 1 or more, got 0"),
     ],
 )
 def test_bad_arguments(options, change, message):
@@ -260,3 +272,9 @@ def test_what_sums_cannot_give_is_refused():
             preference_loss(logps, pairs, ref, loss=PreferenceLoss(**options))
     with pytest.raises(ValueError, match=r"lengths: kind 'ipo' divides by them: expected shape \(4,\), got None"):
         preference_loss(logps, pairs, torch.zeros(4), loss=PreferenceLoss(kind="ipo"))
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", {"kind": "sigmoid"}])
+def test_a_loss_by_another_name_is_refused(loss):
+    with pytest.raises(TypeError, match=r"loss: expected a PreferenceLoss\(kind=...\), got"):
+        token_preference_loss(**arguments(), loss=loss)

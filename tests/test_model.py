@@ -232,3 +232,13 @@ def test_the_whole_loss_in_one_pass_equals_the_two_steps(device):
         torch.testing.assert_close(gradients[name], parameter.grad, **close, msg=name)
     with pytest.raises(ValueError, match="stats: expected none beside preference"):
         model(packed=batch, stats=("entropy",), preference=PackedPreference(ref_logps, loss, 20))
+
+
+def test_what_is_no_batch_of_the_model_is_refused():
+    model = attach_logprob_head(tiny_model())
+    batches = pack(tiny_pairs(4), max_tokens=30)
+    assert len(batches) > 1
+    with pytest.raises(TypeError, match="expected a PackedBatch, got a list: call it once for each batch"):
+        model(packed=batches)
+    with pytest.raises(ValueError, match="output: expected .* log-probs, one a target, got"):
+        sequence_logprobs(model(packed=batches[0]), pack(tiny_pairs(4))[0])

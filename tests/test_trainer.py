@@ -248,6 +248,8 @@ def test_reference_columns_in_the_data_are_used(tmp_path):
         ({"per_device_train_batch_size": 0}, "per_device_train_batch_size: expected at least 1"),
         ({"max_length": 1}, "max_length: expected room"),
         ({"learning_rate": -1.0}, "learning_rate: expected 0 or more"),
+        ({"learning_rate": float("nan")}, "learning_rate: expected 0 or more"),
+        ({"dataloader_drop_last": True, "per_device_train_batch_size": 100}, "fewer than the 100 of a step"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor: not used by DPO"),
         ({"max_logits_bytes": 100}, "max_logits_bytes: expected at least one row"),
     ],

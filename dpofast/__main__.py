@@ -1,0 +1,7 @@
+"""`python -m dpofast` is `dpofast`."""
+
+import sys
+
+from dpofast.cli import main
+
+sys.exit(main())
