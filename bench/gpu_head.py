@@ -14,6 +14,7 @@ from torch import Tensor
 from bench import head
 from bench.gpu_setting import Setting, one_line
 from dpofast.gemm import accumulate_dtype, logits_into
+from dpofast.head import SCRATCH_ROWS
 from dpofast.kernels.linear_logprobs import linear_logprobs
 from dpofast.kernels.token_logprobs import token_logprobs
 
@@ -25,7 +26,6 @@ GOALS = {
     ("forward", "tl.dot kernel"): 1.08,
     ("forward", "scratch"): 1.15,
 }
-SCRATCH_ROWS = 512
 
 
 def tl_dot(problem: head.Problem) -> head.Head:

@@ -16,9 +16,8 @@ import pyarrow as pa
 
 from dpofast import _C
 from dpofast.checks import integers
+from dpofast.formats import ID_COLUMNS, REF_COLUMNS
 
-TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
-REF_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 _GROUP_COLUMNS = ("prompt_ids", "branches", "pairs")
 
 
@@ -62,13 +61,13 @@ def read_examples(examples: Any) -> FlatExamples:
 
 
 def _read_columns(table: Mapping[str, Any]) -> FlatExamples:
-    missing = [name for name in TOKEN_COLUMNS if table.get(name) is None]
+    missing = [name for name in ID_COLUMNS if table.get(name) is None]
     if missing:
         raise ValueError(
-            f"examples: the columns {', '.join(missing)} are missing; expected {', '.join(TOKEN_COLUMNS)}, "
+            f"examples: the columns {', '.join(missing)} are missing; expected {', '.join(ID_COLUMNS)}, "
             f"got {', '.join(map(str, table))}"
         )
-    sequences = _C.Sequences.from_columns([_chunks(table[name], name) for name in TOKEN_COLUMNS])
+    sequences = _C.Sequences.from_columns([_chunks(table[name], name) for name in ID_COLUMNS])
     count = len(sequences) // 3
     return FlatExamples(
         sequences=sequences,
@@ -181,11 +180,11 @@ class _Rows:
             raise ValueError(f"examples[{index}]: expected a mapping, got {type(example).__name__}")
         # A table that mixes both forms has the other one's columns, with None in them.
         grouped = example.get("branches") is not None
-        if grouped and any(example.get(key) is not None for key in TOKEN_COLUMNS[1:]):
+        if grouped and any(example.get(key) is not None for key in ID_COLUMNS[1:]):
             raise ValueError(f"examples[{index}]: has both branches and chosen_ids or rejected_ids; give one form")
-        values = [example.get(key) for key in (_GROUP_COLUMNS if grouped else TOKEN_COLUMNS)]
+        values = [example.get(key) for key in (_GROUP_COLUMNS if grouped else ID_COLUMNS)]
         if any(value is None for value in values):
-            keys = _GROUP_COLUMNS if grouped else TOKEN_COLUMNS
+            keys = _GROUP_COLUMNS if grouped else ID_COLUMNS
             missing = [key for key, value in zip(keys, values, strict=True) if value is None]
             raise ValueError(
                 f"examples[{index}]: {', '.join(missing)} missing; expected prompt_ids, chosen_ids, rejected_ids "
@@ -222,7 +221,7 @@ class _Rows:
         ends = np.cumsum(np.array(self.branch_counts) + 1)
         example = int(np.searchsorted(ends, sequence, side="right"))
         place = sequence - int(ends[example]) + self.branch_counts[example] + 1
-        name = f"branches[{place - 1}]" if place and self.grouped[example] else TOKEN_COLUMNS[place]
+        name = f"branches[{place - 1}]" if place and self.grouped[example] else ID_COLUMNS[place]
         array = integers(self.sequences[sequence], f"examples[{example}]: {name}")
         return np.require(array, np.int64, ["C", "A"])
 

@@ -60,20 +60,15 @@ class HeadPlan:
     """How many rows of everything fit max_logits_bytes.
 
     kept_rows of E are kept at a time, scratch_rows of logits are scratch; upcast_rows of the weight and temporary_rows
-    of the vocabulary are copied at once where a product or the row work needs copies; most_scratch_rows go through a
-    product at a time.
+    of the vocabulary are copied at once where a product or the row work needs copies; step rows go through the scratch,
+    or straight into the kept rows, at a time.
     """
 
     kept_rows: int
     scratch_rows: int
     upcast_rows: int
     temporary_rows: int
-    most_scratch_rows: int
-
-    @property
-    def step(self) -> int:
-        """Rows that go through the scratch, or straight into the kept rows, at a time."""
-        return self.scratch_rows or even_rows(self.kept_rows, self.most_scratch_rows)
+    step: int
 
     @staticmethod
     def make(
@@ -125,15 +120,17 @@ class HeadPlan:
             )
         affordable = (most - fixed) // scratch_bytes
         if not keep:
-            return HeadPlan(0, even_rows(rows, min(affordable, at_once)), upcast, temporary, at_once)
+            scratch = even_rows(rows, min(affordable, at_once))
+            return HeadPlan(0, scratch, upcast, temporary, scratch)
         # Logits become E where they are, so where all rows fit there is no scratch.
         needed = rows if largest is None else largest
         if narrow == wide and needed * kept_bytes + min(needed, at_once) * copied <= most - fixed:
             room = (most - fixed - at_once * copied) // kept_bytes
-            return HeadPlan(min(rows, max(needed, room)), 0, upcast, temporary, at_once)
+            kept = min(rows, max(needed, room))
+            return HeadPlan(kept, 0, upcast, temporary, even_rows(kept, at_once))
         scratch = even_rows(rows, min(SCRATCH_ROWS, max(1, affordable // 2)))
         kept = (most - fixed - scratch * scratch_bytes) // kept_bytes
-        return HeadPlan(min(rows, kept), scratch, upcast, temporary, at_once)
+        return HeadPlan(min(rows, kept), scratch, upcast, temporary, scratch)
 
 
 def _columns(vocab: int, device: torch.device) -> int:

@@ -15,12 +15,12 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
+from dpofast.formats import REF_COLUMNS
 from dpofast.model import sequence_logprobs
 from dpofast.packing import PackedBatch, pack
 from dpofast.pair_terms import pair_logprobs
 from dpofast.preference import of_pairs
 
-REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 # Examples planned together: enough for full micro-batches, few enough to stay in memory for any dataset.
 _WINDOW = 256
 
@@ -68,6 +68,6 @@ def add_reference_columns(
             progress(stop - start)
     finally:
         model.train(was_training)
-    for name, column in zip(REFERENCE_COLUMNS, columns, strict=True):
+    for name, column in zip(REF_COLUMNS, columns, strict=True):
         dataset = dataset.add_column(name, column.numpy())
     return dataset

@@ -26,17 +26,17 @@ from transformers.trainer_utils import EvalLoopOutput
 from dpofast.config import DPOConfig
 from dpofast.coupled import RunningRewards, step_outputs
 from dpofast.data import tokenize_preferences
+from dpofast.formats import ID_COLUMNS, REF_COLUMNS
 from dpofast.head import HeadPlan
 from dpofast.metrics import TOKEN_STATISTICS, MetricSums, work_avoided
 from dpofast.model import PackedPreference, attach_logprob_head
 from dpofast.packing import PackedBatch, pack
 from dpofast.pair_terms import StepTotals, Tokens
 from dpofast.preference import PreferenceOutput, token_preference_loss
-from dpofast.refcache import REFERENCE_COLUMNS, add_reference_columns, reference_logps
+from dpofast.refcache import add_reference_columns, reference_logps
 
 # Large enough for full GEMM speed; on a CPU a pass without gradients is fastest where its activations stay in cache.
 _MAX_TOKENS_GPU, _MAX_TOKENS_CPU, _FORWARD_TOKENS_CPU = 16384, 2048, 1024
-_TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 
 class DPOTrainer(Trainer):
@@ -161,14 +161,14 @@ class DPOTrainer(Trainer):
         return tokens.with_format("numpy")
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = [*_TOKEN_COLUMNS, *REFERENCE_COLUMNS, "row"]
+        self._signature_columns = [*ID_COLUMNS, *REF_COLUMNS, "row"]
 
     def _packed(self, examples: Sequence[dict[str, Any]], max_tokens: int) -> list[PackedBatch]:
-        weighted = self.loss.ld_alpha is not None and REFERENCE_COLUMNS[0] in examples[0]
+        weighted = self.loss.ld_alpha is not None and REF_COLUMNS[0] in examples[0]
         columns = []
         if weighted:  # a branch's number differs from pair to pair, which a packed batch has no place for
-            columns = [[float(example[name]) for name in REFERENCE_COLUMNS] for example in examples]
-            examples = [{name: example[name] for name in _TOKEN_COLUMNS} for example in examples]
+            columns = [[float(example[name]) for name in REF_COLUMNS] for example in examples]
+            examples = [{name: example[name] for name in ID_COLUMNS} for example in examples]
         batches = pack(examples, max_tokens, share_prompts=self.share_prompts)
         if weighted:
             by_pair = torch.tensor(columns, dtype=torch.float32)
@@ -198,7 +198,7 @@ class DPOTrainer(Trainer):
             yield self.model  # before training: the policy is its own reference
 
     def _with_reference(self, dataset: Dataset, name: str) -> Dataset:
-        if set(REFERENCE_COLUMNS) <= set(dataset.column_names):
+        if set(REF_COLUMNS) <= set(dataset.column_names):
             return dataset
         if self.ref_model is None and not _is_peft(self.model) and self.state.global_step > 0:
             raise ValueError(
@@ -225,7 +225,7 @@ class DPOTrainer(Trainer):
             return batch.ref_logps
         if self.args.precompute_ref_log_probs:
             raise ValueError(
-                f"expected the columns {REFERENCE_COLUMNS} that the reference log-probs were written to, and the "
+                f"expected the columns {REF_COLUMNS} that the reference log-probs were written to, and the "
                 "batch has none: pass the dataset to DPOTrainer's constructor"
             )
         with self._reference() as model:

@@ -25,7 +25,7 @@ def packed_trunk(model: Any, batch: PackedBatch, **options: Any) -> Any:
     own, prefix = segments.cu_seqlens_q.diff(), segments.prefixes[:, 1] - segments.prefixes[:, 0]
     _check_positions(model, int((own + prefix).max()))
     layout = PackedLayout(segments)
-    output = _trunk(model)(
+    output = trunk_of(model)(
         input_ids=batch.input_ids[None],
         position_ids=batch.position_ids[None],
         # transformers returns a four-dimensional mask as it is; without one it would build a (T, T) mask
@@ -65,7 +65,7 @@ def padded_hidden(model: Any, batch: PackedBatch) -> Tensor:
     for rows in _similar(lengths):
         longest = int(lengths[rows[0]])
         index = torch.tensor(rows, device=device)
-        output = _trunk(model)(
+        output = trunk_of(model)(
             input_ids=input_ids[index, :longest], attention_mask=attended[index, :longest], use_cache=False
         )
         flat = predicts[rows, :longest].flatten().nonzero().squeeze(1).to(device)
@@ -74,7 +74,7 @@ def padded_hidden(model: Any, batch: PackedBatch) -> Tensor:
     return torch.cat(parts).index_select(0, torch.tensor(targets).argsort().to(device))
 
 
-def _trunk(model: Any) -> Any:
+def trunk_of(model: Any) -> Any:
     """What comes before the head. Llama 4's causal model names a base that it does not have, and is then its own."""
     trunk = model.base_model if model.base_model is not model else getattr(model, "model", None)
     if trunk is None:

@@ -5,6 +5,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from row_cases import head_inputs
 
 from dpofast import LogprobOutput, distributed, reference
 from dpofast.rows import STATS, LogitOptions
@@ -21,14 +22,8 @@ def case(function):
 
 
 def inputs(n=23, d=12, vocab=VOCAB, dtype=torch.float32, seed=0):
-    """hidden, weight and bias of the whole head, targets with ignored ones, and an upstream gradient."""
-    generator = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(n, d, generator=generator).to(dtype)
-    weight = (torch.randn(vocab, d, generator=generator) / d**0.5 * 3).to(dtype)
-    bias = torch.randn(vocab, generator=generator).to(dtype)
-    targets = torch.randint(0, vocab, (n,), generator=generator)
-    targets[::5] = -100
-    return hidden, weight, bias, targets, torch.randn(n, generator=generator)
+    """head_inputs of the whole head."""
+    return head_inputs(n, d, vocab, dtype, seed)
 
 
 def own_rows(tensor, sizes):

@@ -1,4 +1,4 @@
-"""What the tests of the row kernels share: rows, options, float64 truth, and how far from it a kernel may be."""
+"""What tests of the head and of its row kernels share: inputs, options, float64 truth, how far from it one may be."""
 
 import torch
 
@@ -14,12 +14,34 @@ OPTIONS = {
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
+def head_inputs(n=37, d=24, vocab=301, dtype=torch.float32, seed=0, device="cpu"):
+    """Hidden states, weight, bias, targets with ignored ones, and an upstream gradient that is not 1."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(n, d, generator=generator).to(dtype)
+    weight = (torch.randn(vocab, d, generator=generator) / d**0.5 * 3).to(dtype)
+    bias = torch.randn(vocab, generator=generator).to(dtype)
+    targets = torch.randint(0, vocab, (n,), generator=generator)
+    targets[::5] = IGNORED
+    upstream = torch.randn(n, generator=generator)
+    return tuple(tensor.to(device) for tensor in (hidden, weight, bias, targets, upstream))
+
+
 def rows(n, v, device, dtype=torch.float32, scale=3.0):
     """Logits, targets (the second row ignored) and an upstream gradient that is not 1."""
     logits = (torch.randn(n, v) * scale).to(device, dtype)
     targets = torch.randint(0, v, (n,))
     targets[1:2] = IGNORED
     return logits, targets.to(device), torch.randn(n).to(device)
+
+
+def extreme_rows(device):
+    """Rows of logits near ±1e4, and a target 1e4 below the others."""
+    logits, targets, upstream = rows(4, 3000, device)
+    logits[0] = torch.where(torch.rand(3000) < 0.5, 1e4, -1e4).to(device)
+    logits[2] *= 3e3
+    logits[3, 7] = -1e4
+    targets[3] = 7
+    return logits, targets, upstream
 
 
 def make_bias(options, v, device):

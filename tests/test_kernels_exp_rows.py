@@ -4,7 +4,17 @@ import math
 
 import pytest
 import torch
-from row_cases import FLOATS, IGNORED, OPTIONS, assert_as_good_as_torch, make_bias, rows, store_error, truth
+from row_cases import (
+    FLOATS,
+    IGNORED,
+    OPTIONS,
+    assert_as_good_as_torch,
+    extreme_rows,
+    make_bias,
+    rows,
+    store_error,
+    truth,
+)
 
 from dpofast.kernels.exp_rows import LIMIT, exp_rows
 from dpofast.kernels.row_parts import STATS
@@ -131,11 +141,7 @@ def test_empty_batch(device):
 
 @pytest.mark.parametrize("scales", [{}, {"softcap": 30.0}, {"temperature": 1e-2}], ids=str)
 def test_extreme_logits(scales, device):
-    logits, targets, upstream = rows(4, 3000, device)
-    logits[0] = torch.where(torch.rand(3000) < 0.5, 1e4, -1e4).to(device)
-    logits[2] *= 3e3
-    logits[3, 7] = -1e4
-    targets[3] = 7
+    logits, targets, upstream = extreme_rows(device)
     check(logits, targets, upstream, **scales)
 
 

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from close import assert_same
+from row_cases import IGNORED, OPTIONS, make_bias
 
 from dpofast import reference
 from dpofast.kernels.linear_logprobs import linear_logprobs
@@ -13,13 +14,6 @@ from dpofast.kernels.linear_tiles import ARCHITECTURES, LinearTile, linear_tile,
 # The interpreter is numpy, which warns about infinities in lanes that a mask or a where discards.
 pytestmark = [pytest.mark.usefixtures("nan_empty"), pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")]
 
-IGNORED = -100
-OPTIONS = {
-    "plain": {},
-    "bias": {"bias": True},
-    "softcap": {"softcap": 5.0},
-    "all": {"bias": True, "softcap": 30.0, "logit_scale": 1.7, "temperature": 0.6},
-}
 # The interpreter's tl.dot is wrong in bfloat16, which is tested on the GPU alone.
 DTYPES = (torch.float32, torch.float16)
 SMALL = LinearTile(16, 32, 16, num_warps=4, num_stages=2)
@@ -38,10 +32,6 @@ def problem(n, d, v, device, dtype=torch.float32, scale=3.0):
     targets = torch.randint(0, v, (n,))
     targets[1:2] = IGNORED
     return hidden, torch.randn(v, d).to(device, dtype), targets.to(device)
-
-
-def with_bias(options, v, device):
-    return {**options, "bias": torch.randn(v).to(device)} if options.get("bias") else options
 
 
 def truth(hidden, weight, targets, dtype, *, bias=None, **scales):
@@ -77,7 +67,7 @@ def assert_as_good_as_torch(result, hidden, weight, targets, **options):
 @pytest.mark.parametrize(("n", "d", "v"), [(1, 1, 7), (3, 16, 32), (17, 50, 100), (33, 48, 257), (5, 200, 1000)])
 def test_logprobs_are_as_exact_as_torch(n, d, v, options, dtype, device):
     hidden, weight, targets = problem(n, d, v, device, dtype)
-    options = with_bias(OPTIONS[options], v, device)
+    options = make_bias(OPTIONS[options], v, device)
     for tile in (SMALL, None):
         result = linear_logprobs(hidden, weight, targets, tile=tile, **options)
         assert_as_good_as_torch(result, hidden, weight, targets, **options)
@@ -102,7 +92,7 @@ def test_any_number_of_splits(v, splits, descriptors, device):
     # 40 splits leave most of them without a column.
     hidden, weight, targets = problem(20, 48, v, device, torch.float16)
     launch = {"tile": SMALL, "splits": splits, "descriptors": descriptors}
-    options = with_bias(OPTIONS["all"], v, device)
+    options = make_bias(OPTIONS["all"], v, device)
     result = linear_logprobs(hidden, weight, targets, **launch, **options)
     assert_as_good_as_torch(result, hidden, weight, targets, **options)
     again = linear_logprobs(hidden, weight, targets, **launch, **options)
@@ -302,7 +292,7 @@ def test_bad_arguments(change, message):
 )
 def test_real_sizes_on_the_gpu(n, d, v, options, dtype, descriptors):
     hidden, weight, targets = problem(n, d, v, torch.device("cuda"), dtype)
-    options = with_bias(OPTIONS[options], v, hidden.device)
+    options = make_bias(OPTIONS[options], v, hidden.device)
     result = linear_logprobs(hidden, weight, targets, descriptors=descriptors, **options)
     assert_as_good_as_torch(result, hidden, weight, targets, **options)
     again = linear_logprobs(hidden, weight, targets, descriptors=descriptors, **options)

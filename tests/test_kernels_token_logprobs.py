@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from close import assert_same
-from row_cases import FLOATS, OPTIONS, assert_as_good_as_torch, make_bias, rows, store_error, truth
+from row_cases import FLOATS, OPTIONS, assert_as_good_as_torch, extreme_rows, make_bias, rows, store_error, truth
 
 from dpofast.kernels.token_logprobs import STATS, token_logprobs, token_logprobs_grad
 
@@ -125,11 +125,7 @@ def test_empty_batch(device):
 
 @pytest.mark.parametrize("scales", [{}, {"softcap": 30.0}, {"temperature": 1e-2}], ids=str)
 def test_extreme_logits(scales, device):
-    logits, targets, upstream = rows(4, 3000, device)
-    logits[0] = torch.where(torch.rand(3000) < 0.5, 1e4, -1e4).to(device)
-    logits[2] *= 3e3
-    logits[3, 7] = -1e4
-    targets[3] = 7
+    logits, targets, upstream = extreme_rows(device)
     exact, framework = (truth(logits, targets, upstream, dtype, **scales) for dtype in (torch.float64, torch.float32))
     assert_as_good_as_torch(kernel(logits, targets, upstream, **scales), exact, framework)
 

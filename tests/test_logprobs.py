@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from row_cases import head_inputs
 
 import dpofast
 from bench.cost import Cost
@@ -19,17 +20,6 @@ OPTIONS = [
     {"temperature": 0.7},
     {"logit_scale": 1.3, "softcap": 5.0, "temperature": 1.5},
 ]
-
-
-def head_inputs(n=37, d=24, vocab=301, dtype=torch.float32, seed=0, device="cpu"):
-    generator = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(n, d, generator=generator).to(dtype)
-    weight = (torch.randn(vocab, d, generator=generator) / d**0.5 * 3).to(dtype)
-    bias = torch.randn(vocab, generator=generator).to(dtype)
-    targets = torch.randint(0, vocab, (n,), generator=generator)
-    targets[::5] = -100
-    upstream = torch.randn(n, generator=generator)
-    return tuple(tensor.to(device) for tensor in (hidden, weight, bias, targets, upstream))
 
 
 def gradients(function, tensors, upstream):

@@ -13,7 +13,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from dpofast.integrations.trl_rows import ROWS_KEY, PaddedRows
 
 
-class PackingCollator(DataCollatorForPreference):  # type: ignore[misc]
+class RowsCollator(DataCollatorForPreference):  # type: ignore[misc]
     """DataCollatorForPreference with one more key, which accelerate leaves on the CPU."""
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:

@@ -25,13 +25,12 @@ from dpofast.admission import CANARY_TOLERANCE
 from dpofast.integrations.trl_rows import ROWS_KEY, PackedRows, PaddedRows
 from dpofast.logprobs import LogprobOutput, linear_logprobs
 from dpofast.model import attach_logprob_head, detach_logprob_head, logit_options, packed_class
-from dpofast.reference import padded_logprobs
-from dpofast.trunk import packed_trunk
+from dpofast.reference import IGNORE_INDEX, padded_logprobs
+from dpofast.trunk import packed_trunk, trunk_of
 
 LEVELS = ("forward", "kernel")
 # What a model may be given beside its tokens without changing what is computed.
 _NEUTRAL = {"use_cache", "return_dict", "logits_to_keep", "output_hidden_states"}
-_IGNORED = -100
 _CANARY_TOKENS = 8
 
 
@@ -180,7 +179,7 @@ def _fused_output(model: Any, rows: PaddedRows | None, args: tuple[Any, ...], kw
     stats = () if _is_reference_pass(model) else model._dpofast_fused.stats
     grids, aux_loss = _scores(model, rows, args, kwargs, labels, stats)
     log_probs = grids["log_probs"]
-    mask = (labels[:, 1:] != _IGNORED).to(log_probs.device)
+    mask = (labels[:, 1:] != IGNORE_INDEX).to(log_probs.device)
     loss = -log_probs.sum() / (mask.sum().clamp(min=1) if num_items is None else num_items)
     if aux_loss is not None:
         loss = loss + getattr(model.config.get_text_config(), "router_aux_loss_coef", 0.0) * aux_loss
@@ -194,7 +193,7 @@ def _scored_output(
     from dpofast.integrations.trl_logits import scored_output
 
     input_ids = args[0] if args else kwargs["input_ids"]
-    labels = input_ids.masked_fill(~scoring.labelled(input_ids, kwargs.get("attention_mask")), _IGNORED)
+    labels = input_ids.masked_fill(~scoring.labelled(input_ids, kwargs.get("attention_mask")), IGNORE_INDEX)
     stats = () if model is not scoring.policy or _is_reference_pass(model) else model._dpofast_fused.stats
     rows = scoring.rows if rows is None else rows
     grids, aux_loss = _scores(model, rows, args, kwargs, labels, scoring.always + stats)
@@ -219,7 +218,7 @@ def _scores(
     if reason is None:
         input_ids = args[0] if args else kwargs["input_ids"]
         if rows is None or rows.shape != tuple(input_ids.shape):
-            rows = PaddedRows.of(input_ids, kwargs.get("attention_mask"), labels != _IGNORED)
+            rows = PaddedRows.of(input_ids, kwargs.get("attention_mask"), labels != IGNORE_INDEX)
         packed = rows.packed(input_ids.device, every_token=router)
         if packed is not None:
             scores, aux_loss = _score_packed(model, packed, stats, options, router)
@@ -301,11 +300,11 @@ def _score_padded(
 ) -> tuple[dict[str, Tensor], Tensor | None]:
     """The trunk on padded rows, the head on its labelled rows."""
     kwargs = {name: value for name, value in kwargs.items() if name not in _NEUTRAL}
-    trunk = model.base_model(*args, **kwargs, use_cache=False, **({"output_router_logits": True} if router else {}))
+    trunk = trunk_of(model)(*args, **kwargs, use_cache=False, **({"output_router_logits": True} if router else {}))
     height, width = labels.shape
     if rows is None or rows.shape != (height, width):
         # waits for the device, as trl's own boolean indexing does
-        at = (labels[:, 1:] != _IGNORED).flatten().nonzero().squeeze(1)
+        at = (labels[:, 1:] != IGNORE_INDEX).flatten().nonzero().squeeze(1)
     else:
         at = torch.from_numpy(rows.cells()).to(labels.device)
     row, column = at // (width - 1), at % (width - 1)

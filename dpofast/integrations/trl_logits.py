@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.utils import ModelOutput
 
-_IGNORED = -100
+from dpofast.reference import IGNORE_INDEX
 
 
 @dataclass
@@ -113,7 +113,7 @@ class ScoredLogits:
         """
         if dim not in (None, -1):
             raise ValueError(f"patch_trl(): mean of logits that are never built: expected dim -1 or none, got {dim}")
-        unscored = self.values["labels"] == _IGNORED
+        unscored = self.values["labels"] == IGNORE_INDEX
         mean = self._value("mean_logits", "mean").masked_fill(unscored, torch.nan)
         return mean.nanmean() if dim is None else mean
 
@@ -126,7 +126,7 @@ class ScoredLogits:
     def log_softmax_at(self, index: Tensor) -> Tensor:
         """Log-probs of the labels, 0 where nothing is scored; NaN where another token than the label is asked for."""
         labels, log_probs = self.values["labels"], self._value("log_probs", "log_softmax")
-        return torch.where((labels == _IGNORED) | (labels == index), log_probs, torch.nan)
+        return torch.where((labels == IGNORE_INDEX) | (labels == index), log_probs, torch.nan)
 
     def entropy(self) -> Tensor:
         """Of the next-token distribution, 0 where nothing is scored."""
@@ -162,7 +162,7 @@ def _logsumexp(logits: ScoredLogits, dim: int = -1) -> Tensor:
 
 
 def _cross_entropy(
-    logits: ScoredLogits, labels: Tensor, *_: Any, ignore_index: int = _IGNORED, reduction: str = "mean", **__: Any
+    logits: ScoredLogits, labels: Tensor, *_: Any, ignore_index: int = IGNORE_INDEX, reduction: str = "mean", **__: Any
 ) -> Tensor:
     """The mean over labels that are not ignored."""
     if reduction != "mean":
@@ -184,6 +184,6 @@ def scored_output(
 ) -> ScoredOutput:
     """From (rows, width - 1) grids and labels (rows, width); keep is trl's logits_to_keep: the last positions alone."""
     values = {name: F.pad(grid, (0, 1)) for name, grid in grids.items()}
-    values["labels"] = F.pad(labels[:, 1:], (0, 1), value=_IGNORED).to(values["log_probs"].device)
+    values["labels"] = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).to(values["log_probs"].device)
     logits = ScoredLogits(values, vocab)
     return ScoredOutput(logits=logits[:, -keep:] if keep else logits, log_probs=values["log_probs"], aux_loss=aux_loss)

@@ -125,7 +125,7 @@ def _check_fused_head(module: Any) -> None:
 
 
 def _install_fused_head(module: Any, patch: Patch) -> None:
-    from dpofast.integrations.trl_collator import PackingCollator
+    from dpofast.integrations.trl_collator import RowsCollator
 
     def add_fused_lm_head(
         model: Any,
@@ -143,14 +143,14 @@ def _install_fused_head(module: Any, patch: Patch) -> None:
         patch.fuse(model, temperature=temperature, stats=tuple(name for name in outputs if name != "log_probs"))
 
     patch.replace(module, "add_fused_lm_head", add_fused_lm_head)
-    patch.replace(module, "DataCollatorForPreference", PackingCollator)
+    patch.replace(module, "DataCollatorForPreference", RowsCollator)
 
 
 # ---- trl before 1.15 ------------------------------------------------------------------------------------------------
 
 
 def _install_compute_loss(module: Any, patch: Patch) -> None:
-    from dpofast.integrations.trl_collator import PackingCollator
+    from dpofast.integrations.trl_collator import RowsCollator
 
     trainer_class = module.DPOTrainer
     compute_loss, compute_reference = trainer_class._compute_loss, trainer_class.compute_ref_log_probs
@@ -178,7 +178,7 @@ def _install_compute_loss(module: Any, patch: Patch) -> None:
 
     patch.replace(trainer_class, "_compute_loss", scored_loss)
     patch.replace(trainer_class, "compute_ref_log_probs", scored_reference)
-    patch.replace(module, "DataCollatorForPreference", PackingCollator)
+    patch.replace(module, "DataCollatorForPreference", RowsCollator)
     _install_readers(module, patch, stats)
 
 
