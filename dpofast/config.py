@@ -9,6 +9,7 @@ from transformers import TrainingArguments
 from dpofast.divergences import DIVERGENCES
 from dpofast.losses import KINDS
 from dpofast.preference import PreferenceLoss
+from dpofast.steps import SAMPLING_STRATEGIES
 
 
 @dataclass
@@ -62,10 +63,11 @@ class DPOConfig(TrainingArguments):
     truncation_mode: str = field(
         default="keep_start", metadata={"help": "Which part of a long row is kept: keep_start."}
     )
-    max_tokens: int | None = field(
+    max_tokens: int | str | None = field(
         default=None,
         metadata={
-            "help": "Packed positions per micro-batch (default 2048 on the CPU, 16384 on a GPU); no effect on results."
+            "help": "Packed positions per micro-batch (default 2048 on the CPU, 16384 on a GPU), or auto: what fits, "
+            "probed once. No effect on results; halved where memory runs out."
         },
     )
     share_prompts: bool = field(
@@ -81,6 +83,14 @@ class DPOConfig(TrainingArguments):
             "help": "Compute reference log-probs once before training, so that no reference model stays in memory."
         },
     )
+    sync_ref_model: bool = field(
+        default=False, metadata={"help": "Let the reference follow the policy (TR-DPO): needs a reference in the step."}
+    )
+    ref_model_mixup_alpha: float = field(
+        default=0.6,
+        metadata={"help": "TR-DPO: the policy's share in reference = alpha * policy + (1 - alpha) * reference."},
+    )
+    ref_model_sync_steps: int = field(default=512, metadata={"help": "TR-DPO: steps between two such updates."})
     token_statistics: bool = field(
         default=False,
         metadata={"help": "Also log entropy, mean logits and token accuracy: a few more passes over logits."},
@@ -127,12 +137,40 @@ class DPOConfig(TrainingArguments):
             raise ValueError(
                 "label_smoothing_factor: not used by DPO; the flipped-label probability is label_smoothing"
             )
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise ValueError(f"max_tokens: expected at least 1, got {self.max_tokens}")
+        self._check_max_tokens()
+        self._check_moving_reference()
+        if self.train_sampling_strategy not in SAMPLING_STRATEGIES:
+            raise ValueError(
+                f"train_sampling_strategy: expected one of {SAMPLING_STRATEGIES}, got "
+                f"{self.train_sampling_strategy!r}: packing leaves no pads that sorting by length would save, and ranks "
+                "are balanced anyway"
+            )
         if self.on_bad_row not in ("raise", "skip"):
             raise ValueError(f"on_bad_row: expected 'raise' or 'skip', got {self.on_bad_row!r}")
         # It would replace a NaN loss by an average and go on.
         self.logging_nan_inf_filter = False
+
+    def _check_max_tokens(self) -> None:
+        if isinstance(self.max_tokens, str) and self.max_tokens.isdecimal():
+            self.max_tokens = int(self.max_tokens)  # from a command line
+        wrong = isinstance(self.max_tokens, str) and self.max_tokens != "auto"
+        if wrong or (isinstance(self.max_tokens, int) and self.max_tokens < 1):
+            raise ValueError(f"max_tokens: expected at least 1, or 'auto', got {self.max_tokens!r}")
+
+    def _check_moving_reference(self) -> None:
+        if not self.sync_ref_model:
+            return
+        if not 0 < self.ref_model_mixup_alpha <= 1:
+            raise ValueError(f"ref_model_mixup_alpha: expected in (0, 1], got {self.ref_model_mixup_alpha}")
+        if self.ref_model_sync_steps < 1:
+            raise ValueError(f"ref_model_sync_steps: expected at least 1, got {self.ref_model_sync_steps}")
+        if self.precompute_ref_log_probs:
+            raise ValueError(
+                "sync_ref_model: a reference that moves cannot be computed before training; "
+                "set precompute_ref_log_probs to False"
+            )
+        if not self.preference_loss().needs_reference:
+            raise ValueError(f"sync_ref_model: loss_type {self.loss_type} has no reference")
 
     def preference_loss(self) -> PreferenceLoss:
         """The loss that these arguments describe; ValueError where they describe none."""

@@ -7,15 +7,19 @@ separable loss, and as little memory.
 
 from __future__ import annotations
 
-from itertools import accumulate
+from dataclasses import fields
+from itertools import accumulate, chain
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from dpofast.pair_terms import StepTotals, Tokens, pair_terms
 from dpofast.preference import PreferenceLoss, PreferenceOutput
+from dpofast.ranks import Ranks
 from dpofast.rows import choose_backend
 
 
@@ -57,6 +61,31 @@ def step_outputs(
     ]
 
 
+def gathered(
+    ranks: Ranks,
+    tokens: list[Tokens],
+    pairs: list[Tensor],
+    ref_logps: list[Tensor | None],
+    device: torch.device,
+) -> tuple[tuple[list[Tokens], list[Tensor], list[Tensor | None]], int]:
+    """step_outputs' first arguments for the micro-batches of all ranks, and where this rank's begin among them."""
+    if ranks.size == 1:
+        return (tokens, pairs, ref_logps), 0
+    plain = [tuple(_moved(getattr(part, field.name), "cpu") for field in fields(part)) for part in tokens]
+    everyone = ranks.gather((plain, pairs, [_moved(ref, "cpu") for ref in ref_logps]))
+    first = sum(len(theirs[0]) for theirs in everyone[: ranks.rank])
+    rows, joined_pairs, references = (list(chain.from_iterable(parts)) for parts in zip(*everyone, strict=True))
+    moved = [
+        Tokens(_moved(logps, device), cu_targets, _moved(counted, device), _moved(log_sum_sq, device))
+        for logps, cu_targets, counted, log_sum_sq in rows
+    ]
+    return (moved, joined_pairs, [_moved(ref, device) for ref in references]), first
+
+
+def _moved(value: Any, device: torch.device | str) -> Any:
+    return None if value is None else value.to(device)
+
+
 class RunningRewards(TrainerCallback, ExportableState):
     """Sum and number of all rewards of a run: a callback, so that Trainer writes them into its checkpoints."""
 
@@ -69,9 +98,12 @@ class RunningRewards(TrainerCallback, ExportableState):
         return torch.as_tensor(self.sums, dtype=torch.float64, device=device)
 
     def add(self, rewards: Tensor) -> None:
-        """Add rewards of any shape."""
+        """Add a step's rewards, of any shape; with several ranks a collective that adds everyone's."""
         count = rewards.new_full((), rewards.numel(), dtype=torch.float64)
-        self.sums = self.tensor(rewards.device) + torch.stack([rewards.double().sum(), count])
+        added = torch.stack([rewards.double().sum(), count])
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(added)
+        self.sums = self.tensor(rewards.device) + added
 
     def state(self) -> dict[str, dict[str, list[float]]]:
         """What a checkpoint keeps."""

@@ -18,6 +18,7 @@ from torch import Tensor
 from dpofast.logprobs import LogprobOutput
 from dpofast.packing import PackedBatch
 from dpofast.preference import PreferenceOutput
+from dpofast.ranks import Ranks
 
 TOKEN_STATISTICS = ("entropy", "mean_logits", "is_top1")
 
@@ -35,12 +36,24 @@ class MetricSums:
         self._sums[name] = self._sums[name] + total if name in self._sums else total
         self._weights[name] = self._weights.get(name, 0.0) + weight
 
-    def means(self) -> dict[str, float]:
-        """Every metric's sum divided by its weight, as floats: one device-to-host transfer."""
-        if not self._sums:
-            return {}
-        sums = torch.stack([total.double() for total in self._sums.values()]).tolist()
-        return {name: total / self._weights[name] for name, total in zip(self._sums, sums, strict=True)}
+    def add_all(self, other: MetricSums) -> None:
+        """Add everything that another one holds."""
+        for name, total in other._sums.items():
+            self.add(name, total, other._weights[name])
+
+    def means(self, ranks: Ranks | None = None) -> dict[str, float]:
+        """Every metric's sum divided by its weight, as floats: one device-to-host transfer.
+
+        With ranks it is a collective, and the sums are those of all of them.
+        """
+        totals = torch.stack([total.double() for total in self._sums.values()]).tolist() if self._sums else []
+        own = {name: (total, self._weights[name]) for name, total in zip(self._sums, totals, strict=True)}
+        joined: dict[str, tuple[float, float]] = {}
+        for theirs in [own] if ranks is None else ranks.gather(own):
+            for name, (total, weight) in theirs.items():
+                before, weighed = joined.get(name, (0.0, 0.0))
+                joined[name] = (before + total, weighed + weight)
+        return {name: total / weight for name, (total, weight) in joined.items()}
 
     def add_pairs(
         self, output: PreferenceOutput, batch: PackedBatch, beta: float, *, with_reference: bool = True

@@ -8,10 +8,12 @@ Every other call of the model (plain logits, generation, saving) is unchanged.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+from torch.utils._pytree import register_dataclass
 
 from dpofast.admission import admit_head, admit_packed, check_numbers
 from dpofast.attention import restore_attention, use_packed_attention
@@ -21,6 +23,10 @@ from dpofast.packing import PackedBatch
 from dpofast.pair_terms import segment_sums
 from dpofast.preference import PreferenceLoss, PreferenceOutput
 from dpofast.trunk import packed_hidden, padded_hidden
+
+# FSDP2 looks for a forward's output tensors in pytrees, and gathers weights for backward by hooks on them.
+for _output in (LogprobOutput, PreferenceOutput):
+    register_dataclass(_output)
 
 
 @dataclass(frozen=True)
@@ -159,26 +165,39 @@ def _packed_output(
         raise ValueError(f"stats: expected none beside preference=..., which has no per-token outputs, got {stats}")
     head = model.get_output_embeddings()
     hidden = padded_hidden(model, batch) if model._padded_rows else packed_hidden(model, batch)
-    options = {
-        "bias": head.bias,
-        "max_logits_bytes": max_logits_bytes,
-        **logit_options(model.config.get_text_config()),
-    }
-    if preference is None:
-        return linear_logprobs(hidden, head.weight, batch.targets, stats=stats, **options)
-    return linear_preference_loss(
-        hidden,
-        head.weight,
-        batch.targets,
-        batch.cu_targets,
-        batch.pairs,
-        preference.ref_logps,
-        loss=preference.loss,
-        num_pairs=preference.num_pairs,
-        num_chosen_tokens=preference.num_chosen_tokens,
-        earlier_rewards=preference.earlier_rewards,
-        **options,
-    )
+    options = {"max_logits_bytes": max_logits_bytes, **logit_options(model.config.get_text_config())}
+
+    def output(hidden: Tensor) -> LogprobOutput | PreferenceOutput:
+        weighted = {"bias": head.bias, **options}
+        if preference is None:
+            return linear_logprobs(hidden, head.weight, batch.targets, stats=stats, **weighted)
+        return linear_preference_loss(
+            hidden,
+            head.weight,
+            batch.targets,
+            batch.cu_targets,
+            batch.pairs,
+            preference.ref_logps,
+            loss=preference.loss,
+            num_pairs=preference.num_pairs,
+            num_chosen_tokens=preference.num_chosen_tokens,
+            earlier_rewards=preference.earlier_rewards,
+            **weighted,
+        )
+
+    return _as_forward(head, output, hidden)
+
+
+def _as_forward(module: Any, compute: Callable[[Tensor], Any], hidden: Tensor) -> Any:
+    """compute(hidden) as the module's forward: a sharded weight is whole only between the hooks around it."""
+    former = module.__dict__.get("forward")
+    module.forward = compute
+    try:
+        return module(hidden)
+    finally:
+        del module.forward
+        if former is not None:
+            module.forward = former
 
 
 def logit_options(config: Any) -> dict[str, Any]:

@@ -1,20 +1,20 @@
 """DPOTrainer: transformers' Trainer with a batch-exact preference step.
 
-A step takes the same pairs, in the sampler's order, as a trainer that pads them would, packs them into micro-batches
-of at most max_tokens positions, and divides by the number of pairs of the whole step. So the result depends neither on
-max_tokens nor on how many micro-batches there are: pairs per step is a hyperparameter, max_tokens a property of the
-machine.
+A step takes the same pairs, in the sampler's order, as a trainer that pads them would, divides them among the ranks,
+packs each share into micro-batches of at most max_tokens positions, and divides by the number of pairs of the whole
+step. So the result depends neither on max_tokens nor on how many micro-batches and ranks there are: pairs per step is a
+hyperparameter, max_tokens a property of the machine.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
+import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from datasets import Dataset
@@ -24,19 +24,36 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCa
 from transformers.trainer_utils import EvalLoopOutput
 
 from dpofast.config import DPOConfig
-from dpofast.coupled import RunningRewards, step_outputs
+from dpofast.coupled import RunningRewards
 from dpofast.data import tokenize_preferences
 from dpofast.formats import ID_COLUMNS, REF_COLUMNS
 from dpofast.head import HeadPlan
-from dpofast.metrics import TOKEN_STATISTICS, MetricSums, work_avoided
-from dpofast.model import PackedPreference, attach_logprob_head
+from dpofast.log_window import LogWindow
+from dpofast.metrics import MetricSums
+from dpofast.model import attach_logprob_head
+from dpofast.optimizer_step import OptimizerStep
+from dpofast.out_of_memory import (
+    SAVE_MEMORY,
+    StepOutOfMemory,
+    probe_max_tokens,
+    random_states,
+    restore_random_states,
+)
 from dpofast.packing import PackedBatch, pack
-from dpofast.pair_terms import StepTotals, Tokens
-from dpofast.preference import PreferenceOutput, token_preference_loss
-from dpofast.refcache import add_reference_columns, reference_logps
+from dpofast.pair_terms import StepTotals
+from dpofast.preference_step import PreferenceStep
+from dpofast.ranks import Ranks
+from dpofast.refcache import add_reference_columns
+from dpofast.reference_model import MovingReference, ReferenceModel
+from dpofast.steps import PairLengths, StepDataset, StepExamples, StepLoader, StepSampler
 
 # Large enough for full GEMM speed; on a CPU a pass without gradients is fastest where its activations stay in cache.
 _MAX_TOKENS_GPU, _MAX_TOKENS_CPU, _FORWARD_TOKENS_CPU = 16384, 2048, 1024
+# More than this makes nothing faster.
+_AUTO_TOKENS_GPU = 65536
+_OPTIMIZER_BYTES = 8  # AdamW's two float32 moments of a parameter
+
+_logger = logging.getLogger(__name__)
 
 
 class DPOTrainer(Trainer):
@@ -55,7 +72,7 @@ class DPOTrainer(Trainer):
 
     Raises:
         ValueError: a model that cannot run packed (nor, with padded=True, over padded rows), data that cannot be used
-            (DataError, with its row), an argument out of range, several processes.
+            (DataError, with its row), an argument out of range, several GPUs in one process.
     """
 
     train_dataset: Any
@@ -82,10 +99,12 @@ class DPOTrainer(Trainer):
         self.loss = args.preference_loss()
         if ref_model is not None and not self.loss.needs_reference:
             raise ValueError(f"ref_model: loss_type {self.loss.kind!r} has no reference; leave it out")
-        # The loop below makes the micro-batches, so Trainer sees one batch a step.
+        # The step below makes the micro-batches, so Trainer sees one batch a step.
         args.per_device_train_batch_size *= args.gradient_accumulation_steps
         args.gradient_accumulation_steps = 1
         args.dataloader_pin_memory = False  # batches are numpy arrays until they are packed
+        if args.ddp_broadcast_buffers is None:
+            args.ddp_broadcast_buffers = False  # those of a language model never change
         torch.manual_seed(args.seed)
         if isinstance(model, str):
             processing_class = processing_class or AutoTokenizer.from_pretrained(model)
@@ -96,6 +115,7 @@ class DPOTrainer(Trainer):
             from peft import get_peft_model
 
             model = get_peft_model(model, peft_config)
+        new_adapter = peft_config is not None
         if args.disable_dropout:
             _disable_dropout(model, ref_model)
         attach_logprob_head(model, padded=args.padded)
@@ -131,25 +151,45 @@ class DPOTrainer(Trainer):
         if self.loss.bco_delta == "running_mean":
             self.add_callback(RunningRewards())
             self.args.restore_callback_states_from_checkpoint = True
+        self.ranks = Ranks()
         if self.train_dataset is not None:
-            pairs, step = len(self.train_dataset), args.per_device_train_batch_size
+            pairs, step = len(self.train_dataset), args.per_device_train_batch_size * self.ranks.size
             if args.dataloader_drop_last and pairs < step:
                 raise ValueError(
                     f"dataloader_drop_last: {pairs} pairs are fewer than the {step} of a step, so nothing would be "
                     "trained: leave it off, or set a smaller per_device_train_batch_size"
                 )
-        on_cpu = args.device.type == "cpu"
-        self.max_tokens = args.max_tokens or (_MAX_TOKENS_CPU if on_cpu else _MAX_TOKENS_GPU)
-        self.max_forward_tokens = min(self.max_tokens, _FORWARD_TOKENS_CPU) if on_cpu else self.max_tokens
         # padded rows repeat the prompt, so max_tokens counts it for each of them
         self.share_prompts = args.share_prompts and not args.padded
-        self.ref_model = self._reference_model(ref_model)
-        self._window = _LogWindow()
+        on_cpu = args.device.type == "cpu"
+        default = _MAX_TOKENS_CPU if on_cpu else _MAX_TOKENS_GPU
+        self.max_tokens = args.max_tokens if isinstance(args.max_tokens, int) else default
+        self.max_forward_tokens = min(self.max_tokens, _FORWARD_TOKENS_CPU) if on_cpu else self.max_tokens
+        live = self.loss.needs_reference and not args.precompute_ref_log_probs
+        self._reference = ReferenceModel(self.model, ref_model, new_adapter=new_adapter, live=live)
+        if self._reference.model is not None:
+            self._reference.model.to(args.device)
+        self.forward = PreferenceStep(
+            loss=self.loss,
+            reference=self._reference if live else None,
+            ranks=self.ranks,
+            device=args.device,
+            autocast=self.accelerator.autocast,
+            max_logits_bytes=args.max_logits_bytes,
+            token_statistics=args.token_statistics,
+        )
+        self.optimizer_step = OptimizerStep(self.forward, self.accelerator)
+        self._window = LogWindow()
         if args.precompute_ref_log_probs and self.loss.needs_reference:
             if self.train_dataset is not None:
                 self.train_dataset = self._with_reference(self.train_dataset, "train")
             self.eval_dataset = _each(self._with_reference, self.eval_dataset)
-            self.ref_model = None
+            self._reference.release()
+        if args.sync_ref_model:
+            alpha, steps = args.ref_model_mixup_alpha, args.ref_model_sync_steps
+            self.add_callback(MovingReference(self._reference.model, alpha, steps))
+        if args.max_tokens == "auto":
+            self.max_tokens = self._auto_max_tokens()
 
     # ---- data -------------------------------------------------------------------------------------------------------
 
@@ -160,11 +200,47 @@ class DPOTrainer(Trainer):
         tokens, self.data_reports[name] = tokenize_preferences(dataset, source=source, **self._tokenize_options)
         return tokens.with_format("numpy")
 
-    def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = [*ID_COLUMNS, *REF_COLUMNS, "row"]
+    def get_train_dataloader(self) -> StepLoader:
+        """This rank's share of every step."""
+        if self.train_dataset is None:
+            raise ValueError("train_dataset: expected preference pairs to train on, got None")
+        args = self.args
+        return self._loader(
+            self.train_dataset,
+            self._train_batch_size,
+            strategy=args.train_sampling_strategy,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            drop_last=args.dataloader_drop_last,
+        )
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> StepLoader:
+        """This rank's share of every evaluation batch."""
+        if isinstance(eval_dataset, str):
+            eval_dataset = self.eval_dataset[eval_dataset]
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        return self._loader(dataset, self.args.eval_batch_size, strategy="sequential")
+
+    def _loader(self, dataset: Dataset, pairs_per_rank: int, **order: Any) -> StepLoader:
+        lengths = PairLengths.of(dataset) if self.ranks.size > 1 else None
+        sampler = StepSampler(
+            len(dataset),
+            pairs_per_rank * self.ranks.size,
+            lengths=lengths,
+            rank=self.ranks.rank,
+            num_ranks=self.ranks.size,
+            **order,
+        )
+        return StepLoader(
+            StepDataset(dataset, lengths),
+            batch_sampler=sampler,
+            collate_fn=_as_it_is,
+            num_workers=self.args.dataloader_num_workers,
+            persistent_workers=self.args.dataloader_persistent_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+        )
 
     def _packed(self, examples: Sequence[dict[str, Any]], max_tokens: int) -> list[PackedBatch]:
-        weighted = self.loss.ld_alpha is not None and REF_COLUMNS[0] in examples[0]
+        weighted = self.loss.ld_alpha is not None and len(examples) > 0 and REF_COLUMNS[0] in examples[0]
         columns = []
         if weighted:  # a branch's number differs from pair to pair, which a packed batch has no place for
             columns = [[float(example[name]) for name in REF_COLUMNS] for example in examples]
@@ -177,36 +253,21 @@ class DPOTrainer(Trainer):
 
     # ---- reference --------------------------------------------------------------------------------------------------
 
-    def _reference_model(self, ref_model: Any) -> Any:
-        """The model that gives reference log-probs, or None where the trained model itself does (adapters off)."""
-        live = self.loss.needs_reference and not self.args.precompute_ref_log_probs
-        if ref_model is None and live and not _is_peft(self.model):
-            ref_model = copy.deepcopy(self.model)
-        if ref_model is not None:
-            ref_model.requires_grad_(False).eval().to(self.args.device)
-        return ref_model
-
-    @contextlib.contextmanager
-    def _reference(self) -> Any:
-        """Yield the reference model: a model of its own, or the trained one without its adapter."""
-        if self.ref_model is not None:
-            yield self.ref_model
-        elif _is_peft(self.model):
-            with self.accelerator.unwrap_model(self.model).disable_adapter():
-                yield self.model
-        else:
-            yield self.model  # before training: the policy is its own reference
+    @property
+    def ref_model(self) -> Any:
+        """The reference, where it is a model of its own that is still needed."""
+        return self._reference.model
 
     def _with_reference(self, dataset: Dataset, name: str) -> Dataset:
         if set(REF_COLUMNS) <= set(dataset.column_names):
             return dataset
-        if self.ref_model is None and not _is_peft(self.model) and self.state.global_step > 0:
+        if self._reference.released or (self._reference.is_policy and self.state.global_step > 0):
             raise ValueError(
-                f"{name}_dataset: its reference log-probs need the reference model, which is gone once training has "
-                "begun with precompute_ref_log_probs=True: pass this dataset to the constructor, or set it to False"
+                f"{name}_dataset: its reference log-probs need the reference model, which is gone once "
+                "precompute_ref_log_probs=True has computed them: pass this dataset to the constructor, or set it to False"
             )
         bar = tqdm(total=len(dataset), desc=f"reference log-probs, {name}", disable=self.args.disable_tqdm, leave=False)
-        with bar, self._reference() as model:
+        with bar, self._reference.of(self.model) as model:
             return add_reference_columns(
                 dataset,
                 model,
@@ -219,30 +280,12 @@ class DPOTrainer(Trainer):
                 progress=bar.update,
             )
 
-    def _reference_logps(self, batch: PackedBatch) -> Tensor | None:
-        """(S,), with ld_alpha (P, 2), or None where the loss has no reference and the data brought none."""
-        if batch.ref_logps is not None or not self.loss.needs_reference:
-            return batch.ref_logps
-        if self.args.precompute_ref_log_probs:
-            raise ValueError(
-                f"expected the columns {REF_COLUMNS} that the reference log-probs were written to, and the "
-                "batch has none: pass the dataset to DPOTrainer's constructor"
-            )
-        with self._reference() as model:
-            training = model.training
-            model.eval()
-            try:
-                return reference_logps(model, batch, self.args.max_logits_bytes, self.loss.ld_alpha)
-            finally:
-                model.train(training)
-
     # ---- the step ---------------------------------------------------------------------------------------------------
 
-    def _totals(self, examples: Sequence[dict[str, Any]]) -> StepTotals:
-        chosen_tokens = sum(len(example["chosen_ids"]) for example in examples)
+    def _totals(self, examples: StepExamples) -> StepTotals:
         running = self._running_rewards
         earlier = None if running is None else running.tensor(self.args.device)
-        return StepTotals(len(examples), chosen_tokens, earlier)
+        return StepTotals(examples.num_pairs, examples.num_chosen_tokens, earlier)
 
     @property
     def _running_rewards(self) -> RunningRewards | None:
@@ -250,102 +293,99 @@ class DPOTrainer(Trainer):
         found = (callback for callback in self.callback_handler.callbacks if isinstance(callback, RunningRewards))
         return next(found, None)
 
-    def _outputs(
-        self, model: nn.Module, batches: list[PackedBatch], totals: StepTotals, sums: MetricSums
-    ) -> Iterator[PreferenceOutput]:
-        """The loss of each batch, its share of the step's; per-token statistics cost a path that keeps more."""
-        plan = self._coupled if self.loss.coupled and len(batches) > 1 else self._separable
-        for batch, output in zip(batches, plan(model, batches, totals, sums), strict=True):
-            with_reference = batch.ref_logps is not None or self.loss.needs_reference
-            sums.add_pairs(output, batch, self.loss.beta, with_reference=with_reference)
-            yield output
-
-    def _tokens(self, model: nn.Module, batch: PackedBatch, sums: MetricSums) -> Tokens:
-        """Log-probs and statistics per token."""
-        stats: tuple[str, ...] = TOKEN_STATISTICS if self.args.token_statistics else ()
-        stats += ("log_sum_sq_probs",) if self.loss.use_weighting else ()
-        output = model(packed=batch, stats=stats, max_logits_bytes=self.args.max_logits_bytes)
-        if self.args.token_statistics:
-            sums.add_tokens(output, batch)
-        return Tokens(output.logps, batch.cu_targets, None, output.log_sum_sq_probs)
-
-    def _separable(
-        self, model: nn.Module, batches: list[PackedBatch], totals: StepTotals, sums: MetricSums
-    ) -> Iterator[PreferenceOutput]:
-        step = {name: getattr(totals, name) for name in ("num_pairs", "num_chosen_tokens", "earlier_rewards")}
-        for batch in batches:
-            # accelerate puts only the prepared policy under autocast, and the reference must take the same path
-            with self.accelerator.autocast():
-                ref_logps = self._reference_logps(batch)
-                if self.args.token_statistics:
-                    tokens = self._tokens(model, batch, sums)
-                    output = token_preference_loss(
-                        tokens.logps,
-                        batch.cu_targets,
-                        batch.pairs,
-                        ref_logps,
-                        loss=self.loss,
-                        log_sum_sq_probs=tokens.log_sum_sq,
-                        **step,
-                    )
-                else:
-                    preference = PackedPreference(ref_logps, self.loss, **step)
-                    budget = self.args.max_logits_bytes
-                    output = model(packed=batch, preference=preference, max_logits_bytes=budget)
-            yield output
-
-    def _coupled(
-        self, model: nn.Module, batches: list[PackedBatch], totals: StepTotals, sums: MetricSums
-    ) -> Iterator[PreferenceOutput]:
-        """A loss that couples several micro-batches: all their log-probs first, then each one's gradient."""
-        devices = [self.args.device] if self.args.device.type == "cuda" else []
-        # Both passes over a micro-batch draw the same dropout.
-        with torch.random.fork_rng(devices), torch.no_grad(), self.accelerator.autocast():
-            tokens = [self._tokens(model, batch, sums) for batch in batches]
-            references = [self._reference_logps(batch) for batch in batches]
-        pairs = [batch.pairs for batch in batches]
-        for batch, (output, coefficients) in zip(
-            batches, step_outputs(tokens, pairs, references, self.loss, totals), strict=True
-        ):
-            if torch.is_grad_enabled():
-                with self.accelerator.autocast():
-                    logps = model(packed=batch, max_logits_bytes=self.args.max_logits_bytes).logps
-                output = replace(output, loss=(logps * coefficients).sum())
-            yield output
-
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        """Forward and backward of one optimizer step's pairs, micro-batch by micro-batch. Returns the mean loss."""
+        """Forward and backward of one optimizer step's pairs, micro-batch by micro-batch. Returns the mean loss.
+
+        Where they do not fit into memory, max_tokens is halved and the same step done again.
+
+        Raises:
+            FloatingPointError: a loss that is not finite, with the rows of its pairs.
+            RuntimeError: no memory even for one pair at a time; or, where other ranks wait inside a sharded forward or
+                for gradients, for a micro-batch.
+        """
         start = time.perf_counter()
         model.train()
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()
-        batches = self._packed(inputs, self.max_tokens)
-        losses = []
-        outputs = self._outputs(model, batches, self._totals(inputs), self._window.sums)
-        for index, batch in enumerate(batches):
-            last = index == len(batches) - 1
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
-                output = next(outputs)
-                self.accelerator.backward(output.loss)
-            losses.append(output.losses)
-            if self._running_rewards is not None:
-                self._running_rewards.add(output.of_pairs("rewards", batch.pairs))
-        loss = torch.cat(losses).sum() / len(inputs)
-        if not math.isfinite(loss.item()):
+        draws = random_states(self.args.device)
+        while True:
+            batches = self._packed(inputs, self.max_tokens)
+            try:
+                losses, rewards, sums = self.optimizer_step.run(model, batches, self._totals(inputs))
+                break
+            except StepOutOfMemory:
+                self._halve_max_tokens(model, batches)
+                restore_random_states(draws, self.args.device)
+        loss = torch.cat(losses).sum()
+        total = self.ranks.total([loss.item()])[0] / inputs.num_pairs
+        if not math.isfinite(total):
             self._raise_not_finite(inputs, batches, losses)
-        self._window.add_step(work_avoided(inputs, batches), batches, time.perf_counter() - start)
-        return loss
+        if self._running_rewards is not None:
+            self._running_rewards.add(torch.cat(rewards))
+        self._window.sums.add_all(sums)
+        self._window.add_step(inputs, batches, time.perf_counter() - start)
+        return torch.full_like(loss, total)
 
-    def _raise_not_finite(self, examples: Any, batches: list[PackedBatch], losses: list[Tensor]) -> None:
-        rows = [
+    def _halve_max_tokens(self, model: nn.Module, batches: list[PackedBatch]) -> None:
+        model.zero_grad(set_to_none=True)
+        if self.args.device.type == "cuda":
+            torch.cuda.empty_cache()
+        several = self.ranks.largest(max((batch.num_pairs for batch in batches), default=0)) > 1
+        positions = int(self.ranks.largest(max((batch.num_tokens for batch in batches), default=0)))
+        if not several or self.max_tokens == 1:
+            raise RuntimeError(
+                f"out of memory at step {self.state.global_step + 1} with one pair of up to {positions} positions at a "
+                f"time: {SAVE_MEMORY}"
+            )
+        self.max_tokens = max(min(self.max_tokens, positions) // 2, 1)
+        self.max_forward_tokens = min(self.max_forward_tokens, self.max_tokens)
+        _logger.warning(
+            "out of memory at step %d: max_tokens is now %d, and the step is done again",
+            self.state.global_step + 1,
+            self.max_tokens,
+        )
+
+    def _auto_max_tokens(self) -> int:
+        """What fits, on every rank: probed with the first rows of the data."""
+        if self.optimizer_step.is_sharded:
+            raise ValueError("max_tokens: 'auto' cannot probe a model that is sharded later; give a number")
+        cap = _MAX_TOKENS_CPU if self.args.device.type == "cpu" else _AUTO_TOKENS_GPU
+        if self.train_dataset is None:
+            return cap
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        fitting = probe_max_tokens(self._probe, self.args.device, cap, kept=_OPTIMIZER_BYTES * trained)
+        return -int(self.ranks.largest(-fitting))
+
+    def _probe(self, positions: int) -> int:
+        """Forward and backward of a micro-batch of the first rows; returns its positions, and leaves no trace."""
+        examples = StepExamples()
+        for example in self.train_dataset:
+            examples.append(example)
+            positions -= sum(len(example[name]) for name in ID_COLUMNS)
+            if positions <= 0:
+                break
+        examples.num_pairs = examples.num_chosen_tokens = len(examples)
+        (batch,) = self._packed(examples, sum(len(example[name]) for example in examples for name in ID_COLUMNS))
+        draws = random_states(self.args.device)
+        self.model.train()
+        alone = replace(self.forward, ranks=Ranks.alone())
+        for output in alone.outputs(self.model, [batch], self._totals(examples), MetricSums()):
+            output.loss.backward()
+        self.model.zero_grad(set_to_none=True)
+        restore_random_states(draws, self.args.device)
+        return batch.num_tokens
+
+    def _raise_not_finite(self, examples: Any, batches: list[PackedBatch], losses: list[Tensor]) -> NoReturn:
+        own = [
             int(examples[int(example)]["row"])
-            for batch, pair_losses in zip(batches, losses, strict=True)
+            for batch, pair_losses in zip(batches, losses[: len(batches)], strict=True)
             for example, value in zip(batch.pair_examples, pair_losses.tolist(), strict=True)
             if not math.isfinite(value)
         ]
+        rows = sorted(row for theirs in self.ranks.gather(own) for row in theirs)
         report = self.data_reports["train"]
         raise FloatingPointError(
-            f"{report.source}: the loss of the pairs in {report.unit}s {sorted(rows)} is not finite at step "
+            f"{report.source}: the loss of the pairs in {report.unit}s {rows} is not finite at step "
             f"{self.state.global_step + 1}, which was not taken. Look at these pairs, and at a learning rate that is "
             "too high; checkpoints of earlier steps can be resumed"
         )
@@ -392,50 +432,19 @@ class DPOTrainer(Trainer):
         sums = MetricSums()
         count = 0
         for examples in dataloader:
-            batches = self._packed(examples, self.max_forward_tokens)
-            for output in self._outputs(model, batches, self._totals(examples), sums):
+            batches = self.optimizer_step.with_idle(self._packed(examples, self.max_forward_tokens))
+            for output in self.forward.outputs(model, batches, self._totals(examples), sums):
                 sums.add("loss", output.losses.sum(), len(output.losses))
-            count += len(examples)
+            count += examples.num_pairs
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in sums.means().items()}
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in sums.means(self.ranks).items()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=count)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics since the last log to a training log."""
         if "loss" in logs:
-            logs = {**logs, **self._window.read(), "truncated": self.data_reports["train"].truncated}
+            logs = {**logs, **self._window.read(self.ranks), "truncated": self.data_reports["train"].truncated}
         super().log(logs, start_time)
-
-
-class _LogWindow:
-    """Metrics between two logs."""
-
-    def __init__(self) -> None:
-        self.num_tokens = 0
-        self._restart()
-
-    def _restart(self) -> None:
-        self.sums = MetricSums()
-        self._avoided: list[dict[str, float]] = []
-        self._tokens, self._seconds = 0, 0.0
-
-    def add_step(self, avoided: dict[str, float], batches: list[PackedBatch], seconds: float) -> None:
-        self.last_tokens = sum(batch.num_tokens for batch in batches)
-        self.last_targets = sum(batch.num_targets for batch in batches)
-        self.num_tokens += self.last_tokens
-        self._tokens += self.last_tokens
-        self._seconds += seconds
-        self._avoided.append(avoided)
-
-    def read(self) -> dict[str, float]:
-        """The means since the last read; num_tokens counts from the start."""
-        metrics = self.sums.means()
-        for name in self._avoided[0] if self._avoided else ():
-            metrics[name] = sum(step[name] for step in self._avoided) / len(self._avoided)
-        metrics["num_tokens"] = self.num_tokens
-        metrics["tokens_per_second"] = self._tokens / self._seconds if self._seconds else 0.0
-        self._restart()
-        return metrics
 
 
 def _each(prepare: Callable[[Dataset, str], Dataset], dataset: Any) -> Any:
@@ -448,8 +457,6 @@ def _each(prepare: Callable[[Dataset, str], Dataset], dataset: Any) -> Any:
 def _check_topology(args: DPOConfig) -> None:
     if not isinstance(args, DPOConfig):
         raise ValueError(f"args: expected a DPOConfig, got {type(args).__name__}")
-    if args.world_size > 1:
-        raise ValueError(f"DPOTrainer runs in one process, and {args.world_size} were launched")
     if args.n_gpu > 1:
         raise ValueError(f"DPOTrainer uses one GPU, and {args.n_gpu} are visible: set CUDA_VISIBLE_DEVICES")
 
@@ -464,5 +471,6 @@ def _disable_dropout(*models: Any) -> None:
                 module.attention_dropout = 0.0
 
 
-def _is_peft(model: Any) -> bool:
-    return hasattr(model, "disable_adapter")
+def _as_it_is(step: Any) -> Any:
+    """A collate_fn that worker processes can be sent."""
+    return step

@@ -242,7 +242,7 @@ def test_reference_columns_in_the_data_are_used(tmp_path):
         ({"beta": 0.0}, "beta: expected a positive"),
         ({"loss_type": "sigmod"}, "loss_type: expected one of"),
         ({"label_smoothing": 0.7}, "label_smoothing"),
-        ({"max_tokens": 0}, "max_tokens: expected at least 1, got 0"),
+        ({"max_tokens": 0}, "max_tokens: expected at least 1, or 'auto', got 0"),
         ({"on_bad_row": "ignore"}, "on_bad_row: expected 'raise' or 'skip'"),
         ({"truncation_mode": "keep_end"}, "truncation_mode: expected 'keep_start'"),
         ({"per_device_train_batch_size": 0}, "per_device_train_batch_size: expected at least 1"),

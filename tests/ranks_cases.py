@@ -1,0 +1,107 @@
+"""Training runs that must come out the same on one rank and on several; run as a process of its own for each rank."""
+
+import os
+import socket
+
+import torch
+from tiny import tiny_dataset, tiny_model, tiny_tokenizer
+
+from dpofast import DPOConfig, DPOTrainer, losses
+
+WORLD = 2
+PAIRS = 21  # 8 a step: the last one has 5
+COUPLED = ("aot", "aot_unpaired", "kto_pair")
+REQUIRED = {"exo_pair": {"label_smoothing": 1e-3}, "robust": {"label_smoothing": 0.1}}
+SHARDED = {"fsdp": "full_shard", "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
+
+
+def shared_prompts():
+    """tiny_dataset with every second prompt like the one before it."""
+    rows = tiny_dataset(PAIRS).to_list()
+    for before, row in zip(rows[::2], rows[1::2], strict=False):
+        row["prompt_ids"] = before["prompt_ids"]
+    return type(tiny_dataset(1)).from_list(rows)
+
+
+CASES = {
+    "plain": {},
+    "max_tokens 24": {"max_tokens": 24},
+    "unlimited": {"max_tokens": 100_000},
+    "not shared": {"share_prompts": False},
+    "live reference": {"precompute_ref_log_probs": False},
+    "moving reference": {"precompute_ref_log_probs": False, "sync_ref_model": True, "ref_model_sync_steps": 2},
+    "token statistics": {"token_statistics": True, "max_tokens": 24},
+    "checkpointing": {"gradient_checkpointing": True, "max_tokens": 24},
+    "rpo": {"rpo_alpha": 1.0, "max_tokens": 24},
+    "weighted": {"use_weighting": True},
+    "ld": {"ld_alpha": 0.3},
+    "bco running mean": {"loss_type": "bco_pair", "bco_delta": "running_mean", "max_tokens": 24},
+    "one pair a step": {"pairs": 2, "max_steps": 3},
+    "lora": {"lora": True},
+    "lora live": {"lora": True, "precompute_ref_log_probs": False},
+    **{kind: {"loss_type": kind, "max_tokens": 24, **REQUIRED.get(kind, {})} for kind in losses.KINDS},
+}
+SHARDED_CASES = {name: CASES[name] for name in ("plain", "max_tokens 24", "rpo", "aot", "lora", "lora live", "simpo")}
+
+
+def train(folder, ranks, *, pairs=8, accumulation=1, lora=False, **options):
+    """Five steps or so of SGD on `pairs` pairs a step; what is compared of them."""
+    peft_config = None
+    if lora:
+        from peft import LoraConfig
+
+        peft_config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    defaults = {
+        "optim": "sgd",
+        "learning_rate": 0.05,
+        "num_train_epochs": 2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+    trainer = DPOTrainer(
+        tiny_model(),
+        args=DPOConfig(
+            output_dir=str(folder),
+            per_device_train_batch_size=pairs // ranks // accumulation,
+            gradient_accumulation_steps=accumulation,
+            per_device_eval_batch_size=4 // ranks,
+            **{**defaults, **options},
+        ),
+        train_dataset=shared_prompts(),
+        eval_dataset=tiny_dataset(7, seed=3),
+        processing_class=tiny_tokenizer(),
+        peft_config=peft_config,
+    )
+    trainer.train()
+    logs = [{k: v for k, v in log.items() if k in COMPARED} for log in trainer.state.log_history if "loss" in log]
+    metrics = {k: v for k, v in trainer.evaluate().items() if k.removeprefix("eval_") in COMPARED}
+    state = trainer.accelerator.get_state_dict(trainer.model)
+    return {"logs": logs, "eval": metrics, "weights": {k: v.clone() for k, v in state.items()}}
+
+
+COMPARED = ("loss", "grad_norm", "rewards/margins", "rewards/accuracies", "logps/chosen", "lengths/rejected", "entropy")
+
+
+def rank_main(rank, port, folder, sharded):
+    """Every case on this rank; results go to a file."""
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": WORLD, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in ranks.items()})
+    torch.set_num_threads(1)
+    results = {}
+    for name, options in (SHARDED_CASES if sharded else CASES).items():
+        extra = SHARDED if sharded else {}
+        results[name] = train(f"{folder}/{rank}", WORLD, ddp_backend="gloo", **options, **extra)
+    torch.save(results, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def on_two_ranks(folder, *, sharded=False):
+    """The results of both ranks."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    torch.multiprocessing.spawn(rank_main, (port, str(folder), sharded), nprocs=WORLD)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]

@@ -1,0 +1,42 @@
+"""The same run on one process and on two gloo ranks, with DistributedDataParallel and with FSDP2."""
+
+import pytest
+import torch
+from ranks_cases import CASES, SHARDED_CASES, on_two_ranks, train
+
+
+@pytest.fixture(scope="module")
+def replicated(tmp_path_factory):
+    return on_two_ranks(tmp_path_factory.mktemp("ddp"))
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    return on_two_ranks(tmp_path_factory.mktemp("fsdp"), sharded=True)
+
+
+def check_equal(run, alone):
+    assert len(run["logs"]) == len(alone["logs"]) > 0
+    for log, expected in zip([*run["logs"], run["eval"]], [*alone["logs"], alone["eval"]], strict=True):
+        assert log == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    assert run["weights"].keys() == alone["weights"].keys()
+    for name, value in alone["weights"].items():
+        torch.testing.assert_close(run["weights"][name], value, atol=1e-5, rtol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_ranks_equal_one_process(replicated, case, tmp_path):
+    first, second = (results[case] for results in replicated)
+    assert first["logs"] == second["logs"] and first["eval"] == second["eval"]
+    assert all(torch.equal(value, second["weights"][name]) for name, value in first["weights"].items())
+    check_equal(first, train(tmp_path, 1, **CASES[case]))
+
+
+@pytest.mark.parametrize("case", SHARDED_CASES)
+def test_a_sharded_model_equals_one_process(sharded, case, tmp_path):
+    check_equal(sharded[0][case], train(tmp_path, 1, **CASES[case]))
+
+
+@pytest.mark.parametrize("options", [{"accumulation": 4}, {"max_tokens": 24}, {"max_tokens": 100_000}], ids=str)
+def test_neither_accumulation_nor_max_tokens_matters(tmp_path, options):
+    check_equal(train(tmp_path, 1, **options), train(tmp_path, 1))
