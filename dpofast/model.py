@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from torch import Tensor
@@ -189,11 +189,22 @@ def _packed_output(
 
 
 def _as_forward(module: Any, compute: Callable[[Tensor], Any], hidden: Tensor) -> Any:
-    """compute(hidden) as the module's forward: a sharded weight is whole only between the hooks around it."""
+    """compute(hidden) as the module's forward: a sharded weight is whole only between the hooks around it.
+
+    They look for the output's tensors in tuples, so a dataclass comes out of the module as one.
+    """
+    kinds = []
+
+    def forward(hidden: Tensor) -> tuple[Any, ...]:
+        output = compute(hidden)
+        kinds.append(type(output))
+        return tuple(getattr(output, field.name) for field in fields(output))
+
     former = module.__dict__.get("forward")
-    module.forward = compute
+    module.forward = forward
     try:
-        return module(hidden)
+        values = module(hidden)
+        return kinds[0](*values)
     finally:
         del module.forward
         if former is not None:

@@ -87,6 +87,28 @@ class MovingReference(TrainerCallback):
                 ours.lerp_(theirs.to(ours.dtype), self.alpha)
 
 
+@contextlib.contextmanager
+def on_device(model: Any, device: torch.device) -> Iterator[None]:
+    """Inside, the model is there, whole: FSDP and DeepSpeed take one that still waits on the CPU.
+
+    Raises:
+        ValueError: a model that DeepSpeed's ZeRO-3 has partitioned already.
+    """
+    parameters = list(model.parameters())
+    if any(hasattr(parameter, "ds_id") for parameter in parameters):
+        raise ValueError(
+            "precompute_ref_log_probs: the model is partitioned by ZeRO-3 already, and nothing gathers it before "
+            "training: load it before the DPOConfig that names the DeepSpeed file is made, or bring the columns "
+            "ref_chosen_logps and ref_rejected_logps in the data"
+        )
+    home = parameters[0].device
+    model.to(device)
+    try:
+        yield
+    finally:
+        model.to(home)
+
+
 def is_peft(model: Any) -> bool:
     """A model with a PEFT adapter."""
     return hasattr(unwrapped(model), "disable_adapter")

@@ -44,7 +44,7 @@ from dpofast.pair_terms import StepTotals
 from dpofast.preference_step import PreferenceStep
 from dpofast.ranks import Ranks
 from dpofast.refcache import add_reference_columns
-from dpofast.reference_model import MovingReference, ReferenceModel
+from dpofast.reference_model import MovingReference, ReferenceModel, on_device
 from dpofast.steps import PairLengths, StepDataset, StepExamples, StepLoader, StepSampler
 
 # Large enough for full GEMM speed; on a CPU a pass without gradients is fastest where its activations stay in cache.
@@ -186,6 +186,15 @@ class DPOTrainer(Trainer):
             self.eval_dataset = _each(self._with_reference, self.eval_dataset)
             self._reference.release()
         if args.sync_ref_model:
+            if self.optimizer_step.is_sharded:
+                raise ValueError(
+                    "sync_ref_model: expected a policy that is whole on every rank, and this one is sharded"
+                )
+            if self._reference.model is None:
+                raise ValueError(
+                    "sync_ref_model: the reference is the base model under the adapter, which does not move; train all "
+                    "weights, or give a ref_model"
+                )
             alpha, steps = args.ref_model_mixup_alpha, args.ref_model_sync_steps
             self.add_callback(MovingReference(self._reference.model, alpha, steps))
         if args.max_tokens == "auto":
@@ -267,7 +276,7 @@ class DPOTrainer(Trainer):
                 "precompute_ref_log_probs=True has computed them: pass this dataset to the constructor, or set it to False"
             )
         bar = tqdm(total=len(dataset), desc=f"reference log-probs, {name}", disable=self.args.disable_tqdm, leave=False)
-        with bar, self._reference.of(self.model) as model:
+        with bar, self._reference.of(self.model) as model, on_device(model, self.args.device):
             return add_reference_columns(
                 dataset,
                 model,

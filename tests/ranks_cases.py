@@ -6,6 +6,10 @@ import socket
 import torch
 from tiny import tiny_dataset, tiny_model, tiny_tokenizer
 
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
+from transformers import TrainerCallback
+
 from dpofast import DPOConfig, DPOTrainer, losses
 
 WORLD = 2
@@ -36,7 +40,8 @@ CASES = {
     "weighted": {"use_weighting": True},
     "ld": {"ld_alpha": 0.3},
     "bco running mean": {"loss_type": "bco_pair", "bco_delta": "running_mean", "max_tokens": 24},
-    "one pair a step": {"pairs": 2, "max_steps": 3},
+    "out of memory": {"fails": {"most": 30, "rank": 1}},
+    "one pair a rank": {"pairs": 2, "max_steps": 3},
     "lora": {"lora": True},
     "lora live": {"lora": True, "precompute_ref_log_probs": False},
     **{kind: {"loss_type": kind, "max_tokens": 24, **REQUIRED.get(kind, {})} for kind in losses.KINDS},
@@ -44,8 +49,37 @@ CASES = {
 SHARDED_CASES = {name: CASES[name] for name in ("plain", "max_tokens 24", "rpo", "aot", "lora", "lora live", "simpo")}
 
 
-def train(folder, ranks, *, pairs=8, accumulation=1, lora=False, **options):
-    """Five steps or so of SGD on `pairs` pairs a step; what is compared of them."""
+class Synchronizations(TrainerCallback):
+    """Counts the gradient buckets that DistributedDataParallel reduces."""
+
+    count = 0
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.wrapped = self.trainer.model_wrapped
+        if type(self.wrapped) is DistributedDataParallel:
+            self.wrapped.register_comm_hook(self, self.reduced)
+
+    @staticmethod
+    def reduced(self, bucket):
+        self.count += 1
+        return allreduce_hook(None, bucket)
+
+
+class RunsOutOfMemory:
+    """Makes a model's forward fail on micro-batches beyond some positions, on one rank."""
+
+    def __init__(self, model, most, rank):
+        self.most, self.rank, self.model = most, rank, model
+        model.register_forward_pre_hook(self, with_kwargs=True)
+
+    def __call__(self, module, args, kwargs):
+        here = int(os.environ.get("RANK", 0)) == self.rank
+        if here and module.training and kwargs["packed"].num_tokens > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def train(folder, ranks, *, pairs=8, accumulation=1, lora=False, fails=None, **options):
+    """Some steps of SGD on `pairs` pairs a step; what is compared of them."""
     peft_config = None
     if lora:
         from peft import LoraConfig
@@ -61,8 +95,11 @@ def train(folder, ranks, *, pairs=8, accumulation=1, lora=False, **options):
         "disable_tqdm": True,
         "use_cpu": True,
     }
+    model, synchronizations = tiny_model(), Synchronizations()
+    if fails is not None:
+        RunsOutOfMemory(model, **fails)
     trainer = DPOTrainer(
-        tiny_model(),
+        model,
         args=DPOConfig(
             output_dir=str(folder),
             per_device_train_batch_size=pairs // ranks // accumulation,
@@ -74,12 +111,21 @@ def train(folder, ranks, *, pairs=8, accumulation=1, lora=False, **options):
         eval_dataset=tiny_dataset(7, seed=3),
         processing_class=tiny_tokenizer(),
         peft_config=peft_config,
+        callbacks=[synchronizations],
     )
+    synchronizations.trainer = trainer
     trainer.train()
     logs = [{k: v for k, v in log.items() if k in COMPARED} for log in trainer.state.log_history if "loss" in log]
     metrics = {k: v for k, v in trainer.evaluate().items() if k.removeprefix("eval_") in COMPARED}
-    state = trainer.accelerator.get_state_dict(trainer.model)
-    return {"logs": logs, "eval": metrics, "weights": {k: v.clone() for k, v in state.items()}}
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped if trainer.is_deepspeed_enabled else trainer.model)
+    return {
+        "logs": logs,
+        "eval": metrics,
+        "weights": {k: v.clone() for k, v in (state or {}).items()},
+        "synchronizations": synchronizations.count,
+        "wrapped": type(synchronizations.wrapped).__name__,
+        "max_tokens": trainer.max_tokens,
+    }
 
 
 COMPARED = ("loss", "grad_norm", "rewards/margins", "rewards/accuracies", "logps/chosen", "lengths/rejected", "entropy")

@@ -32,8 +32,22 @@ def test_two_ranks_equal_one_process(replicated, case, tmp_path):
     check_equal(first, train(tmp_path, 1, **CASES[case]))
 
 
+def test_gradients_are_synchronized_once_a_step(replicated):
+    runs = [results[case] for results in replicated for case in ("plain", "max_tokens 24")]
+    assert {run["wrapped"] for run in runs} == {"DistributedDataParallel"}
+    assert len({run["synchronizations"] for run in runs}) == 1 and runs[0]["synchronizations"] > 0
+
+
+def test_out_of_memory_on_one_rank_halves_max_tokens_on_all(replicated):
+    assert [results["out of memory"]["max_tokens"] for results in replicated] == [
+        replicated[0]["out of memory"]["max_tokens"]
+    ] * 2
+    assert replicated[0]["out of memory"]["max_tokens"] <= 30
+
+
 @pytest.mark.parametrize("case", SHARDED_CASES)
 def test_a_sharded_model_equals_one_process(sharded, case, tmp_path):
+    assert sharded[0][case]["wrapped"].startswith("FSDP")
     check_equal(sharded[0][case], train(tmp_path, 1, **CASES[case]))
 
 
