@@ -83,6 +83,10 @@ class DPOConfig(TrainingArguments):
             "help": "Compute reference log-probs once before training, so that no reference model stays in memory."
         },
     )
+    router_aux_loss_coef: float | None = field(
+        default=None,
+        metadata={"help": "Weight of a mixture of experts' load-balancing loss (default: the model's own; 0: none)."},
+    )
     sync_ref_model: bool = field(
         default=False, metadata={"help": "Let the reference follow the policy (TR-DPO): needs a reference in the step."}
     )
@@ -142,8 +146,8 @@ class DPOConfig(TrainingArguments):
         if self.train_sampling_strategy not in SAMPLING_STRATEGIES:
             raise ValueError(
                 f"train_sampling_strategy: expected one of {SAMPLING_STRATEGIES}, got "
-                f"{self.train_sampling_strategy!r}: packing leaves no pads that sorting by length would save, and ranks "
-                "are balanced anyway"
+                f"{self.train_sampling_strategy!r}: packing leaves no pads that sorting by length would save, and "
+                "ranks are balanced anyway"
             )
         if self.on_bad_row not in ("raise", "skip"):
             raise ValueError(f"on_bad_row: expected 'raise' or 'skip', got {self.on_bad_row!r}")

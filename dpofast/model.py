@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from torch import Tensor
@@ -48,6 +48,7 @@ def attach_logprob_head(model: Any, *, padded: bool = False) -> Any:
     """Make model(packed=PackedBatch, stats=()) return a LogprobOutput over the batch's N targets. Returns the model.
 
     model(packed=batch, preference=PackedPreference(...)) returns the PreferenceOutput of the batch's pairs instead.
+    With balance=True either holds a mixture of experts' load-balancing loss as aux_loss.
 
     Args:
         model: a decoder-only transformers model with a language-modelling head. A PEFT model is attached through its
@@ -130,6 +131,7 @@ def packed_class(cls: Any, padded: bool) -> type:
         packed: PackedBatch | None = None,
         stats: tuple[str, ...] = (),
         preference: PackedPreference | None = None,
+        balance: bool = False,
         max_logits_bytes: int | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -142,7 +144,7 @@ def packed_class(cls: Any, padded: bool) -> type:
         extra = [name for name, value in kwargs.items() if value is not None]
         if args or extra:
             raise ValueError(f"model(packed=...): expected no further model inputs, got {extra or 'positional ones'}")
-        return _packed_output(self, packed, stats, preference, max_logits_bytes)
+        return _packed_output(self, packed, stats, preference, balance, max_logits_bytes)
 
     members = {
         "forward": forward,
@@ -159,12 +161,18 @@ def _packed_output(
     batch: PackedBatch,
     stats: tuple[str, ...],
     preference: PackedPreference | None,
+    balance: bool,
     max_logits_bytes: int | None,
 ) -> LogprobOutput | PreferenceOutput:
     if stats and preference is not None:
         raise ValueError(f"stats: expected none beside preference=..., which has no per-token outputs, got {stats}")
     head = model.get_output_embeddings()
-    hidden = padded_hidden(model, batch) if model._padded_rows else packed_hidden(model, batch)
+    if model._padded_rows and balance:
+        raise ValueError("balance: expected packed rows for a load-balancing loss, and the model runs over padded ones")
+    if model._padded_rows:
+        hidden, aux_loss = padded_hidden(model, batch), None
+    else:
+        hidden, aux_loss = packed_hidden(model, batch, balance=balance)
     options = {"max_logits_bytes": max_logits_bytes, **logit_options(model.config.get_text_config())}
 
     def output(hidden: Tensor) -> LogprobOutput | PreferenceOutput:
@@ -185,7 +193,7 @@ def _packed_output(
             **weighted,
         )
 
-    return _as_forward(head, output, hidden)
+    return replace(_as_forward(head, output, hidden), aux_loss=aux_loss)
 
 
 def _as_forward(module: Any, compute: Callable[[Tensor], Any], hidden: Tensor) -> Any:

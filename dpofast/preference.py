@@ -214,12 +214,14 @@ class PreferenceOutput:
 
     Only loss is differentiable. rewards = beta·(logp − ref_logp), in nats times beta, without a reference beta·logp.
     With ld_alpha a response's log-prob depends on its partner: logps and rewards are then (P, 2), chosen and rejected.
+    aux_loss is a model's own auxiliary loss (mixture-of-experts balancing), differentiable, not in loss, or None.
     """
 
     loss: Tensor
     losses: Tensor
     logps: Tensor
     rewards: Tensor
+    aux_loss: Tensor | None = None
 
     def of_pairs(self, name: str, pairs: Tensor) -> Tensor:
         """logps or rewards, named, of the pairs' chosen and rejected response: (P, 2)."""

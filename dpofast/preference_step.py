@@ -38,6 +38,7 @@ class PreferenceStep:
             the reference must take the same path.
         max_logits_bytes: the head's budget.
         token_statistics: per-token statistics too, which cost a path that keeps more.
+        balancing: weight of a mixture of experts' load-balancing loss.
     """
 
     loss: PreferenceLoss
@@ -47,6 +48,7 @@ class PreferenceStep:
     autocast: Callable[[], AbstractContextManager[Any]]
     max_logits_bytes: int | None = None
     token_statistics: bool = False
+    balancing: float = 0.0
 
     def outputs(
         self, model: nn.Module, batches: Sequence[PackedBatch | None], totals: StepTotals, sums: MetricSums
@@ -56,6 +58,10 @@ class PreferenceStep:
         plan = self._coupled if joined else self._separable
         for batch, output in zip(batches, plan(model, batches, totals, sums), strict=True):
             if batch is not None:
+                if output.aux_loss is not None:
+                    share = len(output.losses) / totals.num_pairs
+                    output = replace(output, loss=output.loss + self.balancing * share * output.aux_loss)
+                    sums.add("aux_loss", output.aux_loss.detach() * len(output.losses), len(output.losses))
                 with_reference = batch.ref_logps is not None or self.loss.needs_reference
                 sums.add_pairs(output, batch, self.loss.beta, with_reference=with_reference)
             yield output
@@ -77,14 +83,18 @@ class PreferenceStep:
             finally:
                 asked.train(training)
 
-    def _tokens(self, model: nn.Module, batch: PackedBatch, sums: MetricSums) -> Tokens:
-        """Log-probs and statistics per token."""
+    def _tokens(self, model: nn.Module, batch: PackedBatch, sums: MetricSums) -> tuple[Tokens, Tensor | None]:
+        """Log-probs and statistics per token, and the balancing loss."""
         stats: tuple[str, ...] = TOKEN_STATISTICS if self.token_statistics else ()
         stats += ("log_sum_sq_probs",) if self.loss.use_weighting else ()
-        output = model(packed=batch, stats=stats, max_logits_bytes=self.max_logits_bytes)
+        output = model(packed=batch, stats=stats, **self._options)
         if self.token_statistics:
             sums.add_tokens(output, batch)
-        return Tokens(output.logps, batch.cu_targets, None, output.log_sum_sq_probs)
+        return Tokens(output.logps, batch.cu_targets, None, output.log_sum_sq_probs), output.aux_loss
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        return {"balance": self.balancing != 0, "max_logits_bytes": self.max_logits_bytes}
 
     def _separable(
         self, model: nn.Module, batches: Sequence[PackedBatch | None], totals: StepTotals, sums: MetricSums
@@ -97,7 +107,7 @@ class PreferenceStep:
             with self.autocast():
                 ref_logps = self.reference_logps(model, batch)
                 if self.token_statistics:
-                    tokens = self._tokens(model, batch, sums)
+                    tokens, aux_loss = self._tokens(model, batch, sums)
                     output = token_preference_loss(
                         tokens.logps,
                         batch.cu_targets,
@@ -107,9 +117,10 @@ class PreferenceStep:
                         log_sum_sq_probs=tokens.log_sum_sq,
                         **step,
                     )
+                    output = replace(output, aux_loss=aux_loss)
                 else:
                     preference = PackedPreference(ref_logps, self.loss, **step)
-                    output = model(packed=batch, preference=preference, max_logits_bytes=self.max_logits_bytes)
+                    output = model(packed=batch, preference=preference, **self._options)
             yield output
 
     def _coupled(
@@ -120,7 +131,7 @@ class PreferenceStep:
         own = [batch for batch in batches if batch is not None]
         # Both passes over a micro-batch draw the same dropout.
         with torch.random.fork_rng(devices), torch.no_grad(), self.autocast():
-            tokens = [self._tokens(model, batch, sums) for batch in own]
+            tokens = [self._tokens(model, batch, sums)[0] for batch in own]
             references = [self.reference_logps(model, batch) for batch in own]
             for _ in range(len(batches) - len(own)):
                 self._idle(model)
@@ -133,8 +144,8 @@ class PreferenceStep:
             output, coefficients = next(results)
             if torch.is_grad_enabled():
                 with self.autocast():
-                    logps = model(packed=batch, max_logits_bytes=self.max_logits_bytes).logps
-                output = replace(output, loss=(logps * coefficients).sum())
+                    scored = model(packed=batch, **self._options)
+                output = replace(output, loss=(scored.logps * coefficients).sum(), aux_loss=scored.aux_loss)
             yield output
 
     def _idle(self, model: nn.Module) -> PreferenceOutput:

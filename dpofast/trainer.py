@@ -45,6 +45,7 @@ from dpofast.preference_step import PreferenceStep
 from dpofast.ranks import Ranks
 from dpofast.refcache import add_reference_columns
 from dpofast.reference_model import MovingReference, ReferenceModel, on_device
+from dpofast.router import balancing_coefficient
 from dpofast.steps import PairLengths, StepDataset, StepExamples, StepLoader, StepSampler
 
 # Large enough for full GEMM speed; on a CPU a pass without gradients is fastest where its activations stay in cache.
@@ -169,6 +170,9 @@ class DPOTrainer(Trainer):
         self._reference = ReferenceModel(self.model, ref_model, new_adapter=new_adapter, live=live)
         if self._reference.model is not None:
             self._reference.model.to(args.device)
+        balancing = balancing_coefficient(self.model.config.get_text_config(), args.router_aux_loss_coef)
+        if balancing and args.padded:
+            raise ValueError("router_aux_loss_coef: padded rows give no load-balancing loss; set it to 0")
         self.forward = PreferenceStep(
             loss=self.loss,
             reference=self._reference if live else None,
@@ -177,6 +181,7 @@ class DPOTrainer(Trainer):
             autocast=self.accelerator.autocast,
             max_logits_bytes=args.max_logits_bytes,
             token_statistics=args.token_statistics,
+            balancing=balancing,
         )
         self.optimizer_step = OptimizerStep(self.forward, self.accelerator)
         self._window = LogWindow()
@@ -273,7 +278,8 @@ class DPOTrainer(Trainer):
         if self._reference.released or (self._reference.is_policy and self.state.global_step > 0):
             raise ValueError(
                 f"{name}_dataset: its reference log-probs need the reference model, which is gone once "
-                "precompute_ref_log_probs=True has computed them: pass this dataset to the constructor, or set it to False"
+                "precompute_ref_log_probs=True has computed them: pass this dataset to the constructor, or set it to "
+                "False"
             )
         bar = tqdm(total=len(dataset), desc=f"reference log-probs, {name}", disable=self.args.disable_tqdm, leave=False)
         with bar, self._reference.of(self.model) as model, on_device(model, self.args.device):

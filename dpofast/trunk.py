@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from dpofast.admission import cannot_pack
 from dpofast.attention_layout import PackedLayout
 from dpofast.packing import PackedBatch
+from dpofast.router import balancing_loss, row_weights
 
 # Tables of positions may hold a few rows more than positions: OPT's begins with two that it never reads.
 _SPARE_POSITIONS = 8
@@ -40,9 +41,17 @@ def packed_trunk(model: Any, batch: PackedBatch, **options: Any) -> Any:
     return output
 
 
-def packed_hidden(model: Any, batch: PackedBatch) -> Tensor:
-    """The trunk's output (N, D) in the order of the batch's targets: T positions are computed, one row."""
-    return packed_trunk(model, batch).last_hidden_state[0].index_select(0, batch.logit_rows)
+def packed_hidden(model: Any, batch: PackedBatch, *, balance: bool = False) -> tuple[Tensor, Tensor | None]:
+    """The trunk's output (N, D) in the order of the batch's targets: T positions are computed, one row.
+
+    With balance also the load-balancing loss of a mixture of experts.
+    """
+    trunk = packed_trunk(model, batch, **({"output_router_logits": True} if balance else {}))
+    hidden = trunk.last_hidden_state[0].index_select(0, batch.logit_rows)
+    if not balance:
+        return hidden, None
+    top_k = model.config.get_text_config().num_experts_per_tok
+    return hidden, balancing_loss(trunk.router_logits, top_k, row_weights(batch))
 
 
 def padded_hidden(model: Any, batch: PackedBatch) -> Tensor:

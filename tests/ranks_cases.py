@@ -5,7 +5,6 @@ import socket
 
 import torch
 from tiny import tiny_dataset, tiny_model, tiny_tokenizer
-
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
