@@ -25,6 +25,16 @@ build/triton36/.installed: $(INSTALLED)
 	build/triton36/bin/python -m pip install --no-deps triton==3.6.0 "numpy<2.4"
 	@touch $@
 
+# Two CPU processes under DeepSpeed's ZeRO-2 and ZeRO-3. --no-deps, since what it requires is large and mostly here.
+.PHONY: test-deepspeed
+test-deepspeed: build/deepspeed/.installed
+	DS_ACCELERATOR=cpu PYTHONPATH=build/deepspeed $(BIN)/python -m pytest -m deepspeed tests/test_trainer_ranks.py
+
+build/deepspeed/.installed: $(INSTALLED)
+	DS_BUILD_OPS=0 $(BIN)/pip install --no-deps --no-build-isolation --target build/deepspeed deepspeed hjson msgpack \
+	    py-cpuinfo pydantic pydantic-core annotated-types typing-inspection einops nvidia-ml-py
+	@touch $@
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/mypy dpofast

@@ -72,7 +72,11 @@ def probe_max_tokens(probe: Callable[[int], int], device: torch.device, cap: int
     for positions in (cap // 16, cap // 16, cap // 4):  # the first one warms up
         free = free_bytes(device)
         counted: list[int] = []
-        peak = peak_bytes(device, lambda asked=positions, counted=counted: counted.append(probe(asked)))
+
+        def run(asked: int = positions, counted: list[int] = counted) -> None:
+            counted.append(probe(asked))
+
+        peak = peak_bytes(device, run)
         peaks[counted[0]] = peak
     (low, low_bytes), (high, high_bytes) = min(peaks.items()), max(peaks.items())
     if low == high:

@@ -58,10 +58,10 @@ class PreferenceStep:
         plan = self._coupled if joined else self._separable
         for batch, output in zip(batches, plan(model, batches, totals, sums), strict=True):
             if batch is not None:
-                if output.aux_loss is not None:
-                    share = len(output.losses) / totals.num_pairs
-                    output = replace(output, loss=output.loss + self.balancing * share * output.aux_loss)
-                    sums.add("aux_loss", output.aux_loss.detach() * len(output.losses), len(output.losses))
+                if (aux_loss := output.aux_loss) is not None:
+                    count = len(output.losses)
+                    output = replace(output, loss=output.loss + self.balancing * count / totals.num_pairs * aux_loss)
+                    sums.add("aux_loss", aux_loss.detach() * count, count)
                 with_reference = batch.ref_logps is not None or self.loss.needs_reference
                 sums.add_pairs(output, batch, self.loss.beta, with_reference=with_reference)
             yield output

@@ -2,6 +2,7 @@
 
     pytest           the CPU alone, kernels in Triton's interpreter, whether or not there is a GPU
     pytest -m gpu    the tests of the GPU alone, kernels compiled for it
+    pytest -m deepspeed    those that need the package, which is not among the test requirements (make test-deepspeed)
 
 Triton decides once a process whether it compiles or interprets, so the two never share one.
 """
@@ -51,7 +52,7 @@ def pytest_configure(config):
         # cuBLAS repeats its results to the bit only with a workspace of its own a stream.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         return
-    config.option.markexpr = config.option.markexpr or "not gpu"
+    config.option.markexpr = config.option.markexpr or "not gpu and not deepspeed"
     os.environ["TRITON_INTERPRET"] = "1"
     # What picks a device by itself, as transformers' Trainer does, finds the CPU; nobody has asked for a GPU so far.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""

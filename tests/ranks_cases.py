@@ -15,7 +15,6 @@ WORLD = 2
 PAIRS = 21  # 8 a step: the last one has 5
 COUPLED = ("aot", "aot_unpaired", "kto_pair")
 REQUIRED = {"exo_pair": {"label_smoothing": 1e-3}, "robust": {"label_smoothing": 0.1}}
-SHARDED = {"fsdp": "full_shard", "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
 
 
 def shared_prompts():
@@ -45,7 +44,33 @@ CASES = {
     "lora live": {"lora": True, "precompute_ref_log_probs": False},
     **{kind: {"loss_type": kind, "max_tokens": 24, **REQUIRED.get(kind, {})} for kind in losses.KINDS},
 }
-SHARDED_CASES = {name: CASES[name] for name in ("plain", "max_tokens 24", "rpo", "aot", "lora", "lora live", "simpo")}
+SHARDED_CASES = ("plain", "max_tokens 24", "rpo", "aot", "lora", "lora live", "simpo")
+ZERO_CASES = ("plain", "max_tokens 24", "rpo")
+
+
+def _zero(stage):
+    """A DeepSpeed configuration; its own optimizer would be compiled for the machine."""
+    return {
+        "zero_optimization": {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "train_batch_size": "auto",
+        "gradient_clipping": "auto",
+    }
+
+
+# How several ranks share a model: (the cases to run so, options)
+MODES = {
+    "ddp": (CASES, {}),
+    "fsdp": (
+        SHARDED_CASES,
+        {"fsdp": "full_shard", "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}},
+    ),
+    "zero2": (ZERO_CASES, {"deepspeed": _zero(2)}),
+    "zero3": (ZERO_CASES, {"deepspeed": _zero(3)}),
+}
 
 
 class Synchronizations(TrainerCallback):
@@ -130,23 +155,21 @@ def train(folder, ranks, *, pairs=8, accumulation=1, lora=False, fails=None, **o
 COMPARED = ("loss", "grad_norm", "rewards/margins", "rewards/accuracies", "logps/chosen", "lengths/rejected", "entropy")
 
 
-def rank_main(rank, port, folder, sharded):
-    """Every case on this rank; results go to a file."""
+def rank_main(rank, port, folder, mode):
+    """Every case of a mode on this rank; results go to a file."""
     ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": WORLD, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in ranks.items()})
     torch.set_num_threads(1)
-    results = {}
-    for name, options in (SHARDED_CASES if sharded else CASES).items():
-        extra = SHARDED if sharded else {}
-        results[name] = train(f"{folder}/{rank}", WORLD, ddp_backend="gloo", **options, **extra)
+    cases, options = MODES[mode]
+    results = {name: train(f"{folder}/{rank}", WORLD, ddp_backend="gloo", **CASES[name], **options) for name in cases}
     torch.save(results, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
-def on_two_ranks(folder, *, sharded=False):
+def on_two_ranks(folder, mode):
     """The results of both ranks."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-    torch.multiprocessing.spawn(rank_main, (port, str(folder), sharded), nprocs=WORLD)
+    torch.multiprocessing.spawn(rank_main, (port, str(folder), mode), nprocs=WORLD)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]

@@ -1,18 +1,18 @@
-"""The same run on one process and on two gloo ranks, with DistributedDataParallel and with FSDP2."""
+"""The same run on one process and on two gloo ranks: DDP, FSDP2, and DeepSpeed (pytest -m deepspeed)."""
 
 import pytest
 import torch
-from ranks_cases import CASES, SHARDED_CASES, on_two_ranks, train
+from ranks_cases import CASES, SHARDED_CASES, ZERO_CASES, on_two_ranks, train
 
 
 @pytest.fixture(scope="module")
 def replicated(tmp_path_factory):
-    return on_two_ranks(tmp_path_factory.mktemp("ddp"))
+    return on_two_ranks(tmp_path_factory.mktemp("ddp"), "ddp")
 
 
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory):
-    return on_two_ranks(tmp_path_factory.mktemp("fsdp"), sharded=True)
+    return on_two_ranks(tmp_path_factory.mktemp("fsdp"), "fsdp")
 
 
 def check_equal(run, alone):
@@ -49,6 +49,15 @@ def test_out_of_memory_on_one_rank_halves_max_tokens_on_all(replicated):
 def test_a_sharded_model_equals_one_process(sharded, case, tmp_path):
     assert sharded[0][case]["wrapped"].startswith("FSDP")
     check_equal(sharded[0][case], train(tmp_path, 1, **CASES[case]))
+
+
+@pytest.mark.deepspeed
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_equals_one_process(stage, tmp_path):
+    first, _ = on_two_ranks(tmp_path, f"zero{stage}")
+    for case in ZERO_CASES:
+        assert first[case]["wrapped"] == "DeepSpeedEngine"
+        check_equal(first[case], train(tmp_path, 1, **CASES[case]))
 
 
 @pytest.mark.parametrize("options", [{"accumulation": 4}, {"max_tokens": 24}, {"max_tokens": 100_000}], ids=str)
