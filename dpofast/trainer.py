@@ -20,17 +20,15 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from dpofast.config import DPOConfig
 from dpofast.coupled import RunningRewards
 from dpofast.data import tokenize_preferences
 from dpofast.formats import ID_COLUMNS, REF_COLUMNS
-from dpofast.head import HeadPlan
 from dpofast.log_window import LogWindow
 from dpofast.metrics import MetricSums
-from dpofast.model import attach_logprob_head
 from dpofast.optimizer_step import OptimizerStep
 from dpofast.out_of_memory import (
     SAVE_MEMORY,
@@ -42,6 +40,7 @@ from dpofast.out_of_memory import (
 from dpofast.packing import PackedBatch, pack
 from dpofast.pair_terms import StepTotals
 from dpofast.preference_step import PreferenceStep
+from dpofast.prepared_model import prepared_model, vocabulary
 from dpofast.ranks import Ranks
 from dpofast.refcache import add_reference_columns
 from dpofast.reference_model import MovingReference, ReferenceModel, on_device
@@ -95,11 +94,7 @@ class DPOTrainer(Trainer):
         """Tokenize, attach the log-prob head, and compute the reference log-probs unless told to do so in the step."""
         args = DPOConfig(output_dir="dpofast-output") if args is None else copy.copy(args)
         _check_topology(args)
-        if ref_model is not None and ref_model is model:
-            raise ValueError("ref_model: expected another model than `model`, or None for the model as it is now")
         self.loss = args.preference_loss()
-        if ref_model is not None and not self.loss.needs_reference:
-            raise ValueError(f"ref_model: loss_type {self.loss.kind!r} has no reference; leave it out")
         # The step below makes the micro-batches, so Trainer sees one batch a step.
         args.per_device_train_batch_size *= args.gradient_accumulation_steps
         args.gradient_accumulation_steps = 1
@@ -107,29 +102,7 @@ class DPOTrainer(Trainer):
         if args.ddp_broadcast_buffers is None:
             args.ddp_broadcast_buffers = False  # those of a language model never change
         torch.manual_seed(args.seed)
-        if isinstance(model, str):
-            processing_class = processing_class or AutoTokenizer.from_pretrained(model)
-            model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-        if processing_class is None and model.config.name_or_path:  # token ids need none
-            processing_class = AutoTokenizer.from_pretrained(model.config.name_or_path)
-        if peft_config is not None:
-            from peft import get_peft_model
-
-            model = get_peft_model(model, peft_config)
-        new_adapter = peft_config is not None
-        if args.disable_dropout:
-            _disable_dropout(model, ref_model)
-        attach_logprob_head(model, padded=args.padded)
-        if ref_model is not None:
-            attach_logprob_head(ref_model, padded=args.padded)
-
-        vocab = model.get_input_embeddings().weight.shape[0]
-        if ref_model is not None and ref_model.get_input_embeddings().weight.shape[0] != vocab:
-            theirs = ref_model.get_input_embeddings().weight.shape[0]
-            raise ValueError(f"ref_model: expected the model's vocabulary of {vocab} tokens, got {theirs}")
-        head = model.get_output_embeddings().weight
-        if args.max_logits_bytes is not None:  # refused here and not in the first step
-            HeadPlan.make(1, head, args.max_logits_bytes, keep=True)
+        model, processing_class = prepared_model(model, ref_model, args, processing_class, peft_config)
         self.data_reports: dict[str, Any] = {}
         self._tokenize_options = {
             "tokenizer": processing_class,
@@ -137,7 +110,7 @@ class DPOTrainer(Trainer):
             "truncation_mode": args.truncation_mode,
             "on_bad_row": args.on_bad_row,
             "num_proc": args.dataset_num_proc,
-            "vocab_size": vocab,
+            "vocab_size": vocabulary(model),
         }
         super().__init__(
             model=model,
@@ -167,7 +140,7 @@ class DPOTrainer(Trainer):
         self.max_tokens = args.max_tokens if isinstance(args.max_tokens, int) else default
         self.max_forward_tokens = min(self.max_tokens, _FORWARD_TOKENS_CPU) if on_cpu else self.max_tokens
         live = self.loss.needs_reference and not args.precompute_ref_log_probs
-        self._reference = ReferenceModel(self.model, ref_model, new_adapter=new_adapter, live=live)
+        self._reference = ReferenceModel(self.model, ref_model, new_adapter=peft_config is not None, live=live)
         if self._reference.model is not None:
             self._reference.model.to(args.device)
         balancing = balancing_coefficient(self.model.config.get_text_config(), args.router_aux_loss_coef)
@@ -474,16 +447,6 @@ def _check_topology(args: DPOConfig) -> None:
         raise ValueError(f"args: expected a DPOConfig, got {type(args).__name__}")
     if args.n_gpu > 1:
         raise ValueError(f"DPOTrainer uses one GPU, and {args.n_gpu} are visible: set CUDA_VISIBLE_DEVICES")
-
-
-def _disable_dropout(*models: Any) -> None:
-    for model in models:
-        for module in model.modules() if model is not None else ():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
-            # transformers hands this number to its attention functions
-            if isinstance(getattr(module, "attention_dropout", None), float):
-                module.attention_dropout = 0.0
 
 
 def _as_it_is(step: Any) -> Any:
