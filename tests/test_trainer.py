@@ -7,9 +7,10 @@ import pytest
 import torch
 from datasets import Dataset
 from families import family_model
-from tiny import tiny_dataset, tiny_model, tiny_pairs, tiny_tokenizer
+from tiny import VOCAB, tiny_dataset, tiny_model, tiny_pairs, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
+from bench.cost import Cost
 from dpofast import DataError, DPOConfig, DPOTrainer, reference
 
 
@@ -283,3 +284,17 @@ def test_under_bf16_autocast_the_reference_takes_the_policys_path(tmp_path, prec
 def test_token_ids_need_no_tokenizer(tmp_path):
     args = DPOConfig(output_dir=str(tmp_path), max_steps=1, save_strategy="no", report_to="none", use_cpu=True)
     DPOTrainer(tiny_model(), args=args, train_dataset=tiny_dataset()).train()
+
+
+@pytest.mark.parametrize(("adapter", "units"), [(True, 2.0), (False, 3.0)])
+def test_a_frozen_head_takes_two_products_and_a_trained_one_three(tmp_path, adapter, units):
+    from peft import LoraConfig
+
+    lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM") if adapter else None
+    trainer = make_trainer(tmp_path, peft_config=lora)
+    step = next(iter(trainer.get_train_dataloader()))
+    with Cost() as cost:
+        trainer.training_step(trainer.model, step)
+    targets = sum(len(example["chosen_ids"]) + len(example["rejected_ids"]) for example in step)
+    head = sum(2 * math.prod(shape) * count for shape, count in cost.gemms.items() if VOCAB in shape)
+    assert head == units * 2 * targets * 32 * VOCAB
