@@ -31,6 +31,8 @@ PROFILES = {
     "short": PairProfile(review_words=(10, 50), reviews_joined=(1, 2), context_words=0),
     # prompts of about 150 tokens, responses of about 60
     "long": PairProfile(review_words=(10, 50), reviews_joined=(1, 3), context_words=86),
+    # prompts of about 600 tokens, responses of about 100
+    "longest": PairProfile(review_words=(10, 50), reviews_joined=(3, 5), context_words=400),
 }
 
 

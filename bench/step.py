@@ -11,7 +11,7 @@ trl turns it on by default, which saves memory and costs it time; --trl-checkpoi
 default, is off as well. trl computes the reference inside each step, its default; dpofast computes it once before
 training, and that time is spread over the steps and counted: --epochs says how often they see the same pairs (trl's
 default is 3). --trl-precompute and --dpofast-live add each one with the other's choice, --dpofast-unshared runs every
-prompt once a response, --trl-patched is trl under dpofast.integrations.trl.patch_trl().
+prompt once a response, --trl-patched is trl under dpofast.integrations.trl.patch_trl(); --lora trains an adapter.
 
 Each run is a process of its own and the runs alternate. The first step is reported apart: it allocates the optimizer's
 state and touches every buffer for the first time, which happens once in a training run of thousands of steps. Memory
@@ -72,6 +72,7 @@ class StepCase:
         learning_rate: AdamW's, constant.
         beta: the loss's.
         seed: the trainer's.
+        lora: rank of an adapter on every linear layer but the head, 0 to train all weights.
     """
 
     model: str
@@ -81,6 +82,7 @@ class StepCase:
     learning_rate: float
     beta: float = 0.1
     seed: int = SEED
+    lora: int = 0
 
 
 def train(engine: str, case: StepCase, *, count: bool = False) -> dict[str, Any]:
@@ -143,6 +145,11 @@ def train(engine: str, case: StepCase, *, count: bool = False) -> dict[str, Any]
     model = AutoModelForCausalLM.from_pretrained(case.model, dtype=torch.float32)
     if name == "dpofast":
         library.attach_logprob_head(model)  # the trainer would, and checks a few tokens: no part of a step
+    adapter = None
+    if case.lora:
+        from peft import LoraConfig
+
+        adapter = LoraConfig(r=case.lora, target_modules="all-linear", task_type="CAUSAL_LM")
     work = Work(model) if count else None
     with tempfile.TemporaryDirectory() as folder, work or contextlib.nullcontext():
         config: dict[str, Any] = {
@@ -174,6 +181,7 @@ def train(engine: str, case: StepCase, *, count: bool = False) -> dict[str, Any]
             train_dataset=Dataset.from_list(rows),
             processing_class=AutoTokenizer.from_pretrained(case.model),
             callbacks=[recorder],
+            peft_config=adapter,
         )
         trainer.train()
     if work is not None:
@@ -297,6 +305,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=1, help="passes over the pairs that the steps make up")
     parser.add_argument("--rounds", type=int, default=2, help="runs of every engine")
     parser.add_argument("--pairs-per-step", type=int, default=PAIRS_PER_STEP, help="pairs in a step")
+    parser.add_argument("--lora", type=int, default=0, metavar="RANK", help="train an adapter of this rank")
     parser.add_argument("--learning-rate", type=float, default=1e-6, help="trl's default")
     for engine in EXTRA_ENGINES:
         parser.add_argument(f"--{engine}", action="store_true", help=f"also run {engine}")
@@ -357,6 +366,7 @@ def main() -> int:
             pairs_per_step=args.pairs_per_step,
             steps=args.steps,
             learning_rate=args.learning_rate,
+            lora=args.lora,
         )
         lengths = token_lengths(case)
         means = ", ".join(f"{key} {value:.0f}" for key, value in lengths.items())
@@ -379,6 +389,7 @@ def main() -> int:
         "pairs_per_step": args.pairs_per_step,
         "steps": args.steps,
         "epochs": args.epochs,
+        "lora": args.lora,
         "rounds": args.rounds,
         "mean_tokens": lengths,
         "load_at_start": load,
