@@ -1,0 +1,51 @@
+"""Datasets that are read from front to back without holding what was read.
+
+An Arrow file's rows are mapped, not loaded: reading a row makes its pages part of this process until the kernel wants
+them back, so one pass over a large file looks like that much memory, and counts so where a container's limit is
+enforced. Pages that were read are handed back here; the kernel keeps them as its cache and maps them again on touch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+import mmap
+import sys
+from collections.abc import Collection, Iterator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from datasets import Dataset
+
+_LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+
+
+def mapped_files(dataset: Dataset) -> tuple[str, ...]:
+    """The Arrow files that hold a dataset's rows; none for one in memory."""
+    return tuple(sorted({file["filename"] for file in dataset.cache_files}))
+
+
+def release_pages(files: Collection[str]) -> None:
+    """Unmap the pages of these files from this process, as far as they were only read. Outside Linux nothing happens.
+
+    Tables over the files stay valid: what is touched again is mapped again.
+    """
+    if _LIBC is None or not files:
+        return
+    with open("/proc/self/maps", encoding="utf-8", errors="surrogateescape") as maps:
+        for line in maps:
+            # 7f10a0000000-7f10a4000000 r--p 00000000 08:01 131 /a/file: a page that cannot be written cannot be lost
+            fields = line.rstrip("\n").split(maxsplit=5)
+            if len(fields) == 6 and fields[1].startswith("r--") and fields[5] in files:
+                start, stop = (int(bound, 16) for bound in fields[0].split("-"))
+                _LIBC.madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), ctypes.c_int(mmap.MADV_DONTNEED))
+
+
+def windows(dataset: Dataset, columns: Collection[str], size: int) -> Iterator[pa.Table]:
+    """The columns' rows in order, `size` at a time, as Arrow tables; a table's pages go with the next one."""
+    files = mapped_files(dataset)
+    rows: Any = dataset.with_format("arrow", columns=list(columns))
+    for start in range(0, len(dataset), size):
+        yield rows[start : min(start + size, len(dataset))]
+        release_pages(files)
