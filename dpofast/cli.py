@@ -129,11 +129,14 @@ def _checked_output(config: Any) -> str | None:
     """
     from transformers.trainer_utils import get_last_checkpoint
 
+    from dpofast.refcache import CACHE_FOLDER
+
     output, resume = Path(config.output_dir), config.resume_from_checkpoint
     if output.exists() and not output.is_dir():
         raise ValueError(f"output_dir: {output} is a file, and a folder is needed")
     if resume is None:
-        if output.is_dir() and any(output.iterdir()):
+        # A run that was killed before its first step has left reference log-probs, with which this one goes on.
+        if output.is_dir() and any(entry.name != CACHE_FOLDER for entry in output.iterdir()):
             raise ValueError(
                 f"output_dir: {output} is not empty: name another, remove it, or go on with its run by "
                 "--resume_from_checkpoint latest"

@@ -95,6 +95,14 @@ class DPOConfig(TrainingArguments):
         metadata={"help": "TR-DPO: the policy's share in reference = alpha * policy + (1 - alpha) * reference."},
     )
     ref_model_sync_steps: int = field(default=512, metadata={"help": "TR-DPO: steps between two such updates."})
+    ref_cache_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder that keeps precomputed reference log-probs, default <output_dir>/reference: a killed run "
+            "goes on where it stopped, and runs that name one folder share what belongs to equal tokens, reference "
+            "weights and dtype, so that a sweep over beta or losses computes it once. May be deleted at any time."
+        },
+    )
     token_statistics: bool = field(
         default=False,
         metadata={"help": "Also log entropy, mean logits and token accuracy: a few more passes over logits."},

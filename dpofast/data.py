@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from datasets import Dataset, DatasetDict, Features, Json, List, Value
 
 from dpofast import formats
 from dpofast.formats import TEMPLATE_COLUMNS, BadRow, DataError
+from dpofast.mapped import mapped_files
 from dpofast.tokenization import (
     ERROR,
     LINE,
@@ -45,6 +46,7 @@ _FEATURES = {
     "json": Json(),
 }
 _ARRAY = "expected one object a line, got an array; `jq -c '.[]' file.json > file.jsonl` writes its elements so"
+_PARQUET_ROWS = 1000
 _HALF_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _FILE_SUFFIX = re.compile(r"\.[a-zA-Z]+$")
@@ -115,7 +117,10 @@ def _load_folder(path: Path, split: str) -> Dataset:
     splits = saved if isinstance(saved, DatasetDict) else {"train": saved}
     if split not in splits:
         raise DataError(f"{path}: no split {split!r}; it has {', '.join(map(repr, splits))}")
-    return splits[split]
+    dataset = splits[split]
+    # What later passes cache is found by this; the one on record does not change when somebody replaces an Arrow file.
+    dataset._fingerprint = _content(map(Path, mapped_files(dataset)))
+    return dataset
 
 
 def _load_hub(name: str, split: str, cache_dir: str | None) -> Dataset:
@@ -134,8 +139,12 @@ def _load_parquet(path: Path, cache_dir: str | None) -> Dataset:
         # datasets' reader fails on a file without rows.
         if pq.read_metadata(path).num_rows == 0:
             return Dataset.from_dict({})
-        # datasets takes a file's name for a pattern.
-        return datasets.load_dataset("parquet", data_files=glob.escape(str(path)), split="train", cache_dir=cache_dir)
+        # datasets knows a file by its name and time stamp: a cache of its own for each content cannot be stale. It
+        # would also read whole row groups at once, and takes a file's name for a pattern.
+        cache = os.path.join(cache_dir or datasets.config.HF_DATASETS_CACHE, f"parquet-{_content([path])}")
+        return datasets.load_dataset(
+            "parquet", data_files=glob.escape(str(path)), split="train", cache_dir=cache, batch_size=_PARQUET_ROWS
+        )
     except (OSError, ValueError, pa.ArrowException, datasets.exceptions.DatasetGenerationError) as error:
         raise DataError(f"{path}: not a readable Parquet file: {_first_line(error.__cause__ or error)}") from error
 
@@ -144,13 +153,19 @@ def _first_line(error: BaseException) -> str:
     return str(error).strip().split("\n", 1)[0]
 
 
-def _load_jsonl(path: Path, skip: bool, cache_dir: str | None) -> Dataset:
-    # By content: a time stamp may be too coarse to tell a changed file from the one in the cache.
-    content = hashlib.sha256(_CODE + bytes([skip]))
-    try:
+def _content(files: Iterable[Path], more: bytes = b"") -> str:
+    """32 hex digits over what stands in the files: a time stamp may be too coarse to tell that one has changed."""
+    content = hashlib.sha256(more)
+    for path in files:
         with open(path, "rb") as file:
             while block := file.read(1 << 20):
                 content.update(block)
+    return content.hexdigest()[:32]
+
+
+def _load_jsonl(path: Path, skip: bool, cache_dir: str | None) -> Dataset:
+    try:
+        content = _content([path], _CODE + bytes([skip]))
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
     kinds = _first_kinds(path, skip)
@@ -163,7 +178,7 @@ def _load_jsonl(path: Path, skip: bool, cache_dir: str | None) -> Dataset:
             features=Features({**features, LINE: Value("int64"), ERROR: Value("string")}),
             gen_kwargs={"path": path, "kinds": kinds, "columns": tuple(features), "skip": skip},
             cache_dir=cache_dir,
-            fingerprint=content.hexdigest()[:32],
+            fingerprint=content,
         )
     except datasets.exceptions.DatasetGenerationError as error:
         if isinstance(error.__cause__, DataError):

@@ -8,10 +8,10 @@ enforced. Pages that were read are handed back here; the kernel keeps them as it
 from __future__ import annotations
 
 import ctypes
-import ctypes.util
 import mmap
+import os
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -22,8 +22,8 @@ _LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
 
 def mapped_files(dataset: Dataset) -> tuple[str, ...]:
-    """The Arrow files that hold a dataset's rows; none for one in memory."""
-    return tuple(sorted({file["filename"] for file in dataset.cache_files}))
+    """The Arrow files that hold a dataset's rows, by the names the kernel has for them; none for one in memory."""
+    return tuple(sorted({os.path.realpath(file["filename"]) for file in dataset.cache_files}))
 
 
 def release_pages(files: Collection[str]) -> None:
@@ -42,10 +42,15 @@ def release_pages(files: Collection[str]) -> None:
                 _LIBC.madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), ctypes.c_int(mmap.MADV_DONTNEED))
 
 
-def windows(dataset: Dataset, columns: Collection[str], size: int) -> Iterator[pa.Table]:
-    """The columns' rows in order, `size` at a time, as Arrow tables; a table's pages go with the next one."""
+def spans(count: int, size: int) -> list[tuple[int, int]]:
+    """(start, stop) of `count` rows, `size` at a time."""
+    return [(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def windows(dataset: Dataset, columns: Collection[str], parts: Iterable[tuple[int, int]]) -> Iterator[pa.Table]:
+    """The columns' rows from start to stop of each part, as Arrow tables; a table's pages go with the next one."""
     files = mapped_files(dataset)
     rows: Any = dataset.with_format("arrow", columns=list(columns))
-    for start in range(0, len(dataset), size):
-        yield rows[start : min(start + size, len(dataset))]
+    for start, stop in parts:
+        yield rows[start:stop]
         release_pages(files)

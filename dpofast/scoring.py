@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dpofast.checks import at_least_one
 from dpofast.formats import ID_COLUMNS, REF_COLUMNS
-from dpofast.mapped import windows
+from dpofast.mapped import spans, windows
 from dpofast.packing import pack
 from dpofast.pair_terms import pair_logprobs, segment_sums
 from dpofast.preference import of_pairs
@@ -53,25 +53,35 @@ class ResponseLogps:
         return self.cu_targets.diff()[self.pairs.long()]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Forward:
+    """How a model without gradients is run.
+
+    Attributes:
+        max_tokens: packed positions per micro-batch; no effect on results.
+        share_prompts: run a prompt once for all its responses; False for a head attached with padded=True.
+        max_logits_bytes: room for logits, None for the default.
+        device: where the model is.
+        autocast: makes the context that it runs in.
+    """
+
+    max_tokens: int | None
+    share_prompts: bool = True
+    max_logits_bytes: int | None = None
+    device: torch.device
+    autocast: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
+
+
 @torch.no_grad()
-def response_logps(
-    examples: Any,
-    model: Any,
-    *,
-    max_tokens: int | None,
-    share_prompts: bool,
-    max_logits_bytes: int | None,
-    device: torch.device,
-    autocast: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
-) -> ResponseLogps:
+def response_logps(examples: Any, model: Any, forward: Forward) -> ResponseLogps:
     """Log-probs of examples in any form that `pack` takes, one pair each; the model is in eval mode meanwhile."""
     was_training = model.training
     model.eval()
     try:
         logps, lengths, pairs, sequences = [], [], [], 0
-        for batch in pack(examples, max_tokens, share_prompts=share_prompts):
-            with autocast():
-                output = model(packed=batch.to(device), max_logits_bytes=max_logits_bytes)
+        for batch in pack(examples, forward.max_tokens, share_prompts=forward.share_prompts):
+            with forward.autocast():
+                output = model(packed=batch.to(forward.device), max_logits_bytes=forward.max_logits_bytes)
             logps.append(output.logps.float().cpu())
             lengths.append(batch.cu_targets.diff())
             pairs.append((batch.pair_examples, batch.pairs + sequences))
@@ -110,11 +120,11 @@ def score_rows(
         ref_model: the reference, likewise. None: the rows' own ref_chosen_logps and ref_rejected_logps where they have
             them; else under PEFT the model without its adapter; else there is none.
         beta: the strength that implicit rewards are measured in.
-        max_tokens: packed positions per micro-batch; no effect on results.
-        share_prompts: run a prompt once for all its responses; False for a head attached with padded=True.
-        max_logits_bytes: room for logits, None for the default.
-        device: where the models are.
-        autocast: makes the context that both models run in.
+        max_tokens: as in Forward, for both models, like the next four.
+        share_prompts: see there.
+        max_logits_bytes: see there.
+        device: see there.
+        autocast: see there.
         window: rows computed together.
         ld_alpha: as in PreferenceLoss: the log-probs are weighted so.
 
@@ -130,14 +140,14 @@ def score_rows(
     if not 0 < beta < float("inf"):
         raise ValueError(f"beta: expected a positive number, got {beta}")
     at_least_one("window", window)
-    options = {
-        "max_tokens": max_tokens,
-        "share_prompts": share_prompts,
-        "max_logits_bytes": max_logits_bytes,
-        "device": device,
-        "autocast": autocast,
-    }
-    return _scored(_examples(dataset, window), model, ref_model, beta, ld_alpha, options)
+    forward = Forward(
+        max_tokens=max_tokens,
+        share_prompts=share_prompts,
+        max_logits_bytes=max_logits_bytes,
+        device=device,
+        autocast=autocast,
+    )
+    return _scored(_examples(dataset, window), model, ref_model, beta, ld_alpha, forward)
 
 
 def _scored(
@@ -146,21 +156,21 @@ def _scored(
     ref_model: Any,
     beta: float,
     ld_alpha: float | None,
-    options: dict[str, Any],
+    forward: Forward,
 ) -> Iterator[dict[str, Any]]:
     for examples, given in parts:
-        policy = response_logps(examples, model, **options)
+        policy = response_logps(examples, model, forward)
         logps = policy.sums(ld_alpha)
         columns = {"chosen_logps": logps[:, 0], "rejected_logps": logps[:, 1]}
         columns |= dict(zip(("chosen_tokens", "rejected_tokens"), policy.lengths().T, strict=True))
         reference = None
         if ref_model is not None:
-            reference = response_logps(examples, ref_model, **options).sums(ld_alpha)
+            reference = response_logps(examples, ref_model, forward).sums(ld_alpha)
         elif REF_COLUMNS[0] in given:
             reference = torch.tensor([given.pop(name) for name in REF_COLUMNS], dtype=torch.float32).T
         elif hasattr(model, "disable_adapter"):
             with model.disable_adapter():
-                reference = response_logps(examples, model, **options).sums(ld_alpha)
+                reference = response_logps(examples, model, forward).sums(ld_alpha)
         if reference is not None:
             rewards = beta * (logps - reference)
             columns |= dict(zip(REF_COLUMNS, reference.T, strict=True))
@@ -178,7 +188,7 @@ def _examples(dataset: Any, window: int) -> Iterator[tuple[Any, dict[str, Any]]]
     beside = (*REF_COLUMNS, "row")
     if isinstance(dataset, Dataset):
         given = [name for name in beside if name in dataset.column_names]
-        for table in windows(dataset, [*ID_COLUMNS, *given], window):
+        for table in windows(dataset, [*ID_COLUMNS, *given], spans(len(dataset), window)):
             yield table.select(ID_COLUMNS), {name: table.column(name).to_pylist() for name in given}
         return
     rows = iter(dataset)
@@ -188,4 +198,7 @@ def _examples(dataset: Any, window: int) -> Iterator[tuple[Any, dict[str, Any]]]
         for name in given:
             if any(row.get(name) is None for row in part):
                 raise ValueError(f"{name}: expected it in every row or in none, and of these {len(part)} some lack it")
+        one, other = (name in given for name in REF_COLUMNS)
+        if one != other:
+            raise ValueError(f"{REF_COLUMNS[one]}: expected it beside {REF_COLUMNS[other]}, and there is none")
         yield examples, {name: [row[name] for row in part] for name in given}

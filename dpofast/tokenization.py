@@ -6,7 +6,7 @@
 
 The ids equal those of trl 1.16: the prompt is the token-level common prefix of the prompt alone and of both whole
 sequences, so that one run of it serves both responses. datasets.map reads and writes in batches: memory does not grow
-with the data, and a second call finds the result in datasets' cache.
+with the data, mapped pages are handed back, and a second call finds the result in datasets' cache.
 
 (Not called `tokenize`: with this folder on sys.path that would hide the standard library's module.)
 """
@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import transformers
@@ -30,10 +29,12 @@ from transformers import PreTrainedTokenizerBase
 
 from dpofast import formats
 from dpofast.formats import ID_COLUMNS, REF_COLUMNS, BadRow, DataError
+from dpofast.mapped import mapped_files, release_pages
 
 # Columns left by the JSONL reader: the line a row stands on, and why that line cannot be used.
 LINE, ERROR = "_line", "_error"
 _TRUNCATED, _SHORTENED = "_truncated", "_shortened"
+_WORKING_COLUMNS = [ERROR, _TRUNCATED, _SHORTENED]
 _REPORTED_ROWS = 10
 # datasets caches what map returns under a hash of the encoder, which would know these modules only by name.
 _CODE = hashlib.sha256(
@@ -93,6 +94,7 @@ class _Encoder:
     vocab_size: int | None
     skip: bool
     unit: str
+    files: tuple[str, ...]
     code: str = _CODE
 
     @property
@@ -117,6 +119,7 @@ class _Encoder:
             example["row"] = number
             for name, values in encoded.items():
                 values.append(example.get(name))
+        release_pages(self.files)
         return encoded
 
     def _encode(self, row: Mapping[str, Any]) -> dict[str, Any]:
@@ -193,6 +196,19 @@ class _Encoder:
         return [alone, *whole]
 
 
+@dataclass(frozen=True, kw_only=True)
+class _GoodRows:
+    """The same for the pass that leaves bad rows out."""
+
+    files: tuple[str, ...]
+    code: str = _CODE
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        good = table.filter(table.column(ERROR).is_null()).drop_columns(_WORKING_COLUMNS)
+        release_pages(self.files)
+        return good
+
+
 def tokenize_preferences(
     dataset: Dataset,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -246,6 +262,7 @@ def tokenize_preferences(
         vocab_size=vocab_size,
         skip=on_bad_row == "skip",
         unit="line" if LINE in dataset.column_names else "row",
+        files=mapped_files(dataset),
     )
     try:
         encoded = dataset.with_format(None).map(
@@ -263,10 +280,16 @@ def tokenize_preferences(
     report = _report(encoded.data.table, source, encoder.unit)
     if report.kept == 0:
         raise DataError(f"{source}: no row can be used\n{report.summary()}")
-    if report.skipped:
-        good = np.flatnonzero(encoded.data.column(ERROR).is_null().to_numpy())
-        encoded = encoded.select(good, keep_in_memory=True)
-    return encoded.remove_columns([ERROR, _TRUNCATED, _SHORTENED]), report
+    files = mapped_files(encoded)
+    release_pages(files)
+    if not report.skipped:
+        return encoded.remove_columns(_WORKING_COLUMNS), report
+    # Written out and not selected by index: every later reader, and every added column, finds plain contiguous rows.
+    kept = {name: feature for name, feature in encoded.features.items() if name not in _WORKING_COLUMNS}
+    good = encoded.with_format("arrow").map(
+        _GoodRows(files=files), batched=True, features=Features(kept), desc=f"Leaving out bad rows of {source}"
+    )
+    return good.with_format(None), report
 
 
 def _check_options(
@@ -302,7 +325,7 @@ def check_on_bad_row(on_bad_row: str) -> None:
 
 
 def _report(table: pa.Table, source: str, unit: str) -> DataReport:
-    bad = table.filter(table.column(ERROR).is_valid())
+    bad = table.select([ERROR, "row"]).filter(table.column(ERROR).is_valid())
     rows_by_reason: dict[str, list[int]] = {}
     for reason, row in zip(bad.column(ERROR).to_pylist(), bad.column("row").to_pylist(), strict=True):
         rows_by_reason.setdefault(reason, []).append(row)

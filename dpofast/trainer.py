@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -19,7 +20,6 @@ from typing import Any, NoReturn
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -42,9 +42,10 @@ from dpofast.pair_terms import StepTotals
 from dpofast.preference_step import PreferenceStep
 from dpofast.prepared_model import prepared_model, vocabulary
 from dpofast.ranks import Ranks
-from dpofast.refcache import add_reference_columns
+from dpofast.refcache import CACHE_FOLDER, add_reference_columns
 from dpofast.reference_model import MovingReference, ReferenceModel, on_device
 from dpofast.router import balancing_coefficient
+from dpofast.scoring import Forward
 from dpofast.steps import PairLengths, StepDataset, StepExamples, StepLoader, StepSampler
 
 # Large enough for full GEMM speed; on a CPU a pass without gradients is fastest where its activations stay in cache.
@@ -254,18 +255,24 @@ class DPOTrainer(Trainer):
                 "precompute_ref_log_probs=True has computed them: pass this dataset to the constructor, or set it to "
                 "False"
             )
-        bar = tqdm(total=len(dataset), desc=f"reference log-probs, {name}", disable=self.args.disable_tqdm, leave=False)
-        with bar, self._reference.of(self.model) as model, on_device(model, self.args.device):
+        args = self.args
+        forward = Forward(
+            max_tokens=self.max_forward_tokens,
+            share_prompts=self.share_prompts,
+            max_logits_bytes=args.max_logits_bytes,
+            device=args.device,
+            autocast=self.accelerator.autocast,
+        )
+        shown = not args.disable_tqdm and self.ranks.rank == 0
+        with self._reference.of(self.model) as model, on_device(model, args.device):
             return add_reference_columns(
                 dataset,
                 model,
-                max_tokens=self.max_forward_tokens,
-                share_prompts=self.share_prompts,
-                max_logits_bytes=self.args.max_logits_bytes,
+                forward,
+                cache_dir=args.ref_cache_dir or os.path.join(args.output_dir, CACHE_FOLDER),
                 ld_alpha=self.loss.ld_alpha,
-                device=self.args.device,
-                autocast=self.accelerator.autocast,
-                progress=bar.update,
+                description=f"reference log-probs, {name}" if shown else None,
+                ranks=self.ranks,
             )
 
     # ---- the step ---------------------------------------------------------------------------------------------------

@@ -67,6 +67,23 @@ def test_a_yaml_file_gives_options_and_flags_win(run, tmp_path):
     assert len(steps) == 3
 
 
+def test_a_run_that_was_killed_before_its_first_step_is_just_started_again(run, monkeypatch):
+    from dpofast.trainer import DPOTrainer
+
+    def killed(self, *args, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(DPOTrainer, "train", killed)
+        code, _, _, output = run(ROWS)
+    assert code == 130 and [entry.name for entry in output.iterdir()] == ["reference"]
+    (shard,) = output.glob("reference/*/*.safetensors")
+    written = shard.stat().st_ino
+    code, _, err, output = run(ROWS)
+    assert code == 0, err
+    assert shard.stat().st_ino == written
+
+
 def test_lora_trains_and_saves_an_adapter(run):
     code, _, err, output = run(ROWS, "--lora_r", "2")
     assert code == 0, err

@@ -10,10 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict
 
-from dpofast.data import DataError, load_preferences
+from dpofast.data import DataError, load_preferences, tokenize_preferences
 
 ROW = {"prompt": "The sky is", "chosen": " blue.", "rejected": " green."}
 LINE = json.dumps(ROW).encode() + b"\n"
+IDS = {"prompt_ids": [1], "chosen_ids": [2, 3], "rejected_ids": [4]}
 TURNS = {
     "prompt": [{"role": "user", "content": "Sky?"}],
     "chosen": [{"role": "assistant", "content": "Blue.", "reasoning": "I looked."}],
@@ -80,8 +81,7 @@ def test_jsonl_conversations_keep_what_stood_in_the_file(load, write):
 
 
 def test_jsonl_token_ids(load, write):
-    row = {"prompt_ids": [1], "chosen_ids": [2, 3], "rejected_ids": [4]}
-    row |= {"ref_chosen_logps": -1.25, "ref_rejected_logps": -3}
+    row = IDS | {"ref_chosen_logps": -1.25, "ref_rejected_logps": -3}
     assert load(write(lines(row))).to_list() == [row | {"_line": 1}]
 
 
@@ -145,11 +145,8 @@ def test_no_usable_line(load, write):
 
 def test_changed_file_is_read_again(load, write):
     path = write(LINE)
-    stamp = path.stat()
     assert load(path)["chosen"] == [" blue."]
-    path.write_bytes(LINE.replace(b"blue", b"grey"))
-    # Not even size and time tell the two apart.
-    os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    replace_unnoticed(path, LINE.replace(b"blue", b"grey"))
     assert load(path)["chosen"] == [" grey."]
 
 
@@ -165,6 +162,34 @@ def test_parquet(load, tmp_path):
     assert dataset.to_list() == [ROW] * 3 and dataset.cache_files
     Dataset.from_list([ROW | {"chosen": "x"}]).to_parquet(path)
     assert load(path)["chosen"] == ["x"]
+
+
+def replace_unnoticed(path, content):
+    """Not even size and time tell old and new apart."""
+    stamp = path.stat()
+    assert len(content) == stamp.st_size
+    path.write_bytes(content)
+    os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+
+
+def test_changed_parquet_is_read_again(load, tmp_path):
+    path, other = tmp_path / "pairs.parquet", tmp_path / "other.parquet"
+    Dataset.from_list([IDS]).to_parquet(path)
+    Dataset.from_list([IDS | {"chosen_ids": [7, 3]}]).to_parquet(other)
+    first = load(path)
+    assert tokenize_preferences(first, None)[0]["chosen_ids"] == [[2, 3]]
+    assert load(path).cache_files == first.cache_files, "read once"
+    replace_unnoticed(path, other.read_bytes())
+    assert tokenize_preferences(load(path), None)[0]["chosen_ids"] == [[7, 3]]
+
+
+def test_changed_saved_dataset_is_tokenized_again(load, tmp_path):
+    Dataset.from_list([IDS]).save_to_disk(tmp_path / "one")
+    Dataset.from_list([IDS | {"chosen_ids": [7, 3]}]).save_to_disk(tmp_path / "two")
+    assert tokenize_preferences(load(tmp_path / "one"), None)[0]["chosen_ids"] == [[2, 3]]
+    (mine,), (other,) = ((tmp_path / name).glob("data-*.arrow") for name in ("one", "two"))
+    replace_unnoticed(mine, other.read_bytes())
+    assert tokenize_preferences(load(tmp_path / "one"), None)[0]["chosen_ids"] == [[7, 3]]
 
 
 def test_bad_parquet(load, write, tmp_path):

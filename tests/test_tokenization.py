@@ -336,6 +336,17 @@ def test_skipped_rows_are_counted_and_named():
     )
 
 
+def test_rows_without_the_skipped_ones_lie_plainly_in_a_file(tmp_path):
+    Dataset.from_list([TEXT, TEXT | {"chosen": ""}, TEXT]).save_to_disk(tmp_path / "data")
+    source = Dataset.load_from_disk(tmp_path / "data")
+    good, report = tokenize_preferences(source, PLAIN, on_bad_row="skip")
+    assert good["row"] == [0, 2] and report.kept == 2
+    assert good._indices is None and len(good.cache_files) == 1
+    whole, _ = tokenize_preferences(source.select([0, 2]), PLAIN)
+    assert good.features == whole.features and good.format == whole.format
+    assert tokenize_preferences(source, PLAIN, on_bad_row="skip")[0].cache_files == good.cache_files
+
+
 def test_truncation_cuts_tails_and_counts_them():
     rows = [TEXT, TEXT | {"chosen": "yesyes"}, {"prompt": "QQ", "chosen": "123", "rejected": "456"}]
     examples, report = tokenize(*rows, max_length=5)
