@@ -127,8 +127,7 @@ def _checked_output(config: Any) -> str | None:
 
     Files of an earlier run would mix with this one's: an adapter left beside full weights is loaded with them.
     """
-    from transformers.trainer_utils import get_last_checkpoint
-
+    from dpofast.checkpoint_folder import resolve_checkpoint
     from dpofast.refcache import CACHE_FOLDER
 
     output, resume = Path(config.output_dir), config.resume_from_checkpoint
@@ -142,14 +141,7 @@ def _checked_output(config: Any) -> str | None:
                 "--resume_from_checkpoint latest"
             )
         return None
-    if resume.lower() in ("latest", "true"):
-        last = get_last_checkpoint(str(output)) if output.is_dir() else None
-        if last is None:
-            raise ValueError(f"resume_from_checkpoint: there is no checkpoint in {output}")
-        return last
-    if not (Path(resume) / "trainer_state.json").is_file():
-        raise ValueError(f"resume_from_checkpoint: {resume} is no checkpoint folder (it has no trainer_state.json)")
-    return resume
+    return str(resolve_checkpoint(resume, output))
 
 
 def _train_arguments(argv: Sequence[str]) -> tuple[TrainArguments, Any]:

@@ -41,6 +41,15 @@ class LogWindow:
         if batches:
             self._counts.update({"shares": 1, **work_avoided(examples, batches)})  # type: ignore[dict-item]
 
+    def state(self) -> dict[str, Any]:
+        """Tensors and plain values, for a checkpoint."""
+        return {**vars(self), "sums": vars(self.sums), "_counts": dict(self._counts)}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on with a state()."""
+        vars(self.sums).update(state["sums"])
+        vars(self).update({**state, "sums": self.sums, "_counts": Counter(state["_counts"])})
+
     def read(self, ranks: Ranks) -> dict[str, float]:
         """The means since the last read; num_tokens counts from the start. A collective."""
         metrics = self.sums.means(ranks)

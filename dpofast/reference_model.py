@@ -12,6 +12,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 ADAPTER = "reference"
+MOVING_OPTIONS = ("ref_model_mixup_alpha", "ref_model_sync_steps")
 
 
 class ReferenceModel:

@@ -14,15 +14,16 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any, NoReturn
 
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
+from dpofast.checkpoints import CheckpointedTrainer
 from dpofast.config import DPOConfig
 from dpofast.coupled import RunningRewards
 from dpofast.data import tokenize_preferences
@@ -43,8 +44,9 @@ from dpofast.preference_step import PreferenceStep
 from dpofast.prepared_model import prepared_model, vocabulary
 from dpofast.ranks import Ranks
 from dpofast.refcache import CACHE_FOLDER, add_reference_columns
-from dpofast.reference_model import MovingReference, ReferenceModel, on_device
+from dpofast.reference_model import MOVING_OPTIONS, MovingReference, ReferenceModel, on_device
 from dpofast.router import balancing_coefficient
+from dpofast.run_identity import reference_identity
 from dpofast.scoring import Forward
 from dpofast.steps import PairLengths, StepDataset, StepExamples, StepLoader, StepSampler
 
@@ -57,7 +59,7 @@ _OPTIMIZER_BYTES = 8  # AdamW's two float32 moments of a parameter
 _logger = logging.getLogger(__name__)
 
 
-class DPOTrainer(Trainer):
+class DPOTrainer(CheckpointedTrainer):
     """Direct Preference Optimization (arXiv 2305.18290) on packed batches.
 
     Args:
@@ -78,7 +80,7 @@ class DPOTrainer(Trainer):
 
     train_dataset: Any
     eval_dataset: Any
-    control: Any
+    identity_columns = ID_COLUMNS
 
     def __init__(
         self,
@@ -125,7 +127,6 @@ class DPOTrainer(Trainer):
         )
         if self.loss.bco_delta == "running_mean":
             self.add_callback(RunningRewards())
-            self.args.restore_callback_states_from_checkpoint = True
         self.ranks = Ranks()
         if self.train_dataset is not None:
             pairs, step = len(self.train_dataset), args.per_device_train_batch_size * self.ranks.size
@@ -157,6 +158,9 @@ class DPOTrainer(Trainer):
             token_statistics=args.token_statistics,
             balancing=balancing,
         )
+        in_data = self.train_dataset is not None and set(REF_COLUMNS) <= set(self.train_dataset.column_names)
+        compared = self.loss.needs_reference and not in_data
+        self._reference_identity = reference_identity(self.model, ref_model) if compared else {}
         self.optimizer_step = OptimizerStep(self.forward, self.accelerator)
         self._window = LogWindow()
         if args.precompute_ref_log_probs and self.loss.needs_reference:
@@ -275,6 +279,29 @@ class DPOTrainer(Trainer):
                 ranks=self.ranks,
             )
 
+    # ---- resuming ---------------------------------------------------------------------------------------------------
+
+    def run_identity(self) -> dict[str, Any]:
+        """The loss and the reference, too."""
+        loss = {f.name: getattr(self.loss, f.name) for f in fields(self.loss) if f.init}
+        loss["loss_type"], loss["loss_weights"] = loss.pop("kind"), loss.pop("weights")
+        own = {"disable_dropout": self.args.disable_dropout, **self._reference_identity}
+        moving = {name: getattr(self.args, name) for name in MOVING_OPTIONS if self.args.sync_ref_model}
+        return {**super().run_identity(), **loss, **own, **moving}
+
+    def progress_state(self) -> dict[str, Any]:
+        """The sums since the last log, the tokens since the first step, and a reference that moves."""
+        state = {"window": self._window.state()}
+        if self.args.sync_ref_model:
+            state["reference"] = self._reference.model.state_dict()
+        return state
+
+    def load_progress_state(self, state: dict[str, Any]) -> None:
+        """Go on with them."""
+        self._window.load(state["window"])
+        if self.args.sync_ref_model:
+            self._reference.model.load_state_dict(state["reference"])
+
     # ---- the step ---------------------------------------------------------------------------------------------------
 
     def _totals(self, examples: StepExamples) -> StepTotals:
@@ -284,7 +311,6 @@ class DPOTrainer(Trainer):
 
     @property
     def _running_rewards(self) -> RunningRewards | None:
-        # looked up anew: resuming puts another object in its place
         found = (callback for callback in self.callback_handler.callbacks if isinstance(callback, RunningRewards))
         return next(found, None)
 

@@ -1,0 +1,143 @@
+"""What must be equal in the run that wrote a checkpoint and the one that resumes it, as values to store and compare.
+
+Data, tokenizers and models are told apart by checksums; options by their values. An optimizer's state and a schedule
+come from the checkpoint whatever the new run says, so an option that differs would be ignored in silence.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset
+from torch import Tensor, nn
+
+# Of transformers.TrainingArguments.
+_OPTIONS = (
+    "seed data_seed train_sampling_strategy dataloader_drop_last optim optim_args learning_rate weight_decay "
+    "adam_beta1 adam_beta2 adam_epsilon max_grad_norm lr_scheduler_type lr_scheduler_kwargs warmup_steps bf16 fp16 "
+    "neftune_noise_alpha"
+).split()
+# These may be changed on purpose.
+_LENGTH = ("num_train_epochs", "max_steps")
+_PARAMETERS = "trainable parameters"
+_WAYS = {
+    "tokenizer": "pass the tokenizer that the run began with: it lies in the checkpoint",
+    "train_dataset": "the data, or the way it becomes tokens, changed between the runs: pass the data as it was",
+    "frozen weights": "the checkpoint has only what is trained: load the base model that the run began with",
+    "reference weights": "the model that a run begins from is its reference: pass that model and not a checkpoint",
+}
+
+
+def options_identity(args: Any) -> dict[str, Any]:
+    """Of a TrainingArguments: what decides about a step, and the length of the run."""
+    pairs = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return {"examples per step": pairs, **{name: getattr(args, name) for name in (*_OPTIONS, *_LENGTH)}}
+
+
+def parameters_identity(model: nn.Module) -> dict[str, Any]:
+    """Names, shapes and dtypes of what is trained, and a checksum of what is not."""
+    named = list(model.named_parameters())
+    trained = {
+        name: f"{str(p.dtype).removeprefix('torch.')} {'×'.join(map(str, p.shape))}"
+        for name, p in named
+        if p.requires_grad
+    }
+    frozen = [(name, p) for name, p in named if not p.requires_grad]
+    return {_PARAMETERS: trained, **({"frozen weights": weights_checksum(frozen)} if frozen else {})}
+
+
+def weights_checksum(parameters: Iterable[tuple[str, Tensor]]) -> str:
+    """Of 64 values of each tensor: training moves all of a tensor's values, so a few tell two models apart."""
+    digest = _digest()
+    for name, parameter in parameters:
+        flat = parameter.detach().reshape(-1)
+        digest.update(f"{name} {tuple(parameter.shape)}".encode())
+        digest.update(flat[:: max(1, len(flat) // 64)][:64].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def reference_identity(model: nn.Module, ref_model: nn.Module | None) -> dict[str, str]:
+    """Of the reference that training begins with; an adapter's base model is part of parameters_identity already."""
+    if ref_model is None and hasattr(model, "disable_adapter"):
+        return {}
+    return {"reference weights": weights_checksum((ref_model or model).named_parameters())}
+
+
+def tokenizer_identity(tokenizer: Any) -> str:
+    """Of its vocabulary, added tokens included."""
+    digest = _digest()
+    vocab = tokenizer.get_vocab()
+    digest.update(json.dumps(sorted(vocab.items(), key=lambda item: item[1])).encode())
+    return f"{len(vocab)} tokens with checksum {digest.hexdigest()}"
+
+
+def dataset_identity(dataset: Any, columns: Sequence[str] | None = None) -> str:
+    """Number of rows and, of a datasets.Dataset, a checksum over the values of its columns (None: all), in order."""
+    if not isinstance(dataset, Dataset):
+        return f"{len(dataset)} rows"
+    names = sorted(dataset.column_names if columns is None else columns)
+    digest = _digest()
+    for table in dataset.select_columns(names).with_format("arrow").iter(batch_size=1000):
+        for name in names:
+            _update(digest, table.column(name).combine_chunks())
+    return f"{len(dataset)} rows with checksum {digest.hexdigest()}"
+
+
+def check_same_run(then: Mapping[str, Any], now: Mapping[str, Any], folder: Any) -> bool:
+    """Compare two identities (what only one has is left out); returns whether the run's length is the same.
+
+    Raises:
+        ValueError: with every difference: its name, its value then and now, and what to do.
+    """
+    now = json.loads(json.dumps(now, default=str))
+    different = [name for name in now if name in then and then[name] != now[name]]
+    length = [name for name in different if name in _LENGTH]
+    if len(different) > len(length):
+        texts = [_difference(name, then[name], now[name]) for name in different if name not in length]
+        ways = [_WAYS[name] for name in different if name in _WAYS]
+        raise ValueError(
+            f"resume_from_checkpoint: {folder} was written by another run: {'; '.join(texts)}. "
+            + "".join(f"{way[0].upper()}{way[1:]}. " for way in ways)
+            + "Go on with what the run began with, or begin a new run: with this folder as the model, and another "
+            "output_dir"
+        )
+    if length:
+        texts = [_difference(name, then[name], now[name]) for name in length]
+        warnings.warn(
+            f"resuming {folder} as a run of another length: {'; '.join(texts)}. From here the learning rate follows "
+            "the new length, so the result is not that of a run which had it from the start",
+            stacklevel=2,
+        )
+    return not length
+
+
+def _difference(name: str, then: Any, now: Any) -> str:
+    if name == _PARAMETERS:
+        names = [key for key in {**then, **now} if then.get(key) != now.get(key)]
+        texts = [f"{key} was {then.get(key, 'not trained')}, is {now.get(key, 'not trained')}" for key in names[:3]]
+        return f"{name}: {', '.join(texts)}{f', and {len(names) - 3} more' if len(names) > 3 else ''}"
+    return f"{name} was {then}, is {now}"
+
+
+def _update(digest: Any, array: pa.Array) -> None:
+    """Add values, not their layout: the same rows may lie in another integer width or other chunks."""
+    kind = array.type
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        _update(digest, array.value_lengths())
+        _update(digest, array.flatten())
+    elif pa.types.is_integer(kind) and array.null_count == 0:
+        digest.update(array.to_numpy(zero_copy_only=False).astype(np.int64).tobytes())
+    elif pa.types.is_floating(kind):
+        digest.update(array.to_numpy(zero_copy_only=False).astype(np.float64).tobytes())
+    else:
+        digest.update(json.dumps(array.to_pylist(), default=str).encode())
+
+
+def _digest() -> Any:
+    return hashlib.blake2b(digest_size=8)
