@@ -97,6 +97,12 @@ class CheckpointedTrainer(Trainer):
     def load_progress_state(self, state: dict[str, Any]) -> None:
         """Go on with what progress_state() gave, tensors on args.device."""
 
+    def save_more(self, folder: str) -> None:
+        """Write what is too large for progress_state() into a checkpoint; called on every rank, for a subclass."""
+
+    def load_more(self, folder: str) -> None:
+        """Read what save_more() wrote, before the first step; called on every rank."""
+
     # ---- training ---------------------------------------------------------------------------------------------------
 
     def train(
@@ -224,7 +230,7 @@ class CheckpointedTrainer(Trainer):
         ]
         if not self.args.save_only_model:
             files = (self._save_optimizer_and_scheduler, self._save_scaler, self._save_rng_state, self._save_progress)
-            parts += [partial(save, str(staged)) for save in files]
+            parts += [partial(save, str(staged)) for save in (*files, self.save_more)]
         try:
             for part in (*parts, lambda: self._seal(staged, folder)):
                 self._together(part)
@@ -306,6 +312,7 @@ class CheckpointedTrainer(Trainer):
         self._total_loss_scalar = -self._tr_loss.item()
         self._stopped = state["stopped"] and self._same_length
         self.load_progress_state(state["subclass"])
+        self.load_more(folder)
 
     def _load_callback_state(self) -> None:
         """Callbacks go on with their counters, even without restore_callback_states_from_checkpoint; options stay."""

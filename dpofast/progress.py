@@ -5,6 +5,8 @@ from __future__ import annotations
 import atexit
 import json
 import math
+import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -85,7 +87,10 @@ class ProgressCallback(TrainerCallback):
 
 
 class JsonlCallback(TrainerCallback):
-    """Appends every log to a file as one JSON line with its step; a value that is not finite is written as null."""
+    """Appends every log to a file as one JSON line with its step; a value that is not finite is written as null.
+
+    A line that does not fit on the disk is left out with a warning: it is no reason to lose a run.
+    """
 
     def __init__(self, path: str | Path) -> None:
         """Write to a path whose folders are made when training begins."""
@@ -99,13 +104,21 @@ class JsonlCallback(TrainerCallback):
         if state.global_step > 0 and self.path.exists():
             kept = [entry for entry in read_metrics(self.path) if entry["step"] <= state.global_step]
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text("".join(map(_line, kept)), encoding="utf-8")
+        aside = self.path.with_name(f".tmp-{self.path.name}")  # killed in between, the former file is still there
+        aside.write_text("".join(map(_line, kept)), encoding="utf-8")
+        os.replace(aside, self.path)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         """Append one line."""
-        if state.is_world_process_zero:
+        if not state.is_world_process_zero:
+            return
+        size = self.path.stat().st_size if self.path.exists() else 0
+        try:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(_line({"step": state.global_step, **(logs or {})}))
+        except OSError as error:
+            os.truncate(self.path, size)  # half a line would spoil the next one
+            warnings.warn(f"{self.path}: the log of step {state.global_step} is left out: {error}", stacklevel=2)
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:

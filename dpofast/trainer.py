@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 
 import torch
 from datasets import Dataset
+from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
@@ -55,6 +56,8 @@ _MAX_TOKENS_GPU, _MAX_TOKENS_CPU, _FORWARD_TOKENS_CPU = 16384, 2048, 1024
 # More than this makes nothing faster.
 _AUTO_TOKENS_GPU = 65536
 _OPTIMIZER_BYTES = 8  # AdamW's two float32 moments of a parameter
+
+_REFERENCE_FILE = "moving_reference.safetensors"  # in a checkpoint
 
 _logger = logging.getLogger(__name__)
 
@@ -290,17 +293,22 @@ class DPOTrainer(CheckpointedTrainer):
         return {**super().run_identity(), **loss, **own, **moving}
 
     def progress_state(self) -> dict[str, Any]:
-        """The sums since the last log, the tokens since the first step, and a reference that moves."""
-        state = {"window": self._window.state()}
-        if self.args.sync_ref_model:
-            state["reference"] = self._reference.model.state_dict()
-        return state
+        """The sums since the last log, and the tokens since the first step."""
+        return self._window.state()
 
     def load_progress_state(self, state: dict[str, Any]) -> None:
         """Go on with them."""
-        self._window.load(state["window"])
+        self._window.load(state)
+
+    def save_more(self, folder: str) -> None:
+        """A reference that moves."""
+        if self.args.sync_ref_model and self.ranks.rank == 0:
+            save_model(self._reference.model, os.path.join(folder, _REFERENCE_FILE))
+
+    def load_more(self, folder: str) -> None:
+        """Go on with it."""
         if self.args.sync_ref_model:
-            self._reference.model.load_state_dict(state["reference"])
+            load_model(self._reference.model, os.path.join(folder, _REFERENCE_FILE))
 
     # ---- the step ---------------------------------------------------------------------------------------------------
 

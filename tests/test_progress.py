@@ -2,6 +2,7 @@
 
 import io
 import json
+import resource
 from types import SimpleNamespace
 
 import pytest
@@ -77,6 +78,21 @@ def test_a_new_run_starts_a_new_file_and_a_resumed_one_goes_on_after_its_step(tm
     assert [entry["step"] for entry in read_metrics(path)] == [0, 1, 2]
     callback.on_train_begin(None, state(0), None)
     assert read_metrics(path) == []
+
+
+def test_a_line_that_does_not_fit_is_left_out_and_the_file_stays_whole(tmp_path):
+    callback = JsonlCallback(tmp_path / "metrics.jsonl")
+    callback.on_train_begin(None, state(), None)
+    callback.on_log(None, state(1), None, logs={"loss": 1.0})
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (callback.path.stat().st_size + 9, usual[1]))
+    try:
+        with pytest.warns(UserWarning, match="metrics.jsonl: the log of step 2 is left out: .*File too large"):
+            callback.on_log(None, state(2), None, logs={"loss": 2.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+    callback.on_log(None, state(3), None, logs={"loss": 3.0})
+    assert [entry["step"] for entry in read_metrics(callback.path)] == [1, 3]
 
 
 def test_a_broken_line_is_named(tmp_path):

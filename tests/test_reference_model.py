@@ -56,6 +56,18 @@ def test_a_reference_that_follows_the_policy(tmp_path):
     assert not torch.equal(weights_of(trainer), weights_of(first))
 
 
+def test_a_resumed_run_goes_on_with_the_reference_as_it_was(tmp_path):
+    options = {"precompute_ref_log_probs": False, "sync_ref_model": True, "ref_model_sync_steps": 1}
+    options |= {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 4}
+    whole = make_trainer(tmp_path / "run", train=tiny_dataset(12), **options)
+    whole.train()
+    resumed = make_trainer(tmp_path / "run", train=tiny_dataset(12), **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
+    assert torch.equal(weights_of(whole), weights_of(resumed))
+    for ours, expected in zip(resumed.ref_model.parameters(), whole.ref_model.parameters(), strict=True):
+        assert torch.equal(ours, expected)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
