@@ -45,7 +45,7 @@ setup(
     python_requires=">=3.10",
     # Explicit: discovery would also find `kernels`, and a top-level package of that name would shadow PyPI's, which
     # transformers uses. dpofast/kernels is a link to kernels/.
-    packages=["dpofast", "dpofast.demo", "dpofast.integrations", "dpofast.kernels"],
+    packages=["dpofast", "dpofast.commands", "dpofast.demo", "dpofast.integrations", "dpofast.kernels"],
     package_data={"dpofast": ["py.typed", "*.pyi"], "dpofast.demo": ["data/*"]},
     ext_modules=[
         extension(

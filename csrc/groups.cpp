@@ -67,6 +67,9 @@ void check_counts(const Examples& examples) {
   }
 }
 
+// No tokenizer has more: a larger id is something else, such as a hash, or a number that overflowed.
+constexpr int64_t kTokenIds = int64_t{1} << 31;
+
 // Names what is wrong with a sequence that is empty or has an id out of range.
 [[noreturn]] void refuse(const Examples& examples, int64_t example, int64_t index, const Sequence& sequence,
                          int64_t vocab_size) {
@@ -76,13 +79,14 @@ void check_counts(const Examples& examples) {
     throw PackingError(example,
                        name + "[" + std::to_string(i) + "] is " + std::to_string(sequence[i]) +
                            "; expected a token id of 0 or more" +
-                           (vocab_size == kUnlimited ? "" : " and below vocab_size " + std::to_string(vocab_size)));
+                           (vocab_size == kTokenIds ? " and below 2**31" : " and below vocab_size " + std::to_string(vocab_size)));
   }
   throw PackingError(example, name + " is empty; a prompt and a response need at least one token each");
 }
 
-// The hash of every sequence, none of them empty or with an id outside [0, vocab_size).
+// The hash of every sequence, none of them empty or with an id outside [0, vocab_size) or [0, 2**31).
 std::vector<uint64_t> checked_hashes(const Examples& examples, int64_t vocab_size, int64_t threads) {
+  vocab_size = std::min(vocab_size, kTokenIds);
   const int64_t count = examples.sequences.size;
   std::vector<uint64_t> hashes(count);
   std::atomic<bool> valid{true};

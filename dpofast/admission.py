@@ -80,6 +80,11 @@ def check_numbers(model: Any, padded: bool) -> None:
         truth = padded_logprobs(model, *(tensor.to(device) for tensor in batch.padded()), use_cache=False)
     finally:
         model.train(training)
+    if not bool(truth.isfinite().all()):
+        raise ValueError(
+            f"{type(model).__name__}: its own log-probs are not finite on a few random ids: look for NaN and inf in "
+            "its weights"
+        )
     difference = float((ours - truth).abs().max())
     if difference <= CANARY_TOLERANCE[model.dtype]:
         return

@@ -44,4 +44,6 @@ def integers(value: Any, name: str, columns: int | None = None) -> np.ndarray:
         return np.empty(0, np.int64)  # np.asarray([]) is float64
     if array.ndim != (2 if columns else 1) or array.dtype.kind not in "iu" or (columns and array.shape[1] != columns):
         raise ValueError(f"{expected}, got shape {array.shape} of {array.dtype}")
+    if array.dtype == np.uint64 and array.size and array.max() > _C.UNLIMITED:  # would wrap to a negative number
+        raise ValueError(f"{expected}, below 2**63, got {array.max()}")
     return array

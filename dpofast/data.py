@@ -32,6 +32,7 @@ from dpofast.tokenization import (
     Skipped,
     check_on_bad_row,
     example_arrays,
+    no_usable_row,
     tokenize_preferences,
 )
 
@@ -199,17 +200,17 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 def _first_kinds(path: Path, skip: bool) -> dict[str, str]:
     """What the columns hold, by the first good line."""
-    first_problem = None
+    bad: dict[str, list[int]] = {}
     for number, line in _lines(path):
         try:
             return _parse(line)[1]
         except BadRow as problem:
-            first_problem = first_problem or f"{formats.place('line', number)}: {problem}"
             if not skip:
-                break
-    if first_problem is None:
+                raise DataError(f"{path}, {formats.place('line', number)}: {problem}") from None
+            bad.setdefault(problem.reason, []).append(number)
+    if not bad:
         raise DataError(f"{path}: there are no rows")
-    raise DataError(f"{path}, {first_problem}")
+    raise no_usable_row(DataReport.of(str(path), "line", sum(map(len, bad.values())), bad))
 
 
 def _rows(path: Path, kinds: dict[str, str], columns: tuple[str, ...], skip: bool) -> Iterator[dict[str, Any]]:

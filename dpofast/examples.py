@@ -48,6 +48,7 @@ def read_examples(examples: Any) -> FlatExamples:
     Raises:
         ValueError: naming the example, or the column, and what is wrong with it.
     """
+    _refuse_containers(examples)
     if hasattr(examples, "with_format") and hasattr(examples, "__getitem__"):  # a datasets.Dataset
         examples = examples.with_format("arrow")[:]
     if isinstance(examples, (pa.Table, pa.RecordBatch)):
@@ -55,6 +56,22 @@ def read_examples(examples: Any) -> FlatExamples:
             return _read_rows(examples.to_pylist())
         examples = dict(zip(examples.schema.names, examples.columns, strict=True))
     return _read_columns(examples) if isinstance(examples, Mapping) else _read_rows(examples)
+
+
+def _refuse_containers(examples: Any) -> None:
+    """Iterating over these gives something else than rows."""
+    name = type(examples).__name__
+    way = {
+        "DataFrame": "pass pyarrow.Table.from_pandas(frame), or frame.to_dict('records')",
+        "IterableDataset": "pass a list of its rows (list(dataset.take(n))), or save it and load it as a Dataset",
+        "DatasetDict": "choose one of its splits",
+        "IterableDatasetDict": "choose one of its splits, and pass a list of its rows",
+    }.get(name)
+    rows = isinstance(examples, (Iterable, pa.Table, pa.RecordBatch)) and not isinstance(examples, (str, bytes))
+    if way is None and not rows:
+        way = "pass a list of mappings, an Arrow table or a datasets.Dataset"
+    if way is not None:
+        raise ValueError(f"examples: expected mappings, an Arrow table, a Dataset or columns, got {name}: {way}")
 
 
 # ---- columns ------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 Per pair (means over pairs): rewards/{chosen,rejected,accuracies,margins}, logps/{chosen,rejected}, kl/{chosen,rejected}
 (policy minus reference log-prob per token, nats), lengths/{chosen,rejected} (tokens), displacement (share of pairs
 whose chosen response became less likely than under the reference). A tied margin counts as not accurate. With ld_alpha
-rewards, logps and kl are of the weighted log-probs, like TRL's.
+rewards, logps and kl are of the weighted log-probs, like TRL's. An evaluation also has pair_statistics' LENGTH_METRICS.
 Per token, where the statistics were computed: entropy (nats), logits/{chosen,rejected}, mean_token_accuracy.
 """
 
@@ -17,10 +17,33 @@ from torch import Tensor
 
 from dpofast.logprobs import LogprobOutput
 from dpofast.packing import PackedBatch
+from dpofast.pair_statistics import LENGTH_METRICS
 from dpofast.preference import PreferenceOutput
 from dpofast.ranks import Ranks
 
 TOKEN_STATISTICS = ("entropy", "mean_logits", "is_top1")
+
+
+def evaluation_metrics(*, with_reference: bool, token_statistics: bool) -> list[str]:
+    """The names that an evaluation's metrics have, without their prefix: what metric_for_best_model may be."""
+    kinds = ["rewards", "logps", "lengths", *(["kl"] if with_reference else [])]
+    names = ["loss", "rewards/margins", "rewards/accuracies", *LENGTH_METRICS]
+    names += [f"{kind}/{side}" for kind in kinds for side in ("chosen", "rejected")]
+    names += ["displacement"] if with_reference else []
+    names += ["entropy", "logits/chosen", "logits/rejected", "mean_token_accuracy"] if token_statistics else []
+    return sorted(names)
+
+
+def check_best_metric(args: Any, with_reference: bool, eval_dataset: Any) -> None:
+    """ValueError for a metric_for_best_model that no evaluation has: Trainer would find out after hours."""
+    name = args.metric_for_best_model
+    if name is None or eval_dataset is None:
+        return
+    known = evaluation_metrics(with_reference=with_reference, token_statistics=args.token_statistics)
+    sets = [f"{part}_" for part in eval_dataset] if isinstance(eval_dataset, dict) else [""]
+    if name.removeprefix("eval_") not in {part + metric for part in sets for metric in known}:
+        several = f", each with one of {', '.join(sets)} in front of it" if sets != [""] else ""
+        raise ValueError(f"metric_for_best_model: expected one of {', '.join(known)}{several}, got {name!r}")
 
 
 class MetricSums:

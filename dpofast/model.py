@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._pytree import register_dataclass
 
@@ -166,6 +167,11 @@ def _packed_output(
 ) -> LogprobOutput | PreferenceOutput:
     if stats and preference is not None:
         raise ValueError(f"stats: expected none beside preference=..., which has no per-token outputs, got {stats}")
+    # On a GPU looking would be a sync; there the embedding's own assert stops.
+    if batch.input_ids.is_cpu and not torch.compiler.is_compiling():
+        largest, vocab = int(batch.input_ids.max()), model.get_input_embeddings().weight.shape[0]
+        if largest >= vocab:
+            raise ValueError(f"packed: expected token ids below the model's vocabulary of {vocab}, got {largest}")
     head = model.get_output_embeddings()
     if model._padded_rows and balance:
         raise ValueError("balance: expected packed rows for a load-balancing loss, and the model runs over padded ones")

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from dpofast.packed_batch import PackedBatch
+from dpofast.ranks import Ranks
+
 # Of the memory that is free: the allocator's fragments and the longest rows of later steps need room too.
 _USED_SHARE = 0.85
 _CPU_MESSAGE = "DefaultCPUAllocator"
 SAVE_MEMORY = "set gradient_checkpointing, a smaller max_length or max_logits_bytes, bf16, or train a LoRA adapter"
+
+_logger = logging.getLogger(__name__)
 
 
 class StepOutOfMemory(RuntimeError):
@@ -89,6 +95,23 @@ def probe_max_tokens(probe: Callable[[int], int], device: torch.device, cap: int
             f"max_tokens: 'auto' found no room for a micro-batch beside weights, gradients and optimizer: {SAVE_MEMORY}"
         )
     return min(fitting, cap)
+
+
+def halved_max_tokens(max_tokens: int, batches: Sequence[PackedBatch], ranks: Ranks, step: int) -> int:
+    """The budget with which a step that did not fit is done again: half of what its largest micro-batch took.
+
+    Raises:
+        RuntimeError: there was one pair at a time already.
+    """
+    several = ranks.largest(max((batch.num_pairs for batch in batches), default=0)) > 1
+    positions = int(ranks.largest(max((batch.num_tokens for batch in batches), default=0)))
+    if not several or max_tokens == 1:
+        raise RuntimeError(
+            f"out of memory at step {step} with one pair of up to {positions} positions at a time: {SAVE_MEMORY}"
+        )
+    halved = max(min(max_tokens, positions) // 2, 1)
+    _logger.warning("out of memory at step %d: max_tokens is now %d, and the step is done again", step, halved)
+    return halved
 
 
 def random_states(device: torch.device) -> tuple[torch.Tensor, ...]:

@@ -6,8 +6,10 @@ import atexit
 import json
 import math
 import os
+import time
 import warnings
 from collections.abc import Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers import ProgressCallback as TqdmCallback
+
+from dpofast.memory import peak_memory
 
 # Where each value stands in a log (Trainer names its own speed differently), and how it is shown.
 _SHOWN = {
@@ -41,7 +45,7 @@ def follow(trainer: Trainer, metrics: str | Path | None = None, *, title: str = 
 
 
 class ProgressCallback(TrainerCallback):
-    """A bar with loss, accuracy, margin and tokens per second on a terminal; one line a log elsewhere."""
+    """Loss, accuracy, margin, tokens per second, peak memory, time left: a bar on a terminal, elsewhere lines."""
 
     def __init__(self, title: str = "training", console: Console | None = None) -> None:
         """Show under a title, on a console of your own or standard output."""
@@ -51,6 +55,7 @@ class ProgressCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Open the bar."""
+        self._begin = time.monotonic(), state.global_step
         if not (self.console.is_terminal and state.is_world_process_zero):
             return
         columns = (TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn())
@@ -72,11 +77,24 @@ class ProgressCallback(TrainerCallback):
         values = _values(logs or {}, prefix="eval_" if held_out else "")
         if not values or not state.is_world_process_zero:
             return
+        if not held_out:
+            memory, kind = peak_memory()
+            values += f"  peak {kind} {memory / 2**30:.2f} GiB"
         if self._bar is not None and not held_out:
             self._bar.update(self._task, values=values)
         else:
+            values += "" if held_out else self._left(state)
             step = f"{self.title}: step {state.global_step}/{state.max_steps}"
             self.console.print(f"{step}  {'held-out: ' * held_out}{values}", highlight=False, soft_wrap=True)
+
+    def _left(self, state: Any) -> str:
+        """The time left at the pace so far, evaluations included."""
+        started, first = self._begin
+        done = state.global_step - first
+        if done <= 0 or state.global_step >= state.max_steps:
+            return ""
+        seconds = (time.monotonic() - started) / done * (state.max_steps - state.global_step)
+        return f"  left {timedelta(seconds=round(seconds))}"
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Close the bar."""

@@ -63,6 +63,19 @@ class DataReport:
     # Rows whose prompt ends in other tokens alone than it does in front of a response; those tokens are left out.
     shortened_prompts: int
 
+    @staticmethod
+    def of(source: str, unit: str, rows: int, bad: Mapping[str, Sequence[int]], **counts: int) -> DataReport:
+        """A report on so many rows, from the numbers of those that were left out, by reason."""
+        return DataReport(
+            source=source,
+            unit=unit,
+            rows=rows,
+            kept=rows - sum(map(len, bad.values())),
+            skipped={reason: Skipped(len(numbers), tuple(numbers[:_REPORTED_ROWS])) for reason, numbers in bad.items()},
+            truncated=counts.get("truncated", 0),
+            shortened_prompts=counts.get("shortened_prompts", 0),
+        )
+
     def summary(self) -> str:
         """Return one line, and one more for each reason to skip rows."""
         parts = [f"{self.source}: {self.kept:,} of {self.rows:,} pairs kept"]
@@ -75,6 +88,11 @@ class DataReport:
             numbers = ", ".join(map(str, rows)) + (", ..." if total > len(rows) else "")
             lines.append(f"  skipped {total:,}: {reason} ({self.unit} {numbers})")
         return "\n".join(lines)
+
+
+def no_usable_row(report: DataReport) -> DataError:
+    """The refusal of data of which nothing is left, with the reasons counted."""
+    return DataError(f"{report.source}: no row can be used\n{report.summary()}")
 
 
 def _shared(ids: Sequence[int], others: Sequence[int]) -> int:
@@ -279,7 +297,7 @@ def tokenize_preferences(
     # From the result and not counted on the way, so that it is complete when the result came out of the cache.
     report = _report(encoded.data.table, source, encoder.unit)
     if report.kept == 0:
-        raise DataError(f"{source}: no row can be used\n{report.summary()}")
+        raise no_usable_row(report)
     files = mapped_files(encoded)
     release_pages(files)
     if not report.skipped:
@@ -329,12 +347,11 @@ def _report(table: pa.Table, source: str, unit: str) -> DataReport:
     rows_by_reason: dict[str, list[int]] = {}
     for reason, row in zip(bad.column(ERROR).to_pylist(), bad.column("row").to_pylist(), strict=True):
         rows_by_reason.setdefault(reason, []).append(row)
-    return DataReport(
-        source=source,
-        unit=unit,
-        rows=table.num_rows,
-        kept=table.num_rows - bad.num_rows,
-        skipped={reason: Skipped(len(rows), tuple(rows[:_REPORTED_ROWS])) for reason, rows in rows_by_reason.items()},
+    return DataReport.of(
+        source,
+        unit,
+        table.num_rows,
+        rows_by_reason,
         truncated=pc.sum(table.column(_TRUNCATED)).as_py() or 0,
         shortened_prompts=pc.sum(table.column(_SHORTENED)).as_py() or 0,
     )

@@ -9,7 +9,6 @@ hyperparameter, max_tokens a property of the machine.
 from __future__ import annotations
 
 import copy
-import logging
 import math
 import os
 import time
@@ -24,22 +23,25 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
+from dpofast.checkpoint_folder import newest_whole
 from dpofast.checkpoints import CheckpointedTrainer
 from dpofast.config import DPOConfig
 from dpofast.coupled import RunningRewards
 from dpofast.data import tokenize_preferences
 from dpofast.formats import ID_COLUMNS, REF_COLUMNS
 from dpofast.log_window import LogWindow
-from dpofast.metrics import MetricSums
+from dpofast.metrics import MetricSums, check_best_metric
 from dpofast.optimizer_step import OptimizerStep
 from dpofast.out_of_memory import (
-    SAVE_MEMORY,
     StepOutOfMemory,
+    halved_max_tokens,
     probe_max_tokens,
     random_states,
     restore_random_states,
 )
 from dpofast.packing import PackedBatch, pack
+from dpofast.pair_records import PairRecords
+from dpofast.pair_statistics import length_statistics
 from dpofast.pair_terms import StepTotals
 from dpofast.preference_step import PreferenceStep
 from dpofast.prepared_model import prepared_model, vocabulary
@@ -58,8 +60,6 @@ _AUTO_TOKENS_GPU = 65536
 _OPTIMIZER_BYTES = 8  # AdamW's two float32 moments of a parameter
 
 _REFERENCE_FILE = "moving_reference.safetensors"  # in a checkpoint
-
-_logger = logging.getLogger(__name__)
 
 
 class DPOTrainer(CheckpointedTrainer):
@@ -118,6 +118,9 @@ class DPOTrainer(CheckpointedTrainer):
             "num_proc": args.dataset_num_proc,
             "vocab_size": vocabulary(model),
         }
+        # What each evaluation saw of every pair, the last one's under its prefix ("eval").
+        self.pair_records: dict[str, PairRecords] = {}
+        use_cache = getattr(model.config, "use_cache", None)
         super().__init__(
             model=model,
             args=args,
@@ -128,6 +131,10 @@ class DPOTrainer(CheckpointedTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        if use_cache is not None:
+            # Trainer turned it off, and the saved model would generate without a cache; packed rows never use one.
+            self.model.config.use_cache = use_cache
+        check_best_metric(args, self.loss.needs_reference, self.eval_dataset)
         if self.loss.bco_delta == "running_mean":
             self.add_callback(RunningRewards())
         self.ranks = Ranks()
@@ -359,20 +366,9 @@ class DPOTrainer(CheckpointedTrainer):
         model.zero_grad(set_to_none=True)
         if self.args.device.type == "cuda":
             torch.cuda.empty_cache()
-        several = self.ranks.largest(max((batch.num_pairs for batch in batches), default=0)) > 1
-        positions = int(self.ranks.largest(max((batch.num_tokens for batch in batches), default=0)))
-        if not several or self.max_tokens == 1:
-            raise RuntimeError(
-                f"out of memory at step {self.state.global_step + 1} with one pair of up to {positions} positions at a "
-                f"time: {SAVE_MEMORY}"
-            )
-        self.max_tokens = max(min(self.max_tokens, positions) // 2, 1)
+        step = self.state.global_step + 1
+        self.max_tokens = halved_max_tokens(self.max_tokens, batches, self.ranks, step)
         self.max_forward_tokens = min(self.max_forward_tokens, self.max_tokens)
-        _logger.warning(
-            "out of memory at step %d: max_tokens is now %d, and the step is done again",
-            self.state.global_step + 1,
-            self.max_tokens,
-        )
 
     def _auto_max_tokens(self) -> int:
         """What fits, on every rank: probed with the first rows of the data."""
@@ -413,10 +409,12 @@ class DPOTrainer(CheckpointedTrainer):
         ]
         rows = sorted(row for theirs in self.ranks.gather(own) for row in theirs)
         report = self.data_reports["train"]
+        last, _ = newest_whole(self.args.output_dir)
+        resumable = "there is no checkpoint to resume" if last is None else f"{last} is the last checkpoint"
         raise FloatingPointError(
             f"{report.source}: the loss of the pairs in {report.unit}s {rows} is not finite at step "
-            f"{self.state.global_step + 1}, which was not taken. Look at these pairs, and at a learning rate that is "
-            "too high; checkpoints of earlier steps can be resumed"
+            f"{self.state.global_step + 1}, which was not taken; {resumable}. Look at these pairs, and at a learning "
+            "rate that is too high"
         )
 
     def floating_point_ops(self, inputs: Any) -> float:
@@ -459,14 +457,20 @@ class DPOTrainer(CheckpointedTrainer):
         model.eval()
         self.callback_handler.eval_dataloader = dataloader
         sums = MetricSums()
+        records = PairRecords()
         count = 0
         for examples in dataloader:
             batches = self.optimizer_step.with_idle(self._packed(examples, self.max_forward_tokens))
-            for output in self.forward.outputs(model, batches, self._totals(examples), sums):
+            outputs = self.forward.outputs(model, batches, self._totals(examples), sums)
+            for batch, output in zip(batches, outputs, strict=True):
                 sums.add("loss", output.losses.sum(), len(output.losses))
+                if batch is not None:
+                    records.add(examples, batch, output)
             count += examples.num_pairs
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in sums.means(self.ranks).items()}
+        records = self.pair_records[metric_key_prefix] = records.joined(self.ranks)
+        means = sums.means(self.ranks) | length_statistics(records.table()).metrics()
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=count)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

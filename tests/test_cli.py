@@ -2,25 +2,23 @@
 
 import json
 import re
+import subprocess
+import sys
 
 import pytest
-from tiny import tiny_model, tiny_tokenizer
-from tokenizers import pre_tokenizers
+import torch
+from tiny import save_tiny, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM
 
 from dpofast.cli import main
+from dpofast.commands.models import four_bits
 
 ROWS = [{"prompt": f"{i} 4 5", "chosen": f" 6 {i}", "rejected": " 7 8 9"} for i in range(10, 30)]
 
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    tiny_model().save_pretrained(folder)
-    tokenizer = tiny_tokenizer()
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_tiny(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture
@@ -55,7 +53,27 @@ def test_train_leaves_a_model_metrics_and_a_picture(run, tmp_path):
     assert sum("loss" in entry for entry in entries) == 4
     assert any("eval_rewards/accuracies" in entry for entry in entries)
     assert (output / "training.png").read_bytes().startswith(b"\x89PNG")
+    assert "line 1" in (output / "report.html").read_text()
     assert "16 of 16 pairs kept" in out and str(output) in out
+
+
+def test_the_report_is_written_unless_it_is_declined(run):
+    code, out, err, output = run(ROWS, "--no_html_report")
+    assert code == 0 and not (output / "report.html").exists() and "report.html" not in out, err
+
+
+def test_the_saved_config_is_the_loaded_one_and_standard_error_stays_empty(tmp_path, model_dir):
+    # In a process of its own: bars and warnings of the libraries go past pytest's capture.
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    options = ["--use_cpu", "--report_to", "none", "--activation_checkpointing", "--save_strategy", "no"]
+    arguments = ["--model", model_dir, "--data", data, "--eval_data", data, "--output_dir", tmp_path / "out"]
+    ran = subprocess.run(
+        [sys.executable, "-m", "dpofast", "train", *map(str, arguments), *options], capture_output=True, text=True
+    )
+    assert ran.returncode == 0 and ran.stderr == "", ran.stderr
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (model_dir, tmp_path / "out")]
+    assert configs[0] == configs[1] and configs[0]["use_cache"] is True
 
 
 def test_a_yaml_file_gives_options_and_flags_win(run, tmp_path):
@@ -145,7 +163,17 @@ def test_missing_files_and_models(run, tmp_path, model_dir):
         (["--loss_type", "dop"], "loss_type: expected one of"),
         (["--dtype", "int8"], "dtype: expected one of"),
         (["--max_tokens", "0"], "max_tokens: expected at least 1"),
-        (["--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["--config", "nowhere.yaml"], "config: nowhere.yaml: cannot be read: No such file"),
+        (["--loss_type", "ipo", "--loss_type", "sft"], "--loss_type: given twice (first as --loss_type)"),
+        (["--loss_type", "ipo", "--loss_type", "sft"], "give all values to one: --loss_type A B"),
+        (["--beta", "0.1", "--beta=0.2"], "--beta=0.2: given twice (first as --beta), and only one can hold"),
+        (["--max-length", "9", "--max_length", "8"], "--max_length: given twice (first as --max-length)"),
+        (["--lora_r", "-1"], "lora_r: expected 0 (train all weights) or a rank of 1 or more, got -1"),
+        (["--lora_r", "2", "--lora_alpha", "0"], "lora_alpha: expected 1 or more, got 0"),
+        (["--load_in_4bit"], "load_in_4bit: 4-bit weights cannot be trained themselves"),
+        (["--early_stopping_patience", "2"], "early_stopping_patience: needs held-out pairs"),
+        (["--early_stopping_patience", "0", "--eval_data", "x"], "early_stopping_patience: expected 1 or more"),
+        (["--ref_model", "nowhere"], "nowhere (no such folder, so a hub name): no causal language model"),
         (["--conf", "nowhere.yaml"], "unknown: --conf nowhere.yaml"),
         (["--fp16"], "fp16: needs a GPU"),
         (["--num_train_epochs", "0"], "num_train_epochs: expected more than 0"),
@@ -156,11 +184,89 @@ def test_bad_options(run, flags, message):
     assert code == 2 and message in err and not output.exists()
 
 
+def test_a_yaml_key_that_stands_twice_is_refused(run, tmp_path):
+    config = tmp_path / "train.yaml"
+    config.write_text("beta: 0.5\nmax_steps: 3\nbeta: 0.1\n")
+    code, _, err, output = run(ROWS, "--config", str(config))
+    assert code == 2 and "train.yaml: beta stands there twice" in err and not output.exists()
+
+
+def test_an_unknown_best_metric_is_refused_with_those_that_exist(run, tmp_path):
+    held_out = tmp_path / "held-out.jsonl"
+    held_out.write_text("".join(json.dumps(row) + "\n" for row in ROWS[:4]))
+    flags = ("--eval_data", str(held_out), "--load_best_model_at_end", "--save_strategy", "epoch")
+    code, _, err, output = run(ROWS, *flags, "--eval_strategy", "epoch", "--metric_for_best_model", "accuracy")
+    assert code == 2 and "metric_for_best_model: expected one of displacement, " in err and "got 'accuracy'" in err
+    assert "rewards/accuracies" in err and not (output / "model.safetensors").exists()
+
+
+def test_early_stopping_ends_a_run_that_gets_no_better(run, tmp_path):
+    held_out = tmp_path / "held-out.jsonl"  # the opposite of what is trained: its loss only rises
+    rows = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in ROWS[:4]]
+    held_out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ("--eval_data", str(held_out), "--eval_strategy", "steps", "--eval_steps", "1", "--learning_rate", "1e-3")
+    code, _, err, output = run(ROWS, *flags, "--early_stopping_patience", "2", "--num_train_epochs", "9")
+    assert code == 0, err
+    steps = [json.loads(line)["step"] for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert max(steps) == 3  # the first evaluation is the best, and two in a row are worse
+
+
+def test_a_reference_of_another_name(run, tmp_path):
+    other = tmp_path / "other"
+    model = tiny_model()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1.5)
+    model.save_pretrained(other)
+    code, _, err, output = run(ROWS, "--ref_model", str(other))
+    assert code == 0, err
+    first = json.loads((output / "metrics.jsonl").read_text().splitlines()[0])
+    assert abs(first["rewards/chosen"]) > 1e-4
+    code, _, err, _ = run(ROWS, "--ref_model", str(other), model=other)
+    assert code == 2 and "is the model itself, which is the reference by default" in err
+
+
+def test_pickled_weights_are_refused_with_the_way_to_convert_them(run, tmp_path):
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    folder = tmp_path / "pickled"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    code, _, err, output = run(ROWS, model=folder)
+    assert code == 2 and not output.exists()
+    assert "pickled: its weights are pickles (pytorch_model.bin)" in err and "use_safetensors=False" in err
+
+
+def test_an_adapter_is_refused_as_the_model_to_train(run):
+    code, _, err, output = run(ROWS, "--lora_r", "2")
+    assert code == 0, err
+    code, _, err, _ = run(ROWS, model=output)
+    assert code == 2 and "holds a LoRA adapter: merge it into its base model first" in err
+
+
+def test_four_bits_need_bitsandbytes(run, monkeypatch):
+    monkeypatch.setattr("transformers.utils.is_bitsandbytes_available", lambda: False)
+    code, _, err, output = run(ROWS, "--lora_r", "2", "--load_in_4bit")
+    assert code == 2 and "load_in_4bit: needs bitsandbytes, which is not installed" in err and not output.exists()
+    monkeypatch.setattr("transformers.utils.is_bitsandbytes_available", lambda: True)
+    config = four_bits(torch.bfloat16)
+    assert config.load_in_4bit and config.bnb_4bit_quant_type == "nf4" and config.bnb_4bit_use_double_quant
+    assert config.bnb_4bit_compute_dtype == torch.bfloat16
+
+
+def test_data_without_a_row_that_can_be_used_counts_the_reasons(run):
+    code, _, err, _ = run([b"{\n", b"[1]\n", b"nonsense\n"], "--on_bad_row", "skip")
+    assert code == 2 and "no row can be used" in err and "0 of 3 pairs kept" in err
+    assert "skipped 2: not valid JSON (line 1, 3)" in err and "skipped 1: not a JSON object (line 2)" in err
+    code, _, err, _ = run([{**row, "chosen": row["rejected"]} for row in ROWS], "--on_bad_row", "skip")
+    assert code == 2 and "skipped 20: chosen and rejected are equal (line 1, 2" in err
+
+
 def test_unknown_options_and_commands(run, capsys):
     code, _, err, _ = run(ROWS, "--betta", "1")
     assert code == 2 and "--betta" in err and "--help" in err and "usage" not in err
     assert main(["tarin"]) == 2
-    assert "expected a command among train, demo, info" in capsys.readouterr().err
+    assert "expected a command among train, eval, score, demo, info" in capsys.readouterr().err
     assert main([]) == 2 and main(["--help"]) == 0
     with pytest.raises(SystemExit) as stop:
         main(["train", "--help"])

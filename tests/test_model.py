@@ -234,6 +234,21 @@ def test_the_whole_loss_in_one_pass_equals_the_two_steps(device):
         model(packed=batch, stats=("entropy",), preference=PackedPreference(ref_logps, loss, 20))
 
 
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_prompt_id_outside_the_vocabulary_is_named(padded):
+    model = attach_logprob_head(tiny_model(), padded=padded)
+    (batch,) = pack([{"prompt_ids": [3, 97], "chosen_ids": [4], "rejected_ids": [5, 6]}])
+    with pytest.raises(ValueError, match="packed: expected token ids below the model's vocabulary of 97, got 97"):
+        model(packed=batch)
+
+
+def test_weights_that_are_not_finite_are_refused_as_such():
+    model = tiny_model()
+    model.lm_head.weight.data[5] = float("nan")
+    with pytest.raises(ValueError, match="LlamaForCausalLM: its own log-probs are not finite"):
+        attach_logprob_head(model)
+
+
 def test_what_is_no_batch_of_the_model_is_refused():
     model = attach_logprob_head(tiny_model())
     batches = pack(tiny_pairs(4), max_tokens=30)

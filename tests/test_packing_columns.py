@@ -1,10 +1,11 @@
 """Examples by columns (numpy, Arrow, Dataset): the same batches as by rows, token data in place, and errors."""
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -178,3 +179,25 @@ def test_the_extension_refuses_what_convert_must_not_return():
     growing = [1]
     sequences = _C.Sequences.from_objects([None, growing], lambda index: (growing.extend([2] * 9), np.arange(3))[1])
     assert sequences.lengths().tolist() in ([3, 10], [3, 3])
+
+
+def test_ids_beyond_any_vocabulary_are_refused():
+    with pytest.raises(ValueError, match=r"rejected_ids\[0\] is 2147483648; expected a token id .* below 2\*\*31"):
+        pack([ROWS[0] | {"rejected_ids": [2**31]}])
+    assert int(pack([ROWS[0] | {"rejected_ids": [2**31 - 1]}])[0].targets.max()) == 2**31 - 1
+
+
+@pytest.mark.parametrize(
+    ("examples", "message"),
+    [
+        (pd.DataFrame([ROWS[0]]), "got DataFrame: pass pyarrow.Table.from_pandas"),
+        (Dataset.from_list([ROWS[0]]).to_iterable_dataset(), "got IterableDataset: pass a list of its rows"),
+        (DatasetDict(train=Dataset.from_list([ROWS[0]])), "got DatasetDict: choose one of its splits"),
+        ("abc", "got str: pass a list of mappings"),
+        (None, "got NoneType: pass a list of mappings"),
+    ],
+    ids=["DataFrame", "IterableDataset", "DatasetDict", "str", "None"],
+)
+def test_other_containers_are_refused_with_the_way_on(examples, message):
+    with pytest.raises(ValueError, match=f"examples: expected mappings, .*{message}"):
+        pack(examples)

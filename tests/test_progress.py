@@ -2,9 +2,11 @@
 
 import io
 import json
+import re
 import resource
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from datasets import Dataset
 from matplotlib.image import imread
@@ -13,6 +15,7 @@ from torch import nn
 from transformers import PrinterCallback, Trainer, TrainingArguments
 from transformers import ProgressCallback as TqdmCallback
 
+from dpofast.memory import peak_memory
 from dpofast.plots import plot_training
 from dpofast.progress import JsonlCallback, ProgressCallback, follow, read_metrics
 
@@ -37,16 +40,37 @@ def shown(terminal, *logs):
 
 
 def test_without_a_terminal_each_log_is_a_line():
-    assert shown(False, TRAINED, HELD_OUT, {"loss": 2.0}, {"train_runtime": 1.0}).splitlines() == [
-        "DPO: step 1/10  loss 0.5000  accuracy 0.75  margin +1.25  tokens/s 12,346",
-        "DPO: step 2/10  held-out: loss 0.2500  accuracy 1.00  margin -2.00",
-        "DPO: step 3/10  loss 2.0000",
-    ]
+    first, second, third = shown(False, TRAINED, HELD_OUT, {"loss": 2.0}, {"train_runtime": 1.0}).splitlines()
+    memory_and_time = r"  peak RAM \d+\.\d\d GiB  left 0:00:\d\d"
+    assert re.fullmatch(
+        r"DPO: step 1/10  loss 0\.5000  accuracy 0\.75  margin \+1\.25  tokens/s 12,346" + memory_and_time, first
+    )
+    assert second == "DPO: step 2/10  held-out: loss 0.2500  accuracy 1.00  margin -2.00"
+    assert re.fullmatch(r"DPO: step 3/10  loss 2\.0000" + memory_and_time, third)
+
+
+def test_the_time_left_follows_the_pace_since_the_run_began_or_was_resumed(monkeypatch):
+    clock = iter([100.0, 160.0])
+    monkeypatch.setattr("dpofast.progress.time.monotonic", lambda: next(clock))
+    printed = io.StringIO()
+    callback = ProgressCallback(console=Console(file=printed, width=160))
+    callback.on_train_begin(None, state(4), None)
+    callback.on_log(None, state(4), None, logs=TRAINED)  # nothing done yet: no pace
+    callback.on_log(None, state(6), None, logs=TRAINED)  # two steps took a minute, four are left
+    callback.on_log(None, state(10), None, logs=TRAINED)
+    assert [line.partition("left ")[2] for line in printed.getvalue().splitlines()] == ["", "0:02:00", ""]
+
+
+def test_peak_memory_is_what_the_process_has_used():
+    before, kind = peak_memory()
+    block = np.ones(60_000_000, np.uint8)
+    after, _ = peak_memory()
+    assert kind == "RAM" and before > 100 * 2**20 and after >= before and block.sum() == len(block)
 
 
 def test_on_a_terminal_a_bar_shows_the_values_and_evaluations_are_lines():
     printed = shown(True, TRAINED, HELD_OUT)
-    assert "2/10" in printed and "loss 0.5000  accuracy 0.75  margin +1.25  tokens/s 12,346" in printed
+    assert "2/10" in printed and "loss 0.5000  accuracy 0.75  margin +1.25  tokens/s 12,346  peak RAM" in printed
     assert "DPO: step 2/10  held-out: loss 0.2500" in printed and "DPO: step 1/10" not in printed
     assert printed.count("\x1b[?25l") == printed.count("\x1b[?25h") == 1, "the cursor is hidden, and shown again"
 

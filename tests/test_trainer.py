@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from bench.cost import Cost
 from dpofast import DataError, DPOConfig, DPOTrainer, reference
+from dpofast.metrics import evaluation_metrics
 
 
 def make_trainer(output_dir, *, model=None, train=None, evaluation=None, ref_model=None, peft_config=None, **options):
@@ -179,6 +180,35 @@ def test_metrics_add_up(tmp_path):
     evaluated = trainer.evaluate()
     assert evaluated["eval_rewards/accuracies"] * 9 == pytest.approx(round(evaluated["eval_rewards/accuracies"] * 9))
     assert trainer.state.total_flos > 0
+
+
+@pytest.mark.parametrize("options", [{}, {"token_statistics": True}, {"loss_type": "simpo"}], ids=str)
+def test_the_names_of_an_evaluations_metrics_are_known_beforehand(tmp_path, options):
+    trainer = make_trainer(tmp_path, evaluation=tiny_dataset(9, seed=1), **options)
+    metrics = {name.removeprefix("eval_") for name in trainer.evaluate()}
+    known = evaluation_metrics(
+        with_reference="loss_type" not in options, token_statistics="token_statistics" in options
+    )
+    timing = {"runtime", "samples_per_second", "steps_per_second", "epoch"}
+    assert metrics - timing - {"length/margin_correlation", "length/longer_preferred"} == {
+        name for name in known if name not in ("length/margin_correlation", "length/longer_preferred")
+    }
+
+
+@pytest.mark.parametrize("name", ["accuracy", "eval_rewards/accuracy", "eval_c_loss"])
+def test_an_unknown_best_metric_is_refused_before_training(tmp_path, name):
+    sets = {"a": tiny_dataset(3, seed=1), "b": tiny_dataset(4, seed=2)}
+    options = {"metric_for_best_model": name, "eval_strategy": "epoch"}
+    with pytest.raises(ValueError, match="metric_for_best_model: expected one of displacement, .*rewards/accuracies"):
+        make_trainer(tmp_path, evaluation=sets, **options)
+    make_trainer(tmp_path, evaluation=sets, **{**options, "metric_for_best_model": "eval_b_rewards/accuracies"})
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_the_models_config_keeps_its_use_cache(tmp_path, use_cache):
+    trainer = make_trainer(tmp_path, model=tiny_model(use_cache=use_cache), gradient_checkpointing=True, max_steps=1)
+    trainer.train()
+    assert trainer.model.config.use_cache is use_cache
 
 
 def test_several_eval_datasets(tmp_path):

@@ -3,7 +3,7 @@
 import random
 
 import torch
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -42,6 +42,18 @@ def tiny_tokenizer():
     """Words "0" to "96", with EOS and padding tokens."""
     words = Tokenizer(models.WordLevel({str(i): i for i in range(VOCAB)}, unk_token="0"))
     return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="1", pad_token="2")
+
+
+def save_tiny(folder):
+    """A folder with tiny_model and a tokenizer that splits text into words, for the command line. Returns it."""
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    # Trainer writes the tokenizer's special tokens into the model's config, where they differ.
+    for config in (model.config, model.generation_config):
+        config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def tiny_pairs(count=12, seed=0, longest=9):
