@@ -139,7 +139,7 @@ def test_empty_file(load, write, content):
 
 
 def test_no_usable_line(load, write):
-    with pytest.raises(DataError, match=r"pairs\.jsonl, line 1: not a JSON object"):
+    with pytest.raises(DataError, match=r"pairs\.jsonl: no row can be used\n.*0 of 2 pairs kept\n  skipped 2: not a JSON object"):
         load(write(b"1\n2\n"), on_bad_row="skip")
 
 

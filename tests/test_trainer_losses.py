@@ -66,7 +66,7 @@ def test_a_loss_without_reference_never_computes_one(tmp_path, monkeypatch):
         raise AssertionError("a reference was computed")
 
     monkeypatch.setattr("dpofast.trainer.add_reference_columns", refused)
-    monkeypatch.setattr("dpofast.trainer.reference_logps", refused)
+    monkeypatch.setattr("dpofast.preference_step.reference_logps", refused)
     for precompute in (True, False):
         trainer = make_trainer(tmp_path, loss_type="simpo", precompute_ref_log_probs=precompute)
         trainer.train()
