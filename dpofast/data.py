@@ -8,11 +8,11 @@ they stood in the file. Whatever the source, the rows lie in an Arrow file that 
 from __future__ import annotations
 
 import codecs
-import glob
 import hashlib
 import json
 import os
 import re
+import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ _FEATURES = {
     "json": Json(),
 }
 _ARRAY = "expected one object a line, got an array; `jq -c '.[]' file.json > file.jsonl` writes its elements so"
-_PARQUET_ROWS = 1000
+_PARQUET_ROWS, _BUFFER_BYTES = 1000, 1 << 20
 _HALF_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _FILE_SUFFIX = re.compile(r"\.[a-zA-Z]+$")
@@ -136,18 +136,35 @@ def _load_hub(name: str, split: str, cache_dir: str | None) -> Dataset:
 
 
 def _load_parquet(path: Path, cache_dir: str | None) -> Dataset:
+    """By way of an Arrow file named by the content: datasets' reader holds row groups whole and trusts time stamps."""
     try:
-        # datasets' reader fails on a file without rows.
-        if pq.read_metadata(path).num_rows == 0:
+        file = pq.ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER_BYTES)
+        # datasets fails on a file without rows.
+        if file.metadata.num_rows == 0:
             return Dataset.from_dict({})
-        # datasets knows a file by its name and time stamp: a cache of its own for each content cannot be stale. It
-        # would also read whole row groups at once, and takes a file's name for a pattern.
-        cache = os.path.join(cache_dir or datasets.config.HF_DATASETS_CACHE, f"parquet-{_content([path])}")
-        return datasets.load_dataset(
-            "parquet", data_files=glob.escape(str(path)), split="train", cache_dir=cache, batch_size=_PARQUET_ROWS
-        )
-    except (OSError, ValueError, pa.ArrowException, datasets.exceptions.DatasetGenerationError) as error:
-        raise DataError(f"{path}: not a readable Parquet file: {_first_line(error.__cause__ or error)}") from error
+        folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE, "dpofast-parquet")
+        rows = folder / f"{_content([path])}.arrow"
+        if not rows.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            _copy_rows(file, rows)
+        return Dataset.from_file(str(rows))
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise DataError(f"{path}: not a readable Parquet file: {_first_line(error)}") from error
+
+
+def _copy_rows(file: pq.ParquetFile, target: Path) -> None:
+    """Write a Parquet file's rows to an Arrow file, which is there whole or not at all."""
+    aside = target.with_name(f".tmp-{uuid.uuid4().hex}")
+    try:
+        with open(aside, "wb") as sink:
+            with pa.ipc.new_stream(sink, file.schema_arrow) as stream:
+                for batch in file.iter_batches(batch_size=_PARQUET_ROWS):
+                    stream.write_batch(batch)
+            sink.flush()
+            os.fsync(sink.fileno())
+        os.replace(aside, target)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def _first_line(error: BaseException) -> str:

@@ -128,7 +128,7 @@ def _cards(run: Run) -> list[tuple[str, str, str]]:
         ("loss", "loss", "{:.3f}"),
         ("accuracy", "rewards/accuracies", "{:.0%}"),
         ("margin", "rewards/margins", "{:+.2f}"),
-        ("chosen below reference", "displacement", "{:.0%}"),
+        ("chosen less likely", "displacement", "{:.0%}"),
         ("balanced accuracy", "length/accuracy_balanced", "{:.0%}"),
     ):
         value = run.last(name)
@@ -180,7 +180,7 @@ def _pair_html(pair: KeptPair, table: Any, trainer: Any, unit: str) -> str:
 
 def _text(tokenizer: Any, ids: Iterable[int]) -> str:
     numbers = [int(token) for token in ids]
-    text = tokenizer.decode(numbers) if tokenizer is not None else f"token ids {numbers}"
+    text = tokenizer.decode(numbers).strip() if tokenizer is not None else f"token ids {numbers}"
     return text if len(text) <= _MOST_TEXT else f"{text[:_MOST_TEXT]}… ({len(text):,} characters)"
 
 

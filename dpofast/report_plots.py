@@ -55,6 +55,7 @@ def _pictures(run: Run) -> Iterator[Picture]:
             if not (axes.lines or axes.collections or axes.patches) or not axes.has_data():
                 continue
             axes.set_ylabel(ylabel)
+            axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 6), useMathText=True)
             if not axes.get_xlabel():
                 axes.set_xlabel("optimizer step")
                 axes.xaxis.set_major_locator(MaxNLocator(integer=True))

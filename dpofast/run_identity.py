@@ -53,7 +53,7 @@ def parameters_identity(model: nn.Module) -> dict[str, Any]:
 
 
 def weights_checksum(parameters: Iterable[tuple[str, Tensor]]) -> str:
-    """Of 64 values of each tensor: training moves all of a tensor's values, so a few tell two models apart."""
+    """Of 64 values of each tensor, all over it: training moves nearly all values, so these tell two models apart."""
     digest = _digest()
     for name, parameter in parameters:
         flat = parameter.detach().reshape(-1)

@@ -147,7 +147,7 @@ def test_weights_that_are_not_finite_are_named_with_the_row(folders, capsys, tmp
     model = AutoModelForCausalLM.from_pretrained(folders / "base")
     flags = ["--data", str(folders / "pairs.jsonl"), "--ref_model", str(folders / "base")]
     tiny_tokenizer_of(folders).save_pretrained(tmp_path)
-    model.get_input_embeddings().weight.data[12] = float("nan")  # a token of the third pair alone
+    model.get_input_embeddings().weight.data[2] = float("nan")  # the third pair is the first with a 2
     model.save_pretrained(tmp_path)
     assert main(["eval", "--model", str(tmp_path), *flags]) == 2
     assert "pairs.jsonl, line 3: its log-probs under" in capsys.readouterr().err

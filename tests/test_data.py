@@ -139,7 +139,8 @@ def test_empty_file(load, write, content):
 
 
 def test_no_usable_line(load, write):
-    with pytest.raises(DataError, match=r"pairs\.jsonl: no row can be used\n.*0 of 2 pairs kept\n  skipped 2: not a JSON object"):
+    reasons = r"pairs\.jsonl: no row can be used\n.*0 of 2 pairs kept\n  skipped 2: not a JSON object"
+    with pytest.raises(DataError, match=reasons):
         load(write(b"1\n2\n"), on_bad_row="skip")
 
 
@@ -212,6 +213,7 @@ def test_parquet_with_a_broken_page(load, tmp_path):
     path.write_bytes(content)
     with pytest.raises(DataError, match=r"pairs\.parquet: not a readable Parquet file"):
         load(path)
+    assert not [file for file in (tmp_path / "cache").rglob("*") if file.is_file()], "nothing half-written may stay"
 
 
 def test_saved_datasets(load, tmp_path):

@@ -147,9 +147,10 @@ def _show(arguments: EvalArguments, figures: dict[str, Estimate], length: Length
     shares = _lengths(length)
     if math.isnan(shares["chosen_is_longer"]):
         return  # all pairs are of equal lengths
+    correlation = shares["margin_length_correlation"]
+    follows = "" if math.isnan(correlation) else f"; correlation of margin and length difference {correlation:+.2f}"
     # print, because rich would break long lines
     print(
         f"The chosen response is the longer one in {shares['chosen_is_longer']:.0%} of the pairs of unequal lengths; "
-        f"the preferred response has {shares['preferred_tokens']:.1f} tokens on average; correlation of margin and "
-        f"length difference {shares['margin_length_correlation']:+.2f}."
+        f"the preferred response has {shares['preferred_tokens']:.1f} tokens on average{follows}."
     )
