@@ -16,9 +16,11 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch.utils.data import BatchSampler, DataLoader
+from transformers import TrainingArguments
 
 from dpofast.formats import ID_COLUMNS
 from dpofast.planner import plan
+from dpofast.ranks import Ranks
 
 SAMPLING_STRATEGIES = ("random", "sequential")
 _ROWS = 1024  # of an Arrow table at a time
@@ -191,6 +193,43 @@ class StepLoader(DataLoader[Any]):
     def set_epoch(self, epoch: int) -> None:
         """Pass it to the sampler."""
         self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
+
+
+def step_loader(
+    dataset: Dataset,
+    pairs_per_rank: int,
+    ranks: Ranks,
+    args: TrainingArguments,
+    *,
+    strategy: str,
+    seed: int = 0,
+    drop_last: bool = False,
+) -> StepLoader:
+    """A loader of StepExamples: this rank's share of each step of pairs_per_rank · ranks.size pairs."""
+    lengths = PairLengths.of(dataset) if ranks.size > 1 else None
+    sampler = StepSampler(
+        len(dataset),
+        pairs_per_rank * ranks.size,
+        strategy=strategy,
+        seed=seed,
+        drop_last=drop_last,
+        lengths=lengths,
+        rank=ranks.rank,
+        num_ranks=ranks.size,
+    )
+    return StepLoader(
+        StepDataset(dataset, lengths),
+        batch_sampler=sampler,
+        collate_fn=_as_it_is,
+        num_workers=args.dataloader_num_workers,
+        persistent_workers=args.dataloader_persistent_workers,
+        prefetch_factor=args.dataloader_prefetch_factor,
+    )
+
+
+def _as_it_is(step: Any) -> Any:
+    """A collate_fn that worker processes can be sent."""
+    return step
 
 
 def _bounds(column: Any) -> np.ndarray:

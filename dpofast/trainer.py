@@ -51,7 +51,7 @@ from dpofast.reference_model import MOVING_OPTIONS, MovingReference, ReferenceMo
 from dpofast.router import balancing_coefficient
 from dpofast.run_identity import reference_identity
 from dpofast.scoring import Forward
-from dpofast.steps import PairLengths, StepDataset, StepExamples, StepLoader, StepSampler
+from dpofast.steps import StepExamples, StepLoader, step_loader
 
 # Large enough for full GEMM speed; on a CPU a pass without gradients is fastest where its activations stay in cache.
 _MAX_TOKENS_GPU, _MAX_TOKENS_CPU, _FORWARD_TOKENS_CPU = 16384, 2048, 1024
@@ -105,8 +105,6 @@ class DPOTrainer(CheckpointedTrainer):
         args.per_device_train_batch_size *= args.gradient_accumulation_steps
         args.gradient_accumulation_steps = 1
         args.dataloader_pin_memory = False  # batches are numpy arrays until they are packed
-        if args.ddp_broadcast_buffers is None:
-            args.ddp_broadcast_buffers = False  # those of a language model never change
         torch.manual_seed(args.seed)
         model, processing_class = prepared_model(model, ref_model, args, processing_class, peft_config)
         self.data_reports: dict[str, Any] = {}
@@ -155,7 +153,8 @@ class DPOTrainer(CheckpointedTrainer):
         self._reference = ReferenceModel(self.model, ref_model, new_adapter=peft_config is not None, live=live)
         if self._reference.model is not None:
             self._reference.model.to(args.device)
-        balancing = balancing_coefficient(self.model.config.get_text_config(), args.router_aux_loss_coef)
+        text_config = self.model.config.get_text_config()
+        balancing = balancing_coefficient(text_config, args.router_aux_loss_coef)
         if balancing and args.padded:
             raise ValueError("router_aux_loss_coef: padded rows give no load-balancing loss; set it to 0")
         self.forward = PreferenceStep(
@@ -171,6 +170,8 @@ class DPOTrainer(CheckpointedTrainer):
         in_data = self.train_dataset is not None and set(REF_COLUMNS) <= set(self.train_dataset.column_names)
         compared = self.loss.needs_reference and not in_data
         self._reference_identity = reference_identity(self.model, ref_model) if compared else {}
+        if args.ddp_find_unused_parameters is None and not hasattr(text_config, "num_experts_per_tok"):
+            args.ddp_find_unused_parameters = False  # a search in every step, and only experts can go unused
         self.optimizer_step = OptimizerStep(self.forward, self.accelerator)
         self._window = LogWindow()
         if args.precompute_ref_log_probs and self.loss.needs_reference:
@@ -207,9 +208,11 @@ class DPOTrainer(CheckpointedTrainer):
         if self.train_dataset is None:
             raise ValueError("train_dataset: expected preference pairs to train on, got None")
         args = self.args
-        return self._loader(
+        return step_loader(
             self.train_dataset,
             self._train_batch_size,
+            self.ranks,
+            args,
             strategy=args.train_sampling_strategy,
             seed=args.seed if args.data_seed is None else args.data_seed,
             drop_last=args.dataloader_drop_last,
@@ -220,26 +223,7 @@ class DPOTrainer(CheckpointedTrainer):
         if isinstance(eval_dataset, str):
             eval_dataset = self.eval_dataset[eval_dataset]
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        return self._loader(dataset, self.args.eval_batch_size, strategy="sequential")
-
-    def _loader(self, dataset: Dataset, pairs_per_rank: int, **order: Any) -> StepLoader:
-        lengths = PairLengths.of(dataset) if self.ranks.size > 1 else None
-        sampler = StepSampler(
-            len(dataset),
-            pairs_per_rank * self.ranks.size,
-            lengths=lengths,
-            rank=self.ranks.rank,
-            num_ranks=self.ranks.size,
-            **order,
-        )
-        return StepLoader(
-            StepDataset(dataset, lengths),
-            batch_sampler=sampler,
-            collate_fn=_as_it_is,
-            num_workers=self.args.dataloader_num_workers,
-            persistent_workers=self.args.dataloader_persistent_workers,
-            prefetch_factor=self.args.dataloader_prefetch_factor,
-        )
+        return step_loader(dataset, self.args.eval_batch_size, self.ranks, self.args, strategy="sequential")
 
     def _packed(self, examples: Sequence[dict[str, Any]], max_tokens: int) -> list[PackedBatch]:
         weighted = self.loss.ld_alpha is not None and len(examples) > 0 and REF_COLUMNS[0] in examples[0]
@@ -318,6 +302,13 @@ class DPOTrainer(CheckpointedTrainer):
             load_model(self._reference.model, os.path.join(folder, _REFERENCE_FILE))
 
     # ---- the step ---------------------------------------------------------------------------------------------------
+
+    def _prepare_for_training(self, *args: Any) -> tuple[nn.Module, Any]:
+        model, loader = super()._prepare_for_training(*args)
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            # A language model's never change; and a forward that ran out of memory would be one exchange ahead.
+            model.broadcast_buffers = False
+        return model, loader
 
     def _totals(self, examples: StepExamples) -> StepTotals:
         running = self._running_rewards
@@ -492,8 +483,3 @@ def _check_topology(args: DPOConfig) -> None:
         raise ValueError(f"args: expected a DPOConfig, got {type(args).__name__}")
     if args.n_gpu > 1:
         raise ValueError(f"DPOTrainer uses one GPU, and {args.n_gpu} are visible: set CUDA_VISIBLE_DEVICES")
-
-
-def _as_it_is(step: Any) -> Any:
-    """A collate_fn that worker processes can be sent."""
-    return step

@@ -39,7 +39,7 @@ CASES = {
     "ld": {"ld_alpha": 0.3},
     "bco running mean": {"loss_type": "bco_pair", "bco_delta": "running_mean", "max_tokens": 24},
     "out of memory": {"fails": {"most": 30, "rank": 1}},
-    "one pair a rank": {"pairs": 2, "max_steps": 3},
+    "one pair a rank": {"pairs": 2},
     "lora": {"lora": True},
     "lora live": {"lora": True, "precompute_ref_log_probs": False},
     **{kind: {"loss_type": kind, "max_tokens": 24, **REQUIRED.get(kind, {})} for kind in losses.KINDS},
@@ -112,7 +112,7 @@ def train(folder, ranks, *, pairs=8, accumulation=1, lora=False, fails=None, **o
     defaults = {
         "optim": "sgd",
         "learning_rate": 0.05,
-        "num_train_epochs": 2,
+        "max_steps": 10,
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": "none",

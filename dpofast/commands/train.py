@@ -95,7 +95,7 @@ def main(argv: Sequence[str]) -> int:
         )
     except (RuntimeError, ImportError) as error:  # a reporter that is not installed, or not wholly
         raise ValueError(one_line(error)) from error
-    for report in trainer.data_reports.values():
+    for report in trainer.data_reports.values() if trainer.is_world_process_zero() else ():
         print(report.summary())
     _run(trainer, Path(config.output_dir), resume, html_report=train.html_report)
     return 0
@@ -110,8 +110,10 @@ def _run(trainer: DPOTrainer, output: Path, resume: str | None, *, html_report: 
     follow(trainer, output / "metrics.jsonl")
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
+    if not trainer.is_world_process_zero():
+        return
     logged = any("loss" in entry for entry in trainer.state.log_history)  # not in a run shorter than logging_steps
-    if logged and trainer.is_world_process_zero():
+    if logged:
         plot_training(output / "metrics.jsonl", output / "training.png")
         written.append("training.png")
         if html_report:
