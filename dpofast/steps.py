@@ -19,6 +19,7 @@ from torch.utils.data import BatchSampler, DataLoader
 from transformers import TrainingArguments
 
 from dpofast.formats import ID_COLUMNS
+from dpofast.mapped import spans, windows
 from dpofast.planner import plan
 from dpofast.ranks import Ranks
 
@@ -59,7 +60,7 @@ class PairLengths:
         """Read them from a token-level dataset, a part of its table at a time."""
         lengths: dict[str, list[np.ndarray]] = {name: [] for name in ID_COLUMNS}
         keys: list[np.ndarray] = []
-        for table in dataset.select_columns(list(ID_COLUMNS)).with_format("arrow").iter(batch_size=_ROWS):
+        for table in windows(dataset, ID_COLUMNS, spans(len(dataset), _ROWS)):
             for name in ID_COLUMNS:
                 lengths[name].append(np.diff(_bounds(table[name])))
             prompts = table[ID_COLUMNS[0]].combine_chunks()
