@@ -30,6 +30,7 @@ from dpofast.coupled import RunningRewards
 from dpofast.data import tokenize_preferences
 from dpofast.formats import ID_COLUMNS, REF_COLUMNS
 from dpofast.log_window import LogWindow
+from dpofast.mapped import mapped_files, release_pages
 from dpofast.metrics import MetricSums, check_best_metric
 from dpofast.optimizer_step import OptimizerStep
 from dpofast.out_of_memory import (
@@ -247,7 +248,8 @@ class DPOTrainer(CheckpointedTrainer):
     def _with_reference(self, dataset: Dataset, name: str) -> Dataset:
         if set(REF_COLUMNS) <= set(dataset.column_names):
             return dataset
-        if self._reference.released or (self._reference.is_policy and self.state.global_step > 0):
+        begun = self.state.global_step > 0 and (self._reference.is_policy or self.optimizer_step.is_sharded)
+        if self._reference.released or begun:
             raise ValueError(
                 f"{name}_dataset: its reference log-probs need the reference model, which is gone once "
                 "precompute_ref_log_probs=True has computed them: pass this dataset to the constructor, or set it to "
@@ -467,6 +469,7 @@ class DPOTrainer(CheckpointedTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics since the last log to a training log."""
         if "loss" in logs:
+            release_pages(mapped_files(self.train_dataset))  # of rows that were read; an epoch would map the whole file
             logs = {**logs, **self._window.read(self.ranks), "truncated": self.data_reports["train"].truncated}
         super().log(logs, start_time)
 
