@@ -68,6 +68,9 @@ class OptimizerStep:
                 raise
             failed = True
         if self.ranks.largest(failed):
+            if self.ranks.size > 1:
+                # DDP waits for the backward of a forward that it saw, and would take the next one's gradients for it.
+                self._backward(self.forward.idle(model))
             raise StepOutOfMemory
         try:
             done.append(self._backward(last))

@@ -102,7 +102,7 @@ class PreferenceStep:
         step = {name: getattr(totals, name) for name in ("num_pairs", "num_chosen_tokens", "earlier_rewards")}
         for batch in batches:
             if batch is None:
-                yield self._idle(model)
+                yield self.idle(model)
                 continue
             with self.autocast():
                 ref_logps = self.reference_logps(model, batch)
@@ -134,12 +134,12 @@ class PreferenceStep:
             tokens = [self._tokens(model, batch, sums)[0] for batch in own]
             references = [self.reference_logps(model, batch) for batch in own]
             for _ in range(len(batches) - len(own)):
-                self._idle(model)
+                self.idle(model)
         everyone, first = gathered(self.ranks, tokens, [batch.pairs for batch in own], references, self.device)
         results = iter(step_outputs(*everyone, self.loss, totals)[first : first + len(own)])
         for batch in batches:
             if batch is None:
-                yield self._idle(model)
+                yield self.idle(model)
                 continue
             output, coefficients = next(results)
             if torch.is_grad_enabled():
@@ -148,7 +148,7 @@ class PreferenceStep:
                 output = replace(output, loss=(scored.logps * coefficients).sum(), aux_loss=scored.aux_loss)
             yield output
 
-    def _idle(self, model: nn.Module) -> PreferenceOutput:
+    def idle(self, model: nn.Module) -> PreferenceOutput:
         """Zero, differentiable, from a forward like the others'."""
         batch = pack([_IDLE_EXAMPLE], share_prompts=True)[0].to(self.device)
         with self.autocast():
