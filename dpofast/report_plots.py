@@ -143,8 +143,9 @@ def _histogram(axes: Axes, run: Run) -> None:
         return
     margins = run.pairs.margins[np.isfinite(run.pairs.margins)]
     edges: Any = np.histogram_bin_edges(margins, bins=min(40, max(8, len(margins) // 4)))
-    axes.hist(margins[margins > 0], edges, color=BLUE, label=f"right: {(margins > 0).mean():.0%}")
-    axes.hist(margins[margins <= 0], edges, color=ORANGE, label=f"wrong: {(margins <= 0).mean():.0%}")
+    right = margins > 0
+    labels = [f"right: {right.mean():.0%}", f"wrong: {1 - right.mean():.0%}"]
+    axes.hist([margins[right], margins[~right]], edges, stacked=True, color=[BLUE, ORANGE], label=labels)
     axes.axvline(0, color=GREY, linewidth=1, linestyle=":")
     axes.set_xlabel("margin")
 

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from dpofast.commands.arguments import parse, quiet
+from dpofast.commands.models import base_of, is_adapter
 from dpofast.commands.scoring import ScoringArguments, prepare, scored
 from dpofast.score_file import PartialScores, source_rows, weights_of, write_scored
 
@@ -58,6 +59,7 @@ def main(argv: Sequence[str]) -> int:
     # What decides the numbers: a partial file of other options, other weights or other data must not be gone on with.
     identity = settings | {
         "weights": weights_of(arguments.model),
+        "base_weights": weights_of(base_of(arguments.model) if is_adapter(arguments.model) else None),
         "ref_weights": weights_of(arguments.ref_model),
         "tokens": prepared.tokens._fingerprint,
     }
