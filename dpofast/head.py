@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 
 from dpofast.gemm import accumulate_dtype, add_transposed_product, logits_into, product_into
-from dpofast.rows import TEMPORARY_ROWS, LogitOptions, RowResult, row_blocks, row_logprobs
+from dpofast.rows import TEMPORARY_ROWS, LogitOptions, RowResult, kernel_rows, row_blocks
+
+# What is kept of rows until their coefficients are known: E, and for vocab_tiles.py the maxima that it is relative to.
+Kept = tuple[Tensor, Tensor]
 
 _ROW_MULTIPLE = 128
 # A product packs the whole head first, whatever its rows: on a CPU that costs a tenth at 512 rows, so more are taken.
@@ -93,7 +96,7 @@ class HeadPlan:
             max_logits_bytes: the budget.
             keep: the head trains, so rows of E are kept for it.
             largest: the most rows that must be kept at the same time, None for all.
-            temporaries: row_temporaries of the call.
+            temporaries: blocks of temporary_rows that the row work needs at the same time.
             vocab: V where it is not the weight's (a larger shard of another rank).
         """
         dtype, width, most = weight.dtype, weight.shape[1], max_logits_bytes
@@ -114,10 +117,7 @@ class HeadPlan:
         kept_bytes = columns * narrow + flushed
         scratch_bytes = columns * (wide + (narrow if narrow < wide else 0)) + copied + flushed
         if most < fixed + scratch_bytes:
-            raise ValueError(
-                f"max_logits_bytes: expected at least one row of {columns} logits and what goes with it, "
-                f"{fixed + scratch_bytes} bytes, got {most}: raise it"
-            )
+            raise too_few_bytes(columns, fixed + scratch_bytes, most)
         affordable = (most - fixed) // scratch_bytes
         if not keep:
             scratch = even_rows(rows, min(affordable, at_once))
@@ -131,6 +131,14 @@ class HeadPlan:
         scratch = even_rows(rows, min(SCRATCH_ROWS, max(1, affordable // 2)))
         kept = (most - fixed - scratch * scratch_bytes) // kept_bytes
         return HeadPlan(min(rows, kept), scratch, upcast, temporary, scratch)
+
+
+def too_few_bytes(columns: int, least: int, most: int) -> ValueError:
+    """The error of a byte budget that holds no row."""
+    return ValueError(
+        f"max_logits_bytes: expected at least one row of {columns} logits and what goes with it, {least} bytes, "
+        f"got {most}: raise it"
+    )
 
 
 def _columns(vocab: int, device: torch.device) -> int:
@@ -157,6 +165,9 @@ def scale_rows(out: Tensor, rows: Tensor, coefficients: Tensor, step: int = SCRA
 class Head:
     """hidden (N, D), weight (V, D), bias (V,) or None and targets (N,) of one call, and E on any slice of its rows."""
 
+    # How many RowResult.sums a row has.
+    SUMS = 1
+
     def __init__(
         self,
         hidden: Tensor,
@@ -182,9 +193,13 @@ class Head:
             return self._logits
         return exp_rows_like(self.weight, self.plan.scratch_rows, self.narrow)
 
-    def kept(self) -> Tensor:
+    def kept(self) -> Kept:
         """A fresh buffer for the plan's kept rows of E."""
-        return exp_rows_like(self.weight, self.plan.kept_rows, self.narrow)
+        return exp_rows_like(self.weight, self.plan.kept_rows, self.narrow), self.weight.new_empty(0)
+
+    def beyond(self, start: int, stop: int) -> list[slice]:
+        """Rows [start, stop) that are not kept, in slices that fit the scratch."""
+        return chunks(start, stop, self.plan.scratch_rows)
 
     def logps(self, rows: slice) -> RowResult:
         """Log-probs of at most scratch_rows rows, without E."""
@@ -196,51 +211,50 @@ class Head:
         Statistics need the logits, so with them 'fused' works as 'triton' does.
         """
         if self.backend != "fused" or self.options.stats:
-            return [self.logps(rows) for rows in chunks(0, len(self.targets), self.plan.scratch_rows)]
+            return [self.logps(rows) for rows in self.beyond(0, len(self.targets))]
         from dpofast.kernels.linear_logprobs import linear_logprobs
 
         logps, _ = linear_logprobs(
             self.hidden, self.weight, self.targets, bias=self.bias, **self.options.kernel_arguments()
         )
-        return [RowResult(logps, torch.zeros_like(logps), {})]
+        return [RowResult(logps, torch.zeros_like(logps).unsqueeze(0), {})]
 
     def exp(self, rows: slice) -> tuple[Tensor, RowResult]:
         """E of at most scratch_rows rows, in the scratch: valid until the next call."""
         n = rows.stop - rows.start
         return self._tile[:n], self._row_work(rows, self._logits[:n], self._tile[:n])
 
-    def exp_into(self, kept: Tensor, rows: slice) -> list[RowResult]:
-        """E of any number of rows, written to kept (n, V), a chunk at a time."""
-        direct = self.narrow == self.wide
+    def keep(self, kept: Kept, rows: slice) -> list[RowResult]:
+        """E of any number of rows into the first rows of kept, a chunk at a time."""
         results = []
-        for part in chunks(0, len(kept), self.plan.step):
-            exp = kept[part]
-            logits = exp if direct else self._logits[: len(exp)]
+        for part in chunks(0, rows.stop - rows.start, self.plan.step):
+            exp = kept[0][part]
+            logits = exp if self.narrow == self.wide else self._logits[: len(exp)]
             results.append(self._row_work(slice(rows.start + part.start, rows.start + part.stop), logits, exp))
         return results
 
+    def frozen(self, products: Tensor) -> list[RowResult]:
+        """products (N, D) <- E·W, so that dh = c ⊙ products."""
+        results = []
+        for rows in self.beyond(0, len(self.targets)):
+            exp, result = self.exp(rows)
+            self.hidden_product(products[rows], exp)
+            results.append(result)
+        return results
+
+    def gradients(self, needs: tuple[bool, bool, bool]) -> Gradients:
+        """What adds up the gradients of hidden, weight and bias that are needed."""
+        return Gradients(self, needs, flushes=1 if self.plan.kept_rows == len(self.targets) else 2)
+
     def _row_work(self, rows: slice, logits: Tensor, exp: Tensor | None) -> RowResult:
         logits_into(logits, self.hidden[rows], self.weight, self.plan.upcast_rows)
-        return row_logprobs(
-            logits,
-            self.bias,
-            self.targets[rows],
-            self.options,
-            exp_out=exp,
-            backend=self.backend,
-            temporary_rows=self.plan.temporary_rows,
-        )
+        return kernel_rows(logits, self.bias, self.targets[rows], self.options, exp_out=exp)
 
     def hidden_product(self, out: Tensor, exp: Tensor, coefficients: Tensor | None = None) -> None:
         """out (R, D) <- E·W, with coefficients (R,) c ⊙ (E·W)."""
         for part in chunks(0, len(exp), self.plan.step):
             c = None if coefficients is None else coefficients[part]
             product_into(out[part], exp[part], self.weight, self.plan.upcast_rows, c)
-
-    def joined(self, results: list[RowResult], field: str) -> Tensor:
-        """One field of all results, in row order."""
-        parts = [getattr(result, field) for result in results]
-        return torch.cat(parts) if parts else self.hidden.new_empty(0, dtype=self.wide)
 
 
 class Gradients:
@@ -258,6 +272,11 @@ class Gradients:
         self.dw = torch.empty_like(head.weight, dtype=total) if need_dw else None
         self.db = head.hidden.new_zeros(head.weight.shape[0], dtype=head.wide) if need_db else None
         self._flushed = False
+
+    def add(self, rows: slice, coefficients: Tensor, sums: Tensor, kept: Kept | None) -> None:
+        """Add the rows' share: of the first rows of kept, or of at most scratch_rows rows that are computed again."""
+        exp = self.head.exp(rows)[0] if kept is None else kept[0][: rows.stop - rows.start]
+        self.flush(rows, exp, coefficients)
 
     def flush(self, rows: slice, exp: Tensor, coefficients: Tensor) -> None:
         """Add the rows' share: exp (R, V) is their E, coefficients (R,) is c."""

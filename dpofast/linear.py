@@ -8,7 +8,8 @@
 | the head trains alone  | the same, without E·W               | 2 + recomputed/N         |
 
 Two torch.library operators, forward and backward, so that torch.compile sees a graph without breaks. A tensor that is
-not needed is empty.
+not needed is empty. head_of chooses how E is made: whole rows by kernels/ (head.py), or tiles of the vocabulary in
+torch (vocab_tiles.py).
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ import torch
 from torch import Tensor
 
 from dpofast.first_order import no_second_derivative
-from dpofast.gemm import accumulate_dtype
-from dpofast.head import Gradients, Head, HeadPlan, chunks, exp_dtype, exp_rows_like, scale_rows
-from dpofast.rows import STATS, LogitOptions, check_target_values, row_temporaries
+from dpofast.head import Head, HeadPlan, scale_rows
+from dpofast.rows import STATS, LogitOptions, RowResult, check_target_values, uses_triton
+from dpofast.vocab_tiles import TiledHead, TilePlan
 
-_Eight = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+_Nine = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 _Three = tuple[Tensor, Tensor, Tensor]
 
 
@@ -40,7 +41,7 @@ def per_token(
     grad = torch.is_grad_enabled()
     # An operator does not know what its caller's tensors require.
     needs = [grad and x is not None and x.requires_grad for x in (hidden, weight, bias)]
-    logps, _, _, _, *values = linear_logprobs_op(
+    logps, _, _, _, _, *values = linear_logprobs_op(
         hidden,
         weight,
         bias,
@@ -55,6 +56,45 @@ def per_token(
         *needs,
     )
     return logps, {name: value for name, value in zip(STATS, values, strict=True) if name in options.stats}
+
+
+def head_of(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    options: LogitOptions,
+    backend: str,
+    max_logits_bytes: int,
+    *,
+    keep: bool,
+    largest: int | None = None,
+) -> Head | TiledHead:
+    """The call's head, planned inside max_logits_bytes; keep and largest as in the plans' make."""
+    rows = len(targets)
+    if uses_triton(backend):
+        plan = HeadPlan.make(rows, weight, max_logits_bytes, keep=keep, largest=largest)
+        return Head(hidden, weight, bias, targets, options, backend, plan)
+    tiles = TilePlan.make(rows, weight, max_logits_bytes, options, keep=keep, largest=largest)
+    return TiledHead(hidden, weight, bias, targets, options, tiles)
+
+
+def joined(head: Head | TiledHead, results: list[RowResult]) -> RowResult:
+    """The results of consecutive rows as one."""
+    hidden, names = head.hidden, head.options.stats
+    if not results:
+        sums = hidden.new_empty(head.SUMS, 0, dtype=head.wide)
+        stats = {name: hidden.new_empty(0, dtype=_dtype_of(name, head.wide)) for name in names}
+        return RowResult(torch.empty_like(sums[0]), sums, stats)
+    return RowResult(
+        torch.cat([result.logps for result in results]),
+        torch.cat([result.sums for result in results], dim=1),
+        {name: torch.cat([result.stats[name] for result in results]) for name in names},
+    )
+
+
+def _dtype_of(statistic: str, wide: torch.dtype) -> torch.dtype:
+    return torch.bool if statistic == "is_top1" else wide
 
 
 def _options(
@@ -79,14 +119,13 @@ def linear_logprobs_op(
     need_dh: bool,
     need_dw: bool,
     need_db: bool,
-) -> _Eight:
-    """logps (N,), scale (N,), kept E (K, V), E·W (N, D), then the four statistics (N,)."""
+) -> _Nine:
+    """logps (N,), RowResult's sums, the two of Kept, E·W (N, D), then the four statistics (N,)."""
     options = _options(temperature, logit_scale, softcap, ignore_index, stats)
     check_target_values(targets, weight.shape[0], ignore_index)
     trains = need_dw or need_db
-    plan = _plan(targets, weight, options, backend, max_logits_bytes, trains)
     with torch.autocast(hidden.device.type, enabled=False):
-        head = Head(hidden, weight, bias, targets, options, backend, plan)
+        head = head_of(hidden, weight, bias, targets, options, backend, max_logits_bytes, keep=trains)
         kept = head.kept()
         products = hidden.new_empty(
             (len(targets), weight.shape[1]) if need_dh and not trains else (0,), dtype=head.narrow
@@ -94,50 +133,32 @@ def linear_logprobs_op(
         if not (need_dh or trains):
             results = head.all_logps()
         elif trains:  # the rows beyond those that are kept are recomputed in backward
-            results = head.exp_into(kept, slice(0, plan.kept_rows))
-            results += [head.logps(rows) for rows in chunks(plan.kept_rows, len(targets), plan.scratch_rows)]
+            results = head.keep(kept, slice(0, head.plan.kept_rows))
+            results += [head.logps(rows) for rows in head.beyond(head.plan.kept_rows, len(targets))]
         else:
-            results = []
-            for rows in chunks(0, len(targets), plan.scratch_rows):
-                exp, result = head.exp(rows)
-                head.hidden_product(products[rows], exp)
-                results.append(result)
-        logps, scale = head.joined(results, "logps"), head.joined(results, "scale")
-        values = [_statistic(name, results, options, logps) for name in STATS]
-    return (logps, scale, kept, products, *values)  # type: ignore[return-value]
-
-
-def _plan(
-    targets: Tensor, weight: Tensor, options: LogitOptions, backend: str, max_logits_bytes: int, keep: bool
-) -> HeadPlan:
-    temporaries = row_temporaries(options, backend)
-    return HeadPlan.make(len(targets), weight, max_logits_bytes, keep=keep, temporaries=temporaries)
-
-
-def _statistic(name: str, results: list[Any], options: LogitOptions, logps: Tensor) -> Tensor:
-    dtype = torch.bool if name == "is_top1" else logps.dtype
-    parts = [result.stats[name] for result in results] if name in options.stats else []
-    return torch.cat(parts) if parts else logps.new_empty(0, dtype=dtype)
+            results = head.frozen(products)
+        rows = joined(head, results)
+    nothing = [rows.logps.new_empty(0, dtype=_dtype_of(name, head.wide)) for name in STATS]
+    values = [rows.stats.get(name, empty) for name, empty in zip(STATS, nothing, strict=True)]
+    return (rows.logps, rows.sums, *kept, products, *values)  # type: ignore[return-value]
 
 
 @linear_logprobs_op.register_fake
-def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *arguments: Any) -> _Eight:
+def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *arguments: Any) -> _Nine:
     options = _options(*arguments[:5])
     backend, max_logits_bytes, need_dh, need_dw, need_db = arguments[5:]
     n, width = targets.shape[0], weight.shape[1]
     trains = need_dw or need_db
-    plan = _plan(targets, weight, options, backend, max_logits_bytes, trains)
-    wide, narrow = accumulate_dtype(hidden.dtype), exp_dtype(hidden.dtype)
+    head = head_of(hidden, weight, bias, targets, options, backend, max_logits_bytes, keep=trains)
     products = (n, width) if need_dh and not trains else (0,)
     values = [
-        hidden.new_empty(n if name in options.stats else 0, dtype=torch.bool if name == "is_top1" else wide)
-        for name in STATS
+        hidden.new_empty(n if name in options.stats else 0, dtype=_dtype_of(name, head.wide)) for name in STATS
     ]
     return (  # type: ignore[return-value]
-        hidden.new_empty(n, dtype=wide),
-        hidden.new_empty(n, dtype=wide),
-        exp_rows_like(weight, plan.kept_rows, narrow),
-        hidden.new_empty(products, dtype=narrow),
+        hidden.new_empty(n, dtype=head.wide),
+        hidden.new_empty(head.SUMS, n, dtype=head.wide),
+        *head.kept(),
+        hidden.new_empty(products, dtype=head.narrow),
         *values,
     )
 
@@ -149,8 +170,9 @@ def linear_logprobs_backward_op(
     weight: Tensor,
     bias: Tensor | None,
     targets: Tensor,
-    scale: Tensor,
+    sums: Tensor,
     kept: Tensor,
+    maxima: Tensor,
     products: Tensor,
     temperature: float,
     logit_scale: float,
@@ -165,25 +187,21 @@ def linear_logprobs_backward_op(
 ) -> _Three:
     """dh (N, D), dW (V, D), db (V,)."""
     # where, not times zero: an ignored row counts as 0 even if the gradient that reaches it is not finite
-    coefficients = torch.where(scale == 0, 0.0, grad_logps * scale)
+    coefficients = torch.where(sums[0] == 0, 0.0, grad_logps * sums[0])
     nothing = hidden.new_empty(0)
     if not (need_dw or need_db):
         scaled = torch.empty_like(hidden)
         scale_rows(scaled, products, coefficients)
         return scaled, nothing, nothing.clone()
-    options = _options(temperature, logit_scale, softcap, ignore_index, stats)
-    plan = _plan(targets, weight, options, backend, max_logits_bytes, True)  # forward's
-    options = _options(temperature, logit_scale, softcap, ignore_index)
+    options = _options(temperature, logit_scale, softcap, ignore_index, stats)  # forward's, and so its plan
     with torch.autocast(hidden.device.type, enabled=False):
-        head = Head(hidden, weight, bias, targets, options, backend, plan)
-        recomputed = chunks(plan.kept_rows, len(targets), plan.scratch_rows)
-        flushes = len(recomputed) + (plan.kept_rows > 0)
-        gradients = Gradients(head, (need_dh, need_dw, need_db), flushes=flushes)
-        if plan.kept_rows:
-            rows = slice(0, plan.kept_rows)
-            gradients.flush(rows, kept, coefficients[rows])
-        for rows in recomputed:
-            gradients.flush(rows, head.exp(rows)[0], coefficients[rows])
+        head = head_of(hidden, weight, bias, targets, options, backend, max_logits_bytes, keep=True)
+        head.options = _options(temperature, logit_scale, softcap, ignore_index)
+        gradients = head.gradients((need_dh, need_dw, need_db))
+        kept_rows = slice(0, head.plan.kept_rows)
+        parts = [(kept_rows, (kept, maxima))] if head.plan.kept_rows else []
+        for rows, known in [*parts, *((rows, None) for rows in head.beyond(kept_rows.stop, len(targets)))]:
+            gradients.add(rows, coefficients[rows], sums[:, rows], known)
     dh, dw, db = gradients.finish()
     return tuple(nothing.clone() if x is None else x for x in (dh, dw, db))  # type: ignore[return-value]
 
@@ -198,12 +216,11 @@ def _(grad_logps: Tensor, hidden: Tensor, weight: Tensor, *arguments: Any) -> _T
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: _Eight) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: _Nine) -> None:
     hidden, weight, bias, targets, *arguments = inputs
-    _, scale, kept, products, *values = output
-    ctx.mark_non_differentiable(scale, kept, products, *values)
-    ctx.set_materialize_grads(False)  # zeros for kept would be as large as kept
-    ctx.save_for_backward(hidden, weight, bias, targets, scale, kept, products)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # zeros for kept rows would be as large as they
+    ctx.save_for_backward(hidden, weight, bias, targets, *output[1:5])
     ctx.arguments, ctx.needs = arguments, arguments[-3:]
 
 

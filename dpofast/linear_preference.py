@@ -19,21 +19,13 @@ from torch import Tensor
 
 from dpofast.first_order import first_order_only, no_second_derivative
 from dpofast.gemm import accumulate_dtype
-from dpofast.head import (
-    Gradients,
-    Head,
-    HeadPlan,
-    autocast_inputs,
-    check_head,
-    check_tensors,
-    chunks,
-    default_logits_bytes,
-    scale_rows,
-)
+from dpofast.head import Head, autocast_inputs, check_head, check_tensors, default_logits_bytes, scale_rows
+from dpofast.linear import head_of, joined
 from dpofast.pair_terms import PairTerms, StepTotals, Tokens, pair_terms, side_indices
 from dpofast.preference import PreferenceLoss, PreferenceOutput, check_pair_names, check_reference, checked_loss
 from dpofast.reference import IGNORE_INDEX
-from dpofast.rows import LogitOptions, RowResult, check_target_values, choose_backend, row_temporaries
+from dpofast.rows import LogitOptions, RowResult, check_target_values, choose_backend
+from dpofast.vocab_tiles import TiledHead
 
 _Needs = tuple[bool, bool, bool]
 _Seven = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -101,20 +93,13 @@ def _with_frozen_head(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, step: Step, need_dh: bool
 ) -> tuple[PairTerms, _Gradient]:
     """E·W is written where dh will be, and scaled by row once all coefficients are known."""
-    temporaries = row_temporaries(step.options, step.backend)
-    plan = HeadPlan.make(len(step.targets), weight, step.max_logits_bytes, keep=False, temporaries=temporaries)
-    head = Head(hidden, weight, bias, step.targets, step.options, step.backend, plan)
+    head = _head(hidden, weight, bias, step, keep=False)
     everything = _Part(slice(0, len(step.targets)), step.cu_targets, step.pairs, step.ref_logps)
     if not need_dh:
-        return _terms(head, head.all_logps(), step, everything)[0], (None, None, None)
+        return _terms(joined(head, head.all_logps()), step, everything)[0], (None, None, None)
     # In E's dtype: in float16 the sums of a flat row of a large vocabulary would be infinite.
     products = torch.empty_like(hidden, dtype=head.narrow)
-    results = []
-    for rows in chunks(0, len(step.targets), plan.scratch_rows):
-        exp, result = head.exp(rows)
-        head.hidden_product(products[rows], exp)
-        results.append(result)
-    terms, coefficients = _terms(head, results, step, everything)
+    terms, coefficients = _terms(joined(head, head.frozen(products)), step, everything)
     dh = products if head.narrow == hidden.dtype else torch.empty_like(hidden)
     scale_rows(dh, products, coefficients)
     return terms, (dh, None, None)
@@ -126,34 +111,34 @@ def _with_trained_head(
     cu_targets = step.cu_targets.tolist()
     runs = [(0, len(cu_targets) - 1)] if step.loss.coupled else components(cu_targets, step.pairs.tolist())
     largest = max((cu_targets[stop] - cu_targets[start] for start, stop in runs), default=0)
-    rows = len(step.targets)
-    temporaries = row_temporaries(step.options, step.backend)
-    plan = HeadPlan.make(rows, weight, step.max_logits_bytes, keep=True, largest=largest, temporaries=temporaries)
-    head = Head(hidden, weight, bias, step.targets, step.options, step.backend, plan)
-    ring = head.kept()
-    plan_of_flushes = flushes(cu_targets, runs, plan.kept_rows)
-    once = len(plan_of_flushes) == 1 and rows <= plan.kept_rows
-    gradients = Gradients(head, needs, flushes=1 if once else 2)
+    head = _head(hidden, weight, bias, step, keep=True, largest=largest)
+    ring, ring_rows = head.kept(), head.plan.kept_rows
+    gradients = head.gradients(needs)
     parts = []
-    for start, stop in plan_of_flushes:
+    for start, stop in flushes(cu_targets, runs, ring_rows):
         first, last = cu_targets[start], cu_targets[stop]
-        kept = slice(first, min(last, first + plan.kept_rows))
-        beyond = chunks(kept.stop, last, plan.scratch_rows)
-        exp = ring[: kept.stop - kept.start]
-        results = [*head.exp_into(exp, kept), *(head.logps(rows) for rows in beyond)]
+        kept = slice(first, min(last, first + ring_rows))
+        beyond = head.beyond(kept.stop, last)
+        result = joined(head, [*head.keep(ring, kept), *(head.logps(rows) for rows in beyond)])
         inside = (step.pairs[:, 0] >= start) & (step.pairs[:, 0] < stop)
         ref_logps = step.ref_logps
         if ref_logps is not None:
             ref_logps = ref_logps[start:stop] if ref_logps.dim() == 1 else ref_logps[_on(inside, ref_logps)]
         local = step.cu_targets[start : stop + 1] - first
         part = _Part(slice(first, last), local, step.pairs[inside] - start, ref_logps)
-        terms, coefficients = _terms(head, results, step, part)
-        gradients.flush(kept, exp, coefficients[: kept.stop - first])
-        for rows_beyond in beyond:
-            share = coefficients[rows_beyond.start - first : rows_beyond.stop - first]
-            gradients.flush(rows_beyond, head.exp(rows_beyond)[0], share)
+        terms, coefficients = _terms(result, step, part)
+        for rows, known in [(kept, ring), *((rows, None) for rows in beyond)]:
+            here = slice(rows.start - first, rows.stop - first)
+            gradients.add(rows, coefficients[here], result.sums[:, here], known)
         parts.append((inside, terms))
     return _joined(parts, step, head), gradients.finish()
+
+
+def _head(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, step: Step, *, keep: bool, largest: int | None = None
+) -> Head | TiledHead:
+    options, backend, most = step.options, step.backend, step.max_logits_bytes
+    return head_of(hidden, weight, bias, step.targets, options, backend, most, keep=keep, largest=largest)
 
 
 @dataclass(frozen=True)
@@ -166,12 +151,10 @@ class _Part:
     ref_logps: Tensor | None
 
 
-def _terms(head: Head, results: list[RowResult], step: Step, part: _Part) -> tuple[PairTerms, Tensor]:
+def _terms(result: RowResult, step: Step, part: _Part) -> tuple[PairTerms, Tensor]:
     """The terms of some components, and the row coefficients c (rows,) of their targets."""
-    logps, scale = head.joined(results, "logps"), head.joined(results, "scale")
-    stats = [result.stats["log_sum_sq_probs"] for result in results] if step.loss.use_weighting else []
-    log_sum_sq = torch.cat(stats) if stats else None
-    tokens = Tokens(logps, part.cu_targets, _counted(step, part.rows), log_sum_sq)
+    scale, log_sum_sq = result.sums[0], result.stats.get("log_sum_sq_probs")
+    tokens = Tokens(result.logps, part.cu_targets, _counted(step, part.rows), log_sum_sq)
     terms = pair_terms(tokens, part.pairs, part.ref_logps, step.loss, step.totals, step.backend)
     # where, not times zero: an ignored row counts as 0 even where the loss is not finite
     return terms, torch.where(scale == 0, 0.0, terms.coefficients / step.totals.num_pairs * scale)
@@ -187,7 +170,7 @@ def _on(inside: Tensor, like: Tensor) -> Tensor:
     return inside.nonzero().squeeze(1).to(like.device, non_blocking=True)
 
 
-def _joined(parts: list[tuple[Tensor, PairTerms]], step: Step, head: Head) -> PairTerms:
+def _joined(parts: list[tuple[Tensor, PairTerms]], step: Step, head: Head | TiledHead) -> PairTerms:
     """The flushes' terms in the order of the sequences and pairs."""
 
     def join(field: str, each_pair: bool) -> Tensor:

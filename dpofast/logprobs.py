@@ -23,7 +23,7 @@ from dpofast.head import (
     default_logits_bytes,
 )
 from dpofast.linear import per_token
-from dpofast.rows import LogitOptions, check_target_values, choose_backend, row_logprobs
+from dpofast.rows import LogitOptions, check_target_values, choose_backend, torch_rows
 
 _CHUNK_BYTES = 32 << 20
 
@@ -203,7 +203,7 @@ class _Logprobs(torch.autograd.Function):
         logps = logits.new_empty(len(targets), dtype=accumulate_dtype(logits.dtype))
         for chunk in _row_chunks(logits):
             x = logits[chunk].to(logps.dtype, copy=True)
-            logps[chunk] = row_logprobs(x, None, targets[chunk], options, exp_out=None, backend=backend).logps
+            logps[chunk], _ = torch_rows(x, targets[chunk], options, exp=False)
         return logps
 
     @staticmethod
@@ -226,8 +226,8 @@ class _Logprobs(torch.autograd.Function):
             return grad, None, None, None, None
         for chunk in _row_chunks(logits):
             x = logits[chunk].to(accumulate_dtype(logits.dtype), copy=True)
-            result = row_logprobs(x, None, targets[chunk], ctx.options, exp_out=x, backend="torch")
-            c = torch.where(result.scale == 0, 0.0, grad_logps[chunk] * result.scale)
+            _, scale = torch_rows(x, targets[chunk], ctx.options, exp=True)
+            c = torch.where(scale == 0, 0.0, grad_logps[chunk] * scale)
             grad[chunk] = x.mul_(c.unsqueeze(1))
         return grad, None, None, None, None
 

@@ -1,10 +1,11 @@
-"""Row work on logits that already lie in a buffer: log-probs, statistics, and E, the one tile that both gradients need.
+"""Row work on logits that already lie in a buffer: log-probs, and E, the one tile that both gradients need.
 
     z = softcap·tanh(logit_scale·(x + b)/softcap)/temperature      m = max z      S = Σ exp(z − m)
     logp = z_y − m − log S      E = exp(z − m), and e_y − S at the target y: that is (p − onehot)·S without cancellation
 
 dlogp/dx = −(logit_scale/temperature)/S ⊙ E (E carries softcap's factor 1 − tanh² itself), so E never needs the incoming
-gradient. On CUDA one Triton program does a row (kernels/token_logprobs.py); on the CPU torch does it in place.
+gradient. On CUDA one Triton program does a row (kernels/token_logprobs.py) and its statistics; on the CPU torch does a
+row of existing logits in place, and those of hidden states and head in tiles of the vocabulary (online_sums.py).
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ FUSED_BY_DEFAULT: tuple[str, ...] = ()
 # Rows whose temporaries (softcap's derivative, a statistic's product) exist at the same time, where memory allows.
 TEMPORARY_ROWS = 32
 # What a CPU's second-level caches hold of the rows that are worked on together.
-_CACHE_BYTES = 2 << 20
+CACHE_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -67,10 +68,14 @@ class LogitOptions:
 
 @dataclass(frozen=True)
 class RowResult:
-    """logps (R,), scale (R,) = −(dz/dx)/S with 0 where ignored, and the statistics asked for, (R,) each."""
+    """logps (R,), sums (1 or 3, R) and the statistics asked for, (R,) each; all 0 where ignored.
+
+    sums: −(logit_scale/temperature)/S, which times an incoming gradient is a row's coefficient c; and where E comes in
+    tiles (online_sums.py) its entry at the target, and the row's maximum.
+    """
 
     logps: Tensor
-    scale: Tensor
+    sums: Tensor
     stats: dict[str, Tensor]
 
 
@@ -128,49 +133,13 @@ def check_target_values(targets: Tensor, vocab: int, ignore_index: int) -> None:
             )
 
 
-def row_logprobs(
-    logits: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    options: LogitOptions,
-    *,
-    exp_out: Tensor | None,
-    backend: str,
-    temporary_rows: int = TEMPORARY_ROWS,
+def kernel_rows(
+    logits: Tensor, bias: Tensor | None, targets: Tensor, options: LogitOptions, *, exp_out: Tensor | None
 ) -> RowResult:
-    """Log-probs of logits (R, V), float32 or float64, contiguous rows; the torch backend overwrites logits.
+    """Log-probs of raw logits (R, V), float32, by kernels/: contiguous rows.
 
     exp_out (R, V), of any float dtype and possibly logits itself, receives E; rows of ignored targets receive zeros.
-    temporary_rows: at most row_temporaries(options, backend) times so many rows of V are allocated at once.
     """
-    if uses_triton(backend):
-        return _triton_rows(logits, bias, targets, options, exp_out)
-    # Softcap's derivative is a temporary as large as the rows.
-    together = max(1, len(logits)) if options.softcap is None or exp_out is None else temporary_rows
-    if logits.is_cpu:  # one read from memory, the further passes from cache
-        together = min(together, max(2, _CACHE_BYTES // (logits.shape[1] * logits.element_size())))
-    if together >= len(logits):
-        return _torch_rows(logits, bias, targets, options, exp_out, temporary_rows)
-    parts = [
-        _torch_rows(logits[b], bias, targets[b], options, None if exp_out is None else exp_out[b], temporary_rows)
-        for b in row_blocks(len(logits), together)
-    ]
-    stats = {name: torch.cat([part.stats[name] for part in parts]) for name in options.stats} if parts else {}
-    logps, scale = (torch.cat([getattr(part, field) for part in parts]) for field in ("logps", "scale"))
-    return RowResult(logps, scale, stats)
-
-
-def row_temporaries(options: LogitOptions, backend: str) -> int:
-    """Temporaries as wide as the vocabulary that row_logprobs holds at once for each of its temporary_rows."""
-    if uses_triton(backend):
-        return 0
-    shifted_and_exp = 2 if "entropy" in options.stats else 1 if "log_sum_sq_probs" in options.stats else 0
-    return shifted_and_exp + (options.softcap is not None)
-
-
-def _triton_rows(
-    logits: Tensor, bias: Tensor | None, targets: Tensor, options: LogitOptions, exp_out: Tensor | None
-) -> RowResult:
     from dpofast.kernels.exp_rows import exp_rows
     from dpofast.kernels.token_logprobs import token_logprobs
 
@@ -180,43 +149,40 @@ def _triton_rows(
     arguments = {"bias": bias, "stats": options.stats, "exp_out": exp_out, **options.kernel_arguments()}
     rows = function(logits, targets, **arguments)
     scale = torch.where(targets == options.ignore_index, 0.0, -options.gradient_scale / rows.sum_exp)
-    return RowResult(rows.logps, scale, rows.stats)
+    return RowResult(rows.logps, scale.unsqueeze(0), rows.stats)
 
 
-def _torch_rows(
-    x: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    options: LogitOptions,
-    exp_out: Tensor | None,
-    temporary_rows: int,
-) -> RowResult:
+def torch_rows(x: Tensor, targets: Tensor, options: LogitOptions, *, exp: bool) -> tuple[Tensor, Tensor]:
+    """logps and −1/(S·temperature), (R,) each, 0 where ignored, of logits x (R, V), float32 or float64: overwritten.
+
+    exp: E is left in x, zeros where ignored. Of the options temperature and ignore_index count.
+    """
+    together = max(1, len(x))
+    if x.is_cpu:  # one read from memory, the further passes from cache
+        together = min(together, max(2, CACHE_BYTES // (x.shape[1] * x.element_size())))
+    parts = [_torch_rows(x[rows], targets[rows], options, exp) for rows in row_blocks(len(x), together)]
+    if not parts:
+        return x.new_empty(0), x.new_empty(0)
+    logps, scale = zip(*parts, strict=True)
+    return torch.cat(logps), torch.cat(scale)
+
+
+def _torch_rows(x: Tensor, targets: Tensor, options: LogitOptions, exp: bool) -> tuple[Tensor, Tensor]:
     ignored = targets == options.ignore_index
     safe_targets = targets.masked_fill(ignored, 0).unsqueeze(1)
-    if bias is not None:
-        x.add_(bias)
-    tanh_squared = scale_in_place(x, options, keep_derivative=exp_out is not None)
+    scale_in_place(x, options, keep_derivative=False)
     target_logit = x.gather(1, safe_targets)
     row_max = x.amax(dim=1, keepdim=True)
-    stats = _shifted_statistics(x, safe_targets, row_max, options.stats, temporary_rows)
-    x.sub_(row_max)
-    e = x.exp_()
+    e = x.sub_(row_max).exp_()
     sum_exp = e.sum(dim=1, keepdim=True)
-    log_sum = sum_exp.log()
-    logps = target_logit - row_max - log_sum
-    _finish_statistics(e, sum_exp, log_sum, stats, temporary_rows)
-    if exp_out is not None:
+    logps = target_logit - row_max - sum_exp.log()
+    if exp:
         e.scatter_add_(1, safe_targets, -sum_exp)
-        if tanh_squared is not None:
-            e.addcmul_(e, tanh_squared, value=-1.0)
-        if exp_out.data_ptr() != e.data_ptr():
-            exp_out.copy_(e)
         # A pass over the tile, so not where looking first costs no sync and finds nothing to do.
         if not x.is_cpu or ignored.any():
-            exp_out.masked_fill_(ignored.unsqueeze(1), 0.0)
+            e.masked_fill_(ignored.unsqueeze(1), 0.0)
     scale = (-options.gradient_scale / sum_exp).squeeze(1)
-    zero_ignored = {name: value.masked_fill(ignored, 0) for name, value in stats.items()}
-    return RowResult(logps.squeeze(1).masked_fill(ignored, 0.0), scale.masked_fill(ignored, 0.0), zero_ignored)
+    return logps.squeeze(1).masked_fill(ignored, 0.0), scale.masked_fill(ignored, 0.0)
 
 
 def row_blocks(rows: int, temporary_rows: int) -> Sequence[slice]:
@@ -234,35 +200,3 @@ def scale_in_place(x: Tensor, options: LogitOptions, *, keep_derivative: bool) -
     tanh_squared = x.square() if keep_derivative else None
     x.mul_(options.softcap / options.temperature)
     return tanh_squared
-
-
-def _shifted_statistics(
-    x: Tensor, safe_targets: Tensor, row_max: Tensor, names: tuple[str, ...], temporary_rows: int
-) -> dict[str, Tensor]:
-    """What needs z itself, before it is overwritten: entropy so far holds Σ e·(z − m)."""
-    stats: dict[str, Tensor] = {}
-    if "mean_logits" in names:
-        stats["mean_logits"] = x.mean(dim=1)
-    if "is_top1" in names:
-        stats["is_top1"] = x.argmax(dim=1) == safe_targets.squeeze(1)
-    if "entropy" in names:
-        weighted = x.new_empty(x.shape[0])
-        for block in row_blocks(x.shape[0], temporary_rows):
-            shifted = x[block] - row_max[block]
-            # exp(−inf)·(−inf) for a masked-out vocabulary entry is 0 here: the limit of p·log p
-            weighted[block] = shifted.exp().mul_(shifted.clamp_(min=-1e4)).sum(dim=1)
-        stats["entropy"] = weighted
-    if "log_sum_sq_probs" in names:
-        stats["log_sum_sq_probs"] = x.new_empty(x.shape[0])
-    return stats
-
-
-def _finish_statistics(
-    e: Tensor, sum_exp: Tensor, log_sum: Tensor, stats: dict[str, Tensor], temporary_rows: int
-) -> None:
-    if "entropy" in stats:
-        stats["entropy"] = log_sum.squeeze(1) - stats["entropy"] / sum_exp.squeeze(1)
-    if "log_sum_sq_probs" in stats:
-        for block in row_blocks(e.shape[0], temporary_rows):
-            sum_sq = e[block].square().sum(dim=1)
-            stats["log_sum_sq_probs"][block] = sum_sq.log() - 2 * log_sum[block].squeeze(1)

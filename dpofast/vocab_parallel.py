@@ -198,7 +198,7 @@ class _ShardedHead(Head):
 
 
 def _temporaries(options: LogitOptions, backend: str) -> int:
-    """Blocks as wide as the shard that the row work holds at once, as rows.row_temporaries counts them."""
+    """Blocks as wide as the shard that the row work holds at once."""
     if backend == "triton":
         return 0
     # Of token_statistics: log p, p, their product, a mask and zeros. Of softcap: its slope, and z/softcap before it.
@@ -232,7 +232,7 @@ class VocabParallelLogprobs(torch.autograd.Function):
             vocab=max(shard.sizes),
         )
         head = _ShardedHead(hidden, weight, bias, targets, shard, options, backend, plan)
-        kept = head.kept()
+        kept, _ = head.kept()
         frozen = need_dh and not trains
         # Each rank's own E·W is kept, and summed over the ranks in backward: as many bytes as here, but in one
         # exchange, and in none where no backward comes.

@@ -7,10 +7,11 @@ import torch
 
 import dpofast
 from bench.cost import Cost
-from dpofast import head
-from dpofast.head import HeadPlan, exp_dtype
+from dpofast import head, vocab_tiles
+from dpofast.head import exp_dtype
+from dpofast.linear import head_of
 from dpofast.preference import PreferenceLoss
-from dpofast.rows import STATS
+from dpofast.rows import STATS, LogitOptions, choose_backend
 
 M, K, N = 3, 5, 7
 UNIT = 2 * M * K * N
@@ -227,7 +228,7 @@ SCALE = 64
 HEAD_N, HEAD_D, HEAD_V = 8192 // SCALE, 4096 // SCALE, 151936 // SCALE
 ROW_BYTES = 4 * HEAD_V
 BUDGET = (1 << 30) // SCALE**2
-WHOLE = HEAD_N * ROW_BYTES * 5 // 4  # every row of E, and what goes with it
+WHOLE = HEAD_N * ROW_BYTES * 3 // 2  # every row of E, and what goes with it
 PLANS = {"none": (False, False), "frozen": (True, False), "trained": (True, True), "head only": (False, True)}
 
 
@@ -239,13 +240,18 @@ def engine_scaled_down(monkeypatch):
         (head, "_ROW_MULTIPLE"),
         (head, "TEMPORARY_ROWS"),
         (head, "_UPCAST_ROWS"),
+        (vocab_tiles, "_ROWS"),
+        (vocab_tiles, "_COLUMNS"),
+        (vocab_tiles, "_KEPT_ROWS"),
     ):
         monkeypatch.setattr(module, constant, max(1, getattr(module, constant) // SCALE))
 
 
-def rows_kept(dtype, budget, **options):
-    weight = torch.empty(HEAD_V, HEAD_D, dtype=dtype)
-    return HeadPlan.make(HEAD_N, weight, budget, keep=True, **options).kept_rows
+def rows_kept(device, dtype, budget, **options):
+    hidden, weight = (torch.empty(rows, HEAD_D, dtype=dtype, device=device) for rows in (HEAD_N, HEAD_V))
+    targets, backend = torch.zeros(HEAD_N, dtype=torch.int64, device=device), choose_backend("auto", device, dtype)
+    head = head_of(hidden, weight, None, targets, LogitOptions(), backend, budget, keep=True, **options)
+    return head.plan.kept_rows
 
 
 def head_cost(device, plan, dtype, bias, function):
@@ -316,7 +322,7 @@ budgets_and_dtypes = pytest.mark.parametrize(
 def test_linear_logprobs_does_the_fewest_gemms(device, plan, budget, dtype):
     need_dh, need_dw = PLANS[plan]
     cost, _ = linear_logprobs_cost(device, plan, dtype, budget)
-    recomputed = HEAD_N - rows_kept(dtype, budget) if need_dw else 0
+    recomputed = HEAD_N - rows_kept(device, dtype, budget) if need_dw else 0
     units = cost.gemm_units(HEAD_N, HEAD_D, HEAD_V)
     # Without a gradient, a GPU's one product may be a Triton kernel's, which is not counted.
     if not (plan == "none" and device.type == "cuda" and units == 0):
@@ -355,7 +361,7 @@ def test_known_pairs_recompute_nothing(device, plan, kind, budget, dtype):
 def test_pairs_that_chain_all_sequences_recompute_what_does_not_fit(device, plan):
     chain = [(s, s + 1) for s in range(SEQUENCES - 1)]
     cost, _ = linear_preference_cost(device, plan, torch.float32, BUDGET, SEQUENCES, chain, PreferenceLoss())
-    kept = rows_kept(torch.float32, BUDGET, largest=HEAD_N)
+    kept = rows_kept(device, torch.float32, BUDGET, largest=HEAD_N)
     assert 0 < kept < HEAD_N
     assert cost.gemm_units(HEAD_N, HEAD_D, HEAD_V) == 1 + sum(PLANS[plan]) + (HEAD_N - kept) / HEAD_N
 
