@@ -7,10 +7,6 @@ from torch import nn
 
 from bench.cost import Cost
 
-# A micro-batch has fewer positions than this and a trunk no such width, so only the head's products have such a side,
-# be they over the whole vocabulary or over a tile of it.
-_HEAD_SIDE = 16_384
-
 
 class Work:
     """Counts what runs inside `with Work(model) as work:`, forward and backward, of the model and of a reference.
@@ -22,6 +18,10 @@ class Work:
     def __init__(self, model: Any) -> None:
         """Count for models of this one's hidden size and vocabulary."""
         self.vocab, self.hidden = model.get_input_embeddings().weight.shape
+        head = model.get_output_embeddings()
+        layers = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
+        # Two sides of a layer's product are its weight's; of the head's, over the vocabulary or a tile, only one is.
+        self._widths = {width for layer in layers for width in layer.weight.shape}
         self.positions = 0
         self._cost = Cost()
 
@@ -43,9 +43,12 @@ class Work:
 
     def figures(self, steps: int) -> dict[str, float]:
         """Means of a step: positions, rows times products through the head, and GEMM work in units of 1e9."""
-        head = sum(math.prod(shape) * count for shape, count in self._cost.gemms.items() if max(shape) >= _HEAD_SIDE)
+        head = sum(math.prod(shape) * count for shape, count in self._cost.gemms.items() if self._is_head(shape))
         return {
             "positions": self.positions / steps,
             "head_rows": head / (self.hidden * self.vocab) / steps,
             "gemm_gflops": self._cost.gemm_flops / 1e9 / steps,
         }
+
+    def _is_head(self, shape: tuple[int, int, int]) -> bool:
+        return self.hidden in shape and sum(side in self._widths for side in shape) < 2

@@ -23,7 +23,7 @@ from dpofast.logprobs import LogprobOutput, linear_logprobs
 from dpofast.packing import PackedBatch
 from dpofast.pair_terms import segment_sums
 from dpofast.preference import PreferenceLoss, PreferenceOutput
-from dpofast.trunk import packed_hidden, padded_hidden
+from dpofast.trunk import packed_hidden, padded_hidden, trunk_of
 
 # FSDP2 looks for a forward's output tensors in pytrees, and gathers weights for backward by hooks on them.
 for _output in (LogprobOutput, PreferenceOutput):
@@ -169,8 +169,10 @@ def _packed_output(
         raise ValueError(f"stats: expected none beside preference=..., which has no per-token outputs, got {stats}")
     # On a GPU looking would be a sync; there the embedding's own assert stops.
     if batch.input_ids.is_cpu and not torch.compiler.is_compiling():
-        largest, vocab = int(batch.input_ids.max()), model.get_input_embeddings().weight.shape[0]
-        if largest >= vocab:
+        # its number and not its weight's, of which ZeRO-3 leaves nothing here
+        words = trunk_of(model).get_input_embeddings()
+        largest, vocab = int(batch.input_ids.max()), getattr(words, "num_embeddings", None)
+        if vocab is not None and largest >= vocab:
             raise ValueError(f"packed: expected token ids below the model's vocabulary of {vocab}, got {largest}")
     head = model.get_output_embeddings()
     if model._padded_rows and balance:

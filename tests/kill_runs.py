@@ -19,6 +19,8 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from signal import SIGINT, default_int_handler
+from signal import signal as set_handler
 
 import torch
 from peft import LoraConfig
@@ -163,6 +165,8 @@ def run(case, out, kill=None, signal=None, full_disk=None, **_):
         owner, name, action, *counted = POINTS[kill[0]]
         instead(owner, name, action, kill[1], *counted)
     if signal:
+        # A shell starts what runs in its background with SIGINT ignored, which a run would leave so.
+        set_handler(SIGINT, default_int_handler)
         signals(*signal)
     if full_disk:
         no_room(*full_disk)

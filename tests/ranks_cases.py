@@ -44,7 +44,6 @@ CASES = {
     "lora live": {"lora": True, "precompute_ref_log_probs": False},
     **{kind: {"loss_type": kind, "max_tokens": 24, **REQUIRED.get(kind, {})} for kind in losses.KINDS},
 }
-SHARDED_CASES = ("plain", "max_tokens 24", "rpo", "aot", "lora", "lora live", "simpo")
 ZERO_CASES = ("plain", "max_tokens 24", "rpo")
 
 
@@ -64,10 +63,6 @@ def _zero(stage):
 # How several ranks share a model: (the cases to run so, options)
 MODES = {
     "ddp": (CASES, {}),
-    "fsdp": (
-        SHARDED_CASES,
-        {"fsdp": "full_shard", "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}},
-    ),
     "zero2": (ZERO_CASES, {"deepspeed": _zero(2)}),
     "zero3": (ZERO_CASES, {"deepspeed": _zero(3)}),
 }
