@@ -75,7 +75,7 @@ class DPOConfig(TrainingArguments):
         metadata={"help": "Run every prompt once for all its responses; False measures what that saves."},
     )
     max_logits_bytes: int | None = field(
-        default=None, metadata={"help": "Room for logits in bytes (default 512 MiB on the CPU, 1 GiB on a GPU)."}
+        default=None, metadata={"help": "Room for logits in bytes (default 1 GiB)."}
     )
     precompute_ref_log_probs: bool = field(
         default=True,

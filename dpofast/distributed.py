@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dpofast.head import check_head, default_logits_bytes
+from dpofast.head import DEFAULT_LOGITS_BYTES, check_head
 from dpofast.rows import LogitOptions, check_target_values, choose_backend
 from dpofast.vocab_parallel import VocabParallelLogprobs, VocabShard
 
@@ -67,7 +67,7 @@ def vocab_parallel_logprobs(
         chosen = _checked_backend(hidden, weight, targets, bias, backend)
     except (TypeError, ValueError) as error:
         problem = error
-    budget = default_logits_bytes(hidden.device) if max_logits_bytes is None else max_logits_bytes
+    budget = DEFAULT_LOGITS_BYTES if max_logits_bytes is None else max_logits_bytes
     same = {
         "hidden (N, D)": tuple(hidden.shape),
         "the dtype of hidden": hidden.dtype,

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dpofast.first_order import first_order_only, no_second_derivative
 from dpofast.gemm import accumulate_dtype
-from dpofast.head import Head, autocast_inputs, check_head, check_tensors, default_logits_bytes, scale_rows
+from dpofast.head import DEFAULT_LOGITS_BYTES, Head, autocast_inputs, check_head, check_tensors, scale_rows
 from dpofast.linear import head_of, joined
 from dpofast.pair_terms import PairTerms, StepTotals, Tokens, pair_terms, side_indices
 from dpofast.preference import PreferenceLoss, PreferenceOutput, check_pair_names, check_reference, checked_loss
@@ -366,7 +366,7 @@ def linear_preference_loss(
     if chosen == "reference":
         raise ValueError("backend: expected auto, triton or torch; the reference is preference_loss of linear_logprobs")
     divisor = len(pairs) if num_pairs is None else num_pairs
-    budget = default_logits_bytes(hidden.device) if max_logits_bytes is None else max_logits_bytes
+    budget = DEFAULT_LOGITS_BYTES if max_logits_bytes is None else max_logits_bytes
     grad = torch.is_grad_enabled()
     needs = tuple(grad and x is not None and x.requires_grad for x in (hidden, weight, bias))
     if torch.compiler.is_compiling():

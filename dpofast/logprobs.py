@@ -14,13 +14,13 @@ from dpofast.distributed import local_shards, vocab_parallel_logprobs
 from dpofast.first_order import first_order_only
 from dpofast.gemm import accumulate_dtype
 from dpofast.head import (
+    DEFAULT_LOGITS_BYTES,
     autocast_inputs,
     check_floating,
     check_head,
     check_targets,
     check_tensors,
     chunks,
-    default_logits_bytes,
 )
 from dpofast.linear import per_token
 from dpofast.rows import LogitOptions, check_target_values, choose_backend, torch_rows
@@ -126,7 +126,7 @@ def linear_logprobs(
         stats: names among "entropy", "mean_logits", "is_top1", "log_sum_sq_probs".
         process_group: weight and bias are this rank's rows of a head that is split over the vocabulary (dpofast/
             distributed.py); hidden and targets are the same on every rank. A DTensor weight brings its own.
-        max_logits_bytes: room for logits and what is computed from them, default 1 GiB on a GPU and 512 MiB on the CPU.
+        max_logits_bytes: room for logits and what is computed from them, default 1 GiB.
             Nothing else is alive at the same time but inputs, results, gradients, vectors of N, and: (N, D) for a
             frozen head; a float32 (V, D) for a 16-bit head that trains and whose rows do not all fit at once.
         backend: "auto" (Triton on a GPU, chunked torch elsewhere), "triton", "fused", "torch" or "reference". "fused"
@@ -147,7 +147,7 @@ def linear_logprobs(
     check_tensors(hidden=hidden, weight=weight, bias=bias, targets=targets)
     weight, bias, process_group = local_shards(weight, bias, process_group)
     hidden, weight, bias = autocast_inputs(hidden, weight, bias)
-    budget = default_logits_bytes(hidden.device) if max_logits_bytes is None else max_logits_bytes
+    budget = DEFAULT_LOGITS_BYTES if max_logits_bytes is None else max_logits_bytes
     if process_group is not None:  # checks included: one that raised on one rank alone would hang the others
         logps, values = vocab_parallel_logprobs(
             hidden,
