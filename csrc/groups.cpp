@@ -76,10 +76,10 @@ constexpr int64_t kTokenIds = int64_t{1} << 31;
   const std::string name = sequence_name(examples, example, index);
   for (int64_t i = 0; i < sequence.length; ++i) {
     if (sequence[i] >= 0 && sequence[i] < vocab_size) continue;
-    throw PackingError(example,
-                       name + "[" + std::to_string(i) + "] is " + std::to_string(sequence[i]) +
-                           "; expected a token id of 0 or more" +
-                           (vocab_size == kTokenIds ? " and below 2**31" : " and below vocab_size " + std::to_string(vocab_size)));
+    throw PackingError(
+        example,
+        name + "[" + std::to_string(i) + "] is " + std::to_string(sequence[i]) + "; expected a token id of 0 or more" +
+            (vocab_size == kTokenIds ? " and below 2**31" : " and below vocab_size " + std::to_string(vocab_size)));
   }
   throw PackingError(example, name + " is empty; a prompt and a response need at least one token each");
 }
