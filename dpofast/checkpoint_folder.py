@@ -21,6 +21,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from dpofast.durable import sync
+
 MANIFEST = "manifest.json"
 _FORMAT = 1
 _ASIDE = ".tmp-"
@@ -46,21 +48,21 @@ def seal(staged: Path, folder: Path, facts: dict[str, Any]) -> None:
     """
     files = sorted(path for path in staged.rglob("*") if path.is_file())
     for path in files:
-        _sync(path)
+        sync(path)
     entries = {
         path.relative_to(staged).as_posix(): {"bytes": path.stat().st_size, "sha256": digest}
         for path, digest in zip(files, _digests(files), strict=True)
     }
     manifest = staged / MANIFEST
     manifest.write_bytes(_serialized({"format": _FORMAT, **facts, "files": entries}))
-    _sync(manifest)
+    sync(manifest)
     for directory in {staged, *(path.parent for path in files)}:
-        _sync(directory)
+        sync(directory)
     replaced = folder.with_name(f"{_ASIDE}replaced-{folder.name}")
     if folder.exists():
         os.rename(folder, replaced)
     os.rename(staged, folder)
-    _sync(folder.parent)
+    sync(folder.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
@@ -246,15 +248,6 @@ def _digest(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file's bytes, or a folder's names, are on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _is_pickled_weights(name: str) -> bool:

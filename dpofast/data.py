@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict, Features, Json, List, Value
 
 from dpofast import formats
+from dpofast.durable import put
 from dpofast.formats import TEMPLATE_COLUMNS, BadRow, DataError
 from dpofast.mapped import mapped_files
 from dpofast.tokenization import (
@@ -160,9 +161,7 @@ def _copy_rows(file: pq.ParquetFile, target: Path) -> None:
             with pa.ipc.new_stream(sink, file.schema_arrow) as stream:
                 for batch in file.iter_batches(batch_size=_PARQUET_ROWS):
                     stream.write_batch(batch)
-            sink.flush()
-            os.fsync(sink.fileno())
-        os.replace(aside, target)
+        put(aside, target)
     finally:
         aside.unlink(missing_ok=True)
 

@@ -28,6 +28,7 @@ from pathlib import Path
 import safetensors.numpy
 import torch
 
+from dpofast.durable import put
 from dpofast.scoring import ResponseLogps
 
 _ARRAYS = ("logps", "cu_targets", "pairs")
@@ -164,18 +165,9 @@ def _write_whole(path: Path, content: bytes) -> None:
     """Write a file so that, whenever the machine stops, it is there whole or not at all."""
     aside = path.with_name(_ASIDE + uuid.uuid4().hex)
     try:
-        with open(aside, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
+        aside.write_bytes(content)
+        put(aside, path)
     except OSError:
         with contextlib.suppress(OSError):
             aside.unlink()
         raise
-    if os.name == "posix":  # elsewhere a folder cannot be opened
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)

@@ -19,7 +19,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset
 
+from dpofast.durable import put
 from dpofast.formats import REF_COLUMNS
+from dpofast.mapped import spans, windows
 from dpofast.scoring import WINDOW
 
 Row = dict[str, Any]
@@ -106,14 +108,13 @@ def source_rows(source: str, dataset: Dataset) -> SourceRows:
         return SourceRows(lambda: _json_windows(path), None)
     if path.is_file():
         return SourceRows(lambda: _parquet_windows(path), pq.read_schema(path).remove_metadata())
-    arrow = dataset.with_format("arrow")
 
-    def windows() -> Iterator[list[tuple[int, Row]]]:
-        for start in range(0, len(dataset), WINDOW):
-            stop = min(start + WINDOW, len(dataset))
-            yield list(enumerate(arrow[start:stop].to_pylist(), start))
+    def numbered() -> Iterator[list[tuple[int, Row]]]:
+        parts = spans(len(dataset), WINDOW)
+        for (start, _), table in zip(parts, windows(dataset, dataset.column_names, parts), strict=True):
+            yield list(enumerate(table.to_pylist(), start))
 
-    return SourceRows(windows, dataset.features.arrow_schema.remove_metadata())
+    return SourceRows(numbered, dataset.features.arrow_schema.remove_metadata())
 
 
 def _json_windows(path: Path) -> Iterator[list[tuple[int, Row]]]:
@@ -153,16 +154,9 @@ def write_scored(output: Path, source: SourceRows, partial: PartialScores) -> No
     write = _write_parquet if output.suffix == ".parquet" else _write_jsonl
     try:
         write(aside, source, partial)
-        with aside.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(aside, output)
+        put(aside, output)
     finally:
         aside.unlink(missing_ok=True)
-    folder = os.open(output.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
     partial.path.unlink()
 
 
