@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from dpofast.memory import peak_resident
 from dpofast.packed_batch import PackedBatch
 from dpofast.ranks import Ranks
 
@@ -56,9 +57,9 @@ def peak_bytes(device: torch.device, run: Callable[[], Any]) -> int:
         run()
         return torch.cuda.max_memory_allocated(device) - before
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark becomes what is resident now
-    before = _resident("VmHWM")
+    before = peak_resident()
     run()
-    return _resident("VmHWM") - before
+    return peak_resident() - before
 
 
 def probe_max_tokens(probe: Callable[[int], int], device: torch.device, cap: int, *, kept: int = 0) -> int:
@@ -125,11 +126,6 @@ def restore_random_states(states: tuple[torch.Tensor, ...], device: torch.device
     torch.set_rng_state(states[0])
     if device.type == "cuda":
         torch.cuda.set_rng_state(states[1], device)
-
-
-def _resident(name: str) -> int:
-    found = re.search(rf"{name}:\s*(\d+) kB", _read("/proc/self/status"))
-    return int(found[1]) * 1024 if found else 0
 
 
 def _read(path: str) -> str:
