@@ -25,8 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from transformers import Trainer
 from transformers.trainer_callback import ExportableState
@@ -43,6 +41,7 @@ from dpofast.checkpoint_folder import (
     verify,
 )
 from dpofast.interruption import Interruption, TrainingInterrupted
+from dpofast.ranks import Ranks
 from dpofast.run_identity import (
     check_same_run,
     dataset_identity,
@@ -76,6 +75,7 @@ class CheckpointedTrainer(Trainer):
             if args.enable_jit_checkpoint:
                 raise ValueError("enable_jit_checkpoint: leave it out: SIGTERM ends every run with a checkpoint")
         super().__init__(model=model, args=args, **options)
+        self.ranks = Ranks()
         self._interruption = Interruption()
 
     def run_identity(self) -> dict[str, Any]:
@@ -178,12 +178,8 @@ class CheckpointedTrainer(Trainer):
             self._stop(model, trial)
 
     def _stop_is_wished(self) -> bool:
-        wished = self._interruption.signal is not None
-        if self.args.world_size > 1:  # a signal may reach one rank alone, or each in another step
-            flag = torch.tensor(int(wished), device=self.args.device)
-            dist.all_reduce(flag, dist.ReduceOp.MAX)
-            wished = bool(flag)
-        return wished
+        # a signal may reach one rank alone, or each in another step
+        return bool(self.ranks.largest(self._interruption.signal is not None))
 
     def _stop(self, model: Any, trial: Any) -> None:
         if self._saved_step != self.state.global_step:
@@ -338,7 +334,7 @@ class CheckpointedTrainer(Trainer):
                 result = part()
         except (OSError, ValueError) as error:
             problem = error
-        outcomes = gather_object([(problem, result)])
+        outcomes = self.ranks.gather((problem, result))
         first = next((theirs for theirs, _ in outcomes if theirs is not None), None)
         if first is not None:
             raise problem or first

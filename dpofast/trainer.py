@@ -68,7 +68,7 @@ class DPOTrainer(CheckpointedTrainer):
 
     Args:
         model: a causal language model, a PEFT model, or a name or folder that AutoModelForCausalLM loads (in float32).
-        ref_model: the reference; None means the model as it is now (under PEFT, its base model).
+        ref_model: the reference; None means the model as it is now (with peft_config its base model).
         args: a DPOConfig.
         train_dataset: preference pairs in any of the formats of dpofast.tokenize_preferences.
         eval_dataset: the same, held out; a dict of them is evaluated one by one, each under its name.
@@ -136,7 +136,6 @@ class DPOTrainer(CheckpointedTrainer):
         check_best_metric(args, self.loss.needs_reference, self.eval_dataset)
         if self.loss.bco_delta == "running_mean":
             self.add_callback(RunningRewards())
-        self.ranks = Ranks()
         if self.train_dataset is not None:
             pairs, step = len(self.train_dataset), args.per_device_train_batch_size * self.ranks.size
             if args.dataloader_drop_last and pairs < step:
