@@ -1,14 +1,13 @@
 """Checkpoints: damage is seen before anything is loaded; another run is refused; a failed save is not the end.
 
-test_kill.py has the runs that are killed, and test_checkpoint_ranks.py those of several processes.
+test_checkpoint_progress.py has what a resumed run goes on with, test_kill.py the runs that are killed, and
+test_checkpoint_ranks.py those of several processes.
 """
 
 import errno
 import os
 import pickle
 import shutil
-import signal
-import threading
 from pathlib import Path
 
 import pytest
@@ -16,11 +15,9 @@ import test_trainer
 import torch
 from datasets import Dataset
 from safetensors import SafetensorError
-from test_trainer import losses_of, make_trainer, weights_of
+from test_trainer import make_trainer, weights_of
 from tiny import tiny_dataset, tiny_model, tiny_pairs, tiny_tokenizer
-from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import ExportableState
+from transformers import Trainer, TrainerCallback
 
 from dpofast import checkpoint_folder
 from dpofast.checkpoint_folder import (
@@ -36,7 +33,6 @@ from dpofast.checkpoint_folder import (
     verify,
 )
 from dpofast.checkpoints import CheckpointedTrainer
-from dpofast.interruption import Interruption
 
 SAVING = {"save_strategy": "steps", "save_steps": 2, "num_train_epochs": 2}
 
@@ -497,116 +493,3 @@ def test_a_finished_run_has_nothing_left(tmp_path):
     finished.train()
     resumed.train(resume_from_checkpoint="latest")
     assert resumed.state.global_step == 4 and torch.equal(weights_of(resumed), weights_of(finished))
-
-
-# ---- callbacks and logs --------------------------------------------------------------------------------------------
-
-
-class Counter(TrainerCallback, ExportableState):
-    def __init__(self, stride=1):
-        self.stride, self.count = stride, 0
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.count += self.stride
-
-    def state(self):
-        return {"args": {"stride": self.stride}, "attributes": {"count": self.count}}
-
-
-def test_callbacks_go_on_with_their_counters_and_keep_their_options(tmp_path):
-    for resume, strides, counts in ((None, (1, 10), [6, 60]), ("latest", (2, 10), [4 + 2 * 2, 60])):
-        counters = [Counter(stride) for stride in strides]
-        trainer = make_trainer(tmp_path, **SAVING)
-        for counter in counters:
-            trainer.add_callback(counter)
-        trainer.train(resume_from_checkpoint=resume)
-        assert [counter.count for counter in counters] == counts
-        shutil.rmtree(tmp_path / "checkpoint-6")
-
-
-def test_a_subclass_adds_files_of_its_own(tmp_path):
-    class WithNotes(CheckpointedTrainer):
-        notes = ""
-
-        def save_more(self, folder):
-            Path(folder, "notes.txt").write_text(f"{self.state.global_step} steps")
-
-        def load_more(self, folder):
-            self.notes = Path(folder, "notes.txt").read_text()
-
-    model = nn.Sequential(nn.Linear(1, 1))
-    model.forward = lambda x: {"loss": model[0](x).square().mean()}
-    data = [{"x": torch.ones(1)}] * 4
-    args = TrainingArguments(
-        str(tmp_path), save_steps=2, max_steps=4, report_to="none", use_cpu=True, disable_tqdm=True
-    )
-    trainer = WithNotes(model, args, train_dataset=data)
-    trainer.train()
-    assert "notes.txt" in verify(tmp_path / "checkpoint-2")["files"]
-    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert trainer.notes == "2 steps"
-
-
-@pytest.mark.parametrize("logging_steps", [1, 4, 5])
-def test_logs_go_on_between_two_logs(tmp_path, logging_steps):
-    options = {**SAVING, "logging_steps": logging_steps}
-    whole = make_trainer(tmp_path, **options)
-    whole.train()
-    resumed = make_trainer(tmp_path, **options)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    clocks = ("tokens_per_second", "train_runtime", "train_samples_per_second", "train_steps_per_second")
-
-    def logs(trainer):
-        return [{k: v for k, v in entry.items() if k not in clocks} for entry in trainer.state.log_history[:-1]]
-
-    assert logs(resumed) == logs(whole) and losses_of(whole)
-    # Trainer's own mean is over the steps since the run was resumed.
-    if logging_steps == 1:
-        mean = sum(losses_of(whole)[2:]) / 4
-        assert resumed.state.log_history[-1]["train_loss"] == pytest.approx(mean, rel=1e-6)
-
-
-# ---- signals -------------------------------------------------------------------------------------------------------
-
-
-def test_signals_are_taken_over_only_while_training_and_in_the_main_thread():
-    former = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    with Interruption() as interruption:
-        signal.raise_signal(signal.SIGTERM)
-        assert interruption.signal is signal.SIGTERM
-    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == former
-    taken = []
-
-    def elsewhere():
-        with Interruption():
-            taken.append(signal.getsignal(signal.SIGTERM))
-
-    thread = threading.Thread(target=elsewhere)
-    thread.start()
-    thread.join()
-    assert taken == [former[0]]
-
-
-def test_an_ignored_signal_stays_ignored_and_a_second_one_is_what_it_was():
-    former = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        with Interruption() as interruption:
-            signal.raise_signal(signal.SIGINT)
-            assert interruption.signal is None
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        with pytest.raises(KeyboardInterrupt), Interruption():
-            signal.raise_signal(signal.SIGINT)
-            signal.raise_signal(signal.SIGINT)
-    finally:
-        signal.signal(signal.SIGINT, former)
-
-
-@pytest.mark.parametrize(("name", "status"), [("SIGINT", 0), ("SIGTERM", -signal.SIGTERM)])
-def test_a_workers_signals_are_its_own(name, status):
-    with Interruption() as interruption:
-        pid = os.fork()
-        if pid == 0:
-            signal.raise_signal(getattr(signal, name))
-            os._exit(0)
-        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == status
-        assert interruption.signal is None
