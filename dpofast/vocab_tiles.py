@@ -24,11 +24,13 @@ from dpofast.gemm import accumulate_dtype
 from dpofast.head import Kept, chunks, even_rows, exp_dtype, too_few_bytes
 from dpofast.online_sums import OnlineSums
 from dpofast.rows import CACHE_BYTES, LogitOptions, RowResult
+from dpofast.scratch import Scratch
 
 # Measured (2 cores, D = 1,024): products are fastest from 2,048 rows on, and tiles of 4,096 to 16,384 columns alike.
 _ROWS, _COLUMNS = 2048, 8192
 # Of E at a time where no more are needed at once: further rows gain less than their memory costs to be touched first.
 _KEPT_ROWS = 1024
+_LOGITS, _EXP, _UPCAST, _KEPT = Scratch(), Scratch(), Scratch(), Scratch()
 
 
 @dataclass(frozen=True)
@@ -120,17 +122,17 @@ class TiledHead:
 
     @cached_property
     def _logits(self) -> Tensor:
-        return self.weight.new_empty(self.plan.rows * self.plan.columns, dtype=self.wide)
+        return _LOGITS.empty((self.plan.rows * self.plan.columns,), like=self.weight, dtype=self.wide)
 
     @cached_property
     def _exp(self) -> Tensor:
         if self.narrow == self.wide:
             return self._logits
-        return self.weight.new_empty(self.plan.rows * self.plan.columns, dtype=self.narrow)
+        return _EXP.empty((self.plan.rows * self.plan.columns,), like=self.weight, dtype=self.narrow)
 
     @cached_property
     def _upcast(self) -> Tensor:
-        return self.weight.new_empty(self.plan.columns, self.weight.shape[1], dtype=self.wide)
+        return _UPCAST.empty((self.plan.columns, self.weight.shape[1]), like=self.weight, dtype=self.wide)
 
     def wide_weight(self, tile: slice) -> Tensor:
         """The tile's rows of the head in float32 or float64: valid until the next tile's."""
@@ -151,10 +153,10 @@ class TiledHead:
         return chunks(start, stop, self.plan.rows)
 
     def kept(self) -> Kept:
-        """Fresh buffers for the plan's kept rows: E (K, V), and m of every tile (tiles, K)."""
+        """Buffers for the plan's kept rows: E (K, V), and m of every tile (tiles, K)."""
         rows, vocab = self.plan.kept_rows, self.weight.shape[0]
         return (
-            self.weight.new_empty(rows, vocab, dtype=self.narrow),
+            _KEPT.empty((rows, vocab), like=self.weight, dtype=self.narrow),
             self.weight.new_empty(len(self.tiles), rows, dtype=self.wide),
         )
 

@@ -1,0 +1,60 @@
+"""Large scratch on a CPU that is warm again at the next call.
+
+An allocator maps a block of this size anew for every call, and the system clears its pages one by one as they are first
+touched: a trained head spends a tenth of its time so. Here the last block of each use is kept. While it is idle it is
+marked MADV_FREE: the system takes its pages back as soon as it is short of memory, and leaves them in place otherwise.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import mmap
+import threading
+import weakref
+
+import torch
+from torch import Tensor
+from torch.utils import deterministic
+
+# Smaller blocks the allocator keeps by itself.
+_LEAST_BYTES = 4 << 20
+
+
+class Scratch:
+    """Uninitialized tensors of one use, of which one is alive at a time; a second one gets memory of its own."""
+
+    def __init__(self) -> None:
+        """No memory yet."""
+        self._idle: mmap.mmap | None = None
+        self._lock = threading.Lock()
+
+    def empty(self, shape: tuple[int, ...], *, like: Tensor, dtype: torch.dtype) -> Tensor:
+        """A contiguous tensor on the device of `like`. Its memory comes back once no tensor uses it any more."""
+        size = math.prod(shape) * dtype.itemsize
+        if not like.is_cpu or size < _LEAST_BYTES or not hasattr(mmap, "MADV_FREE"):
+            return like.new_empty(shape, dtype=dtype)
+        block = self._take(size)
+        # What the tensor holds on to, for as long as its storage lives.
+        lease = (ctypes.c_ubyte * size).from_buffer(block)
+        weakref.finalize(lease, self._put_back, block).atexit = False
+        # lift_fresh: what watches operators sees a new tensor.
+        tensor = torch.ops.aten.lift_fresh(torch.frombuffer(lease, dtype=dtype)).view(shape)
+        if torch.are_deterministic_algorithms_enabled() and deterministic.fill_uninitialized_memory:  # type: ignore[attr-defined]
+            tensor.fill_(torch.nan)  # as torch.empty does
+        return tensor
+
+    def _take(self, size: int) -> mmap.mmap:
+        with self._lock:
+            block, self._idle = self._idle, None
+        if block is None or len(block) < size:
+            del block  # before another is mapped
+            return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        return block
+
+    def _put_back(self, block: mmap.mmap) -> None:
+        """Keep it, or the one that is here already: the larger."""
+        block.madvise(mmap.MADV_FREE)
+        with self._lock:
+            if self._idle is None or len(self._idle) < len(block):
+                self._idle = block
