@@ -73,6 +73,7 @@ class StepCase:
         beta: the loss's.
         seed: the trainer's.
         lora: rank of an adapter on every linear layer but the head, 0 to train all weights.
+        max_tokens: packed positions of dpofast's micro-batches, None for its default.
     """
 
     model: str
@@ -83,6 +84,7 @@ class StepCase:
     beta: float = 0.1
     seed: int = SEED
     lora: int = 0
+    max_tokens: int | None = None
 
 
 def train(engine: str, case: StepCase, *, count: bool = False) -> dict[str, Any]:
@@ -173,6 +175,8 @@ def train(engine: str, case: StepCase, *, count: bool = False) -> dict[str, Any]
             "report_to": "none",
             "disable_tqdm": True,
         }
+        if name == "dpofast" and case.max_tokens is not None:
+            config["max_tokens"] = case.max_tokens
         rows = [json.loads(line) for line in Path(case.pairs_file).read_text(encoding="utf-8").splitlines()]
         trainer = trainer_class(
             model=model,
@@ -306,6 +310,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=2, help="runs of every engine")
     parser.add_argument("--pairs-per-step", type=int, default=PAIRS_PER_STEP, help="pairs in a step")
     parser.add_argument("--lora", type=int, default=0, metavar="RANK", help="train an adapter of this rank")
+    parser.add_argument("--max-tokens", type=int, help="of dpofast's micro-batches: less memory, the same numbers")
     parser.add_argument("--learning-rate", type=float, default=1e-6, help="trl's default")
     for engine in EXTRA_ENGINES:
         parser.add_argument(f"--{engine}", action="store_true", help=f"also run {engine}")
@@ -367,6 +372,7 @@ def main() -> int:
             steps=args.steps,
             learning_rate=args.learning_rate,
             lora=args.lora,
+            max_tokens=args.max_tokens,
         )
         lengths = token_lengths(case)
         means = ", ".join(f"{key} {value:.0f}" for key, value in lengths.items())
@@ -390,6 +396,7 @@ def main() -> int:
         "steps": args.steps,
         "epochs": args.epochs,
         "lora": args.lora,
+        "max_tokens": args.max_tokens,
         "rounds": args.rounds,
         "mean_tokens": lengths,
         "load_at_start": load,
