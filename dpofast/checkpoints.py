@@ -49,6 +49,7 @@ from dpofast.run_identity import (
     parameters_identity,
     tokenizer_identity,
 )
+from dpofast.sharding import load_weights, save_optimizer, saved_once
 
 
 class CheckpointedTrainer(Trainer):
@@ -115,10 +116,15 @@ class CheckpointedTrainer(Trainer):
 
         Raises:
             DamagedCheckpoint: the named checkpoint is not whole; nothing was loaded.
-            ValueError: there is no checkpoint, or it was written by another run (data, options, number of processes).
+            ValueError: there is no checkpoint, or it was written by another run (data, options, number of processes);
+                or FSDP has sharded the model already, in a train() before this one.
             OSError: the last state could not be written, see the module.
             TrainingInterrupted: SIGTERM or SIGINT came, and a checkpoint was written.
         """
+        if self.is_fsdp_enabled and any(hasattr(weight, "device_mesh") for weight in self.model.parameters()):
+            raise ValueError(
+                "train: this model is sharded already: build a new trainer, and resume from a checkpoint to go on"
+            )
         self._unsaved: str | None = None  # why the latest state is in no checkpoint
         self._saved_step = self._ended_step = -1
         self._save_is_due = self._stopped = False
@@ -285,6 +291,23 @@ class CheckpointedTrainer(Trainer):
         with _write_errors():
             super().save_model(output_dir, _internal_call)
 
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if self.is_fsdp_enabled and state_dict:
+            state_dict = saved_once(self.model, state_dict)
+        super()._save(output_dir, state_dict)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.is_fsdp_enabled:  # Trainer would write the weights again, as a pickle
+            save_optimizer(self, output_dir)
+        else:
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.is_fsdp_enabled:
+            load_weights(self.model, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
     # ---- what Trainer leaves out of a checkpoint --------------------------------------------------------------------
 
     def _progress_file(self, folder: str) -> str:
@@ -322,7 +345,10 @@ class CheckpointedTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         self._together(lambda: verify(self.state.best_model_checkpoint) if self.args.should_save else None)
-        super()._load_best_model()
+        if self.is_fsdp_enabled:
+            load_weights(self.model, self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
 
     # ---- ranks ------------------------------------------------------------------------------------------------------
 

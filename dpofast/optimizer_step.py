@@ -84,11 +84,15 @@ class OptimizerStep:
 
     @contextlib.contextmanager
     def _without_sync(self, model: nn.Module) -> Iterator[None]:
-        """Backwards inside add up gradients of this rank alone, and do not step DeepSpeed's engine."""
+        """Backwards inside add up gradients of this rank alone, and do not step DeepSpeed's engine.
+
+        Under FSDP2 these are whole; accelerate's option sync_each_batch keeps a shard, and exchanges each time.
+        """
         state = self.accelerator.gradient_state
         state._set_sync_gradients(False)
+        each = self.is_sharded and state.plugin_kwargs.get("sync_each_batch", False)
         try:
-            with self.accelerator.no_sync(model):
+            with contextlib.nullcontext() if each else self.accelerator.no_sync(model):
                 yield
         finally:
             state._set_sync_gradients(True)

@@ -137,23 +137,29 @@ class PreferenceStep:
                 self.idle(model)
         everyone, first = gathered(self.ranks, tokens, [batch.pairs for batch in own], references, self.device)
         results = iter(step_outputs(*everyone, self.loss, totals)[first : first + len(own)])
+        trains = torch.is_grad_enabled()
         for batch in batches:
             if batch is None:
-                yield self.idle(model)
+                # as many forwards as a micro-batch takes here: one of the policy, or in evaluation none
+                none = torch.zeros((), device=self.device)
+                yield self.idle(model, with_reference=False) if trains else _nothing(none)
                 continue
             output, coefficients = next(results)
-            if torch.is_grad_enabled():
+            if trains:
                 with self.autocast():
                     scored = model(packed=batch, **self._options)
                 output = replace(output, loss=(scored.logps * coefficients).sum(), aux_loss=scored.aux_loss)
             yield output
 
-    def idle(self, model: nn.Module) -> PreferenceOutput:
-        """Zero, differentiable, from a forward like the others'."""
+    def idle(self, model: nn.Module, *, with_reference: bool = True) -> PreferenceOutput:
+        """Zero, differentiable, from forwards like the others'."""
         batch = pack([_IDLE_EXAMPLE], share_prompts=True)[0].to(self.device)
         with self.autocast():
-            if self.reference is not None:
+            if with_reference and self.reference is not None:
                 self.reference_logps(model, batch)
-            loss = model(packed=batch, max_logits_bytes=self.max_logits_bytes).logps.sum() * 0.0
-        nothing = loss.detach().new_empty(0)
-        return PreferenceOutput(loss, nothing, nothing, nothing)
+            return _nothing(model(packed=batch, max_logits_bytes=self.max_logits_bytes).logps.sum() * 0.0)
+
+
+def _nothing(zero: Tensor) -> PreferenceOutput:
+    empty = zero.detach().new_empty(0)
+    return PreferenceOutput(zero, empty, empty, empty)

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dpofast.config import DPOConfig
 from dpofast.head import HeadPlan
 from dpofast.model import attach_logprob_head
+from dpofast.sharding import check_whole
 
 
 def prepared_model(
@@ -22,7 +23,8 @@ def prepared_model(
         The model to train and its tokenizer, None where there is none beside the model.
 
     Raises:
-        ValueError: a reference that does not fit the model or the loss, or a budget below one row of logits.
+        ValueError: a reference that does not fit the model or the loss, weights that are sharded already, or a budget
+            below one row of logits.
     """
     if ref_model is not None and ref_model is model:
         raise ValueError("ref_model: expected another model than `model`, or None for the model as it is now")
@@ -39,6 +41,8 @@ def prepared_model(
 
         model = get_peft_model(model, peft_config)
     models = [model] if ref_model is None else [model, ref_model]
+    for each, name in zip(models, ("model", "ref_model"), strict=False):
+        check_whole(each, name)
     for each in models:
         if args.disable_dropout:
             _disable_dropout(each)

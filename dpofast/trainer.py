@@ -52,6 +52,7 @@ from dpofast.reference_model import MOVING_OPTIONS, MovingReference, ReferenceMo
 from dpofast.router import balancing_coefficient
 from dpofast.run_identity import reference_identity
 from dpofast.scoring import Forward
+from dpofast.sharding import cast_parameters, check_sharding, forward_dtype, parameters_in
 from dpofast.steps import StepExamples, StepLoader, step_loader
 
 # Large enough for full GEMM speed; on a CPU a pass without gradients is fastest where its activations stay in cache.
@@ -134,6 +135,7 @@ class DPOTrainer(CheckpointedTrainer):
             # Trainer turned it off, and the saved model would generate without a cache; packed rows never use one.
             self.model.config.use_cache = use_cache
         check_best_metric(args, self.loss.needs_reference, self.eval_dataset)
+        self._forward_dtype = forward_dtype(self.accelerator)
         if self.loss.bco_delta == "running_mean":
             self.add_callback(RunningRewards())
         if self.train_dataset is not None:
@@ -153,6 +155,7 @@ class DPOTrainer(CheckpointedTrainer):
         self._reference = ReferenceModel(self.model, ref_model, new_adapter=peft_config is not None, live=live)
         if self._reference.model is not None:
             self._reference.model.to(args.device)
+            cast_parameters(self._reference.model, self._forward_dtype)
         text_config = self.model.config.get_text_config()
         balancing = balancing_coefficient(text_config, args.router_aux_loss_coef)
         if balancing and args.padded:
@@ -263,7 +266,11 @@ class DPOTrainer(CheckpointedTrainer):
             autocast=self.accelerator.autocast,
         )
         shown = not args.disable_tqdm and self.ranks.rank == 0
-        with self._reference.of(self.model) as model, on_device(model, args.device):
+        with (
+            self._reference.of(self.model) as model,
+            on_device(model, args.device),
+            parameters_in(model, self._forward_dtype),
+        ):
             return add_reference_columns(
                 dataset,
                 model,
@@ -485,3 +492,4 @@ def _check_topology(args: DPOConfig) -> None:
         raise ValueError(f"args: expected a DPOConfig, got {type(args).__name__}")
     if args.n_gpu > 1:
         raise ValueError(f"DPOTrainer uses one GPU, and {args.n_gpu} are visible: set CUDA_VISIBLE_DEVICES")
+    check_sharding(args)

@@ -1,15 +1,24 @@
 """The recipes of the README: each trains the same model on the same pairs in the same order, so all must agree."""
 
 import math
+import socket
 
 import pytest
 import torch
 from datasets import Dataset
-from recipes import accelerate_loop, liger_loss, lightning_module, pytorch_loop, transformers_trainer, trl_trainer
+from recipes import (
+    accelerate_loop,
+    liger_loss,
+    lightning_module,
+    pytorch_loop,
+    tensor_parallel_loop,
+    transformers_trainer,
+    trl_trainer,
+)
 from tiny import tiny_model, tiny_pairs
 from trl_cases import text_pairs, word_tokenizer
 
-from dpofast import reference
+from dpofast import DPOConfig, DPOTrainer, reference
 from dpofast.integrations.trl import unpatch_trl
 
 PAIRS_PER_STEP, EOS = 4, 1
@@ -70,3 +79,31 @@ def test_every_recipe_does_the_same(name, loop, tmp_path):
     assert losses == pytest.approx(loop[0], abs=1e-5)
     for (key, value), trained in zip(loop[1].state_dict().items(), model.state_dict().values(), strict=True):
         torch.testing.assert_close(trained.cpu(), value, atol=1e-5, rtol=1e-4, msg=key)
+
+
+def _tensor_parallel(rank, port, folder):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    mesh = torch.distributed.init_device_mesh("cpu", (2,))
+    models = [tensor_parallel_loop.shard(tiny_model(), mesh) for _ in range(2)]
+    losses = pytorch_loop.train(*models, examples(), max_tokens=30)
+    sharded = sum(hasattr(weight, "device_mesh") for weight in models[0].parameters())
+    weights = {key: getattr(w, "full_tensor", w.clone)() for key, w in models[0].state_dict().items()}
+    args = DPOConfig(output_dir=folder, use_cpu=True, report_to="none", ddp_backend="gloo")
+    with pytest.raises(ValueError, match="model: expected whole weights, got .*q_proj.weight sharded over 2 devices"):
+        DPOTrainer(models[0], args=args)
+    torch.save((losses, sharded, weights), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_tensor_parallel_ranks_do_the_same(loop, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_tensor_parallel, (port, str(tmp_path)), nprocs=2)
+    for rank in range(2):
+        losses, sharded, weights = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
+        assert sharded == 3 * 7 + 1
+        assert losses == pytest.approx(loop[0], abs=1e-5)
+        for key, value in loop[1].state_dict().items():
+            torch.testing.assert_close(weights[key], value, atol=1e-5, rtol=1e-4, msg=key)

@@ -1,8 +1,10 @@
-"""The same run on one process and on two gloo ranks: DDP, and DeepSpeed (pytest -m deepspeed)."""
+"""The same run on one process and on two gloo ranks: DDP, FSDP2, and DeepSpeed (pytest -m deepspeed)."""
+
+import math
 
 import pytest
 import torch
-from ranks_cases import CASES, ZERO_CASES, on_two_ranks, train
+from ranks_cases import BF16_CASES, CASES, FSDP_CASES, LONG_CASES, UNLIMITED, ZERO_CASES, on_two_ranks, train
 
 
 @pytest.fixture(scope="module")
@@ -10,12 +12,22 @@ def replicated(tmp_path_factory):
     return on_two_ranks(tmp_path_factory.mktemp("ddp"), "ddp")
 
 
-def check_equal(run, alone):
-    assert len(run["logs"]) == len(alone["logs"]) > 0
-    for log, expected in zip([*run["logs"], run["eval"]], [*alone["logs"], alone["eval"]], strict=True):
-        assert log == pytest.approx(expected, rel=1e-4, abs=1e-5)
-    assert run["weights"].keys() == alone["weights"].keys()
-    for name, value in alone["weights"].items():
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    return on_two_ranks(tmp_path_factory.mktemp("fsdp"), "fsdp")
+
+
+def alone(case, folder):
+    """The case on one process, from begin to end."""
+    return train(folder, 1, **{**CASES[case], "resumed": False})
+
+
+def check_equal(run, expected):
+    assert len(run["logs"]) == len(expected["logs"]) > 0
+    for log, other in zip([*run["logs"], run["eval"]], [*expected["logs"], expected["eval"]], strict=True):
+        assert log == pytest.approx(other, rel=1e-4, abs=1e-5)
+    assert run["weights"].keys() == expected["weights"].keys()
+    for name, value in expected["weights"].items():
         torch.testing.assert_close(run["weights"][name], value, atol=1e-5, rtol=1e-5, msg=name)
 
 
@@ -24,7 +36,7 @@ def test_two_ranks_equal_one_process(replicated, case, tmp_path):
     first, second = (results[case] for results in replicated)
     assert first["logs"] == second["logs"] and first["eval"] == second["eval"]
     assert all(torch.equal(value, second["weights"][name]) for name, value in first["weights"].items())
-    check_equal(first, train(tmp_path, 1, **CASES[case]))
+    check_equal(first, alone(case, tmp_path))
 
 
 def test_gradients_are_synchronized_once_a_step(replicated):
@@ -49,6 +61,68 @@ def test_deepspeed_equals_one_process(stage, tmp_path):
         check_equal(first[case], train(tmp_path, 1, **CASES[case]))
 
 
-@pytest.mark.parametrize("options", [{"accumulation": 4}, {"max_tokens": 24}, {"max_tokens": 100_000}], ids=str)
-def test_neither_accumulation_nor_max_tokens_matters(tmp_path, options):
-    check_equal(train(tmp_path, 1, **options), train(tmp_path, 1))
+@pytest.fixture(scope="module")
+def long_pairs_alone(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("long")
+    return {case: train(folder / case, 1, **options) for case, options in LONG_CASES.items()}
+
+
+@pytest.fixture(scope="module")
+def long_pairs_replicated(tmp_path_factory):
+    return on_two_ranks(tmp_path_factory.mktemp("long-ddp"), "long")
+
+
+@pytest.mark.parametrize("case", LONG_CASES)
+def test_neither_max_tokens_nor_sharing_nor_accumulation_nor_ranks_matter(
+    case, long_pairs_alone, long_pairs_replicated
+):
+    first, *_ = long_pairs_alone.values()
+    check_equal(long_pairs_alone[case], first)
+    for ranks in long_pairs_replicated:
+        check_equal(ranks[case], first)
+
+
+def test_long_pairs_take_many_micro_batches_a_few_or_one(long_pairs_alone, long_pairs_replicated):
+    for runs in (long_pairs_alone, long_pairs_replicated[0]):
+        name = "max_tokens {}, not shared, accumulation 1"
+        many, few, one = (runs[name.format(most)]["calls"] for most in (1024, 4096, UNLIMITED))
+        assert many > 4 * few > 4 * 15 and one == 10
+
+
+@pytest.mark.parametrize("case", FSDP_CASES)
+def test_fsdp2_equals_one_process(sharded, case, tmp_path):
+    first, second = (results[case] for results in sharded)
+    assert first["logs"] == second["logs"] and first["eval"] == second["eval"]
+    expected = alone(case, tmp_path)
+    check_equal(first, expected)
+    assert first["saved"].keys() == expected["saved"].keys()
+    for name, value in expected["saved"].items():
+        torch.testing.assert_close(first["saved"][name], value, atol=1e-5, rtol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("case", [*FSDP_CASES, *BF16_CASES])
+def test_fsdp2_trains_on_shards(sharded, case):
+    first, second = (results[case] for results in sharded)
+    assert first["wrapped"].startswith("FSDP") and len(first["shards"]) == (5 if "resumed" in case else 10)
+    for (units, here, whole), (_, there, _) in zip(first["shards"], second["shards"], strict=True):
+        assert units >= 3 + 3 and here + there == whole and max(here, there) < 0.55 * whole
+
+
+def test_a_sharded_model_is_trained_once(sharded):
+    assert {run["again"] for run in sharded[0].values()} == {
+        "train: this model is sharded already: build a new trainer, and resume from a checkpoint to go on"
+    }
+
+
+def test_fsdp2_exchanges_gradients_once_a_step_unless_told(sharded):
+    count = {name: run["synchronizations"] for name, run in sharded[0].items()}
+    assert 0 < count["plain"] == count["max_tokens 24"] == count["accumulation"] < count["synchronized each time"]
+
+
+@pytest.mark.parametrize("case", BF16_CASES)
+def test_fsdp2_rounds_no_log_prob_to_16_bits(sharded, case, tmp_path):
+    run, begin = sharded[0][case], sharded[0][case]["logs"][0]
+    assert begin["rewards/margins"] == 0 and begin["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    for name, value in train(tmp_path, 1, **BF16_CASES[case])["weights"].items():
+        assert run["weights"][name].dtype == torch.float32
+        torch.testing.assert_close(run["weights"][name], value, atol=1e-3, rtol=1e-3, msg=name)

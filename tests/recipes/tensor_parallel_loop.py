@@ -1,0 +1,26 @@
+"""Tensor parallelism: the plain loop on a Llama whose layers torch splits, and whose head is split by its vocabulary.
+
+Every rank of the mesh runs pytorch_loop.train on the same examples; logits of a rank's own words are all it computes.
+"""
+
+from torch import nn
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+from dpofast import attach_logprob_head
+
+PLAN = {
+    **{f"self_attn.{name}_proj": ColwiseParallel() for name in "qkv"},
+    **{f"mlp.{name}_proj": ColwiseParallel() for name in ("gate", "up")},
+    **{f"{name}_proj": RowwiseParallel() for name in ("self_attn.o", "mlp.down")},
+}
+
+
+def shard(model, mesh):
+    """Split a model, whole and equal on every rank, over a one-dimensional mesh. Returns the model."""
+    attach_logprob_head(model)  # first: it checks the numbers of the whole model
+    for layer in model.model.layers:
+        parallelize_module(layer, mesh, PLAN)
+    # A parameter alone, and no plan for lm_head: linear_logprobs brings the exchanges that it needs.
+    model.lm_head.weight = nn.Parameter(distribute_tensor(model.lm_head.weight.detach(), mesh, [Shard(0)]))
+    return model
