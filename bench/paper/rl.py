@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from trl import RLOOConfig, RLOOTrainer
 
-OnStep = Callable[[int, int], Any]
+OnStep = Callable[[PreTrainedModel, int, int], Any]
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,21 @@ class RLRun:
     kls: list[float]
 
 
-class StopTraining(Exception):
-    """on_step may raise it: the run ends after this step."""
+class AfterStep(TrainerCallback):
+    """Calls on_step(model, optimizer steps so far, generated tokens so far) before the first step, and after each."""
+
+    def __init__(self, on_step: OnStep, tokens: Callable[[], int]) -> None:
+        """Take what is called, and who knows the tokens."""
+        self.on_step, self.tokens = on_step, tokens
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
+        """Before the first step."""
+        # What on_step samples must not change what the run samples next.
+        with torch.random.fork_rng(devices=[]):
+            self.on_step(model, state.global_step, self.tokens())
+        model.train()
+
+    on_step_end = on_train_begin
 
 
 def train_rl(
@@ -68,8 +81,7 @@ def train_rl(
         steps: optimizer steps.
         learning_rate: AdamW's, constant, without weight decay.
         seed: of the order of the prefixes and of the sampling.
-        on_step: called after each step with the number of steps and of generated tokens so far; it may sample from the
-            model, and may raise StopTraining.
+        on_step: see AfterStep; it may sample from the model.
         max_new_tokens: a completion's length, unless it ends before.
         per_prefix: completions of a prefix in a step, at least 2.
         prefixes_per_step: prefixes in a step; no more than there are.
@@ -113,7 +125,7 @@ def train_rl(
             args=args,
             train_dataset=Dataset.from_dict({"prompt": [list(prefix) for prefix in prefixes]}),
             processing_class=tokenizer,
-            callbacks=[] if on_step is None else [_AfterStep(on_step, counter)],
+            callbacks=[] if on_step is None else [AfterStep(on_step, lambda: counter.tokens)],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
@@ -150,17 +162,3 @@ class _Scores:
         self.tokens += sum(map(len, completion_ids))
         whole = [prefix + completion for prefix, completion in zip(prompts, completion_ids, strict=True)]
         return self.reward(self.tokenizer.batch_decode(whole, skip_special_tokens=True)).tolist()
-
-
-class _AfterStep(TrainerCallback):
-    def __init__(self, on_step: OnStep, counter: _Scores) -> None:
-        self.on_step, self.counter = on_step, counter
-
-    def on_step_end(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
-        # What the caller samples must not change what the run samples next.
-        with torch.random.fork_rng(devices=[]):
-            try:
-                self.on_step(state.global_step, self.counter.tokens)
-            except StopTraining:
-                control.should_training_stop = True
-        model.train()
