@@ -10,8 +10,9 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from bench.paper.experiment import mean_and_error
 from bench.paper.reward import reward, second_opinion
 
-# Rows sampled, or compared, at once.
+# Rows sampled at once, and logits (rows × positions × vocabulary) of one model while two are compared.
 _ROWS = 256
+_LOGITS = 1 << 25
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,9 @@ def sequence_kl(policy: PreTrainedModel, reference: PreTrainedModel, samples: Sa
     lengths = [len(p) + len(c) for p, c in zip(samples.prefixes, samples.completions, strict=True)]
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     result = torch.empty(len(order))
-    for start in range(0, len(order), _ROWS):
-        numbers = order[start : start + _ROWS]
+    size = max(1, min(_ROWS, _LOGITS // (max(lengths) * reference.config.vocab_size)))
+    for start in range(0, len(order), size):
+        numbers = order[start : start + size]
         # The last token is only a target.
         rows = [torch.tensor((samples.prefixes[n] + samples.completions[n])[:-1]) for n in numbers]
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)

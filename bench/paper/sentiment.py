@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from transformers.utils import logging
 
@@ -58,12 +59,12 @@ class Size:
     max_new_tokens: int = 24
 
 
-FULL = Size(2048, (4, 8, 16, 32, 64, 128), 64, 8, 256, (2, 4, 8, 16, 32, 64), SEEDS)
-QUICK = Size(256, (4, 16), 16, 8, 128, (2, 4, 8), (0,))
+FULL = Size(1536, (4, 16, 32, 64, 96), 64, 8, 256, (2, 4, 8, 16, 32, 64), SEEDS)
+QUICK = Size(192, (4, 16), 16, 6, 64, (2, 4, 8), (0, 1))
 
 
 class Sweep:
-    """The cells: "<method>_<strength>_<seed>", "pairs_<seed>" and "pool_<seed>"."""
+    """The cells: "<method>_<strength>_<learning rate>_<seed>", "pairs_<seed>" and "pool_<seed>"."""
 
     def __init__(self, folder: Path, size: Size, quick: bool) -> None:
         """Learn or read π_ref, and set the held-out prefixes apart."""
@@ -93,14 +94,14 @@ class Sweep:
         task = self.task(int(seed))
         if what == ["pairs"]:
             return {"pairs": len(task.pairs), "ties": task.ties, "positions": positions(task)}
-        method, strength = METHODS[what[0]], float(what[1])
+        key, strength, learning_rate = what
         points: list[dict[str, float]] = []
 
         def look(step: int, policy: Any) -> None:
             if step in self.size.looks:
                 points.append({"step": step, **self._evaluated(policy, task.seed)})
 
-        method.train(task, strength, method.learning_rate, look)
+        METHODS[key].train(task, float(strength), float(learning_rate), look)
         return {"points": points}
 
     def _pool(self, seed: int) -> list[list[float]]:
@@ -130,9 +131,9 @@ def names(size: Size, quick: bool) -> list[str]:
             f"pool_{seed}",
             f"pairs_{seed}",
             *(
-                f"{key}_{strength}_{seed}"
+                f"{key}_{strength}_{learning_rate}_{seed}"
                 for key, method in METHODS.items()
-                for strength in (method.quick_values if quick else method.values)
+                for strength, learning_rate in (method.quick_runs if quick else method.runs)
             ),
         )
     ]
@@ -144,22 +145,23 @@ def collect(found: dict[str, dict[str, Any]], size: Size, quick: bool) -> dict[s
     together = torch.cat(pools, 1)
     points, levels = [], {}
     for key, method in METHODS.items():
-        runs: dict[int, list[tuple[float, float]]] = {seed: [] for seed in size.seeds}
-        for strength in method.quick_values if quick else method.values:
-            of_seeds = [found[f"{key}_{strength}_{seed}"]["points"] for seed in size.seeds]
+        reached: dict[int, list[tuple[float, float]]] = {seed: [] for seed in size.seeds}
+        for strength, rate in method.quick_runs if quick else method.runs:
+            of_seeds = [found[f"{key}_{strength}_{rate}_{seed}"]["points"] for seed in size.seeds]
             for seed, of_seed in zip(size.seeds, of_seeds, strict=True):
-                runs[seed] += [(point["kl"], point["reward"]) for point in of_seed]
+                reached[seed] += [(point["kl"], point["reward"]) for point in of_seed]
             for same_step in zip(*of_seeds, strict=True):
                 means = {
                     name: mean_and_error([p[name] for p in same_step])
                     for name in same_step[0]
                     if name != "step" and not name.endswith("_error")
                 }
-                points.append({"method": key, "strength": strength, "step": same_step[0]["step"], **means})
+                run = {"method": key, "strength": strength, "learning_rate": rate, "step": same_step[0]["step"]}
+                points.append({**run, **means})
         levels[key] = [
             mean_and_error(
                 [
-                    frontier.hull_reward([(0.0, float(pool.mean())), *runs[seed]], level)
+                    frontier.hull_reward([(0.0, float(pool.mean())), *reached[seed]], level)
                     for seed, pool in zip(size.seeds, pools, strict=True)
                 ]
             )
@@ -232,7 +234,8 @@ def table(figures: dict[str, Any]) -> str:
     for point in figures["points"]:
         if point["step"] == last:
             method = METHODS[point["method"]]
-            label = method.label + (f", {method.strength} = {point['strength']:g}" if method.strength else "")
+            strength = f", {method.strength} = {point['strength']:g}" if method.strength else ""
+            label = f"{method.label}{strength}, rate {point['learning_rate']:g}"
             lines.append(f"| {label} | " + " | ".join(f"{point[n][0]:.2f} ± {point[n][1]:.2f}" for n in names) + " |")
     return "\n".join(lines)
 
@@ -243,12 +246,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     size = QUICK if args.quick else FULL
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    datasets.disable_progress_bars()
     if args.quick:
         print("quick: made-up reviews and a smaller model, so that no package with reviews is needed")
     folder = args.work / "reference"
     sweep = Sweep(folder, size, args.quick)
-    methods = {key: (method.learning_rate, method.strength) for key, method in METHODS.items()}
-    settings = {**asdict(size), "scale": SCALE, "reference": training_figures(folder)["settings"], "methods": methods}
+    settings = {**asdict(size), "scale": SCALE, "reference": training_figures(folder)["settings"]}
     figures = collect(cells(args.work, settings, names(size, args.quick), sweep.compute), size, args.quick)
     figures["reference"] = training_figures(folder)
     figures["size"] = asdict(size)

@@ -126,7 +126,7 @@ def train_dpo(task: Task, beta: float, learning_rate: float, on_step: OnStep, **
     _train_preferences(task, learning_rate, on_step, loss_type=["sigmoid"], beta=beta, **options)
 
 
-def train_preferred(task: Task, _: float, learning_rate: float, on_step: OnStep) -> None:
+def train_preferred(task: Task, _strength: float, learning_rate: float, on_step: OnStep) -> None:
     """Preferred fine-tuning: −log π of the chosen completions' tokens, a completion once for each pair it won."""
     _train_preferences(task, learning_rate, on_step, loss_type=["sft"])
 
@@ -220,27 +220,28 @@ def train_rloo(task: Task, beta: float, learning_rate: float, on_step: OnStep) -
 
 @dataclass(frozen=True)
 class Method:
-    """A method and the values of its own strength that are run.
+    """A method and the runs that make up its frontier.
 
     Attributes:
         label: in the picture.
         train: (task, strength, learning_rate, on_step).
         strength: what the value is called; None where the method has none.
-        values: of the full version; the quick one takes those of quick_values.
-        learning_rate: AdamW's, constant.
+        runs: (strength, learning rate) of the full version; AdamW at a constant rate.
+        quick_runs: of the quick version.
     """
 
     label: str
     train: Callable[[Task, float, float, OnStep], None]
     strength: str | None
-    values: tuple[float, ...]
-    quick_values: tuple[float, ...]
-    learning_rate: float
+    runs: tuple[tuple[float, float], ...]
+    quick_runs: tuple[tuple[float, float], ...]
 
 
+# The same strengths and rates for DPO and RL. A high rate goes farther, a low one wastes less divergence on noise.
+_GRID = tuple(itertools.product((0.1, 1.0), (1e-4, 3e-4)))
 METHODS = {
-    "dpo": Method("DPO", train_dpo, "β", (0.1, 0.5, 1.0, 2.0), (0.5, 2.0), 3e-4),
-    "rl": Method("RL (RLOO)", train_rloo, "β", (0.1, 0.5, 1.0), (0.5,), 3e-4),
-    "preferred": Method("preferred fine-tuning", train_preferred, None, (0.0,), (0.0,), 3e-4),
-    "unlikelihood": Method("unlikelihood", train_unlikelihood, "α", (0.5, 1.0), (1.0,), 3e-4),
+    "dpo": Method("DPO", train_dpo, "β", _GRID, ((0.5, 5e-4), (2.0, 5e-4))),
+    "rl": Method("RL (RLOO)", train_rloo, "β", _GRID, ((0.5, 5e-4),)),
+    "preferred": Method("preferred fine-tuning", train_preferred, None, ((0.0, 1e-4), (0.0, 3e-4)), ((0.0, 5e-4),)),
+    "unlikelihood": Method("unlikelihood", train_unlikelihood, "α", ((0.5, 1e-4), (0.5, 3e-4)), ((0.5, 3e-4),)),
 }

@@ -69,8 +69,10 @@ def _draw_optimum(axes: Axes, figures: Mapping[str, Any]) -> None:
 
 def _draw_points(axes: Axes, figures: Mapping[str, Any], name: str) -> None:
     labelled = set()
-    for method, strength in dict.fromkeys((point["method"], point["strength"]) for point in figures["points"]):
-        run = [p for p in figures["points"] if (p["method"], p["strength"]) == (method, strength)]
+    runs: dict[tuple[Any, ...], list[Any]] = {}
+    for point in figures["points"]:
+        runs.setdefault((point["method"], point["strength"], point["learning_rate"]), []).append(point)
+    for (method, strength, rate), run in runs.items():
         values, errors = zip(*(point[name] for point in run), strict=True)
         kls, kl_errors = zip(*(point["kl"] for point in run), strict=True)
         axes.errorbar(
@@ -78,7 +80,7 @@ def _draw_points(axes: Axes, figures: Mapping[str, Any], name: str) -> None:
             values,
             errors,
             kl_errors,
-            fmt="o-",
+            fmt="o-" if rate == min(r for m, _, r in runs if m == method) else "o--",
             markersize=4,
             linewidth=1,
             elinewidth=0.8,
@@ -87,6 +89,6 @@ def _draw_points(axes: Axes, figures: Mapping[str, Any], name: str) -> None:
         )
         labelled.add(method)
         if METHODS[method].strength and name == "reward":
-            text = f"{METHODS[method].strength}={strength:g}"
+            text = f"{METHODS[method].strength}={strength:g}, {rate:g}"
             place = (kls[-1], values[-1])
             axes.annotate(text, place, textcoords="offset points", xytext=(5, -3), fontsize=8, color=COLORS[method])
