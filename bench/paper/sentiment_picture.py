@@ -1,0 +1,94 @@
+"""The picture of bench/paper/sentiment.py: reward against divergence, and what a second lexicon and counts say."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from bench.paper.sentiment_methods import METHODS
+
+COLORS = {"dpo": "#2563eb", "rl": "#ea580c", "preferred": "#16a34a", "unlikelihood": "#9333ea"}
+_SIDE = {
+    "second_opinion": "second lexicon (textblob), unseen in training",
+    "distinct_2": "distinct bigrams / bigrams",
+    "length": "tokens a completion",
+}
+
+
+def draw(figures: Mapping[str, Any], png: Path) -> None:
+    """Write the PNG from what bench.paper.sentiment.collect returned."""
+    figure = Figure(figsize=(12, 7.2), layout="constrained")
+    axes = figure.subplot_mosaic([["main", name] for name in _SIDE], width_ratios=[2, 1])
+    main = axes["main"]
+    _draw_optimum(main, figures)
+    _draw_points(main, figures, "reward")
+    main.set_title("Reward against divergence from π_ref: the shape on a 2-core toy", loc="left", fontweight="bold")
+    main.set_ylabel("reward on held-out prefixes (4 × vaderSentiment's compound)")
+    main.set_xlabel("KL(π‖π_ref), nats a completion")
+    main.legend(loc="lower right", frameon=False, fontsize=9)
+    for name, label in _SIDE.items():
+        _draw_points(axes[name], figures, name)
+        axes[name].set_title(label, loc="left", fontsize=10)
+    axes["length"].set_xlabel("KL(π‖π_ref), nats")
+    for every in axes.values():
+        every.spines[["top", "right"]].set_visible(False)
+        every.grid(alpha=0.25)
+    figure.savefig(png, dpi=120)
+
+
+def _draw_optimum(axes: Axes, figures: Mapping[str, Any]) -> None:
+    points = [point for point in figures["frontier"] if point["reliable"]]
+    kl, reward, error = (
+        [point[name][part] for point in points] for name, part in (("kl", 0), ("reward", 0), ("reward", 1))
+    )
+    low, high = ([r + sign * e for r, e in zip(reward, error, strict=True)] for sign in (-1, 1))
+    axes.plot(kl, reward, color="black", linewidth=2, label="optimum π* (importance sampling from π_ref)")
+    axes.fill_between(kl, low, high, color="black", alpha=0.15)
+    last = points[-1]
+    axes.annotate(
+        f"β = {last['beta']:g}: {last['effective_samples']:.0f} effective samples; fewer beyond",
+        (last["kl"][0], last["reward"][0]),
+        textcoords="offset points",
+        xytext=(8, 8),
+        fontsize=8,
+    )
+    best = figures["best_of_n"]
+    axes.plot(
+        [row["kl_bound"] for row in best],
+        [row["reward"][0] for row in best],
+        "s",
+        color="#6b7280",
+        mfc="white",
+        label="best of N = " + ", ".join(str(row["n"]) for row in best) + " (KL: upper bound)",
+    )
+    mean, error = figures["reference_reward"]
+    axes.errorbar([0], [mean], [error], fmt="D", color="black", markersize=5, label="π_ref")
+
+
+def _draw_points(axes: Axes, figures: Mapping[str, Any], name: str) -> None:
+    labelled = set()
+    runs: dict[tuple[Any, ...], list[Any]] = {}
+    for point in figures["points"]:
+        runs.setdefault((point["method"], point["strength"], point["learning_rate"]), []).append(point)
+    for (method, strength, rate), run in runs.items():
+        values, errors = zip(*(point[name] for point in run), strict=True)
+        kls, kl_errors = zip(*(point["kl"] for point in run), strict=True)
+        axes.errorbar(
+            kls,
+            values,
+            errors,
+            kl_errors,
+            fmt="o-" if rate == min(r for m, _, r in runs if m == method) else "o--",
+            markersize=4,
+            linewidth=1,
+            elinewidth=0.8,
+            color=COLORS[method],
+            label=None if method in labelled else METHODS[method].label,
+        )
+        labelled.add(method)
+        if METHODS[method].strength and name == "reward":
+            text = f"{METHODS[method].strength}={strength:g}, {rate:g}"
+            place = (kls[-1], values[-1])
+            axes.annotate(text, place, textcoords="offset points", xytext=(5, -3), fontsize=8, color=COLORS[method])

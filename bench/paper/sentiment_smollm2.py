@@ -1,0 +1,107 @@
+"""One confirming run of controlled sentiment on SmolLM2-135M-Instruct: DPO by dpofast, a LoRA adapter, one seed.
+
+    python -m bench.smollm2 build/smollm2
+    python -m bench.paper.sentiment_smollm2
+
+The model goes on with 2 to 8 tokens of a film review as plain text; reward, labels and pairs are those of
+bench/paper/sentiment.py. Is DPO's reward above π_ref's here too, at which
+divergence, and does the second lexicon agree?
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+from bench.paper.experiment import arguments, cells, record
+from bench.paper.review_lm import prefixes, read_corpus, split
+from bench.paper.sampling import evaluate
+from bench.paper.sentiment_methods import make_task, positions, train_dpo
+
+MODEL = Path("build/smollm2")
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much of everything; the names are those of bench/paper/sentiment.py.
+
+    Attributes:
+        prefixes_per_step: in an optimizer step.
+        learning_rate: AdamW's, constant.
+        rank: of the adapter, on every linear layer but the head.
+    """
+
+    prefixes: int
+    prefixes_per_step: int
+    looks: tuple[int, ...]
+    held_out: int
+    per_prefix: int
+    beta: float
+    learning_rate: float = 1e-3
+    rank: int = 16
+    max_new_tokens: int = 24
+
+
+FULL = Size(192, 4, (0, 16, 32, 48), 32, 4, beta=0.5)
+QUICK = Size(192, (4, 16), 16, 6, 64, (2, 4, 8), (0, 1))
+
+
+def compute(size: Size, quick: bool) -> dict[str, Any]:
+    """Train, and look at the policy before and meanwhile."""
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    train_reviews, held_out_reviews = split(read_corpus(quick))
+    held_out = prefixes(held_out_reviews, tokenizer, size.held_out, seed=0)
+    task = make_task(
+        model,
+        tokenizer,
+        prefixes(train_reviews, tokenizer, size.prefixes, seed=0, excluded=held_out),
+        max_new_tokens=size.max_new_tokens,
+        steps=size.looks[-1],
+        prefixes_per_step=size.prefixes_per_step,
+        seed=0,
+    )
+    points = []
+
+    def look(step: int, policy: Any) -> None:
+        if step in size.looks:
+            figures = evaluate(
+                policy, model, tokenizer, held_out, 0, per_prefix=size.per_prefix, max_new_tokens=size.max_new_tokens
+            )
+            points.append({"step": step, **figures})
+
+    adapter = LoraConfig(r=size.rank, lora_alpha=2 * size.rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    train_dpo(task, size.beta, size.learning_rate, look, peft_config=adapter)
+    return {"points": points, "pairs": len(task.pairs), "ties": task.ties, "positions": positions(task)}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line entry; 2 when there is no model."""
+    args = arguments("sentiment_smollm2", __doc__, argv)
+    if not MODEL.is_dir():
+        print(f"error: {MODEL} is no folder; make it with: python -m bench.smollm2 {MODEL}", file=sys.stderr)
+        return 2
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    size = QUICK if args.quick else FULL
+    figures = cells(args.work, asdict(size), ["dpo"], lambda _: compute(size, args.quick))["dpo"]
+    record(args, "sentiment_smollm2", {**figures, "size": asdict(size)})
+    names = ("kl", "reward", "second_opinion", "length")
+    print("| step | KL | reward | second lexicon | tokens | distinct-2 |\n|---|---|---|---|---|---|")
+    for point in figures["points"]:
+        told = " | ".join(f"{point[name]:.2f} ± {point[f'{name}_error']:.2f}" for name in names)
+        print(f"| {point['step']} | {told} | {point['distinct_2']:.2f} |")
+    print(f"errors: over {size.held_out} held-out prefixes, one seed; {figures['seconds']:.0f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
