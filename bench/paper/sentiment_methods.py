@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 
 from bench.paper.reward import reward
-from bench.paper.rl import train_rl
+from bench.paper.rl import AfterStep, train_rl
 from bench.paper.sampling import Samples, sample
 from dpofast import DPOConfig, DPOTrainer, attach_logprob_head, pack
 
@@ -156,19 +156,10 @@ def _train_preferences(
             train_dataset=Dataset.from_list(task.pairs),
             processing_class=task.tokenizer,
             peft_config=peft_config,
-            callbacks=[_AfterStep(on_step)],
+            callbacks=[AfterStep(lambda policy, step, _: on_step(step, policy), lambda: 0)],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-
-
-class _AfterStep(TrainerCallback):
-    def __init__(self, on_step: OnStep) -> None:
-        self.on_step = on_step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
-        self.on_step(state.global_step, model)
-        model.train()
 
 
 def train_unlikelihood(task: Task, alpha: float, learning_rate: float, on_step: OnStep) -> None:
@@ -220,7 +211,7 @@ def train_rloo(task: Task, beta: float, learning_rate: float, on_step: OnStep) -
         steps=task.steps,
         learning_rate=learning_rate,
         seed=task.seed,
-        on_step=lambda step, tokens: on_step(step, model),
+        on_step=lambda policy, step, tokens: on_step(step, policy),
         max_new_tokens=task.max_new_tokens,
         per_prefix=COMPLETIONS,
         prefixes_per_step=task.prefixes_per_step,
