@@ -85,6 +85,15 @@ def seeds():
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """As the experiments of bench/paper run: small matrices gain nothing from a second thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request):
     """Where kernels run: in Triton's interpreter on the CPU, and a second time, as a test of the GPU, on it."""

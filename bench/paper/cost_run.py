@@ -1,0 +1,174 @@
+"""One run of bench/paper/cost.py, in a process of its own: what a method has cost whenever it is looked at.
+
+python -m bench.paper.cost_run dpo 0 --reference build/paper/cost/reference --out FILE
+"""
+
+import argparse
+import copy
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.paper.experiment import SEEDS
+from bench.paper.reward import reward
+from bench.paper.rl import train_rl
+from bench.paper.sampling import evaluate
+from bench.paper.sentiment_methods import COMPLETIONS, make_task, train_dpo
+from bench.paper.toy import METHODS, PREFIXES_PER_STEP, Toy, load_toy, quiet
+from bench.timing import PeakMemory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """How much of everything.
+
+    Attributes:
+        prefixes: to train on, in each seed.
+        held_out: prefixes of the evaluations.
+        looks: of each method, the steps after which it is looked at; the last ends the run.
+        learning_rates: of each method.
+        beta: of both.
+        seeds: of prefixes, completions, labels and training.
+        max_new_tokens: a completion's length, unless it ends before.
+    """
+
+    prefixes: int
+    held_out: int
+    looks: dict[str, tuple[int, ...]]
+    learning_rates: dict[str, float]
+    beta: float
+    seeds: tuple[int, ...]
+    max_new_tokens: int = 24
+
+
+FULL = Size(
+    prefixes=2048,
+    held_out=128,
+    looks={"dpo": (4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 320, 384), "rl": (2, 4, 8, 12, 16, 24, 32, 48, 64, 80, 96)},
+    learning_rates={"dpo": 5e-4, "rl": 5e-4},
+    beta=0.5,
+    seeds=SEEDS,
+)
+QUICK = Size(
+    prefixes=128,
+    held_out=16,
+    looks={"dpo": (2, 4, 8, 12, 16, 24), "rl": (2, 4, 6, 8, 10)},
+    learning_rates={"dpo": 1e-3, "rl": 1e-3},
+    beta=0.5,
+    seeds=(0,),
+)
+
+
+class Clock:
+    """CPU seconds and wall seconds of this process while it is not paused.
+
+    A busy neighbour stretches wall time several fold, the CPU seconds of a single thread hardly.
+    """
+
+    def __init__(self) -> None:
+        """Start."""
+        self._spent, self._from = (0.0, 0.0), self._now()
+
+    @staticmethod
+    def _now() -> tuple[float, float]:
+        return time.process_time(), time.perf_counter()
+
+    def seconds(self) -> dict[str, float]:
+        """cpu_seconds and wall_seconds so far."""
+        names = ("cpu_seconds", "wall_seconds")
+        parts = zip(names, self._spent, self._from, self._now(), strict=True)
+        return {name: spent + now - since for name, spent, since, now in parts}
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Neither counts what runs inside."""
+        cpu, wall = self.seconds().values()
+        try:
+            yield
+        finally:
+            self._spent, self._from = (cpu, wall), self._now()
+
+
+def measure(method: str, seed: int, toy: Toy, size: Size) -> dict[str, Any]:
+    """Train by a method, and look at it.
+
+    Returns:
+        points: at step 0 and at each look, cpu_seconds, wall_seconds and generated_tokens so far, and what
+        sampling.evaluate() says. Only the looks are not on the clock. DPO's step 0 comes when it has sampled and
+        labelled; its reference pass falls between that and its first look.
+        peak_bytes: resident memory above that with π_ref loaded. It is read before the first look, which would add to
+        it.
+    """
+    points: list[dict[str, float]] = []
+    peaks: list[int] = []
+    memory, clock = PeakMemory(), Clock()
+
+    def evaluated(policy: Any) -> dict[str, float]:
+        # The same draws in every look and for both methods.
+        draws = 2000 + seed
+        return evaluate(policy, toy.model, toy.tokenizer, toy.held_out, draws, max_new_tokens=size.max_new_tokens)
+
+    def look(step: int, policy: Any, tokens: int) -> None:
+        if step in size.looks[method]:
+            peaks.append(memory.increase())
+            with clock.paused():
+                spent = {**clock.seconds(), "generated_tokens": tokens}
+                points.append({"step": step, **spent, **evaluated(policy)})
+
+    steps, learning_rate = size.looks[method][-1], size.learning_rates[method]
+    start = {"cpu_seconds": 0.0, "wall_seconds": 0.0, "generated_tokens": 0}
+    if method == "dpo":
+        task = make_task(
+            toy.model,
+            toy.tokenizer,
+            toy.prefixes,
+            max_new_tokens=size.max_new_tokens,
+            steps=steps,
+            seed=seed,
+            prefixes_per_step=PREFIXES_PER_STEP,
+        )
+        tokens = sum(map(len, task.samples.completions))
+        start = {**clock.seconds(), "generated_tokens": tokens}
+        train_dpo(task, size.beta, learning_rate, lambda step, policy: look(step, policy, tokens))
+    else:
+        train_rl(
+            copy.deepcopy(toy.model),
+            toy.model,
+            toy.tokenizer,
+            toy.prefixes,
+            reward,
+            beta=size.beta,
+            steps=steps,
+            learning_rate=learning_rate,
+            seed=seed,
+            on_step=lambda policy, step, tokens: look(step, policy, tokens),
+            max_new_tokens=size.max_new_tokens,
+            per_prefix=COMPLETIONS,
+            prefixes_per_step=PREFIXES_PER_STEP,
+        )
+    return {"points": [{"step": 0, **start, **evaluated(toy.model)}, *points], "peak_bytes": peaks[0]}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line entry."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("method", choices=METHODS)
+    parser.add_argument("seed", type=int)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--reference", type=Path, required=True, help="folder of bench/paper/review_lm.py's π_ref")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file of the figures")
+    args = parser.parse_args(argv)
+    quiet()
+    size = QUICK if args.quick else FULL
+    toy = load_toy(args.reference, args.quick, size.prefixes, size.held_out, args.seed)
+    args.out.write_text(json.dumps(measure(args.method, args.seed, toy, size)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,45 @@
+"""What cost.py and stability.py share: DPO and the RL loop start from one π_ref, over the same prefixes.
+
+Both maximise E[r] − β·KL(π‖π_ref). The RL loop sees the reward itself; DPO sees which of two completions is preferred,
+one draw from Bradley-Terry under the same reward.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from bench.paper.review_lm import prefixes, read_corpus, reference, split
+
+METHODS = {"dpo": "DPO", "rl": "RL (RLOO)"}
+COLORS = {"dpo": "#2563eb", "rl": "#ea580c"}
+PREFIXES_PER_STEP = 16  # 64 completions in a step of either method
+
+
+def quiet() -> None:
+    """One thread, whose seconds mean something on a busy machine, and no progress bars of the libraries."""
+    torch.set_num_threads(1)
+    datasets.disable_progress_bars()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+@dataclass(frozen=True)
+class Toy:
+    """π_ref, prefixes to train on, and prefixes of films that no method trains on."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    prefixes: list[list[int]]
+    held_out: list[list[int]]
+
+
+def load_toy(folder: Path, quick: bool, count: int, held_out: int, seed: int) -> Toy:
+    """π_ref from the folder, and so many prefixes of each kind; the held-out ones are the same for all seeds."""
+    model, tokenizer = reference(folder, quick)
+    reviews, held_out_reviews = split(read_corpus(quick))
+    unseen = prefixes(held_out_reviews, tokenizer, held_out, 0)
+    return Toy(model, tokenizer, prefixes(reviews, tokenizer, count, seed, excluded=unseen), unseen)
