@@ -185,6 +185,12 @@ def newest_whole(output_dir: str | Path) -> tuple[Path | None, list[str]]:
     return None, damaged
 
 
+def where_to_go_on(output_dir: str | Path) -> str:
+    """For the message of a run that ends: its newest whole checkpoint."""
+    newest, _ = newest_whole(output_dir)
+    return "there is no checkpoint to resume" if newest is None else f"{newest} is the last checkpoint"
+
+
 def checkpoints(output_dir: str | Path) -> list[Path]:
     """The folders checkpoint-N, whole or not, by step."""
     found = Path(output_dir).glob("checkpoint-*")

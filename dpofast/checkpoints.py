@@ -39,6 +39,7 @@ from dpofast.checkpoint_folder import (
     seal,
     staging_folder,
     verify,
+    where_to_go_on,
 )
 from dpofast.interruption import Interruption, TrainingInterrupted
 from dpofast.ranks import Ranks
@@ -227,6 +228,7 @@ class CheckpointedTrainer(Trainer):
         if best == folder or best.is_dir():
             self.state.best_model_checkpoint = str(best)
         parts: list[Callable[[], None]] = [
+            self._check_finite,
             lambda: self._begin(staged),
             lambda: self.save_model(str(staged), _internal_call=True),
         ]
@@ -287,9 +289,22 @@ class CheckpointedTrainer(Trainer):
             warnings.warn(f"{self._unsaved}{lost}. Training goes on, and the next save is tried", stacklevel=2)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Trainer's, where a full disk is an OSError."""
+        """Trainer's, where a full disk is an OSError, and weights that are not finite a ValueError."""
+        if not _internal_call:
+            self._together(self._check_finite)
         with _write_errors():
             super().save_model(output_dir, _internal_call)
+
+    def _check_finite(self) -> None:
+        """A gradient that overflowed leaves no other trace where the next loss is of no step."""
+        for name, weight in self.model.named_parameters():
+            own = weight.to_local() if hasattr(weight, "to_local") else weight
+            if weight.requires_grad and not own.isfinite().all():
+                raise ValueError(
+                    f"{name} is not finite after step {self.state.global_step}, and nothing was saved; "
+                    f"{where_to_go_on(self.args.output_dir)}. Look at grad_norm in the log, and at a learning "
+                    "rate that is too high"
+                )
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if self.is_fsdp_enabled and state_dict:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 
+import torch
 from transformers import TrainingArguments
 
 from dpofast.divergences import DIVERGENCES
@@ -122,6 +123,9 @@ class DPOConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         """Check what TrainingArguments does not know."""
+        # Without it accelerate divides the data over CPU ranks, and synchronizes nothing.
+        if not torch.accelerator.is_available():
+            self.use_cpu = True
         super().__post_init__()
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]

@@ -207,16 +207,17 @@ def overfitting(run: Run) -> Finding | None:
 
 def likelihood_displacement(run: Run) -> Finding | None:
     """Most chosen responses became less likely than under the reference (arXiv 2410.08847)."""
-    displaced, reward = run.last("displacement"), run.last("rewards/chosen")
+    displaced, reward, margin = (run.last(n) for n in ("displacement", "rewards/chosen", "rewards/margins"))
     if not run.with_reference or displaced is None or reward is None:
         return None
     if displaced <= DISPLACED or reward / run.beta > -DISPLACED_NATS:
         return None
+    moved = "grew because the rejected ones fell faster" if margin is None or margin > 0 else "shrank all the same"
     return Finding(
         "likelihood_displacement",
         "Chosen responses became less likely",
         f"{displaced:.0%} of the chosen responses are less likely than under the reference; the mean over all is "
-        f"{-reward / run.beta:.1f} nats less. The margin grew because the rejected ones fell faster; the "
+        f"{-reward / run.beta:.1f} nats less. The margin {moved}; the "
         "probability went to responses that nobody compared.",
         (
             "Add the chosen response's likelihood to the loss: --rpo_alpha 1 (RPO).",

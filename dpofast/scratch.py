@@ -27,7 +27,7 @@ class Scratch:
     def __init__(self) -> None:
         """No memory yet."""
         self._idle: mmap.mmap | None = None
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a collection inside may end another lease
 
     def empty(self, shape: tuple[int, ...], *, like: Tensor, dtype: torch.dtype) -> Tensor:
         """A contiguous tensor on the device of `like`. Its memory comes back once no tensor uses it any more."""

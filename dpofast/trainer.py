@@ -17,13 +17,14 @@ from dataclasses import fields, replace
 from typing import Any, NoReturn
 
 import torch
+import torch.distributed as dist
 from datasets import Dataset
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from dpofast.checkpoint_folder import newest_whole
+from dpofast.checkpoint_folder import where_to_go_on
 from dpofast.checkpoints import CheckpointedTrainer
 from dpofast.config import DPOConfig
 from dpofast.coupled import RunningRewards
@@ -408,12 +409,10 @@ class DPOTrainer(CheckpointedTrainer):
         ]
         rows = sorted(row for theirs in self.ranks.gather(own) for row in theirs)
         report = self.data_reports["train"]
-        last, _ = newest_whole(self.args.output_dir)
-        resumable = "there is no checkpoint to resume" if last is None else f"{last} is the last checkpoint"
         raise FloatingPointError(
             f"{report.source}: the loss of the pairs in {report.unit}s {rows} is not finite at step "
-            f"{self.state.global_step + 1}, which was not taken; {resumable}. Look at these pairs, and at a learning "
-            "rate that is too high"
+            f"{self.state.global_step + 1}, which was not taken; {where_to_go_on(self.args.output_dir)}. Look at these "
+            "pairs, and at a learning rate that is too high"
         )
 
     def floating_point_ops(self, inputs: Any) -> float:
@@ -492,4 +491,9 @@ def _check_topology(args: DPOConfig) -> None:
         raise ValueError(f"args: expected a DPOConfig, got {type(args).__name__}")
     if args.n_gpu > 1:
         raise ValueError(f"DPOTrainer uses one GPU, and {args.n_gpu} are visible: set CUDA_VISIBLE_DEVICES")
+    if dist.is_initialized() and dist.get_world_size() > 1 and args.world_size == 1:
+        raise ValueError(
+            f"args: expected {dist.get_world_size()} processes that train together, as torch.distributed has been "
+            "initialized, got a DPOConfig made for one: make it under the launcher (torchrun), with use_cpu on a CPU"
+        )
     check_sharding(args)

@@ -126,6 +126,13 @@ def test_without_held_out_pairs_training_is_looked_at():
     ]
 
 
+@pytest.mark.parametrize(("margin", "said"), [(0.4, "grew because the rejected ones"), (-0.4, "shrank all the same")])
+def test_displacement_says_what_the_margin_did(margin, said):
+    logs = history(**{"displacement": 0.9, "rewards/chosen": -1.0, "rewards/margins": margin})
+    (displaced,) = (found for found in diagnose(Run(history=logs)) if found.name == "likelihood_displacement")
+    assert f"The margin {said}" in displaced.text
+
+
 def test_several_held_out_sets_are_told_apart():
     logs = [{name.replace("eval_", "eval_b_"): value for name, value in entry.items()} for entry in history()]
     assert Run(history=logs, prefix="eval_b").held_out()[-1] == (80, 0.58) and Run(history=logs).held_out() == []

@@ -249,6 +249,34 @@ def test_a_loss_that_is_not_finite_stops_with_its_rows(tmp_path):
         trainer.train()
 
 
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=4, save_strategy="steps", save_steps=1)
+    step = trainer.create_optimizer().step
+
+    def spoil(*args, **kwargs):
+        step(*args, **kwargs)
+        if trainer.state.global_step == 1:
+            with torch.no_grad():
+                next(trainer.model.parameters()).view(-1)[0] = float("nan")
+
+    trainer.optimizer.step = spoil
+    with pytest.raises(ValueError, match=r"is not finite after step 2, and nothing was saved; .*checkpoint-1 is"):
+        trainer.train()
+    assert not (tmp_path / "checkpoint-2").exists()
+    with pytest.raises(ValueError, match="is not finite after step 2"):
+        trainer.save_model()
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_without_an_accelerator_a_run_is_the_cpus_and_a_process_group_must_be_known(tmp_path, monkeypatch):
+    args = DPOConfig(output_dir=str(tmp_path), report_to="none")
+    assert args.use_cpu or torch.accelerator.is_available()
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda group=None: 2)
+    with pytest.raises(ValueError, match="expected 2 processes that train together, .* made for one"):
+        make_trainer(tmp_path)
+
+
 def test_bad_rows_are_refused_or_counted(tmp_path):
     examples = tiny_pairs(4)
     examples[2]["chosen_ids"] = examples[2]["rejected_ids"]
