@@ -50,7 +50,7 @@ class Size:
 
 
 FULL = Size(192, 4, (0, 16, 32, 48), 32, 4, beta=0.5)
-QUICK = Size(192, (4, 16), 16, 6, 64, (2, 4, 8), (0, 1))
+QUICK = Size(8, 2, (0, 2, 4), 4, 2, beta=0.5)
 
 
 def compute(size: Size, quick: bool) -> dict[str, Any]:
