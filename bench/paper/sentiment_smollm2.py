@@ -44,7 +44,7 @@ class Size:
     held_out: int
     per_prefix: int
     beta: float
-    learning_rate: float = 1e-3
+    learning_rate: float = 5e-4
     rank: int = 16
     max_new_tokens: int = 24
 
