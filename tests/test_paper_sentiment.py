@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.paper import frontier, review_lm, sentiment, sentiment_methods
+from bench.paper import frontier, review_lm, sentiment, sentiment_methods, sentiment_smollm2
 from bench.paper.reward import reward
 from bench.paper.sampling import Samples
 from dpofast import attach_logprob_head, pack
@@ -119,6 +119,7 @@ def test_positions_are_what_each_way_computes() -> None:
     }
 
 
+@torch.no_grad()
 def test_the_unlikelihood_loss_is_its_formula_over_the_pairs() -> None:
     model = attach_logprob_head(tiny_model())
     pairs = [
@@ -174,6 +175,22 @@ def test_a_quick_run_shows_what_must_hold(one_thread, tmp_path: Path, capsys: py
     # What lies in the work folder is not computed again.
     assert sentiment.main(["--quick", "--work", str(work)]) == 0
     assert capsys.readouterr().out == printed
+
+
+def test_the_confirming_run_looks_at_the_same_figures(
+    one_thread, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Any causal language model's folder will do.
+    monkeypatch.setattr(sentiment_smollm2, "MODEL", tmp_path / "model")
+    assert sentiment_smollm2.main(["--quick", "--work", str(tmp_path / "work")]) == 2
+    assert "make it with: python -m bench.smollm2" in capsys.readouterr().err
+    review_lm.reference(tmp_path / "model", True, review_lm.made_up_reviews(300))
+    assert sentiment_smollm2.main(["--quick", "--work", str(tmp_path / "work")]) == 0
+    assert "| step | KL | reward |" in capsys.readouterr().out
+    figures = json.loads((tmp_path / "work" / "paper.jsonl").read_text())["figures"]
+    first, *_, last = figures["points"]
+    assert first["step"] == first["kl"] == 0 < last["kl"]  # the adapter begins as nothing
+    assert figures["pairs"] + figures["ties"] == 6 * sentiment_smollm2.QUICK.prefixes
 
 
 def test_the_made_up_reviews_are_good_and_bad() -> None:

@@ -19,15 +19,17 @@ _SIDE = {
 
 def draw(figures: Mapping[str, Any], png: Path) -> None:
     """Write the PNG from what bench.paper.sentiment.collect returned."""
-    figure = Figure(figsize=(12, 7.2), layout="constrained")
+    figure = Figure(figsize=(12, 7.6), layout="constrained")
     axes = figure.subplot_mosaic([["main", name] for name in _SIDE], width_ratios=[2, 1])
     main = axes["main"]
     _draw_optimum(main, figures)
     _draw_points(main, figures, "reward")
     main.set_title("Reward against divergence from π_ref: the shape on a 2-core toy", loc="left", fontweight="bold")
     main.set_ylabel("reward on held-out prefixes (4 × vaderSentiment's compound)")
-    main.set_xlabel("KL(π‖π_ref), nats a completion")
-    main.legend(loc="lower right", frameon=False, fontsize=9)
+    rates = sorted({point["learning_rate"] for point in figures["points"]})
+    told = f"solid: learning rate {rates[0]:g}" + (f", dashed: {rates[-1]:g}" if rates[1:] else "")
+    main.set_xlabel(f"KL(π‖π_ref), nats a completion; a line is a run ({told})")
+    figure.legend(*main.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     for name, label in _SIDE.items():
         _draw_points(axes[name], figures, name)
         axes[name].set_title(label, loc="left", fontsize=10)
@@ -72,6 +74,7 @@ def _draw_points(axes: Axes, figures: Mapping[str, Any], name: str) -> None:
     runs: dict[tuple[Any, ...], list[Any]] = {}
     for point in figures["points"]:
         runs.setdefault((point["method"], point["strength"], point["learning_rate"]), []).append(point)
+    lowest = min(rate for _, _, rate in runs)
     for (method, strength, rate), run in runs.items():
         values, errors = zip(*(point[name] for point in run), strict=True)
         kls, kl_errors = zip(*(point["kl"] for point in run), strict=True)
@@ -80,7 +83,7 @@ def _draw_points(axes: Axes, figures: Mapping[str, Any], name: str) -> None:
             values,
             errors,
             kl_errors,
-            fmt="o-" if rate == min(r for m, _, r in runs if m == method) else "o--",
+            fmt="o-" if rate == lowest else "o--",
             markersize=4,
             linewidth=1,
             elinewidth=0.8,
@@ -89,6 +92,6 @@ def _draw_points(axes: Axes, figures: Mapping[str, Any], name: str) -> None:
         )
         labelled.add(method)
         if METHODS[method].strength and name == "reward":
-            text = f"{METHODS[method].strength}={strength:g}, {rate:g}"
+            text = f"{METHODS[method].strength}={strength:g}"
             place = (kls[-1], values[-1])
             axes.annotate(text, place, textcoords="offset points", xytext=(5, -3), fontsize=8, color=COLORS[method])

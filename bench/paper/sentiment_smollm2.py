@@ -44,13 +44,13 @@ class Size:
     held_out: int
     per_prefix: int
     beta: float
-    learning_rate: float = 1e-3
+    learning_rate: float = 5e-4
     rank: int = 16
     max_new_tokens: int = 24
 
 
 FULL = Size(192, 4, (0, 16, 32, 48), 32, 4, beta=0.5)
-QUICK = Size(192, (4, 16), 16, 6, 64, (2, 4, 8), (0, 1))
+QUICK = Size(8, 2, (0, 2, 4), 4, 2, beta=0.5)
 
 
 def compute(size: Size, quick: bool) -> dict[str, Any]:
