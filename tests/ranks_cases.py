@@ -83,7 +83,7 @@ CASES = {
     "best model": BEST,
     **{kind: {"loss_type": kind, "max_tokens": 24, **REQUIRED.get(kind, {})} for kind in losses.KINDS},
 }
-ZERO_CASES = ("plain", "max_tokens 24", "rpo")
+ZERO_CASES = ("plain", "max_tokens 24", "rpo", "aot")
 UNLIMITED = 10**9
 LONG_CASES = {
     f"max_tokens {most}, {'shared' if shared else 'not shared'}, accumulation {accumulation}": {
@@ -95,7 +95,7 @@ LONG_CASES = {
 FSDP = {"fsdp": True, "fsdp_config": {"version": 2}}
 FSDP_CASES = (
     *ZERO_CASES,
-    *("live reference", "token statistics", "checkpointing", "one pair a rank", "bco running mean", "aot", "lora"),
+    *("live reference", "token statistics", "checkpointing", "one pair a rank", "bco running mean", "lora"),
     *("lora live", "lora live aot", "accumulation", "clipped", "tied", "evaluated", "best model"),
     *("resumed", "resumed lora", "resumed tied", "synchronized each time"),
 )
