@@ -104,6 +104,7 @@ def draw(figures: Mapping[str, Any], png: Path) -> None:
         axes.set_xlabel(label)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[1].xaxis.set_major_formatter(lambda tokens, _: f"{tokens / 1000:g}k")
     figure.axes[0].set_ylabel("reward on held-out prefixes")
     figure.axes[0].set_title("What a reward costs on a 2-core toy", loc="left", fontweight="bold")
     figure.axes[1].set_title("dotted: spent before DPO's first step", loc="left", fontsize=9)

@@ -192,7 +192,7 @@ def draw(figures: Mapping[str, Any], png: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     left, right = figure.axes
     left.axhline(figures["reference"]["reward"][0], color="black", linestyle=":", linewidth=1, label="π_ref")
-    right.set_yscale("symlog", linthresh=0.1)
+    right.set_yscale("log")
     left.legend(frameon=False)
     left.set_title("Seeds and learning rates on a 2-core toy", loc="left", fontweight="bold")
     right.set_title("cross: collapsed; bars: standard error over seeds", loc="left", fontsize=9)
