@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dpofast.pair_records import PairTable
@@ -31,7 +31,8 @@ DISPLACED_NATS = 0.5
 OVERFIT_SHARE, OVERFIT_NATS = 0.05, 0.02
 # Policy minus reference log-prob, nats per token: every token is e times as likely, or as unlikely, on average.
 KL_PER_TOKEN = 1.0
-# The training loss has moved if it fell by this share of its first value; over fewer logs than these nobody knows.
+# The training loss has moved if it fell by this share of its first value, or of ln 2: of what a preference alone begins
+# with, since an NLL term may be several times as large. Over fewer logs than these nobody knows.
 LOSS_FALL, LEAST_LOGS = 0.02, 6
 # Share of responses that were cut to max_length.
 TRUNCATED = 0.05
@@ -54,25 +55,33 @@ class Run:
     """What the checks see of a run.
 
     history: the logs, in order; pairs: the last evaluation's, or None; with_reference: whether rewards are against a
-    reference; beta, learning_rate, epochs: of the settings; responses, truncated: those trained on, and those of them
-    that were cut to max_length; prefix: of the evaluation's metrics, where there are several.
+    reference; per_token: whether the loss compares log-probs per token; beta, learning_rate, epochs: of the settings;
+    responses, truncated: those trained on, and those of them that were cut to max_length; prefix: of the evaluation's
+    metrics, where there are several; compared: the pairs with the rewards that the loss compares, per token or summed;
+    length: what those have to do with length.
     """
 
     history: Sequence[Log]
     pairs: PairTable | None = None
     with_reference: bool = True
+    per_token: bool = False
     beta: float = 0.1
     learning_rate: float = 1e-6
     epochs: float = 1.0
     responses: int = 0
     truncated: int = 0
     prefix: str = "eval"
+    compared: PairTable | None = field(init=False)
     length: LengthStatistics | None = field(init=False)
 
     def __post_init__(self) -> None:
-        """Look at length once."""
-        enough = self.pairs is not None and len(self.pairs) >= LEAST_PAIRS
-        object.__setattr__(self, "length", length_statistics(self.pairs) if enough and self.pairs else None)
+        """Find the rewards that the loss compares, and look at length once."""
+        compared = self.pairs
+        if compared is not None and self.per_token:
+            compared = replace(compared, rewards=compared.rewards / compared.lengths)
+        enough = compared is not None and len(compared) >= LEAST_PAIRS
+        object.__setattr__(self, "compared", compared)
+        object.__setattr__(self, "length", length_statistics(compared) if enough and compared else None)
 
     def trained(self, name: str = "loss") -> list[tuple[int, float]]:
         """(step, value) of the training logs that have a finite value of this name."""
@@ -137,9 +146,10 @@ def loss_not_moving(run: Run) -> Finding | None:
     if len(losses) < LEAST_LOGS:
         return None
     first, last = _mean(losses[: max(1, len(losses) // 5)]), _tail_mean(losses)
-    if first - last >= LOSS_FALL * abs(first):
+    moved = LOSS_FALL * min(abs(first), math.log(2))
+    if first - last >= moved:
         return None
-    risen = last - first >= LOSS_FALL * abs(first)
+    risen = last - first >= moved
     rate = f"the learning rate (now {run.learning_rate:g})"
     return Finding(
         "loss_not_moving",
@@ -157,8 +167,8 @@ def loss_not_moving(run: Run) -> Finding | None:
 
 def accuracy_at_chance(run: Run) -> Finding | None:
     """The implicit reward tells chosen from rejected no better than a coin."""
-    if run.pairs is not None and len(run.pairs) >= LEAST_PAIRS:
-        accuracy = share(run.pairs.margins > 0)
+    if run.compared is not None and len(run.compared) >= LEAST_PAIRS:
+        accuracy = share(run.compared.margins > 0)
         if accuracy.low > 0.5 or not run.trained():
             return None
         seen = (
@@ -230,24 +240,25 @@ def likelihood_displacement(run: Run) -> Finding | None:
 def length_bias(run: Run) -> Finding | None:
     """The implicit reward follows the length of the response."""
     length = run.length
-    if length is None or run.pairs is None or math.isnan(length.margin_correlation):
+    if length is None or run.compared is None or math.isnan(length.margin_correlation):
         return None
     r, (longer, shorter) = length.margin_correlation, (length.accuracy_chosen_longer, length.accuracy_chosen_shorter)
     gap = longer.value - shorter.value
-    if abs(r) < max(LENGTH_CORRELATION, 2 / math.sqrt(len(run.pairs))) or not gap * math.copysign(1, r) > (
+    if abs(r) < max(LENGTH_CORRELATION, 2 / math.sqrt(len(run.compared))) or not gap * math.copysign(1, r) > (
         LENGTH_ACCURACY_GAP
     ):
         return None
-    which = "longer" if r > 0 else "shorter"
+    which, margin = "longer" if r > 0 else "shorter", "Margin per token" if run.per_token else "Margin"
+    per_token = "Compare responses per token: --loss_type sigmoid_norm, or --loss_type simpo without a reference."
     return Finding(
         "length_bias",
         f"The model prefers the {which} response",
-        f"Margin and length difference correlate with r = {r:+.2f}; accuracy is {longer.value:.0%} where the chosen "
+        f"{margin} and length difference correlate with r = {r:+.2f}; accuracy is {longer.value:.0%} where the chosen "
         f"response is the longer one and {shorter.value:.0%} where it is the shorter one (length-balanced: "
         f"{length.accuracy_balanced:.0%}).",
         (
             "Count tokens beyond the shorter response's length less: --ld_alpha 0.5 (LD-DPO).",
-            "Compare responses per token: --loss_type sigmoid_norm, or --loss_type simpo without a reference.",
+            *([] if run.per_token else [per_token]),
             f"Balance the data: the chosen response is the longer one in {length.chosen_longer:.0%} of these pairs.",
         ),
     )

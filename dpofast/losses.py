@@ -241,6 +241,7 @@ class Kind:
         smoothing: the range of label_smoothing, a key of SMOOTHING_RANGES; None if it is not used.
         options: further fields of PreferenceLoss that it reads.
         nll: whether it holds an NLL term of the chosen response.
+        per_token: whether it compares the responses' log-probs per token.
     """
 
     function: Callable[[Pairs, PreferenceLoss], Tensor]
@@ -251,6 +252,7 @@ class Kind:
     smoothing: str | None = None
     options: tuple[str, ...] = ()
     nll: bool = False
+    per_token: bool = False
 
 
 SMOOTHING_RANGES: dict[str, Callable[[float], bool]] = {
@@ -261,10 +263,10 @@ SMOOTHING_RANGES: dict[str, Callable[[float], bool]] = {
 
 KINDS: dict[str, Kind] = {
     "sigmoid": Kind(_sigmoid, divergence=True, smoothing="[0, 0.5]"),
-    "sigmoid_norm": Kind(_sigmoid_norm, divergence=True, lengths=True, smoothing="[0, 0.5]"),
+    "sigmoid_norm": Kind(_sigmoid_norm, divergence=True, lengths=True, smoothing="[0, 0.5]", per_token=True),
     "robust": Kind(_robust, divergence=True, smoothing="[0, 0.5)"),
     "hinge": Kind(_hinge, divergence=True),
-    "ipo": Kind(_ipo, divergence=True, lengths=True, options=("ipo_average",)),
+    "ipo": Kind(_ipo, divergence=True, lengths=True, options=("ipo_average",), per_token=True),
     "exo_pair": Kind(_exo_pair, divergence=True, smoothing="(0, 1)"),
     "discopop": Kind(_discopop, divergence=True, options=("discopop_tau",)),
     "nca_pair": Kind(_nca_pair),
@@ -277,8 +279,8 @@ KINDS: dict[str, Kind] = {
     "aot_unpaired": Kind(_aot_unpaired, coupled=True, smoothing="[0, 0.5]"),
     "kto_pair": Kind(_kto_pair, coupled=True),
     "sft": Kind(_sft, reference=False, lengths=True, nll=True),
-    "simpo": Kind(_simpo, reference=False, lengths=True, options=("simpo_gamma",)),
-    "orpo": Kind(_orpo, reference=False, lengths=True, nll=True),
+    "simpo": Kind(_simpo, reference=False, lengths=True, options=("simpo_gamma",), per_token=True),
+    "orpo": Kind(_orpo, reference=False, lengths=True, nll=True, per_token=True),
     "cpo": Kind(_cpo, reference=False, lengths=True, options=("cpo_alpha",), nll=True),
 }
 

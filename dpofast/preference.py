@@ -191,6 +191,13 @@ class PreferenceLoss:
         modified = self.ld_alpha is not None or self.use_weighting or self.rpo_alpha is not None
         return modified or any(KINDS[kind].lengths for kind in self.kinds)
 
+    @property
+    def per_token(self) -> bool:
+        """Whether every kind that compares responses compares their log-probs per token."""
+        compared = [kind for kind in self.kinds if kind != "sft"]
+        summed = "ipo" in compared and not self.ipo_average
+        return bool(compared) and not summed and all(KINDS[kind].per_token for kind in compared)
+
     @staticmethod
     def decode(encoded: str) -> PreferenceLoss:
         """The loss that `encoded` says."""

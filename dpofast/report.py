@@ -92,6 +92,7 @@ def run_of(trainer: Any, prefix: str, records: PairRecords | None) -> Run:
         history=trainer.state.log_history,
         pairs=None if records is None else records.table(),
         with_reference=any(name.endswith("displacement") for entry in trainer.state.log_history for name in entry),
+        per_token=trainer.loss.per_token,
         beta=args.beta,
         learning_rate=args.learning_rate,
         epochs=trainer.state.epoch or args.num_train_epochs,

@@ -122,9 +122,9 @@ def _lengths(axes: Axes, run: Run) -> None:
 
 
 def _scatter(axes: Axes, run: Run) -> None:
-    if run.pairs is None or not len(run.pairs):
+    if run.compared is None or not len(run.compared):
         return
-    margins, longer = run.pairs.margins, run.pairs.lengths[:, 0] - run.pairs.lengths[:, 1]
+    margins, longer = run.compared.margins, run.compared.lengths[:, 0] - run.compared.lengths[:, 1]
     drawn = np.flatnonzero(np.isfinite(margins))[:: -(-len(margins) // _MOST_DOTS)]
     margins, longer = margins[drawn], longer[drawn]
     axes.scatter(longer, margins, s=14, alpha=0.55, linewidths=0, color=BLUE)

@@ -1,6 +1,7 @@
 """Every warning fires on a history made for it, and on no other."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -109,6 +110,24 @@ def test_length_bias_goes_both_ways_and_says_which():
     (finding,) = diagnose(Run(history=history(), pairs=pairs(0.6 - 0.05 * LENGTHS, LENGTHS)))
     assert finding.title == "The model prefers the shorter response" and "r = -1.00" in finding.text
     assert "--ld_alpha" in " ".join(finding.advice) and "simpo" in " ".join(finding.advice)
+
+
+def test_a_loss_that_compares_log_probs_per_token_is_judged_by_them():
+    # a nat less for each token of a rejected response, 0.8 for each of a chosen one: sums prefer the shorter response
+    lengths = np.stack([50 + LENGTHS, np.full(200, 50)], axis=1)
+    per_token = np.stack([-0.8 + DRAW.normal(0, 0.1, 200), np.full(200, -1.0)], axis=1)
+    table = PairTable(np.arange(200), per_token * lengths, per_token * lengths, lengths, np.full(200, 0.5))
+    assert [found.name for found in diagnose(Run(history=history(), pairs=table))] == ["length_bias"]
+    assert diagnose(Run(history=history(), pairs=table, per_token=True)) == []
+    biased = replace(table, rewards=(per_token + np.stack([0.05 * LENGTHS, 0 * LENGTHS], axis=1)) * lengths)
+    (finding,) = diagnose(Run(history=history(), pairs=biased, per_token=True))
+    assert finding.name == "length_bias" and finding.text.startswith("Margin per token")
+    assert "simpo" not in " ".join(finding.advice)
+
+
+def test_an_nll_term_does_not_hide_that_the_loss_moves():
+    losses = [3.02, 3.01, 3.0, 2.98, 2.97, 2.96]
+    assert diagnose(Run(history=history(losses=losses), pairs=fair_pairs())) == []
 
 
 def test_a_loss_that_rises_is_told_from_one_that_stands_still():

@@ -108,3 +108,19 @@ def test_shapes_that_do_not_fit(change, message):
     logps, pairs, ref = inputs()
     with pytest.raises(ValueError, match=message):
         preference_loss(**{"logps": logps, "pairs": pairs, "ref_logps": ref, **change})
+
+
+@pytest.mark.parametrize(
+    ("options", "per_token"),
+    [
+        ({"kind": "sigmoid"}, False),
+        ({"kind": "sigmoid_norm"}, True),
+        ({"kind": ("simpo", "sft")}, True),
+        ({"kind": ("sigmoid", "sigmoid_norm")}, False),
+        ({"kind": "ipo"}, True),
+        ({"kind": "ipo", "ipo_average": False}, False),
+        ({"kind": "sft"}, False),
+    ],
+)
+def test_which_losses_compare_log_probs_per_token(options, per_token):
+    assert PreferenceLoss(**options).per_token is per_token

@@ -135,31 +135,33 @@ def _shown(found: dict[str, Any], size: Size) -> dict[str, Any]:
     return {"beta": beta, "points": {count: found[f"clean-{beta}-{count}-{SEEDS[0]}"]["rewards"] for count in counts}}
 
 
+def _columns(found: dict[str, Any]) -> list[str]:
+    """KL, what the correlation lacks to 1, and the slope."""
+    correlation, error = found["correlation"]
+    return [plus_minus(found["kl"]), plus_minus((1 - correlation, error)), plus_minus(found["regression"])]
+
+
 def _print(size: Size, clean: dict[str, Any], flipped: dict[str, Any]) -> None:
     rows = []
     for beta, found in clean.items():
         for pairs, of in found["pairs"].items():
             predicted = found["predicted_kl_times_pairs"] / int(pairs)
-            values = [plus_minus(of[name]) for name in ("kl", "correlation", "regression")]
+            values = _columns(of)
             rows.append(
                 [beta, f"{of['kl_reference'][0]:.3g}", f"{int(pairs):,}", values[0], f"{predicted:.3g}", *values[1:]]
             )
     table = text_table(
         f"Clean labels; {size.space.responses:,} responses, {size.space.free_parameters} parameters a prompt",
-        ["β", "KL(π*‖π_ref)", "pairs a prompt", "KL(π_θ‖π*)", "predicted", "r", "slope on r*"],
+        ["β", "KL(π*‖π_ref)", "pairs a prompt", "KL(π_θ‖π*)", "predicted", "1 − r", "slope on r*"],
         rows,
     )
     print(table)
     for beta, found in clean.items():
         print(f"β = {beta}: KL falls like pairs^({plus_minus(found['rate'])}) from {LARGE} pairs a parameter on")
-    rows = [
-        [kind, f"{int(pairs):,}", *(plus_minus(of[name]) for name in ("kl", "correlation", "regression"))]
-        for kind, found in flipped.items()
-        for pairs, of in found.items()
-    ]
+    rows = [[kind, f"{int(pairs):,}", *_columns(of)] for kind, found in flipped.items() for pairs, of in found.items()]
     table = text_table(
         f"{FLIPPED:.0%} of the labels flipped, β = {FLIPPED_BETA:g}",
-        ["loss", "pairs a prompt", "KL(π_θ‖π*)", "r", "slope on r*"],
+        ["loss", "pairs a prompt", "KL(π_θ‖π*)", "1 − r", "slope on r*"],
         rows,
     )
     print(table)

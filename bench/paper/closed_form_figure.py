@@ -58,6 +58,7 @@ def _rate(axes: Axes, pairs: Sequence[int], clean: Mapping[str, Any]) -> None:
     axes.plot([], [], color=GREY, linestyle=":", label="predicted, tr(F·H⁻¹)/(2n)")
     axes.set(xscale="log", yscale="log", xlabel="pairs a prompt, n", ylabel="KL(π_θ‖π*), nats")
     axes.set_title("Distance from the closed form", **_TITLE)
+    axes.set_ylim(top=axes.get_ylim()[1] * 100)  # room for the legend
 
 
 def _rewards(axes: Axes, shown: Mapping[str, Any]) -> None:
