@@ -50,7 +50,7 @@ from dpofast.run_identity import (
     parameters_identity,
     tokenizer_identity,
 )
-from dpofast.sharding import load_weights, save_optimizer, saved_once
+from dpofast.sharding import first_shard, load_weights, save_optimizer, saved_once
 
 
 class CheckpointedTrainer(Trainer):
@@ -122,7 +122,7 @@ class CheckpointedTrainer(Trainer):
             OSError: the last state could not be written, see the module.
             TrainingInterrupted: SIGTERM or SIGINT came, and a checkpoint was written.
         """
-        if self.is_fsdp_enabled and any(hasattr(weight, "device_mesh") for weight in self.model.parameters()):
+        if self.is_fsdp_enabled and first_shard(self.model) is not None:
             raise ValueError(
                 "train: this model is sharded already: build a new trainer, and resume from a checkpoint to go on"
             )

@@ -68,9 +68,14 @@ def curve(axes: Axes, entries: Sequence[Mapping[str, Any]], name: str, label: st
         axes.plot(*zip(*points, strict=True), label=label.strip(), **style)
 
 
-def finish(axes: Axes) -> None:
-    """Grid, frame and legend."""
+def frame(axes: Axes) -> None:
+    """Grid, and two sides of a frame."""
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def finish(axes: Axes) -> None:
+    """Grid, frame and legend."""
+    frame(axes)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False)

@@ -45,19 +45,24 @@ def check_sharding(args: Any) -> None:
         )
 
 
+def first_shard(model: nn.Module) -> tuple[str, Any] | None:
+    """Name and weight of the first DTensor, None where all weights are whole."""
+    return next(((name, w) for name, w in model.named_parameters() if hasattr(w, "device_mesh")), None)
+
+
 def check_whole(model: nn.Module, name: str) -> None:
     """Look for weights of which each rank has a part.
 
     Raises:
         ValueError: one such: the trainer would give the ranks that share it different pairs.
     """
-    for key, weight in model.named_parameters():
-        if hasattr(weight, "device_mesh"):
-            raise ValueError(
-                f"{name}: expected whole weights, got {key} sharded over {weight.device_mesh.size()} devices: FSDP2 "
-                "shards in train(), by the option fsdp; tensor parallelism needs a loop of your own, in which "
-                "linear_logprobs takes a head that is split by its vocabulary"
-            )
+    if (shard := first_shard(model)) is not None:
+        key, weight = shard
+        raise ValueError(
+            f"{name}: expected whole weights, got {key} sharded over {weight.device_mesh.size()} devices: FSDP2 "
+            "shards in train(), by the option fsdp; tensor parallelism needs a loop of your own, in which "
+            "linear_logprobs takes a head that is split by its vocabulary"
+        )
 
 
 def forward_dtype(accelerator: Any) -> torch.dtype | None:

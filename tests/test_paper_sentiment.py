@@ -16,15 +16,6 @@ from dpofast.reference import logprobs
 from tests.tiny import tiny_model
 
 
-@pytest.fixture
-def one_thread():
-    """A model this small gains nothing from a second one, and on a busy machine the two wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def pool(prefixes: int = 3, count: int = 40) -> torch.Tensor:
     return torch.randn(prefixes, count, generator=torch.Generator().manual_seed(0))
 

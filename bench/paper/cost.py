@@ -17,11 +17,12 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from bench.paper.cost_run import FULL, QUICK, Size
-from bench.paper.experiment import arguments, cells, mean_and_error, record
+from bench.paper.experiment import arguments, cells, mean_and_error, quiet, record
 from bench.paper.review_lm import reference, training_figures
 from bench.paper.reward import SCALE
-from bench.paper.toy import COLORS, METHODS, quiet
+from bench.paper.toy import METHODS
 from bench.timing import run_child
+from dpofast.plots import frame
 
 # Of the gain over π_ref that every run reaches.
 SHARES = (0.25, 0.5, 0.75, 1.0)
@@ -94,16 +95,15 @@ def draw(figures: Mapping[str, Any], png: Path) -> None:
             curve = of_method["curve"]
             x, y = ([point[key][0] for point in curve] for key in (name, "reward"))
             x_error, y_error = ([point[key][1] for point in curve] for key in (name, "reward"))
-            style = {"color": COLORS[method], "marker": "o", "ms": 4, "capsize": 2, "linewidth": 1.6}
-            axes.errorbar(x, y, yerr=y_error, xerr=x_error, label=METHODS[method], **style)
+            style = {"color": METHODS[method].color, "marker": "o", "ms": 4, "capsize": 2, "linewidth": 1.6}
+            axes.errorbar(x, y, yerr=y_error, xerr=x_error, label=METHODS[method].label, **style)
             if x[0] > 0:  # what was spent before the first step
-                axes.hlines(y[0], 0, x[0], color=COLORS[method], linestyle=":")
+                axes.hlines(y[0], 0, x[0], color=METHODS[method].color, linestyle=":")
         start = figures["methods"]["dpo"]["curve"][0]["reward"][0]
         for gain in figures["gains"]:
             axes.axhline(start + gain, color="#9ca3af", linewidth=0.8, linestyle="--")
         axes.set_xlabel(label)
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
+        frame(axes)
     figure.axes[1].xaxis.set_major_formatter(lambda tokens, _: f"{tokens / 1000:g}k")
     figure.axes[0].set_ylabel("reward on held-out prefixes")
     figure.axes[0].set_title("What a reward costs on a 2-core toy", loc="left", fontweight="bold")
@@ -124,11 +124,11 @@ def table(figures: Mapping[str, Any]) -> str:
             at = of_method["to_gain"][number]
             places = zip(COSTS, (1, 1, 0, 2), strict=True)
             shown = [f"{at[name][0]:,.{digits}f} ± {at[name][1]:,.{digits}f}" for name, digits in places]
-            lines.append(f"| {gain:+.2f} | {METHODS[method]} | " + " | ".join(shown) + " |")
+            lines.append(f"| {gain:+.2f} | {METHODS[method].label} | " + " | ".join(shown) + " |")
     for method, of_method in figures["methods"].items():
         (peak, peak_error), (gain, gain_error) = of_method["peak_bytes"], of_method["best_gain"]
         lines.append(
-            f"{METHODS[method]}: peak {peak / 1e6:.0f} ± {peak_error / 1e6:.0f} MB; best reward of a run "
+            f"{METHODS[method].label}: peak {peak / 1e6:.0f} ± {peak_error / 1e6:.0f} MB; best reward of a run "
             f"{gain:+.2f} ± {gain_error:.2f} above π_ref"
         )
     return "\n".join(lines)
@@ -138,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line entry."""
     args = arguments("cost", __doc__, argv)
     size = QUICK if args.quick else FULL
-    quiet()
+    quiet(threads=1)
     folder = args.work / "reference"
     reference(folder, args.quick)  # once, before the processes need it
 

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.paper.experiment import SEEDS
+from bench.paper.experiment import SEEDS, quiet
 from bench.paper.reward import reward
 from bench.paper.rl import train_rl
 from bench.paper.sampling import evaluate
 from bench.paper.sentiment_methods import COMPLETIONS, make_task, train_dpo
-from bench.paper.toy import METHODS, PREFIXES_PER_STEP, Toy, load_toy, quiet
+from bench.paper.toy import METHODS, PREFIXES_PER_STEP, Toy, load_toy
 from bench.timing import PeakMemory
 
 
@@ -163,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--reference", type=Path, required=True, help="folder of bench/paper/review_lm.py's π_ref")
     parser.add_argument("--out", type=Path, required=True, help="JSON file of the figures")
     args = parser.parse_args(argv)
-    quiet()
+    quiet(threads=1)
     size = QUICK if args.quick else FULL
     toy = load_toy(args.reference, args.quick, size.prefixes, size.held_out, args.seed)
     args.out.write_text(json.dumps(measure(args.method, args.seed, toy, size)))

@@ -14,12 +14,17 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
+import torch
 from tqdm import tqdm
+from transformers.utils import logging
 
 from bench.cases import RESULTS
 from bench.timing import write_record
 from dpofast.durable import put
 
+# Of a trainer's arguments: it leaves nothing behind and says nothing.
+UNATTENDED: dict[str, Any] = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": True}
 PACKAGES = ("torch", "transformers", "trl", "numpy", "dpofast")
 PAPER = Path(__file__).parent
 SEEDS = (0, 1, 2)
@@ -68,11 +73,29 @@ def cells(
             start = time.perf_counter()
             figures = compute(name)
             cell = {"settings": known, "figures": {**figures, "seconds": time.perf_counter() - start}}
-            aside = path.with_suffix(".aside")
-            aside.write_text(json.dumps(cell, allow_nan=False))
-            put(aside, path)
+            write_json(path, cell)
         found[name] = cell["figures"]
     return found
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """A file that is there whole or not at all.
+
+    Raises:
+        ValueError: a number in it is NaN or infinite.
+    """
+    aside = path.with_suffix(".aside")
+    aside.write_text(json.dumps(value, allow_nan=False))
+    put(aside, path)
+
+
+def quiet(threads: int | None = None) -> None:
+    """No progress bars and no advice of the libraries; one thread's seconds mean something on a busy machine."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    datasets.disable_progress_bars()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:

@@ -29,13 +29,10 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
 
-import datasets
-import torch
 from transformers import LlamaForCausalLM
-from transformers.utils import logging as transformers_logging
 
 from bench.paper import limits_data, toy_language
-from bench.paper.experiment import SEEDS, arguments, cells, mean_and_error, record
+from bench.paper.experiment import SEEDS, arguments, cells, mean_and_error, quiet, record
 from bench.paper.limits_figure import draw
 from bench.paper.limits_runs import CASES, PAIRS_PER_STEP, STEPS, figures
 from bench.paper.text_table import plus_minus, text_table
@@ -60,9 +57,7 @@ QUICK = Size((0,), ("fair", "dpo", "ld_zero", "norm", "alike", "rpo"), ("dpo", "
 def main(argv: Sequence[str] | None = None) -> int:
     """Run what is not there yet, draw, print and record. Returns 0."""
     args = arguments("limits", __doc__, argv)
-    torch.set_num_threads(1)
-    datasets.disable_progress_bars()
-    transformers_logging.set_verbosity_error()
+    quiet(threads=1)
     size = QUICK if args.quick else FULL
 
     @lru_cache(maxsize=1)
@@ -79,10 +74,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     names = [f"{case}-{seed}" for seed in size.seeds for case in ("reference", *size.cases)]
     settings = {
-        **{name: value for name, value in asdict(size).items() if name in ("reference_steps", "held_out")},
-        **{"steps": STEPS, "pairs_per_step": PAIRS_PER_STEP, "cases": {name: asdict(CASES[name]) for name in CASES}},
-        **{"rates": [limits_data.FAIR, limits_data.LONGER], "chosen_longer": limits_data.CHOSEN_LONGER},
-        **{"usual": toy_language.USUAL, "shortest": toy_language.SHORTEST, "longest": toy_language.LONGEST},
+        "reference_steps": size.reference_steps,
+        "held_out": size.held_out,
+        "steps": STEPS,
+        "pairs_per_step": PAIRS_PER_STEP,
+        "cases": {name: asdict(case) for name, case in CASES.items()},
+        "rates": [limits_data.FAIR, limits_data.LONGER],
+        "chosen_longer": limits_data.CHOSEN_LONGER,
+        "usual": toy_language.USUAL,
+        "shortest": toy_language.SHORTEST,
+        "longest": toy_language.LONGEST,
     }
     found = cells(args.work, settings, names, compute)
     summary = {

@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import LlamaForCausalLM, PrinterCallback
 
+from bench.paper.experiment import UNATTENDED
 from bench.paper.limits_data import preferences
 from bench.paper.toy_language import write
 from dpofast import DPOConfig, DPOTrainer
@@ -68,11 +69,8 @@ def figures(model: LlamaForCausalLM, case: Case, *, held_out: int, seed: int, re
             lr_scheduler_type="cosine",
             warmup_steps=5,
             logging_steps=5,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            use_cpu=True,
             seed=seed,
+            **UNATTENDED,
             **case.options,
         )
         trainer = DPOTrainer(policy, args=args, train_dataset=train, eval_dataset=test)

@@ -16,12 +16,12 @@ from pathlib import Path
 
 import torch
 from torch.nn import functional as F
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from bench.cases import package_folder
+from bench.paper.experiment import write_json
 from bench.real_pairs import TABLE, Review, read_reviews
-from dpofast.demo.language_model import train_tokenizer
-from dpofast.durable import put
+from dpofast.demo.language_model import small_llama, train_tokenizer
 
 SHORTEST_PREFIX, LONGEST_PREFIX = 2, 8
 HELD_OUT_SHARE = 0.1
@@ -135,9 +135,7 @@ def reference(
         "held_out_perplexity": perplexity(model, held_out_rows),
         "seconds": time.perf_counter() - start,
     }
-    aside = figures.with_suffix(".aside")
-    aside.write_text(json.dumps(known))
-    put(aside, figures)
+    write_json(figures, known)
     return model, tokenizer
 
 
@@ -180,20 +178,7 @@ def prefixes(
 
 def _train(rows: Sequence[list[int]], tokenizer: PreTrainedTokenizerFast, size: Size) -> LlamaForCausalLM:
     torch.manual_seed(size.seed)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=size.hidden_size,
-            intermediate_size=3 * size.hidden_size,
-            num_hidden_layers=size.layers,
-            num_attention_heads=size.hidden_size // 32,
-            max_position_embeddings=512,
-            tie_word_embeddings=True,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
+    model = small_llama(tokenizer, size.hidden_size, size.layers)
     rng = random.Random(size.seed)
     order = list(itertools.chain.from_iterable(_batches(rows, size.batch_size, rng) for _ in range(size.epochs)))
     optimizer = torch.optim.AdamW(model.parameters(), lr=size.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)

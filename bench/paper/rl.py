@@ -16,6 +16,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from trl import RLOOConfig, RLOOTrainer
 
+from bench.paper.experiment import UNATTENDED
+
 OnStep = Callable[[PreTrainedModel, int, int], Any]
 
 
@@ -112,12 +114,9 @@ def train_rl(
             max_completion_length=max_new_tokens,
             seed=seed,
             logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            use_cpu=True,
             bf16=False,
             gradient_checkpointing=False,
+            **UNATTENDED,
         )
         trainer = _PrefixTrainer(
             model=model,

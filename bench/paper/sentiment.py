@@ -16,12 +16,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
-from transformers.utils import logging
 
 from bench.paper import frontier
-from bench.paper.experiment import SEEDS, arguments, cells, mean_and_error, record
+from bench.paper.experiment import SEEDS, arguments, cells, mean_and_error, quiet, record
 from bench.paper.frontier import FrontierPoint
 from bench.paper.review_lm import prefixes, read_corpus, reference, split, training_figures
 from bench.paper.reward import SCALE, reward
@@ -244,9 +242,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line entry."""
     args = arguments("sentiment", __doc__, argv)
     size = QUICK if args.quick else FULL
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    datasets.disable_progress_bars()
+    quiet()
     if args.quick:
         print("quick: made-up reviews and a smaller model, so that no package with reviews is needed")
     folder = args.work / "reference"

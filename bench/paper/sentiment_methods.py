@@ -16,10 +16,12 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 
+from bench.paper.experiment import UNATTENDED
 from bench.paper.reward import reward
 from bench.paper.rl import AfterStep, train_rl
 from bench.paper.sampling import Samples, sample
 from dpofast import DPOConfig, DPOTrainer, attach_logprob_head, pack
+from dpofast.plots import BLUE, ORANGE
 
 COMPLETIONS = 4
 PAIRS_PER_PREFIX = 6
@@ -143,11 +145,8 @@ def _train_preferences(
             train_sampling_strategy="sequential",
             learning_rate=learning_rate,
             lr_scheduler_type="constant",
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            use_cpu=True,
             seed=task.seed,
+            **UNATTENDED,
             **options,
         )
         trainer = DPOTrainer(
@@ -223,7 +222,7 @@ class Method:
     """A method and the runs that make up its frontier.
 
     Attributes:
-        label: in the picture.
+        label, color: in pictures.
         train: (task, strength, learning_rate, on_step).
         strength: what the value is called; None where the method has none.
         runs: (strength, learning rate) of the full version; AdamW at a constant rate.
@@ -231,6 +230,7 @@ class Method:
     """
 
     label: str
+    color: str
     train: Callable[[Task, float, float, OnStep], None]
     strength: str | None
     runs: tuple[tuple[float, float], ...]
@@ -240,8 +240,12 @@ class Method:
 # The same strengths and rates for DPO and RL. A high rate goes farther, a low one wastes less divergence on noise.
 _GRID = tuple(itertools.product((0.1, 1.0), (1e-4, 3e-4)))
 METHODS = {
-    "dpo": Method("DPO", train_dpo, "β", _GRID, ((0.5, 5e-4), (2.0, 5e-4))),
-    "rl": Method("RL (RLOO)", train_rloo, "β", _GRID, ((0.5, 5e-4),)),
-    "preferred": Method("preferred fine-tuning", train_preferred, None, ((0.0, 1e-4), (0.0, 3e-4)), ((0.0, 5e-4),)),
-    "unlikelihood": Method("unlikelihood", train_unlikelihood, "α", ((0.5, 1e-4), (0.5, 3e-4)), ((0.5, 3e-4),)),
+    "dpo": Method("DPO", BLUE, train_dpo, "β", _GRID, ((0.5, 5e-4), (2.0, 5e-4))),
+    "rl": Method("RL (RLOO)", ORANGE, train_rloo, "β", _GRID, ((0.5, 5e-4),)),
+    "preferred": Method(
+        "preferred fine-tuning", "#16a34a", train_preferred, None, ((0.0, 1e-4), (0.0, 3e-4)), ((0.0, 5e-4),)
+    ),
+    "unlikelihood": Method(
+        "unlikelihood", "#9333ea", train_unlikelihood, "α", ((0.5, 1e-4), (0.5, 3e-4)), ((0.5, 3e-4),)
+    ),
 }

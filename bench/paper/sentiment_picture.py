@@ -8,8 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bench.paper.sentiment_methods import METHODS
+from dpofast.plots import frame
 
-COLORS = {"dpo": "#2563eb", "rl": "#ea580c", "preferred": "#16a34a", "unlikelihood": "#9333ea"}
 _SIDE = {
     "second_opinion": "second lexicon (textblob), unseen in training",
     "distinct_2": "distinct bigrams / bigrams",
@@ -35,8 +35,7 @@ def draw(figures: Mapping[str, Any], png: Path) -> None:
         axes[name].set_title(label, loc="left", fontsize=10)
     axes["length"].set_xlabel("KL(π‖π_ref), nats")
     for every in axes.values():
-        every.spines[["top", "right"]].set_visible(False)
-        every.grid(alpha=0.25)
+        frame(every)
     figure.savefig(png, dpi=120)
 
 
@@ -76,6 +75,7 @@ def _draw_points(axes: Axes, figures: Mapping[str, Any], name: str) -> None:
         runs.setdefault((point["method"], point["strength"], point["learning_rate"]), []).append(point)
     lowest = min(rate for _, _, rate in runs)
     for (method, strength, rate), run in runs.items():
+        drawn = METHODS[method]
         values, errors = zip(*(point[name] for point in run), strict=True)
         kls, kl_errors = zip(*(point["kl"] for point in run), strict=True)
         axes.errorbar(
@@ -87,11 +87,11 @@ def _draw_points(axes: Axes, figures: Mapping[str, Any], name: str) -> None:
             markersize=4,
             linewidth=1,
             elinewidth=0.8,
-            color=COLORS[method],
-            label=None if method in labelled else METHODS[method].label,
+            color=drawn.color,
+            label=None if method in labelled else drawn.label,
         )
         labelled.add(method)
-        if METHODS[method].strength and name == "reward":
-            text = f"{METHODS[method].strength}={strength:g}"
+        if drawn.strength and name == "reward":
+            text = f"{drawn.strength}={strength:g}"
             place = (kls[-1], values[-1])
-            axes.annotate(text, place, textcoords="offset points", xytext=(5, -3), fontsize=8, color=COLORS[method])
+            axes.annotate(text, place, textcoords="offset points", xytext=(5, -3), fontsize=8, color=drawn.color)

@@ -14,13 +14,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging
 
-from bench.paper.experiment import arguments, cells, record
+from bench.paper.experiment import arguments, cells, quiet, record
 from bench.paper.review_lm import prefixes, read_corpus, split
 from bench.paper.sampling import evaluate
 from bench.paper.sentiment_methods import make_task, positions, train_dpo
@@ -88,9 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not MODEL.is_dir():
         print(f"error: {MODEL} is no folder; make it with: python -m bench.smollm2 {MODEL}", file=sys.stderr)
         return 2
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    datasets.disable_progress_bars()
+    quiet()
     size = QUICK if args.quick else FULL
     figures = cells(args.work, asdict(size), ["dpo"], lambda _: compute(size, args.quick))["dpo"]
     record(args, "sentiment_smollm2", {**figures, "size": asdict(size)})

@@ -19,13 +19,13 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from bench.paper import sentiment_methods
-from bench.paper.experiment import SEEDS, arguments, cells, mean_and_error, record
+from bench.paper.experiment import SEEDS, arguments, cells, mean_and_error, quiet, record
 from bench.paper.review_lm import training_figures
 from bench.paper.reward import SCALE
 from bench.paper.sampling import evaluate
 from bench.paper.sentiment_methods import Task, make_task
-from bench.paper.toy import COLORS, METHODS, PREFIXES_PER_STEP, Toy, load_toy, quiet
+from bench.paper.toy import METHODS, PREFIXES_PER_STEP, Toy, load_toy
+from dpofast.plots import frame
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +117,7 @@ class Runs:
             if step == steps:
                 found.append(evaluated(policy))
 
-        train = sentiment_methods.METHODS[method].train
+        train = METHODS[method].train
         train(replace(task, steps=steps), self.size.beta, float(rate), look)
         return found[0]
 
@@ -174,22 +174,21 @@ def draw(figures: Mapping[str, Any], png: Path) -> None:
     panels = (("reward", "reward on held-out prefixes"), ("kl", "KL(π‖π_ref), nats a completion"))
     for axes, (name, label) in zip(figure.subplots(1, 2), panels, strict=True):
         for (method, of_method), aside in zip(figures["methods"].items(), (0.96, 1.04), strict=True):
-            color = COLORS[method]
+            color = METHODS[method].color
             rows = of_method["by_rate"]
             rates, means, errors = (
                 [row["learning_rate"] * aside for row in rows],
                 [row[name][0] for row in rows],
                 [row[name][1] for row in rows],
             )
-            axes.errorbar(rates, means, yerr=errors, color=color, capsize=3, linewidth=1.6, label=METHODS[method])
+            axes.errorbar(rates, means, yerr=errors, color=color, capsize=3, linewidth=1.6, label=METHODS[method].label)
             for run in of_method["runs"]:
                 marker = "o" if run["collapse"] is None else "x"
                 axes.plot(run["learning_rate"] * aside, run[name], marker, color=color, ms=5, alpha=0.7)
         axes.set_xscale("log")
         axes.set_xlabel("learning rate")
         axes.set_ylabel(label)
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
+        frame(axes)
     left, right = figure.axes
     left.axhline(figures["reference"]["reward"][0], color="black", linestyle=":", linewidth=1, label="π_ref")
     right.set_yscale("log")
@@ -210,12 +209,12 @@ def table(figures: Mapping[str, Any]) -> str:
         for name, label in labels.items():
             shown = " | ".join(f"{of_method['spread'][name][rank]:.2f}" for rank in ("best", "median", "worst"))
             collapsed = f"{of_method['collapsed']:.0%} of {len(of_method['runs'])}" if name == "reward" else ""
-            lines.append(f"| {METHODS[method] if name == 'reward' else ''} | {label} | {shown} | {collapsed} |")
+            lines.append(f"| {METHODS[method].label if name == 'reward' else ''} | {label} | {shown} | {collapsed} |")
     lines += ["", "| method | learning rate | reward | KL, nats | gain − β·KL | collapsed |", "| --- " * 6 + "|"]
     for method, of_method in figures["methods"].items():
         for row in of_method["by_rate"]:
             shown = " | ".join(f"{row[name][0]:.2f} ± {row[name][1]:.2f}" for name in labels)
-            lines.append(f"| {METHODS[method]} | {row['learning_rate']:g} | {shown} | {row['collapsed']} |")
+            lines.append(f"| {METHODS[method].label} | {row['learning_rate']:g} | {shown} | {row['collapsed']} |")
     reward, error = figures["reference"]["reward"]
     return "\n".join([*lines, f"π_ref: reward {reward:.2f} ± {error:.2f}"])
 
@@ -224,7 +223,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line entry."""
     args = arguments("stability", __doc__, argv)
     size = QUICK if args.quick else FULL
-    quiet()
+    quiet(threads=1)
     folder = args.work / "reference"
     runs = Runs(folder, size, args.quick)
     load_toy(folder, args.quick, 1, 1, 0)  # learned before its settings are asked for

@@ -7,24 +7,13 @@ one draw from Bradley-Terry under the same reward.
 from dataclasses import dataclass
 from pathlib import Path
 
-import datasets
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
 
+from bench.paper import sentiment_methods
 from bench.paper.review_lm import prefixes, read_corpus, reference, split
 
-METHODS = {"dpo": "DPO", "rl": "RL (RLOO)"}
-COLORS = {"dpo": "#2563eb", "rl": "#ea580c"}
+METHODS = {name: sentiment_methods.METHODS[name] for name in ("dpo", "rl")}
 PREFIXES_PER_STEP = 16  # 64 completions in a step of either method
-
-
-def quiet() -> None:
-    """One thread, whose seconds mean something on a busy machine, and no progress bars of the libraries."""
-    torch.set_num_threads(1)
-    datasets.disable_progress_bars()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
 
 
 @dataclass(frozen=True)

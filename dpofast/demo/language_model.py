@@ -37,14 +37,14 @@ def train_tokenizer(documents: list[str], vocab_size: int = 1536) -> PreTrainedT
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=PAD, padding_side="left")
 
 
-def small_llama(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """About a million random weights."""
+def small_llama(tokenizer: PreTrainedTokenizerFast, hidden_size: int = 128, layers: int = 4) -> LlamaForCausalLM:
+    """Random weights, about a million by default; heads of 32, an MLP of three hidden sizes, tied embeddings."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=4,
-        num_attention_heads=4,
+        hidden_size=hidden_size,
+        intermediate_size=3 * hidden_size,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden_size // 32,
         max_position_embeddings=512,
         tie_word_embeddings=True,
         bos_token_id=None,
