@@ -90,6 +90,8 @@ class CheckpointedTrainer(Trainer):
             identity["tokenizer"] = tokenizer_identity(self.processing_class)
         if hasattr(self.train_dataset, "__len__"):
             identity["train_dataset"] = dataset_identity(self.train_dataset, self.identity_columns)
+        if self.args.metric_for_best_model is not None:  # it decides which model is kept, and when to stop
+            identity["eval_dataset"] = dataset_identity(self.eval_dataset, self.identity_columns)
         return identity
 
     def progress_state(self) -> dict[str, Any]:
@@ -322,6 +324,12 @@ class CheckpointedTrainer(Trainer):
             load_weights(self.model, resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """A tied weight is written once, so under its other name it is not missing."""
+        tied = set(getattr(self.model, "all_tied_weights_keys", None) or ())
+        missing = [name for name in load_result.missing_keys if name not in tied]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
 
     # ---- what Trainer leaves out of a checkpoint --------------------------------------------------------------------
 

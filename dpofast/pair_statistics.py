@@ -31,7 +31,7 @@ LENGTH_METRICS = (
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value over `count` pairs and its 95 % interval; all NaN without pairs."""
+    """A value over `count` pairs and its 95 % interval; all NaN without pairs, a mean's interval NaN of one pair."""
 
     value: float
     low: float
@@ -54,8 +54,8 @@ def share(right: np.ndarray) -> Estimate:
 def mean(values: np.ndarray, *, resamples: int = 1000, seed: int = 0) -> Estimate:
     """The mean of (P,) numbers with its percentile bootstrap interval (Efron 1979); the same numbers give the same."""
     count = len(values)
-    if count == 0:
-        return Estimate(math.nan, math.nan, math.nan, 0)
+    if count < 2:  # one value has no spread to tell an interval from
+        return Estimate(float(values[0]) if count else math.nan, math.nan, math.nan, count)
     draw = np.random.default_rng(seed)
     means = [values[draw.integers(count, size=count)].mean() for _ in range(resamples)]
     low, high = np.percentile(means, [2.5, 97.5])

@@ -29,6 +29,7 @@ _PARAMETERS = "trainable parameters"
 _WAYS = {
     "tokenizer": "pass the tokenizer that the run began with: it lies in the checkpoint",
     "train_dataset": "the data, or the way it becomes tokens, changed between the runs: pass the data as it was",
+    "eval_dataset": "since metric_for_best_model compares evaluations, pass the data that they were of",
     "frozen weights": "the checkpoint has only what is trained: load the base model that the run began with",
     "reference weights": "the model that a run begins from is its reference: pass that model and not a checkpoint",
 }
@@ -78,9 +79,14 @@ def tokenizer_identity(tokenizer: Any) -> str:
 
 
 def dataset_identity(dataset: Any, columns: Sequence[str] | None = None) -> str:
-    """Number of rows and, of a datasets.Dataset, a checksum over the values of its columns (None: all), in order."""
+    """Number of rows and, of a datasets.Dataset, a checksum over the values of its columns (None: all), in order.
+
+    A dict of datasets has the identity of each.
+    """
+    if isinstance(dataset, dict):
+        return ", ".join(f"{name}: {dataset_identity(part, columns)}" for name, part in dataset.items())
     if not isinstance(dataset, Dataset):
-        return f"{len(dataset)} rows"
+        return f"{len(dataset)} rows" if hasattr(dataset, "__len__") else type(dataset).__name__
     names = sorted(dataset.column_names if columns is None else columns)
     digest = _digest()
     for table in dataset.select_columns(names).with_format("arrow").iter(batch_size=1000):

@@ -5,6 +5,7 @@ test_checkpoint_ranks.py those of several processes.
 """
 
 import errno
+import logging
 import os
 import pickle
 import shutil
@@ -436,6 +437,27 @@ def test_another_run_is_refused(run, options, message):
     with pytest.raises(ValueError, match=rf"\S+checkpoint-6 was written by another run: .*{message}.*Go on with what"):
         trainer.train(resume_from_checkpoint="latest")
     assert torch.equal(weights_of(trainer), before)
+
+
+def test_other_held_out_pairs_are_refused_where_they_choose_the_best_model(tmp_path):
+    options = {**SAVING, "eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
+    make_trainer(tmp_path, evaluation=tiny_dataset(4, seed=1), **options).train()
+    message = r"eval_dataset was 4 rows with checksum \w+, is a: 5 rows with checksum \w+\. Since metric_for_best"
+    with pytest.raises(ValueError, match=message):
+        trainer = make_trainer(
+            tmp_path, evaluation={"a": tiny_dataset(5, seed=1)}, **options, metric_for_best_model="a_loss"
+        )
+        trainer.train(resume_from_checkpoint="latest")
+
+
+def test_a_tied_weight_is_not_called_missing(tmp_path, caplog):
+    make_trainer(tmp_path, model=tiny_model("llama-tied"), **SAVING).train()
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    resumed = make_trainer(tmp_path, model=tiny_model("llama-tied"), **SAVING)
+    resumed.train(resume_from_checkpoint="latest")
+    logger.removeHandler(caplog.handler)
+    assert "missing" not in caplog.text
 
 
 def test_another_tokenizer_is_refused(run, monkeypatch):

@@ -170,6 +170,7 @@ def test_missing_files_and_models(run, tmp_path, model_dir):
         (["--max-length", "9", "--max_length", "8"], "--max_length: given twice (first as --max-length)"),
         (["--lora_r", "-1"], "lora_r: expected 0 (train all weights) or a rank of 1 or more, got -1"),
         (["--lora_r", "2", "--lora_alpha", "0"], "lora_alpha: expected 1 or more, got 0"),
+        (["--lora_alpha", "32"], "lora_alpha: 32 has no effect without an adapter"),
         (["--load_in_4bit"], "load_in_4bit: 4-bit weights cannot be trained themselves"),
         (["--early_stopping_patience", "2"], "early_stopping_patience: needs held-out pairs"),
         (["--early_stopping_patience", "0", "--eval_data", "x"], "early_stopping_patience: expected 1 or more"),
@@ -189,6 +190,13 @@ def test_a_yaml_key_that_stands_twice_is_refused(run, tmp_path):
     config.write_text("beta: 0.5\nmax_steps: 3\nbeta: 0.1\n")
     code, _, err, output = run(ROWS, "--config", str(config))
     assert code == 2 and "train.yaml: beta stands there twice" in err and not output.exists()
+
+
+def test_an_unknown_yaml_key_is_named_with_its_file(run, tmp_path):
+    config = tmp_path / "train.yaml"
+    config.write_text("betta: 0.5\n")
+    code, _, err, output = run(ROWS, "--config", str(config))
+    assert code == 2 and f"unknown: --betta 0.5 (from {config})" in err and not output.exists()
 
 
 def test_an_unknown_best_metric_is_refused_with_those_that_exist(run, tmp_path):

@@ -109,6 +109,22 @@ def test_the_table_says_it_for_people(folders, capsys):
     assert "The chosen response is the longer one in" in printed
 
 
+def test_a_model_against_itself_ties_everywhere(folders, capsys):
+    flags = ["--model", str(folders / "base"), "--ref_model", str(folders / "base")]
+    assert main(["eval", *flags, "--data", str(folders / "pairs.jsonl")]) == 0
+    assert "In 30 of 30 pairs the two rewards tie, which is not accurate" in capsys.readouterr().out
+
+
+def test_one_pair_has_means_without_an_interval(folders, capsys, tmp_path):
+    data = tmp_path / "one.jsonl"
+    data.write_text(json.dumps(ROWS[0]))
+    assert main(["eval", "--model", str(folders / "adapter"), "--data", str(data), "--output", "json"]) == 0
+    margin = json.loads(capsys.readouterr().out)["metrics"]["margin"]
+    assert margin["value"] != 0 and margin["low"] is margin["high"] is None
+    assert main(["eval", "--model", str(folders / "adapter"), "--data", str(data)]) == 0
+    assert "nan" not in capsys.readouterr().out
+
+
 def test_pairs_of_equal_lengths_have_no_length_to_speak_of(folders, capsys, tmp_path):
     data = tmp_path / "equal.jsonl"
     data.write_text("".join(json.dumps({**row, "chosen": " 6", "rejected": " 7"}) + "\n" for row in ROWS))

@@ -30,7 +30,8 @@ def parse(classes: tuple[Any, ...], argv: Sequence[str], *, prog: str, descripti
         args=flags, look_for_args_file=False, return_remaining_strings=True
     )
     if unknown:
-        parser.error(f"unknown: {' '.join(unknown)}")
+        place = f" (from {path})" if path and unknown[0] not in given else ""
+        parser.error(f"unknown: {' '.join(unknown)}{place}")
     return tuple(parsed[: len(classes)])
 
 

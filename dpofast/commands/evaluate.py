@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
         print(_json(arguments, figures, length, prepared.report))
     else:
         print(prepared.report.summary())
-        _show(arguments, figures, length)
+        _show(arguments, figures, length, ties=int((pairs.margins == 0).sum()))
     return 0
 
 
@@ -130,7 +130,7 @@ def _json(arguments: EvalArguments, figures: dict[str, Estimate], length: Length
     )
 
 
-def _show(arguments: EvalArguments, figures: dict[str, Estimate], length: LengthStatistics) -> None:
+def _show(arguments: EvalArguments, figures: dict[str, Estimate], length: LengthStatistics, *, ties: int) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -140,10 +140,12 @@ def _show(arguments: EvalArguments, figures: dict[str, Estimate], length: Length
     for name, estimate in figures.items():
         if not math.isnan(estimate.value) and not (arguments.no_reference and name == "chosen below reference"):
             form = "{:+.3f}" if "margin" in name or "reward" in name.split(",") else "{:.3f}"
-            interval = " to ".join(form.format(bound) for bound in (estimate.low, estimate.high))
+            bounds = (estimate.low, estimate.high)
+            interval = "-" if math.isnan(estimate.low) else " to ".join(form.format(bound) for bound in bounds)
             table.add_row(name, form.format(estimate.value), interval, f"{estimate.count:,}")
-    console = Console()
-    console.print(table)
+    Console().print(table)
+    if ties:
+        print(f"In {ties:,} of {figures['margin'].count:,} pairs the two rewards tie, which is not accurate.")
     shares = _lengths(length)
     if math.isnan(shares["chosen_is_longer"]):
         return  # all pairs are of equal lengths

@@ -126,16 +126,19 @@ def _refuse_pickles(name: str, pickles: str, weights: str) -> None:
         )
 
 
-def lora(rank: int, alpha: int) -> Any:
-    """peft's LoraConfig on every linear layer but the head, or None for rank 0.
+def lora(rank: int, alpha: int | None) -> Any:
+    """peft's LoraConfig on every linear layer but the head, its alpha 16 if None is given; or None for rank 0.
 
     Raises:
-        ValueError: a rank below 0, an alpha below 1, or no peft.
+        ValueError: a rank below 0, an alpha below 1 or without a rank, or no peft.
     """
     if rank < 0:
         raise ValueError(f"lora_r: expected 0 (train all weights) or a rank of 1 or more, got {rank}")
     if rank == 0:
+        if alpha is not None:
+            raise ValueError(f"lora_alpha: {alpha} has no effect without an adapter: add its rank, --lora_r 16")
         return None
+    alpha = 16 if alpha is None else alpha
     if alpha < 1:
         raise ValueError(f"lora_alpha: expected 1 or more, got {alpha}")
     try:

@@ -33,7 +33,7 @@ class TrainArguments:
     lora_r: int = field(
         default=0, metadata={"help": "Rank of a LoRA adapter on every linear layer; 0 trains all weights."}
     )
-    lora_alpha: int = field(default=16, metadata={"help": "LoRA's alpha."})
+    lora_alpha: int | None = field(default=None, metadata={"help": "LoRA's alpha; default 16."})
     load_in_4bit: bool = field(
         default=False,
         metadata={"help": "QLoRA: the frozen weights in 4 bits, by bitsandbytes; needs --lora_r."},
