@@ -34,7 +34,7 @@ import dpofast
 from bench.paper.closed_form_figure import draw
 from bench.paper.closed_form_fit import SLOPE, figures
 from bench.paper.enumerable import Space, World, random_world
-from bench.paper.experiment import SEEDS, arguments, cells, mean_and_error, record
+from bench.paper.experiment import SEEDS, arguments, cells, mean_and_error, quiet, record
 from bench.paper.information import predicted_kl
 from bench.paper.text_table import plus_minus, text_table
 
@@ -70,7 +70,7 @@ QUICK = Size(Space(2, 6, 4), (1_000, 10_000, 100_000), (0.2, 1.0), 20_000)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run what is not there yet, draw, print and record. Returns 0."""
     args = arguments("closed_form", __doc__, argv)
-    torch.set_num_threads(1)
+    quiet(threads=1)
     size = QUICK if args.quick else FULL
     world = random_world(size.space, seed=0)
 
@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     names += [f"clean-{beta}-{pairs}-{seed}" for beta in size.betas for pairs in size.pairs for seed in SEEDS]
     names += [f"flipped-{kind}-{pairs}-{seed}" for kind in LOSSES for pairs in size.large for seed in SEEDS]
     settings = {**asdict(size), "flipped": FLIPPED, "flipped_beta": FLIPPED_BETA, "slope": SLOPE}
-    found = cells(args.work, settings, names, compute)
+    found = cells(args, settings, names, compute)
     clean = {str(beta): _clean(found, size, beta) for beta in size.betas}
     flipped = {kind: _over_pairs(found, size.large, f"flipped-{kind}") for kind in LOSSES}
     draw(args.pictures / "closed_form.png", size.pairs, size.large, clean, flipped, _shown(found, size), FLIPPED)

@@ -153,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = {**asdict(size), "scale": SCALE, "reference": known}
     # Methods alternate, so that a change of the machine's mood meets both.
     names = [f"{method}_{seed}" for seed in size.seeds for method in METHODS]
-    figures = {**collect(cells(args.work, settings, names, compute), size), "size": asdict(size), "reference": known}
+    figures = {**collect(cells(args, settings, names, compute), size), "size": asdict(size), "reference": known}
     draw(figures, args.pictures / "cost.png")
     record(args, "cost", figures)
     print(table(figures))

@@ -9,6 +9,8 @@ import argparse
 import json
 import math
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -34,15 +36,21 @@ def arguments(name: str, doc: str, argv: Sequence[str] | None = None) -> argpars
     """The command line of an experiment.
 
     Returns:
-        quick; work: the folder of its cells; pictures: the folder of its PNG; results: its JSON lines. A quick run
-        leaves all of them in its work folder, away from what is committed.
+        quick; work: the folder of its cells; pictures: the folder of its PNG; results: its JSON lines; processes and
+        part: how many compute the cells, and which of them this is. A quick run leaves all files in its work folder,
+        away from what is committed.
     """
     parser = argparse.ArgumentParser(
         prog=f"python -m bench.paper.{name}", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="a version of less than a minute, which shows less")
     parser.add_argument("--work", type=Path, help=f"folder of what is computed; default build/paper/{name}[-quick]")
+    parser.add_argument("--processes", type=int, default=1, help="of one thread each, that share the cells")
+    parser.add_argument("--part", type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    if args.processes < 1:
+        parser.error(f"--processes: expected 1 or more, got {args.processes}")
+    args.name = name
     args.work = args.work or Path("build/paper") / (f"{name}-quick" if args.quick else name)
     args.work.mkdir(parents=True, exist_ok=True)
     args.pictures = args.work if args.quick else PAPER
@@ -51,23 +59,53 @@ def arguments(name: str, doc: str, argv: Sequence[str] | None = None) -> argpars
 
 
 def cells(
-    work: Path, settings: Mapping[str, Any], names: Sequence[str], compute: Callable[[str], dict[str, Any]]
+    args: argparse.Namespace,
+    settings: Mapping[str, Any],
+    names: Sequence[str],
+    compute: Callable[[str], dict[str, Any]],
 ) -> dict[str, dict[str, Any]]:
     """compute(name) of every name, from its file where an earlier run has left it.
 
     Args:
-        work: folder of the files, <name>.json each.
+        args: of arguments(). With more processes than one this starts the others: each runs the experiment's command
+            up to here, computes every so manieth cell, and ends.
         settings: JSON-serializable; whatever changes a result must be among them.
         names: of the cells, fit to be file names.
         compute: figures of one cell, JSON-serializable. Its seconds are added under "seconds".
 
     Raises:
         ValueError: a figure is NaN or infinite.
+        RuntimeError: another process failed; what it said stands on stderr.
     """
+    mine = names[args.part :: args.processes]
+    if args.part:
+        _cells(args, settings, mine, compute)
+        raise SystemExit(0)
+    options = [f"--processes={args.processes}", f"--work={args.work}", *(["--quick"] if args.quick else [])]
+    command = [sys.executable, "-m", f"bench.paper.{args.name}", *options]
+    others = [subprocess.Popen([*command, f"--part={part}"]) for part in range(1, args.processes)]
+    try:
+        found = _cells(args, settings, mine, compute)
+    except BaseException:
+        for other in others:
+            other.terminate()
+        raise
+    failed = sum(other.wait() != 0 for other in others)
+    if failed:
+        raise RuntimeError(f"{failed} of {args.processes} processes failed; the same command goes on where they were")
+    return _cells(args, settings, names, compute) if others else found
+
+
+def _cells(
+    args: argparse.Namespace,
+    settings: Mapping[str, Any],
+    names: Sequence[str],
+    compute: Callable[[str], dict[str, Any]],
+) -> dict[str, dict[str, Any]]:
     known = json.loads(json.dumps(dict(settings)))
     found = {}
-    for name in tqdm(names, desc=work.name, unit="cell"):
-        path = work / f"{name}.json"
+    for name in tqdm(names, desc=args.name, unit="cell", position=args.part):
+        path = args.work / f"{name}.json"
         cell = json.loads(path.read_text()) if path.exists() else {}
         if cell.get("settings") != known:
             start = time.perf_counter()

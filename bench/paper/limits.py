@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "shortest": toy_language.SHORTEST,
         "longest": toy_language.LONGEST,
     }
-    found = cells(args.work, settings, names, compute)
+    found = cells(args, settings, names, compute)
     summary = {
         case: _over_seeds([found[f"{case}-{seed}"] for seed in size.seeds]) for case in ("reference", *size.cases)
     }

@@ -31,6 +31,7 @@ def draw(png: Path, summary: Mapping[str, Any]) -> None:
     displaced.axhline(DISPLACED, color=GREY, linestyle=":", label="the warning's threshold")
     displaced.set_title("Pairs that differ in a word: chosen below the reference", loc="left", fontweight="bold")
     for axes in (r, gap, length, displaced):
+        axes.bar([], [], color=ORANGE, label="the report warns")
         finish(axes)
     figure.savefig(png, dpi=120)
 

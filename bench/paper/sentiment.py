@@ -242,13 +242,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line entry."""
     args = arguments("sentiment", __doc__, argv)
     size = QUICK if args.quick else FULL
-    quiet()
+    quiet(threads=1)
     if args.quick:
         print("quick: made-up reviews and a smaller model, so that no package with reviews is needed")
     folder = args.work / "reference"
     sweep = Sweep(folder, size, args.quick)
     settings = {**asdict(size), "scale": SCALE, "reference": training_figures(folder)["settings"]}
-    figures = collect(cells(args.work, settings, names(size, args.quick), sweep.compute), size, args.quick)
+    figures = collect(cells(args, settings, names(size, args.quick), sweep.compute), size, args.quick)
     figures["reference"] = training_figures(folder)
     figures["size"] = asdict(size)
     draw(figures, args.pictures / "sentiment.png")

@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     quiet()
     size = QUICK if args.quick else FULL
-    figures = cells(args.work, asdict(size), ["dpo"], lambda _: compute(size, args.quick))["dpo"]
+    figures = cells(args, asdict(size), ["dpo"], lambda _: compute(size, args.quick))["dpo"]
     record(args, "sentiment_smollm2", {**figures, "size": asdict(size)})
     names = ("kl", "reward", "second_opinion", "length")
     print("| step | KL | reward | second lexicon | tokens | distinct-2 |\n|---|---|---|---|---|---|")

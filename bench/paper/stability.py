@@ -229,7 +229,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     load_toy(folder, args.quick, 1, 1, 0)  # learned before its settings are asked for
     known = training_figures(folder)["settings"]
     settings = {**asdict(size), "scale": SCALE, "reference": known}
-    found = cells(args.work, settings, runs.names(), runs.compute)
+    found = cells(args, settings, runs.names(), runs.compute)
     figures = {**collect(found, size), "size": asdict(size), "pi_ref": known}
     draw(figures, args.pictures / "stability.png")
     record(args, "stability", figures)
