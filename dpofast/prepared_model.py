@@ -46,6 +46,10 @@ def prepared_model(
     for each in models:
         if args.disable_dropout:
             _disable_dropout(each)
+        if hasattr(each, "peft_config"):
+            from dpofast.lora import fuse_lora
+
+            fuse_lora(each)
         attach_logprob_head(each, padded=args.padded)
     if len({vocabulary(each) for each in models}) > 1:
         raise ValueError(
