@@ -16,7 +16,8 @@ prompt once a response, --trl-patched is trl under dpofast.integrations.trl.patc
 Each run is a process of its own and the runs alternate. The first step is reported apart: it allocates the optimizer's
 state and touches every buffer for the first time, which happens once in a training run of thousands of steps. Memory
 is the peak above what the process held after its imports. Nothing is recorded unless all runs report the same loss
-within 1e-4 at every step. With --count each engine runs once more, counted and not timed (bench/work.py).
+within 1e-4 at every step. With --count each engine runs once more, counted (bench/work.py), and the products that were
+counted are timed alone.
 """
 
 import argparse
@@ -276,14 +277,19 @@ def compare(case: StepCase, engines: list[str], rounds: int, *, count: bool) -> 
 
 
 def work_table(figures: dict[str, dict[str, Any]], base: str) -> str:
-    """What was counted, beside the ratio of times; ratios are the base's over the engine's."""
-    lines = [f"{'a step':20}{'positions':>11}{'head rows':>11}{'GFLOP':>10}{'fewer':>9}{'faster':>9}"]
+    """What was counted, beside the ratio of times; ratios are the base's over the engine's.
+
+    "products": seconds of a step's GEMMs alone. "at most": the ratio of a step that did nothing else.
+    """
+    heads = ("positions", "head rows", "GFLOP", "fewer", "products", "at most", "faster")
+    lines = [f"{'a step':20}" + "".join(f"{head:>11}" for head in heads)]
     for engine, row in figures.items():
         work, against = row["work"], figures[base]
+        fewer = against["work"]["gemm_gflops"] / work["gemm_gflops"]
+        at_most, faster = (against["step_s"]["median"] / s for s in (work["gemm_s"], row["step_s"]["median"]))
         lines.append(
-            f"{engine:20}{work['positions']:11.0f}{work['head_rows']:11.0f}{work['gemm_gflops']:10.1f}"
-            f"{against['work']['gemm_gflops'] / work['gemm_gflops']:8.2f}x"
-            f"{against['step_s']['median'] / row['step_s']['median']:8.2f}x"
+            f"{engine:20}{work['positions']:11.0f}{work['head_rows']:11.0f}{work['gemm_gflops']:11.1f}{fewer:10.2f}x"
+            f"{work['gemm_s']:9.2f} s{at_most:10.2f}x{faster:10.2f}x"
         )
     return "\n".join(lines)
 

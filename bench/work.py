@@ -1,8 +1,13 @@
-"""What a trainer computes, counted and not timed: positions through the trunk, rows through the head, GEMM work."""
+"""What a trainer computes, counted: positions through the trunk, rows through the head, GEMM work.
+
+And how long its GEMMs take alone: a step that did nothing else would take that long.
+"""
 
 import math
+import time
 from typing import Any
 
+import torch
 from torch import nn
 
 from bench.cost import Cost
@@ -42,13 +47,25 @@ class Work:
         self._hook.remove()
 
     def figures(self, steps: int) -> dict[str, float]:
-        """Means of a step: positions, rows times products through the head, and GEMM work in units of 1e9."""
+        """Means of a step: positions, rows times products through the head, GEMM work in units of 1e9, its seconds."""
         head = sum(math.prod(shape) * count for shape, count in self._cost.gemms.items() if self._is_head(shape))
         return {
             "positions": self.positions / steps,
             "head_rows": head / (self.hidden * self.vocab) / steps,
             "gemm_gflops": self._cost.gemm_flops / 1e9 / steps,
+            "gemm_s": sum(seconds_alone(*shape) * count for shape, count in self._cost.gemms.items()) / steps,
         }
 
     def _is_head(self, shape: tuple[int, int, int]) -> bool:
         return self.hidden in shape and sum(side in self._widths for side in shape) < 2
+
+
+def seconds_alone(m: int, k: int, n: int) -> float:
+    """The best of three times of torch.mm, (M, K)·(N, K)ᵀ, into memory that it has written before."""
+    left, right, product = torch.randn(m, k), torch.randn(n, k), torch.empty(m, n)
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        torch.mm(left, right.t(), out=product)
+        times.append(time.perf_counter() - start)
+    return min(times)

@@ -52,7 +52,7 @@ def _draw_optimum(axes: Axes, figures: Mapping[str, Any]) -> None:
         f"β = {last['beta']:g}: {last['effective_samples']:.0f} effective samples; fewer beyond",
         (last["kl"][0], last["reward"][0]),
         textcoords="offset points",
-        xytext=(8, 8),
+        xytext=(14, -16),
         fontsize=8,
     )
     best = figures["best_of_n"]
