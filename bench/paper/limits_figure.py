@@ -30,8 +30,9 @@ def draw(png: Path, summary: Mapping[str, Any]) -> None:
     _bars(displaced, summary, alike, "displacement", "likelihood_displacement")
     displaced.axhline(DISPLACED, color=GREY, linestyle=":", label="the warning's threshold")
     displaced.set_title("Pairs that differ in a word: chosen below the reference", loc="left", fontweight="bold")
+    for axes in (r, displaced):
+        axes.bar(0, 0, color=ORANGE, label="the report warns")
     for axes in (r, gap, length, displaced):
-        axes.bar([], [], color=ORANGE, label="the report warns")
         finish(axes)
     figure.savefig(png, dpi=120)
 
