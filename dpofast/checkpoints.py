@@ -90,7 +90,7 @@ class CheckpointedTrainer(Trainer):
             identity["tokenizer"] = tokenizer_identity(self.processing_class)
         if hasattr(self.train_dataset, "__len__"):
             identity["train_dataset"] = dataset_identity(self.train_dataset, self.identity_columns)
-        if self.args.metric_for_best_model is not None:  # it decides which model is kept, and when to stop
+        if self.eval_dataset is not None:  # it decides which model is the best, and when to stop
             identity["eval_dataset"] = dataset_identity(self.eval_dataset, self.identity_columns)
         return identity
 
@@ -157,6 +157,8 @@ class CheckpointedTrainer(Trainer):
                 f"states of its own, and these are {self.args.world_size}: start as many as then"
             )
         self._same_length = check_same_run(manifest["run"], self._identity, folder)
+        # what this part of the run does without, its next checkpoints remember all the same
+        self._identity = {**manifest["run"], **self._identity}
         return str(folder)
 
     def _run_epoch(self, **arguments: Any) -> None:

@@ -21,7 +21,9 @@ def fuse_lora(model: nn.Module) -> int:
     """Let LoRA layers over nn.Linear take the short way wherever it is the same; returns how many of them there are.
 
     A layer takes peft's own way where there is more to do than the formula above: dropout, DoRA and other variants,
-    several or merged or disabled adapters, a bias of the adapter, weights of several dtypes, hooks on the parts.
+    several or merged or disabled adapters, a bias of the adapter, weights of several dtypes, parts with hooks or with a
+    forward of their own (ZeRO-3, offloading). The short way gives first derivatives only and no torch.func transforms,
+    and hooks on all modules see the layer but not its parts.
     """
     layers = [module for module in model.modules() if type(module) is Linear and type(module.base_layer) is nn.Linear]
     for layer in layers:
@@ -42,7 +44,7 @@ class FusedLoraLinear(Linear):
         tensors: list[Any] = [x, base.weight, base.bias, a, b]
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
-            tensors = [None if t is None else t.to(dtype) for t in tensors]
+            tensors = [t if t is None or t.dtype is torch.float64 else t.to(dtype) for t in tensors]
         if len({t.dtype for t in tensors if t is not None}) > 1:
             return super().forward(x)
         with torch.autocast(x.device.type, enabled=False):
@@ -58,15 +60,16 @@ class FusedLoraLinear(Linear):
         (name,) = active
         dropout, parts = self.lora_dropout[name], (self.base_layer, self.lora_A[name], self.lora_B[name])
         dropped = self.training and getattr(dropout, "p", 0.0) > 0
-        special = name in self.lora_variant or self.lora_B[name].bias is not None
+        special = (
+            name in self.lora_variant or self.lora_B[name].bias is not None or type(self.base_layer) is not nn.Linear
+        )
         return None if dropped or special or any(map(_hooked, parts)) else name
 
 
 def _hooked(module: nn.Module) -> bool:
-    """Whether somebody wants to be told of its calls, as ZeRO-3 does to gather the weights."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+    """Whether somebody wants to see its calls: ZeRO-3 and offloading bring the weights then."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or "forward" in vars(module)
 
 
 class _LoraLinear(torch.autograd.Function):

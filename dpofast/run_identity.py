@@ -29,7 +29,7 @@ _PARAMETERS = "trainable parameters"
 _WAYS = {
     "tokenizer": "pass the tokenizer that the run began with: it lies in the checkpoint",
     "train_dataset": "the data, or the way it becomes tokens, changed between the runs: pass the data as it was",
-    "eval_dataset": "since metric_for_best_model compares evaluations, pass the data that they were of",
+    "eval_dataset": "a run's evaluations are compared with each other, so pass the held-out data as it was",
     "frozen weights": "the checkpoint has only what is trained: load the base model that the run began with",
     "reference weights": "the model that a run begins from is its reference: pass that model and not a checkpoint",
 }

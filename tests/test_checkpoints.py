@@ -439,10 +439,11 @@ def test_another_run_is_refused(run, options, message):
     assert torch.equal(weights_of(trainer), before)
 
 
-def test_other_held_out_pairs_are_refused_where_they_choose_the_best_model(tmp_path):
+def test_other_held_out_pairs_are_refused_even_after_a_part_without_any(tmp_path):
     options = {**SAVING, "eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
     make_trainer(tmp_path, evaluation=tiny_dataset(4, seed=1), **options).train()
-    message = r"eval_dataset was 4 rows with checksum \w+, is a: 5 rows with checksum \w+\. Since metric_for_best"
+    make_trainer(tmp_path, **{**SAVING, "num_train_epochs": 3}).train(resume_from_checkpoint="latest")
+    message = r"eval_dataset was 4 rows with checksum \w+, is a: 5 rows with checksum \w+\. A run's evaluations"
     with pytest.raises(ValueError, match=message):
         trainer = make_trainer(
             tmp_path, evaluation={"a": tiny_dataset(5, seed=1)}, **options, metric_for_best_model="a_loss"

@@ -113,6 +113,7 @@ def test_a_model_against_itself_ties_everywhere(folders, capsys):
     flags = ["--model", str(folders / "base"), "--ref_model", str(folders / "base")]
     assert main(["eval", *flags, "--data", str(folders / "pairs.jsonl")]) == 0
     assert "In 30 of 30 pairs the two rewards tie, which is not accurate" in capsys.readouterr().out
+    assert evaluated(capsys, folders, "base", *flags[2:])["data"]["ties"] == 30
 
 
 def test_one_pair_has_means_without_an_interval(folders, capsys, tmp_path):

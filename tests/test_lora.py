@@ -2,6 +2,7 @@
 
 import copy
 
+import accelerate
 import pytest
 import torch
 from hypothesis import given, settings
@@ -123,9 +124,10 @@ def second_adapter(model):
         ({}, lambda model: layer_of(model).base_layer.register_forward_hook(lambda *_: None)),
         ({}, lambda model: layer_of(model).lora_A["default"].register_forward_pre_hook(lambda *_: None)),
         ({}, lambda model: layer_of(model).lora_B["default"].register_full_backward_hook(lambda *_: None)),
+        ({}, lambda model: setattr(layer_of(model).lora_B["default"], "forward", lambda x: x.new_ones(len(x), 40))),
         ({}, lambda model: layer_of(model).base_layer.bfloat16()),
     ],
-    ids="dropout dora lora_bias two merged hook prehook backward dtypes".split(),
+    ids="dropout dora lora_bias two merged hook prehook backward forward dtypes".split(),
 )
 def test_more_than_the_formula_goes_pefts_way(options, change):
     peft, fused = layers(**options)
@@ -141,6 +143,14 @@ def test_more_than_the_formula_goes_pefts_way(options, change):
         torch.manual_seed(2)
         results.append(model(x))
     assert torch.equal(*results) and not is_fused(fused, x)
+
+
+def test_offloaded_weights_are_brought():
+    peft, fused = layers()
+    x = torch.randn(6, 24)
+    expected = peft(x)
+    accelerate.cpu_offload(fused.base_model.model, execution_device=torch.device("cpu"))
+    assert torch.equal(fused(x), expected)
 
 
 def test_a_disabled_adapter_is_the_base_model():

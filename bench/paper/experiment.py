@@ -8,6 +8,7 @@ under other settings it is computed anew.
 import argparse
 import json
 import math
+import os
 import statistics
 import subprocess
 import sys
@@ -122,7 +123,7 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     Raises:
         ValueError: a number in it is NaN or infinite.
     """
-    aside = path.with_suffix(".aside")
+    aside = path.with_suffix(f".aside{os.getpid()}")  # an earlier run's process may still be writing the same
     aside.write_text(json.dumps(value, allow_nan=False))
     put(aside, path)
 

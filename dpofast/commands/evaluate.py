@@ -54,11 +54,12 @@ def main(argv: Sequence[str]) -> int:
     prepared = prepare(arguments)
     pairs = _table(scored(arguments, prepared), arguments)
     figures, length = evaluation(pairs)
+    ties = int((pairs.margins == 0).sum())
     if arguments.output == "json":
-        print(_json(arguments, figures, length, prepared.report))
+        print(_json(arguments, figures, length, prepared.report, ties))
     else:
         print(prepared.report.summary())
-        _show(arguments, figures, length, ties=int((pairs.margins == 0).sum()))
+        _show(arguments, figures, length, ties)
     return 0
 
 
@@ -115,7 +116,9 @@ def _lengths(pairs_length: LengthStatistics) -> dict[str, float]:
     }
 
 
-def _json(arguments: EvalArguments, figures: dict[str, Estimate], length: LengthStatistics, report: Any) -> str:
+def _json(
+    arguments: EvalArguments, figures: dict[str, Estimate], length: LengthStatistics, report: Any, ties: int
+) -> str:
     def finite(value: Any) -> Any:
         if isinstance(value, dict):
             return {name: finite(part) for name, part in value.items()}
@@ -124,13 +127,19 @@ def _json(arguments: EvalArguments, figures: dict[str, Estimate], length: Length
     named = {name.replace(", ", "_").replace("-", "_").replace(" ", "_"): asdict(e) for name, e in figures.items()}
     if arguments.no_reference:
         del named["chosen_below_reference"]
-    data = {"source": report.source, "rows": report.rows, "pairs": report.kept, "truncated": report.truncated}
+    data = {
+        "source": report.source,
+        "rows": report.rows,
+        "pairs": report.kept,
+        "truncated": report.truncated,
+        "ties": ties,
+    }
     return json.dumps(
         finite({"settings": asdict(arguments), "data": data, "metrics": named, "length": _lengths(length)}), indent=2
     )
 
 
-def _show(arguments: EvalArguments, figures: dict[str, Estimate], length: LengthStatistics, *, ties: int) -> None:
+def _show(arguments: EvalArguments, figures: dict[str, Estimate], length: LengthStatistics, ties: int) -> None:
     from rich.console import Console
     from rich.table import Table
 
