@@ -2,7 +2,7 @@
 
 A layer computes y = x·Wᵀ + b + s·(x·Aᵀ)·Bᵀ (arXiv 2106.09685). The two products with A and B are small, and written as
 four operations they read and write arrays of the size of y and x several times over: to scale, to add, and to add up
-gradients. Here both products are added into what W's product has written: forward 3 passes over y instead of 6 beside
+gradients. Here both products are added into what W's product has written: forward 2 passes over y instead of 6 beside
 W's own, backward 2 over y and 3 over x instead of 4 and 5.
 """
 
