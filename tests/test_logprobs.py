@@ -78,8 +78,13 @@ def test_ragged_shapes(vocab, n, device):
     )
     assert logps.shape == (n,)
     torch.testing.assert_close(logps.double(), truth, atol=2e-5, rtol=1e-6)
-    for ours, true in zip(grads, true_grads, strict=True):
-        torch.testing.assert_close(ours.double(), true, atol=2e-5, rtol=1e-5)
+    # How exact a product over 50,257 terms is depends on the processor's BLAS: the framework's own error says.
+    _, own_grads = gradients(
+        lambda h, w, b: reference.linear_logprobs(h, w, targets, bias=b), (hidden, weight, bias), upstream
+    )
+    for ours, own, true in zip(grads, own_grads, true_grads, strict=True):
+        its_error = (own.double() - true).abs().amax().item() if own.numel() else 0.0
+        torch.testing.assert_close(ours.double(), true, atol=2e-5 + 2 * its_error, rtol=1e-5)
 
 
 @pytest.mark.parametrize("needs", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (0, 1, 1), (1, 0, 1)])
