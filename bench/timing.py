@@ -20,6 +20,8 @@ from typing import Any
 
 import numpy as np
 
+from dpofast.memory import peak_resident, restart_peak_resident
+
 
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Median, 20th and 80th percentile of at least one value, linearly interpolated.
@@ -52,20 +54,11 @@ class PeakMemory:
         Raises:
             RuntimeError: the system has no /proc/self/clear_refs that this process may write.
         """
-        try:
-            Path("/proc/self/clear_refs").write_text("5")
-        except OSError as error:
-            raise RuntimeError(f"peak memory is measured through Linux's /proc/self/clear_refs: {error}") from error
-        self.start = self._high_water()
-
-    @staticmethod
-    def _high_water() -> int:
-        fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-        return int(fields["VmHWM"].removesuffix("kB")) * 1024
+        self.start = restart_peak_resident()
 
     def increase(self) -> int:
         """Bytes by which the peak so far exceeds the start."""
-        return self._high_water() - self.start
+        return peak_resident() - self.start
 
 
 def run_child(module: str, arguments: Sequence[str], environment: Mapping[str, str]) -> dict[str, Any]:

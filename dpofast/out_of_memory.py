@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from dpofast.memory import peak_resident
+from dpofast.memory import peak_resident, restart_peak_resident
 from dpofast.packed_batch import PackedBatch
 from dpofast.ranks import Ranks
 
@@ -56,8 +56,7 @@ def peak_bytes(device: torch.device, run: Callable[[], Any]) -> int:
         before = torch.cuda.memory_allocated(device)
         run()
         return torch.cuda.max_memory_allocated(device) - before
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark becomes what is resident now
-    before = peak_resident()
+    before = restart_peak_resident()
     run()
     return peak_resident() - before
 

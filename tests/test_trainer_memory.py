@@ -1,6 +1,8 @@
 """Steps that do not fit into memory, and max_tokens that is found by probing."""
 
 import logging
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -111,6 +113,22 @@ def test_peak_bytes_sees_what_was_allocated():
     size = 64 * 2**20
     peak = out_of_memory.peak_bytes(torch.device("cpu"), lambda: torch.ones(size // 4).sum())
     assert 0.8 * size < peak < 1.5 * size
+
+
+def test_peak_bytes_sees_what_was_allocated_in_memory_freed_before():
+    # In a process of its own, where nothing else moves what the C library keeps.
+    code = """
+import torch
+from dpofast.out_of_memory import peak_bytes
+mib = 2**18
+torch.ones(30 * mib)  # once such a block was freed, smaller ones are kept
+blocks = [torch.ones(24 * mib) for _ in range(12)]
+above = [torch.ones(mib) for _ in range(4)]  # only what lies at the end is given back
+del blocks
+print(peak_bytes(torch.device("cpu"), lambda: torch.ones(64 * mib).sum()))
+"""
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 50 * 2**20 < int(child.stdout) < 100 * 2**20
 
 
 def test_bad_max_tokens(tmp_path):
