@@ -3,13 +3,13 @@
 import itertools
 import os
 import random
-import socket
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
+from rank_processes import become_rank, free_port
 from safetensors.torch import load_file
 from tiny import VOCAB, tiny_dataset, tiny_model, tiny_tokenizer
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
@@ -282,9 +282,7 @@ def processors_as_gpus():
 
 def rank_main(rank, port, folder, mode):
     """Every case of a mode on this rank; results go to a file."""
-    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": WORLD, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in ranks.items()})
-    torch.set_num_threads(1)
+    become_rank(rank, WORLD, port)
     cases, options = MODES[mode]
     if mode == "fsdp":
         processors_as_gpus()
@@ -297,8 +295,5 @@ def rank_main(rank, port, folder, mode):
 
 def on_two_ranks(folder, mode):
     """The results of both ranks."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    torch.multiprocessing.spawn(rank_main, (port, str(folder), mode), nprocs=WORLD)
+    torch.multiprocessing.spawn(rank_main, (free_port(), str(folder), mode), nprocs=WORLD)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]

@@ -3,13 +3,13 @@
 import json
 import os
 import signal
-import socket
 import traceback
 import warnings
 
 import pytest
 import torch
 import torch.multiprocessing as mp
+from rank_processes import become_rank, free_port
 from torch import nn
 from transformers import TrainingArguments
 
@@ -132,10 +132,7 @@ def a_signal_to_one_rank_stops_all(out, rank):
 
 
 def _rank(rank, port, folder):
-    torch.set_num_threads(1)
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
+    become_rank(rank, WORLD, port)
     outcomes = {}
     for name, function in CASES.items():
         try:
@@ -150,9 +147,7 @@ def _rank(rank, port, folder):
 def ranks(tmp_path_factory):
     """What each rank wrote, {case: traceback or ''}, and the folder of the cases. Ranks that hang are stopped."""
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     context = mp.get_context("spawn")
     processes = [context.Process(target=_rank, args=(rank, port, folder)) for rank in range(WORLD)]
     for process in processes:

@@ -1,11 +1,11 @@
 """The recipes of the README: each trains the same model on the same pairs in the same order, so all must agree."""
 
 import math
-import socket
 
 import pytest
 import torch
 from datasets import Dataset
+from rank_processes import free_port
 from recipes import (
     accelerate_loop,
     liger_loss,
@@ -97,10 +97,7 @@ def _tensor_parallel(rank, port, folder):
 
 
 def test_tensor_parallel_ranks_do_the_same(loop, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_tensor_parallel, (port, str(tmp_path)), nprocs=2)
+    torch.multiprocessing.spawn(_tensor_parallel, (free_port(), str(tmp_path)), nprocs=2)
     for rank in range(2):
         losses, sharded, weights = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
         assert sharded == 3 * 7 + 1

@@ -1,11 +1,9 @@
 """trl under DistributedDataParallel and patch_trl(): two gloo ranks against one process on the joined batch."""
 
-import os
-import socket
-
 import pytest
 import torch
 from peft import LoraConfig
+from rank_processes import become_rank, free_port
 from trl_cases import train
 
 WORLD = 2
@@ -33,19 +31,14 @@ def run(folder, pairs, case, **options):
 
 
 def rank_main(rank, port, folder, case):
-    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": WORLD, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in ranks.items()})
-    torch.set_num_threads(1)
+    become_rank(rank, WORLD, port)
     torch.save(run(f"{folder}/{rank}", 2, case, ddp_backend="gloo"), f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_two_ranks_equal_one_process(case, tmp_path):
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    torch.multiprocessing.spawn(rank_main, (port, str(tmp_path), case), nprocs=WORLD)
+    torch.multiprocessing.spawn(rank_main, (free_port(), str(tmp_path), case), nprocs=WORLD)
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]
     alone = run(tmp_path / "alone", 2 * WORLD, case)
     assert all(rank["wrapped"] == "DistributedDataParallel" and rank["calls"]["packed"] == 6 for rank in ranks)
