@@ -9,7 +9,7 @@ demo: $(INSTALLED)
 	$(BIN)/dpofast demo --overwrite
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest --durations=10
+	$(BIN)/python -m pytest -n 2 --dist loadfile --durations=10
 
 # The kernels with the oldest Triton that is supported; `make test` has the newest. Only triton is another one, and numpy,
 # which Triton 3.6's interpreter needs below 2.4; everything else is .venv's. --no-deps, since a CUDA build of torch pins

@@ -82,6 +82,7 @@ setup(
             "peft>=0.18",
             "pybind11>=3.0",
             "pytest",
+            "pytest-xdist",
             "ruff",
             "setuptools>=77",
             "textblob>=0.19",

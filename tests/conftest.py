@@ -23,7 +23,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Compiled code of an earlier run, perhaps one that was killed while it wrote, is no part of this one.
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", tempfile.mkdtemp(prefix="dpofast-inductor-"))
 
-torch.set_num_threads(2)
+# Two in all: make test runs two processes (pytest-xdist).
+torch.set_num_threads(2 if int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) == 1 else 1)
 # Time is no property of what is tested: on a busy machine drawing examples may take long, too.
 hypothesis.settings.register_profile(
     "dpofast", deadline=None, derandomize=True, suppress_health_check=[hypothesis.HealthCheck.too_slow]
