@@ -54,6 +54,12 @@ def test_a_cell_without_a_finite_figure_is_refused_and_not_kept(tmp_path: Path) 
     assert not (tmp_path / "a.json").exists()
 
 
+def test_a_damaged_cell_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"settings"')
+    with pytest.raises(ValueError, match=r"a\.json: damaged .*delete it"):
+        cells(in_folder(tmp_path), {}, ["a"], lambda name: {"value": 1.0})
+
+
 def test_mean_and_its_standard_error() -> None:
     assert mean_and_error([1.0, 2.0, 3.0]) == (2.0, pytest.approx(1 / 3**0.5))
     assert mean_and_error([5.0]) == (5.0, 0.0)

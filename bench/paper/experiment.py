@@ -75,7 +75,7 @@ def cells(
         compute: figures of one cell, JSON-serializable. Its seconds are added under "seconds".
 
     Raises:
-        ValueError: a figure is NaN or infinite.
+        ValueError: a figure is NaN or infinite, or a cell's file is damaged.
         RuntimeError: another process failed; what it said stands on stderr.
     """
     mine = names[args.part :: args.processes]
@@ -107,7 +107,7 @@ def _cells(
     found = {}
     for name in tqdm(names, desc=args.name, unit="cell", position=args.part):
         path = args.work / f"{name}.json"
-        cell = json.loads(path.read_text()) if path.exists() else {}
+        cell = _read(path)
         if cell.get("settings") != known:
             start = time.perf_counter()
             figures = compute(name)
@@ -115,6 +115,13 @@ def _cells(
             write_json(path, cell)
         found[name] = cell["figures"]
     return found
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as error:
+        raise ValueError(f"{path}: damaged ({error}); delete it, and the same command computes it again") from error
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
