@@ -90,8 +90,7 @@ def _attention_over(former: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
             return plain(module, query, key, value, attention_mask, *args, **options)
         if options.get("position_bias") is not None:
             raise ValueError(f"{type(module).__name__}: packed attention has no position_bias, which this model needs")
-        packed_layout.calls += 1
-        return packed_attention(
+        return _seen(
             query,
             key,
             value,
@@ -106,6 +105,12 @@ def _attention_over(former: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
         ), None
 
     return attention
+
+
+@torch.compiler.disable  # a layout is another one for every batch, and a compiled layer would be traced for each
+def _seen(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, options: AttentionOptions) -> Tensor:
+    layout.calls += 1
+    return packed_attention(query, key, value, layout, options)
 
 
 def packed_attention(

@@ -204,6 +204,7 @@ def _packed_output(
     return replace(_as_forward(head, output, hidden), aux_loss=aux_loss)
 
 
+@torch.compiler.disable  # Dynamo cannot follow a forward that is put in place for one call
 def _as_forward(module: Any, compute: Callable[[Tensor], Any], hidden: Tensor) -> Any:
     """compute(hidden) as the module's forward: a sharded weight is whole only between the hooks around it.
 

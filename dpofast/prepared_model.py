@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dpofast.config import DPOConfig
 from dpofast.head import HeadPlan
@@ -17,14 +18,14 @@ from dpofast.sharding import check_whole
 def prepared_model(
     model: Any, ref_model: Any, args: DPOConfig, processing_class: Any, peft_config: Any
 ) -> tuple[Any, Any]:
-    """Load what is a name, add the adapter, set dropout to 0, attach the log-prob head to both models.
+    """Load what is a name, add the adapter, set dropout to 0, attach the log-prob head to both models, compile.
 
     Returns:
         The model to train and its tokenizer, None where there is none beside the model.
 
     Raises:
-        ValueError: a reference that does not fit the model or the loss, weights that are sharded already, or a budget
-            below one row of logits.
+        ValueError: a reference that does not fit the model or the loss, weights that are sharded already, a budget
+            below one row of logits, or a model without layers to compile.
     """
     if ref_model is not None and ref_model is model:
         raise ValueError("ref_model: expected another model than `model`, or None for the model as it is now")
@@ -51,6 +52,8 @@ def prepared_model(
 
             fuse_lora(each)
         attach_logprob_head(each, padded=args.padded)
+        if args.torch_compile:
+            _compile_layers(each, args)
     if len({vocabulary(each) for each in models}) > 1:
         raise ValueError(
             f"ref_model: expected the model's vocabulary of {vocabulary(model)} tokens, got {vocabulary(ref_model)}"
@@ -63,6 +66,18 @@ def prepared_model(
 def vocabulary(model: Any) -> int:
     """Rows of the embedding."""
     return model.get_input_embeddings().weight.shape[0]
+
+
+def _compile_layers(model: nn.Module, args: DPOConfig) -> None:
+    """In place, each of its own: they are alike, so that one is traced, and what packs lies outside of them."""
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise ValueError(
+            f"torch_compile: expected a model of transformers' repeated layers (GradientCheckpointingLayer), which are "
+            f"compiled one by one, and {type(model).__name__} has none: leave it off"
+        )
+    for layer in layers:
+        layer.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
 
 
 def _disable_dropout(model: nn.Module) -> None:

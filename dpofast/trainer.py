@@ -110,6 +110,7 @@ class DPOTrainer(CheckpointedTrainer):
         args.dataloader_pin_memory = False  # batches are numpy arrays until they are packed
         torch.manual_seed(args.seed)
         model, processing_class = prepared_model(model, ref_model, args, processing_class, peft_config)
+        args.torch_compile_backend = None  # it is done, and accelerate would compile the whole model
         self.data_reports: dict[str, Any] = {}
         self._tokenize_options = {
             "tokenizer": processing_class,
@@ -183,6 +184,8 @@ class DPOTrainer(CheckpointedTrainer):
                 self.train_dataset = self._with_reference(self.train_dataset, "train")
             self.eval_dataset = _each(self._with_reference, self.eval_dataset)
             self._reference.release()
+        if args.torch_compile and self.optimizer_step.is_sharded:
+            raise ValueError("torch_compile: expected a model that is whole on every rank, and this one is sharded")
         if args.sync_ref_model:
             if self.optimizer_step.is_sharded:
                 raise ValueError(
@@ -495,5 +498,10 @@ def _check_topology(args: DPOConfig) -> None:
         raise ValueError(
             f"args: expected {dist.get_world_size()} processes that train together, as torch.distributed has been "
             "initialized, got a DPOConfig made for one: make it under the launcher (torchrun), with use_cpu on a CPU"
+        )
+    if (compiler := os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()) != "no":
+        raise ValueError(
+            f"dynamo_backend: expected no, got {compiler}: accelerate would compile the whole model, anew for every "
+            "batch; set torch_compile, which compiles its layers"
         )
     check_sharding(args)
