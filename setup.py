@@ -60,7 +60,7 @@ setup(
         "torch>=2.11",
         'triton>=3.6; platform_system == "Linux"',
         "transformers>=5.17",
-        "accelerate>=1.1",
+        "accelerate>=1.2",
         "datasets>=4.7",
         "jinja2>=3.1",
         "matplotlib>=3.8",

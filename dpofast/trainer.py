@@ -178,14 +178,14 @@ class DPOTrainer(CheckpointedTrainer):
         if args.ddp_find_unused_parameters is None and not hasattr(text_config, "num_experts_per_tok"):
             args.ddp_find_unused_parameters = False  # a search in every step, and only experts can go unused
         self.optimizer_step = OptimizerStep(self.forward, self.accelerator)
+        if args.torch_compile and self.optimizer_step.is_sharded:
+            raise ValueError("torch_compile: expected a model that is whole on every rank, and this one is sharded")
         self._window = LogWindow()
         if args.precompute_ref_log_probs and self.loss.needs_reference:
             if self.train_dataset is not None:
                 self.train_dataset = self._with_reference(self.train_dataset, "train")
             self.eval_dataset = _each(self._with_reference, self.eval_dataset)
             self._reference.release()
-        if args.torch_compile and self.optimizer_step.is_sharded:
-            raise ValueError("torch_compile: expected a model that is whole on every rank, and this one is sharded")
         if args.sync_ref_model:
             if self.optimizer_step.is_sharded:
                 raise ValueError(
