@@ -43,6 +43,8 @@ def prepared_model(
         model = get_peft_model(model, peft_config)
     models = [model] if ref_model is None else [model, ref_model]
     for each, name in zip(models, ("model", "ref_model"), strict=False):
+        if hasattr(each, "_orig_mod"):
+            raise ValueError(f"{name}: expected a model, got torch.compile's wrapper of one: set torch_compile instead")
         check_whole(each, name)
     for each in models:
         if args.disable_dropout:

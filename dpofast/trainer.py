@@ -232,7 +232,7 @@ class DPOTrainer(CheckpointedTrainer):
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         return step_loader(dataset, self.args.eval_batch_size, self.ranks, self.args, strategy="sequential")
 
-    def _packed(self, examples: Sequence[dict[str, Any]], max_tokens: int) -> list[PackedBatch]:
+    def _packed(self, examples: Sequence[dict[str, Any]], max_tokens: int | None) -> list[PackedBatch]:
         weighted = self.loss.ld_alpha is not None and len(examples) > 0 and REF_COLUMNS[0] in examples[0]
         columns = []
         if weighted:  # a branch's number differs from pair to pair, which a packed batch has no place for
@@ -387,13 +387,15 @@ class DPOTrainer(CheckpointedTrainer):
     def _probe(self, positions: int) -> int:
         """Forward and backward of a micro-batch of the first rows; returns its positions, and leaves no trace."""
         examples = StepExamples()
+        prompt, *responses = ID_COLUMNS
+        counted = [prompt, *responses] if self.share_prompts else [prompt, prompt, *responses]
         for example in self.train_dataset:
             examples.append(example)
-            positions -= sum(len(example[name]) for name in ID_COLUMNS)
+            positions -= sum(len(example[name]) for name in counted)
             if positions <= 0:
                 break
         examples.num_pairs = examples.num_chosen_tokens = len(examples)
-        (batch,) = self._packed(examples, sum(len(example[name]) for example in examples for name in ID_COLUMNS))
+        (batch,) = self._packed(examples, None)
         draws = random_states(self.args.device)
         self.model.train()
         alone = replace(self.forward, ranks=Ranks.alone())

@@ -64,6 +64,8 @@ def test_what_cannot_be_compiled_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("dpofast.prepared_model.GradientCheckpointingLayer", nn.Bilinear)
     with pytest.raises(ValueError, match="torch_compile: expected a model of transformers' repeated layers"):
         make_trainer(tmp_path, **EAGER)
+    with pytest.raises(ValueError, match="model: expected a model, got torch.compile's wrapper"):
+        make_trainer(tmp_path, model=torch.compile(tiny_model(), backend="eager"))
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
     with pytest.raises(ValueError, match="dynamo_backend: expected no, got inductor: .* set torch_compile"):
         make_trainer(tmp_path)

@@ -27,7 +27,7 @@ def make_trainer(output_dir, *, model=None, train=None, evaluation=None, ref_mod
         "use_cpu": True,
     }
     return DPOTrainer(
-        model or tiny_model(),
+        tiny_model() if model is None else model,
         ref_model=ref_model,
         args=DPOConfig(output_dir=str(output_dir), **{**defaults, **options}),
         train_dataset=tiny_dataset() if train is None else train,

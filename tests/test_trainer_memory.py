@@ -80,6 +80,20 @@ def test_auto_probes_once_and_changes_no_result(tmp_path):
     torch.testing.assert_close(weights_of(trainer), weights_of(expected), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("rows", [{"padded": True}, {"share_prompts": False}])
+def test_auto_counts_the_prompts_of_rows_that_share_none(rows, tmp_path, monkeypatch):
+    asked, probed = [], []
+
+    def probe(run, device, cap, *, kept):
+        asked.append(cap // 16)
+        probed.append(run(asked[-1]))
+        return cap
+
+    monkeypatch.setattr("dpofast.trainer.probe_max_tokens", probe)
+    make_trainer(tmp_path, train=tiny_dataset(40), max_tokens="auto", **rows)
+    assert asked[0] <= probed[0] < asked[0] + 60  # the last pair goes beyond
+
+
 @pytest.mark.parametrize(
     ("free", "kept", "expected"),
     [(10_000_000, 0, 1600), (10_000_000, 4_500_000, 700), (2_000_000_000, 0, 2048)],
