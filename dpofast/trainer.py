@@ -17,7 +17,6 @@ from dataclasses import fields, replace
 from typing import Any, NoReturn
 
 import torch
-import torch.distributed as dist
 from datasets import Dataset
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
@@ -53,8 +52,9 @@ from dpofast.reference_model import MOVING_OPTIONS, MovingReference, ReferenceMo
 from dpofast.router import balancing_coefficient
 from dpofast.run_identity import reference_identity
 from dpofast.scoring import Forward
-from dpofast.sharding import cast_parameters, check_sharding, forward_dtype, parameters_in
+from dpofast.sharding import cast_parameters, forward_dtype, parameters_in
 from dpofast.steps import StepExamples, StepLoader, step_loader
+from dpofast.topology import check_topology
 
 # Large enough for full GEMM speed; on a CPU a pass without gradients is fastest where its activations stay in cache.
 _MAX_TOKENS_GPU, _MAX_TOKENS_CPU, _FORWARD_TOKENS_CPU = 16384, 2048, 1024
@@ -102,7 +102,7 @@ class DPOTrainer(CheckpointedTrainer):
     ) -> None:
         """Tokenize, attach the log-prob head, and compute the reference log-probs unless told to do so in the step."""
         args = DPOConfig(output_dir="dpofast-output") if args is None else copy.copy(args)
-        _check_topology(args)
+        check_topology(args)
         self.loss = args.preference_loss()
         # The step below makes the micro-batches, so Trainer sees one batch a step.
         args.per_device_train_batch_size *= args.gradient_accumulation_steps
@@ -489,21 +489,3 @@ def _each(prepare: Callable[[Dataset, str], Dataset], dataset: Any) -> Any:
     if isinstance(dataset, dict):
         return {name: prepare(part, f"eval {name}") for name, part in dataset.items()}
     return None if dataset is None else prepare(dataset, "eval")
-
-
-def _check_topology(args: DPOConfig) -> None:
-    if not isinstance(args, DPOConfig):
-        raise ValueError(f"args: expected a DPOConfig, got {type(args).__name__}")
-    if args.n_gpu > 1:
-        raise ValueError(f"DPOTrainer uses one GPU, and {args.n_gpu} are visible: set CUDA_VISIBLE_DEVICES")
-    if dist.is_initialized() and dist.get_world_size() > 1 and args.world_size == 1:
-        raise ValueError(
-            f"args: expected {dist.get_world_size()} processes that train together, as torch.distributed has been "
-            "initialized, got a DPOConfig made for one: make it under the launcher (torchrun), with use_cpu on a CPU"
-        )
-    if (compiler := os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()) != "no":
-        raise ValueError(
-            f"dynamo_backend: expected no, got {compiler}: accelerate would compile the whole model, anew for every "
-            "batch; set torch_compile, which compiles its layers"
-        )
-    check_sharding(args)
