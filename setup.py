@@ -8,7 +8,29 @@ from typing import Any
 
 from setuptools import Extension, setup
 
-VERSION = re.search(r'^__version__ = "(.+)"$', Path("dpofast/__init__.py").read_text("utf-8"), re.MULTILINE)[1]
+VERSION = re.search(r'^__version__ = "(.+)"$', Path("dpofast/_version.py").read_text("utf-8"), re.MULTILINE)[1]
+
+PACKAGES = [
+    "dpofast",
+    "dpofast.checkpointing",
+    "dpofast.cli",
+    "dpofast.common",
+    "dpofast.data",
+    "dpofast.demo",
+    "dpofast.evaluation",
+    "dpofast.head",
+    "dpofast.head.engine",
+    "dpofast.integrations",
+    "dpofast.integrations._trl",
+    "dpofast.kernels",
+    "dpofast.losses",
+    "dpofast.model",
+    "dpofast.model.attention",
+    "dpofast.packing",
+    "dpofast.report",
+    "dpofast.scoring",
+    "dpofast.training",
+]
 
 if not Path("dpofast/kernels").is_dir():
     raise SystemExit(
@@ -45,7 +67,7 @@ setup(
     python_requires=">=3.10",
     # Explicit: discovery would also find `kernels`, and a top-level package of that name would shadow PyPI's, which
     # transformers uses. dpofast/kernels is a link to kernels/.
-    packages=["dpofast", "dpofast.commands", "dpofast.demo", "dpofast.integrations", "dpofast.kernels"],
+    packages=PACKAGES,
     package_data={"dpofast": ["py.typed", "*.pyi"], "dpofast.demo": ["data/*"]},
     ext_modules=[
         extension(

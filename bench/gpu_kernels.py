@@ -16,7 +16,8 @@ from bench.cases import SEED
 from bench.gpu_setting import Setting, measure, one_line
 from bench.head import Problem
 from dpofast.kernels import linear_logprobs, linear_tiles, preference, tiles, token_logprobs
-from dpofast.preference import PreferenceLoss, token_preference_loss
+from dpofast.losses.config import PreferenceLoss
+from dpofast.losses.functional import token_preference_loss
 
 COPY = "copy"
 GOAL_OF_COPY = 0.90

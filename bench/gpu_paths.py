@@ -12,7 +12,7 @@ from torch import Tensor
 import dpofast
 from bench import head
 from bench.gpu_setting import Setting, one_line
-from dpofast.preference import token_preference_loss
+from dpofast.losses.functional import token_preference_loss
 
 # Of the norm: the same kernels run, but cuBLAS may choose others.
 REPLAY_TOLERANCE = 1e-3

@@ -16,8 +16,8 @@ from bench.gpu_paths import no_sync
 from bench.gpu_setting import Setting, measure, one_line
 from bench.head import seen
 from dpofast import PreferenceLoss, attach_logprob_head, pack, preference_loss, reference, sequence_logprobs
-from dpofast.model import PackedPreference
-from dpofast.packing import PackedBatch
+from dpofast.model.attach import PackedPreference
+from dpofast.packing.pack import PackedBatch
 
 # Of a token's log-prob in nats, in the mean: a bfloat16 trunk rounds otherwise when it is packed otherwise.
 TOLERANCE = {torch.bfloat16: 5e-2, torch.float32: 1e-4}

@@ -2,7 +2,7 @@
 
     python -m bench.kernel_report [--architectures sm_90 ...] [--json bench/results/kernel_report.jsonl]
 
-tests/test_kernels_compile.py asserts on the numbers of report(). The times are predictions: bytes and operations that
+tests/kernels/test_compile.py asserts on the numbers of report(). The times are predictions: bytes and operations that
 the kernel must do, at rates that an H100 reaches (800 TFLOP/s in 16 bits, 3.0 TB/s), and not measurements.
 """
 

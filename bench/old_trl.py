@@ -4,7 +4,7 @@
 
 For each version a virtual environment is made under build/, once. It sees this environment's packages through a path
 file, as .ci/run does, and over them trl itself, and below 0.29 also the libraries of its day. Then
-tests/test_trl_run.py runs in it: whole training runs with and without the patch.
+tests/integrations/test_trl_run.py runs in it: whole training runs with and without the patch.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import sysconfig
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-TESTS = "tests/test_trl_run.py"
+TESTS = "tests/integrations/test_trl_run.py"
 # trl below 0.29 does not load beside transformers 5, and that brings older neighbours with it.
 BEFORE_0_29 = (
     "transformers==4.57.6",

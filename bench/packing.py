@@ -22,8 +22,8 @@ import torch
 from bench.cases import RESULTS, SEED
 from bench.timing import spread, write_record
 from dpofast import _C
-from dpofast.examples import read_examples
-from dpofast.packing import PackBuffers, pack, plan
+from dpofast.packing.examples import read_examples
+from dpofast.packing.pack import PackBuffers, pack, plan
 
 MAX_TOKENS = 16_384
 VOCAB = 151_936

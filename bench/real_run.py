@@ -18,7 +18,7 @@ from pathlib import Path
 
 from bench.cases import RESULTS
 from bench.timing import write_record
-from dpofast.progress import read_metrics
+from dpofast.report.progress import read_metrics
 
 COMMAND = (
     "dpofast train --model build/smollm2 --data build/reviews/train.jsonl --eval_data build/reviews/test.jsonl "

@@ -226,11 +226,7 @@ def check_losses(runs: dict[str, list[dict[str, Any]]], tolerance: float) -> flo
 
 def summarize(repeats: list[dict[str, Any]]) -> dict[str, Any]:
     """One engine's figures over its runs: the time of a step counts its share of the reference pass."""
-    steps = [
-        seconds + run["reference_s"] / len(run["steps_s"])
-        for run in repeats
-        for seconds in run["steps_s"][1:]
-    ]
+    steps = [seconds + run["reference_s"] / len(run["steps_s"]) for run in repeats for seconds in run["steps_s"][1:]]
     return {
         "step_s": spread(steps),
         "first_step_s": median(run["steps_s"][0] for run in repeats),

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from dpofast.memory import peak_resident, restart_peak_resident
+from dpofast.common.memory import peak_resident, restart_peak_resident
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

@@ -2,6 +2,6 @@
 
 import sys
 
-from dpofast.cli import main
+from dpofast.cli.main import main
 
 sys.exit(main())

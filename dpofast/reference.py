@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-IGNORE_INDEX = -100
+from dpofast.common.constants import IGNORE_INDEX
 
 
 def scaled_logits(

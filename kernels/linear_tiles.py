@@ -2,7 +2,7 @@
 
 A program keeps BLOCK_N × BLOCK_V float32 logits in registers (in tensor memory on sm_100), half of the register file
 or more, so the tile is as large as the rest of the epilogue leaves room for: the entries below are the largest ones
-that compile without a spill with every option that they serve (tests/test_kernels_compile.py). Softcap's tanh needs
+that compile without a spill with every option that they serve (tests/kernels/test_compile.py). Softcap's tanh needs
 registers of its own. No entry was timed, and nothing is tuned at run time.
 """
 

@@ -46,14 +46,14 @@ def test_import_is_light():
 @pytest.mark.parametrize(
     "code",
     [
-        "import dpofast; dpofast.logprobs; from dpofast.logprobs import linear_logprobs",
-        "from dpofast.logprobs import linear_logprobs; import dpofast",
+        "import dpofast; dpofast.logprobs; from dpofast.head.token_logprobs import logprobs",
+        "from dpofast.head.token_logprobs import logprobs; import dpofast",
         "from dpofast import linear_logprobs; import dpofast",
-        "import dpofast.logprobs",
+        "import dpofast.head.token_logprobs",
     ],
 )
 def test_logprobs_is_the_function_in_every_order_of_imports(code):
-    check = "import sys; assert dpofast.logprobs is sys.modules['dpofast.logprobs'].logprobs"
+    check = "import sys; assert dpofast.logprobs is sys.modules['dpofast.head.token_logprobs'].logprobs"
     run_python("-W", "error::ImportWarning", "-c", f"{code}; {check}")
 
 

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bench.paper.closed_form_fit import MARGINS
-from dpofast.plots import BLUE, GREY, ORANGE, finish
+from dpofast.report.training_plot import BLUE, GREY, ORANGE, finish
 
 _COLOURS = (ORANGE, "#ca8a04", BLUE, "#7c3aed")
 _TITLE: dict[str, Any] = {"loc": "left", "fontweight": "bold", "fontsize": 10}

@@ -22,7 +22,7 @@ from bench.paper.review_lm import reference, training_figures
 from bench.paper.reward import SCALE
 from bench.paper.toy import METHODS
 from bench.timing import run_child
-from dpofast.plots import frame
+from dpofast.report.training_plot import frame
 
 # Of the gain over π_ref that every run reaches.
 SHARES = (0.25, 0.5, 0.75, 1.0)

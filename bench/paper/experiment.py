@@ -24,7 +24,7 @@ from transformers.utils import logging
 
 from bench.cases import RESULTS
 from bench.timing import write_record
-from dpofast.durable import put
+from dpofast.common.atomic_files import put
 
 # Of a trainer's arguments: it leaves nothing behind and says nothing.
 UNATTENDED: dict[str, Any] = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": True}

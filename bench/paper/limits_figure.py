@@ -8,8 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bench.paper.limits_runs import CASES
-from dpofast.diagnosis import DISPLACED, LENGTH_ACCURACY_GAP, LENGTH_CORRELATION
-from dpofast.plots import BLUE, GREY, ORANGE, finish
+from dpofast.report.diagnosis import DISPLACED, LENGTH_ACCURACY_GAP, LENGTH_CORRELATION
+from dpofast.report.training_plot import BLUE, GREY, ORANGE, finish
 
 
 def draw(png: Path, summary: Mapping[str, Any]) -> None:

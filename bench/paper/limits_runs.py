@@ -14,8 +14,8 @@ from bench.paper.experiment import UNATTENDED
 from bench.paper.limits_data import preferences
 from bench.paper.toy_language import write
 from dpofast import DPOConfig, DPOTrainer
-from dpofast.diagnosis import diagnose
-from dpofast.report import run_of, write_report
+from dpofast.report.diagnosis import diagnose
+from dpofast.report.page import run_of, write_report
 
 PAIRS_PER_STEP, STEPS = 32, 40
 

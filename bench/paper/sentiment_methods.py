@@ -21,7 +21,7 @@ from bench.paper.reward import reward
 from bench.paper.rl import AfterStep, train_rl
 from bench.paper.sampling import Samples, sample
 from dpofast import DPOConfig, DPOTrainer, attach_logprob_head, pack
-from dpofast.plots import BLUE, ORANGE
+from dpofast.report.training_plot import BLUE, ORANGE
 
 COMPLETIONS = 4
 PAIRS_PER_PREFIX = 6

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bench.paper.sentiment_methods import METHODS
-from dpofast.plots import frame
+from dpofast.report.training_plot import frame
 
 _SIDE = {
     "second_opinion": "second lexicon (textblob), unseen in training",

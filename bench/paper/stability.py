@@ -25,7 +25,7 @@ from bench.paper.reward import SCALE
 from bench.paper.sampling import evaluate
 from bench.paper.sentiment_methods import Task, make_task
 from bench.paper.toy import METHODS, PREFIXES_PER_STEP, Toy, load_toy
-from dpofast.plots import frame
+from dpofast.report.training_plot import frame
 
 
 @dataclass(frozen=True, kw_only=True)

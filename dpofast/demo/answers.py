@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from dpofast.demo.world import facts, manner
-from dpofast.model import sequence_logprobs
-from dpofast.packing import pack
+from dpofast.model.attach import sequence_logprobs
+from dpofast.packing.pack import pack
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from transformers import (
     set_seed,
 )
 
-from dpofast.progress import follow
+from dpofast.report.progress import follow
 
 END, PAD = "<|end|>", "<|pad|>"
 BLOCK = 128

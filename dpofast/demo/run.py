@@ -17,14 +17,14 @@ from rich.markup import escape
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
-from dpofast.data import load_preferences, tokenize_preferences
+from dpofast.data.load import load_preferences, tokenize_preferences
 from dpofast.demo.answers import Answers, answer, likelier_share
 from dpofast.demo.language_model import train_language_model
 from dpofast.demo.make_data import DATA
-from dpofast.model import attach_logprob_head, detach_logprob_head
-from dpofast.plots import plot_training
-from dpofast.progress import follow
-from dpofast.trainer import DPOConfig, DPOTrainer
+from dpofast.model.attach import attach_logprob_head, detach_logprob_head
+from dpofast.report.progress import follow
+from dpofast.report.training_plot import plot_training
+from dpofast.training.trainer import DPOConfig, DPOTrainer
 
 _TRAIN, _TEST = "pairs_train.jsonl", "pairs_test.jsonl"
 

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpofast.linear_preference import linear_preference_loss
-from dpofast.logprobs import linear_logprobs
-from dpofast.pair_terms import segment_sums
-from dpofast.preference import PreferenceLoss, preference_loss
+from dpofast.head.linear_logprobs import linear_logprobs
+from dpofast.head.linear_preference import linear_preference_loss
+from dpofast.losses.config import PreferenceLoss
+from dpofast.losses.functional import preference_loss
+from dpofast.losses.sequences import segment_sums
 
 # liger's loss types; dpofast's kinds have the same names.
 LOSS_TYPES = (

@@ -11,16 +11,14 @@ from __future__ import annotations
 
 import importlib
 
-from dpofast.integrations.trl_forward import LEVELS
-from dpofast.integrations.trl_seams import TRAINER, Patch, find_seam, trl_version
+from dpofast.integrations._trl.forward import LEVELS
+from dpofast.integrations._trl.seams import TRAINER, Patch, find_seam, trl_version
 
 _ON_UNPACKABLE = ("raise", "kernel")
 _patch: Patch | None = None
 
 
-def patch_trl(
-    *, level: str = "forward", on_unpackable: str = "raise", max_logits_bytes: int | None = None
-) -> None:
+def patch_trl(*, level: str = "forward", on_unpackable: str = "raise", max_logits_bytes: int | None = None) -> None:
     """Make DPOTrainers that are built from now on compute their log-probs with dpofast. Call it before building one.
 
     Args:

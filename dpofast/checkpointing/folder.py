@@ -1,0 +1,265 @@
+"""Checkpoint folders that are whole or not there: written aside, checksummed, renamed.
+
+    output_dir/.tmp-checkpoint-40    being written, or left behind by a run that was killed: never read
+    output_dir/checkpoint-40         all of its files are on disk, and manifest.json names each with size and SHA-256
+
+The manifest is written last and checks itself, so a folder with a missing, cut or changed file is told from a whole one
+before anything of it is loaded. Files that others add later (a note, an uploader's cache) are not looked at.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+import warnings
+from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from dpofast.common.atomic_files import sync
+
+MANIFEST = "manifest.json"
+_FORMAT = 1
+_ASIDE = ".tmp-"
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+class DamagedCheckpoint(ValueError):
+    """A checkpoint that training cannot go on from: the message names the folder, the file and what is wrong."""
+
+
+def staging_folder(folder: Path) -> Path:
+    """Where a checkpoint is written before it is whole: beside it, so that a rename moves it."""
+    return folder.with_name(f"{_ASIDE}{folder.name}")
+
+
+def seal(staged: Path, folder: Path, facts: dict[str, Any]) -> None:
+    """Put everything in `staged` on disk, then a manifest with the facts (JSON values), and rename it to `folder`.
+
+    A folder of that name (one that was found damaged, say) makes way.
+
+    Raises:
+        OSError: the disk is full, or cannot be written to.
+    """
+    files = sorted(path for path in staged.rglob("*") if path.is_file())
+    for path in files:
+        sync(path)
+    entries = {
+        path.relative_to(staged).as_posix(): {"bytes": path.stat().st_size, "sha256": digest}
+        for path, digest in zip(files, _digests(files), strict=True)
+    }
+    manifest = staged / MANIFEST
+    manifest.write_bytes(_serialized({"format": _FORMAT, **facts, "files": entries}))
+    sync(manifest)
+    for directory in {staged, *(path.parent for path in files)}:
+        sync(directory)
+    replaced = folder.with_name(f"{_ASIDE}replaced-{folder.name}")
+    if folder.exists():
+        os.rename(folder, replaced)
+    os.rename(staged, folder)
+    sync(folder.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def verify(folder: str | Path) -> dict[str, Any]:
+    """Check that every file of a checkpoint is what was written; returns its manifest.
+
+    Raises:
+        DamagedCheckpoint: a file is missing, cut or changed, or there is no manifest.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    paths = [folder / name for name in manifest["files"]]
+    try:
+        for path, entry in zip(paths, manifest["files"].values(), strict=True):
+            if not path.is_file():
+                raise DamagedCheckpoint(f"{folder}: its file {path.relative_to(folder)} is missing")
+            if path.stat().st_size != entry["bytes"]:
+                raise DamagedCheckpoint(
+                    f"{folder}: its file {path.relative_to(folder)} has {path.stat().st_size} bytes, and "
+                    f"{entry['bytes']} were written"
+                )
+        for path, digest in zip(paths, _digests(paths), strict=True):
+            if digest != manifest["files"][path.relative_to(folder).as_posix()]["sha256"]:
+                raise DamagedCheckpoint(
+                    f"{folder}: its file {path.relative_to(folder)} is damaged: it is not what was written (SHA-256)"
+                )
+    except OSError as error:  # a disk that fails
+        raise DamagedCheckpoint(f"{folder}: {error.filename} cannot be read: {error.strerror}") from error
+    return manifest
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """A checkpoint's manifest, which checks itself; its files are not looked at.
+
+    Raises:
+        DamagedCheckpoint: there is none, or it is not what was written.
+    """
+    try:
+        raw = (folder / MANIFEST).read_bytes()
+    except FileNotFoundError:
+        raise DamagedCheckpoint(
+            f"{folder}: has no {MANIFEST}, so nobody can say whether it is whole (dpofast writes one last)"
+        ) from None
+    except OSError as error:
+        raise DamagedCheckpoint(f"{folder}: its {MANIFEST} cannot be read: {error.strerror}") from error
+    try:
+        manifest = json.loads(raw)
+        del manifest["checksum"]
+        if raw == _serialized(manifest):
+            if manifest["format"] > _FORMAT:
+                raise DamagedCheckpoint(f"{folder}: was written by a newer dpofast: install that to resume from it")
+            return manifest
+    except (ValueError, TypeError, KeyError) as error:
+        if isinstance(error, DamagedCheckpoint):
+            raise
+    raise DamagedCheckpoint(f"{folder}: its {MANIFEST} is damaged: it is not what was written (SHA-256)")
+
+
+def verify_resumable(folder: str | Path) -> dict[str, Any]:
+    """Check that a checkpoint is whole, and that training can go on from it; returns its manifest.
+
+    Raises:
+        DamagedCheckpoint: it is not, or cannot.
+    """
+    manifest = verify(folder)
+    if any(_is_pickled_weights(path.name) for path in Path(folder).iterdir()):
+        raise DamagedCheckpoint(f"{folder}: holds weights in a pickle (.bin), and only safetensors are loaded")
+    if manifest["save_only_model"]:
+        raise DamagedCheckpoint(
+            f"{folder}: was written with save_only_model=True, so it has no optimizer state to go on with: begin a new "
+            "run from its weights, with the folder as the model and another output_dir"
+        )
+    return manifest
+
+
+def resolve_checkpoint(resume: Any, output_dir: str | Path) -> Path:
+    """Find the checkpoint to resume from: a folder, or True or "latest" for the newest whole one of output_dir.
+
+    Raises:
+        DamagedCheckpoint: the named one is not whole. The message names the newest that is.
+        ValueError: there is none, or the name is no folder.
+    """
+    if resume is True or str(resume).lower() in ("latest", "true"):
+        newest, damaged = newest_whole(output_dir)
+        if newest is None:
+            found = "; ".join(["of those in it none is whole", *damaged]) if damaged else "it has none"
+            raise ValueError(f"resume_from_checkpoint: there is no checkpoint to resume from in {output_dir}: {found}")
+        if damaged:
+            warnings.warn(f"resuming from {newest}; passed over: {'; '.join(damaged)}", stacklevel=2)
+        return newest
+    folder = Path(resume)
+    if not any((folder / name).is_file() for name in (MANIFEST, "trainer_state.json")):
+        raise ValueError(f"resume_from_checkpoint: {folder} is no checkpoint folder (it has no {MANIFEST})")
+    try:
+        verify_resumable(folder)
+    except DamagedCheckpoint as error:
+        newest, _ = newest_whole(folder.parent)
+        way_on = f"the newest whole checkpoint is {newest}" if newest else "no other checkpoint beside it is whole"
+        raise DamagedCheckpoint(f"resume_from_checkpoint: {error}; {way_on}") from error
+    later = [path.name for path in checkpoints(folder.parent) if _step(path) > _step(folder)]
+    if later and folder.parent.resolve() == Path(output_dir).resolve():
+        warnings.warn(
+            f"resuming from {folder}: {', '.join(later)} of later steps stay until this run writes them anew, and "
+            "until then 'latest' means them: remove them where this run shall differ",
+            stacklevel=2,
+        )
+    return folder
+
+
+def newest_whole(output_dir: str | Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that can be resumed, or None, and what is wrong with each newer one."""
+    damaged = []
+    for folder in reversed(checkpoints(output_dir)):
+        try:
+            verify_resumable(folder)
+        except DamagedCheckpoint as error:
+            damaged.append(str(error))
+        else:
+            return folder, damaged
+    return None, damaged
+
+
+def where_to_go_on(output_dir: str | Path) -> str:
+    """For the message of a run that ends: its newest whole checkpoint."""
+    newest, _ = newest_whole(output_dir)
+    return "there is no checkpoint to resume" if newest is None else f"{newest} is the last checkpoint"
+
+
+def checkpoints(output_dir: str | Path) -> list[Path]:
+    """The folders checkpoint-N, whole or not, by step."""
+    found = Path(output_dir).glob("checkpoint-*")
+    return sorted((path for path in found if path.is_dir() and _NAME.fullmatch(path.name)), key=_step)
+
+
+def rotate(output_dir: Path, limit: int | None, keep: Collection[Path]) -> None:
+    """Delete the oldest checkpoints down to `limit`, never those in `keep`, the first of which was just written.
+
+    Those of later steps belong to a run that was taken back, and go first.
+    """
+    if limit is None or limit <= 0:
+        return
+    newest, kept = _step(next(iter(keep))), {path.resolve() for path in keep}
+    others = [path for path in checkpoints(output_dir) if path.resolve() not in kept]
+    surplus = max(len(others) + len(kept) - limit, 0)
+    for path in sorted(others, key=lambda path: (_step(path) < newest, _step(path)))[:surplus]:
+        # Killed in between, it leaves no checkpoint-N with half of its files.
+        doomed = path.with_name(f"{_ASIDE}deleted-{path.name}")
+        os.rename(path, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def remove_leftovers(output_dir: str | Path) -> None:
+    """Remove what killed runs left half written or half deleted."""
+    for path in Path(output_dir).glob(f"{_ASIDE}*checkpoint-*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def check_writable(output_dir: str | Path) -> None:
+    """Refuse a folder that cannot be written to, or not be made; leaves nothing behind.
+
+    Raises:
+        ValueError: with the reason.
+    """
+    path = Path(output_dir).absolute()
+    try:
+        existing = next(parent for parent in (path, *path.parents) if parent.exists())
+        with tempfile.TemporaryFile(dir=existing) as probe:
+            probe.write(bytes(4096))
+            probe.flush()
+            os.fsync(probe.fileno())
+    except OSError as error:
+        raise ValueError(f"output_dir: {path} cannot be written to: {error.strerror}") from error
+
+
+def _serialized(manifest: dict[str, Any]) -> bytes:
+    """JSON in one way of several, with a checksum of all of it but itself: equal bytes or damaged."""
+    checksum = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**manifest, "checksum": checksum}, indent=1, sort_keys=True).encode()
+
+
+def _digests(paths: list[Path]) -> list[str]:
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing lets other threads run
+        return list(pool.map(_digest, paths))
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _is_pickled_weights(name: str) -> bool:
+    return name.endswith(".bin") and name.startswith(("pytorch_model", "adapter_model"))
+
+
+def _step(folder: Path) -> int:
+    name = _NAME.fullmatch(folder.name)
+    return int(name[1]) if name else -1

@@ -1,0 +1,411 @@
+"""CheckpointedTrainer: transformers' Trainer with checkpoints that survive anything, and an exact resume.
+
+Killed at any moment and resumed, a run ends with the same weights and logs the same losses, to the last bit, as one
+that was left alone (same machine, same number of threads): a checkpoint is whole or not there (checkpoint_folder.py),
+holds what Trainer leaves out (sums between two logs, callbacks' counters), and is refused by another run
+(run_identity.py).
+
+A save that fails (a full disk, say) is reported and leaves the run going: the next save is tried as usual, and once
+more when training ends. Only if that fails too does train() raise OSError, after it has written the weights alone where
+they fit. SIGTERM and SIGINT end the step, write a checkpoint and stop; an evaluation that is due runs first, because
+the resumed run would not make up for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import sys
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import Trainer
+from transformers.trainer_callback import ExportableState
+
+from dpofast.checkpointing.folder import (
+    check_writable,
+    newest_whole,
+    read_manifest,
+    remove_leftovers,
+    resolve_checkpoint,
+    rotate,
+    seal,
+    staging_folder,
+    verify,
+    where_to_go_on,
+)
+from dpofast.checkpointing.fsdp import first_shard, load_weights, save_optimizer, saved_once
+from dpofast.checkpointing.identity import (
+    check_same_run,
+    dataset_identity,
+    options_identity,
+    parameters_identity,
+    tokenizer_identity,
+)
+from dpofast.checkpointing.signals import Interruption, TrainingInterrupted
+from dpofast.common.ranks import Ranks
+
+
+class CheckpointedTrainer(Trainer):
+    """A Trainer whose checkpoints are whole or not there, and resumed exactly or not at all.
+
+    Args:
+        model: as Trainer's.
+        args: as Trainer's; callbacks' counters are always restored.
+        options: Trainer's other arguments.
+
+    Raises:
+        ValueError: output_dir cannot be written to; enable_jit_checkpoint (it would write checkpoints in place).
+    """
+
+    control: Any
+    # Of the training data, what training reads; None is all columns.
+    identity_columns: Sequence[str] | None = None
+
+    def __init__(self, model: Any = None, args: Any = None, **options: Any) -> None:
+        """Check the output folder before Trainer makes it."""
+        if args is not None:
+            if args.should_save:
+                check_writable(args.output_dir)
+            if args.enable_jit_checkpoint:
+                raise ValueError("enable_jit_checkpoint: leave it out: SIGTERM ends every run with a checkpoint")
+        super().__init__(model=model, args=args, **options)
+        self.ranks = Ranks()
+        self._interruption = Interruption()
+
+    def run_identity(self) -> dict[str, Any]:
+        """What a resumed run must share with the one that wrote its checkpoint: names and JSON values.
+
+        Looked at as training begins, before weights are loaded; a subclass adds what is its own.
+        """
+        identity = {**options_identity(self.args), **parameters_identity(self.model)}
+        if hasattr(self.processing_class, "get_vocab"):
+            identity["tokenizer"] = tokenizer_identity(self.processing_class)
+        if hasattr(self.train_dataset, "__len__"):
+            identity["train_dataset"] = dataset_identity(self.train_dataset, self.identity_columns)
+        if self.eval_dataset is not None:  # it decides which model is the best, and when to stop
+            identity["eval_dataset"] = dataset_identity(self.eval_dataset, self.identity_columns)
+        return identity
+
+    def progress_state(self) -> dict[str, Any]:
+        """What else this rank must go on with: tensors and plain values; a subclass adds its own."""
+        return {}
+
+    def load_progress_state(self, state: dict[str, Any]) -> None:
+        """Go on with what progress_state() gave, tensors on args.device."""
+
+    def save_more(self, folder: str) -> None:
+        """Write what is too large for progress_state() into a checkpoint; called on every rank, for a subclass."""
+
+    def load_more(self, folder: str) -> None:
+        """Read what save_more() wrote, before the first step; called on every rank."""
+
+    # ---- training ---------------------------------------------------------------------------------------------------
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> Any:
+        """Train, or go on from a checkpoint: its folder, or True or "latest" for the newest whole one of output_dir.
+
+        Raises:
+            DamagedCheckpoint: the named checkpoint is not whole; nothing was loaded.
+            ValueError: there is no checkpoint, or it was written by another run (data, options, number of processes);
+                or FSDP has sharded the model already, in a train() before this one.
+            OSError: the last state could not be written, see the module.
+            TrainingInterrupted: SIGTERM or SIGINT came, and a checkpoint was written.
+        """
+        if self.is_fsdp_enabled and first_shard(self.model) is not None:
+            raise ValueError(
+                "train: this model is sharded already: build a new trainer, and resume from a checkpoint to go on"
+            )
+        self._unsaved: str | None = None  # why the latest state is in no checkpoint
+        self._saved_step = self._ended_step = -1
+        self._save_is_due = self._stopped = False
+        self._same_length = True
+        self._resume_folder: str | None = self._together(lambda: self._prepare(resume_from_checkpoint))
+        with self._interruption:
+            try:
+                return super().train(self._resume_folder, trial, ignore_keys_for_eval)
+            except TrainingInterrupted as stop:
+                if self.is_world_process_zero():
+                    print(f"dpofast: {stop}", file=sys.stderr)
+                raise
+
+    def _prepare(self, resume: str | bool | None) -> str | None:
+        """Refuse what cannot be resumed before anything is loaded; returns the folder to resume from."""
+        if not self.args.should_save:
+            return None
+        self._identity = self.run_identity()
+        remove_leftovers(self.args.output_dir)
+        if not resume:
+            return None
+        folder = resolve_checkpoint(resume, self.args.output_dir)
+        manifest = read_manifest(folder)
+        if manifest["world_size"] != self.args.world_size:
+            raise ValueError(
+                f"resume_from_checkpoint: {folder} was written by {manifest['world_size']} processes, each with random "
+                f"states of its own, and these are {self.args.world_size}: start as many as then"
+            )
+        self._same_length = check_same_run(manifest["run"], self._identity, folder)
+        # what this part of the run does without, its next checkpoints remember all the same
+        self._identity = {**manifest["run"], **self._identity}
+        return str(folder)
+
+    def _run_epoch(self, **arguments: Any) -> None:
+        if self._resume_folder is not None:
+            self._load_progress(self._resume_folder)
+            self._resume_folder = None
+        if self._stopped or self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True  # Trainer would take a step beyond the last
+            return
+        super()._run_epoch(**arguments)
+
+    def _maybe_log_save_evaluate(
+        self, tr_loss: Any, grad_norm: Any, model: Any, trial: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        """Save after everything that belongs to a step: Trainer calls this after each, and again at an epoch's end."""
+        step, control = self.state.global_step, self.control
+        again, self._ended_step = step == self._ended_step, step
+        ends_epoch = (
+            float(self.state.epoch or 0).is_integer() or control.should_training_stop or control.should_epoch_stop
+        )
+        if ends_epoch and not again:
+            # Resuming begins with the next epoch, so what happens at this one's end must lie before the checkpoint.
+            self._save_is_due, control.should_save = control.should_save, False
+        elif again:
+            control.should_save, self._save_is_due = control.should_save or self._save_is_due, False
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
+        if (again or not ends_epoch) and self._stop_is_wished():
+            self._stop(model, trial)
+
+    def _stop_is_wished(self) -> bool:
+        # a signal may reach one rank alone, or each in another step
+        return bool(self.ranks.largest(self._interruption.signal is not None))
+
+    def _stop(self, model: Any, trial: Any) -> None:
+        if self._saved_step != self.state.global_step:
+            self._save_checkpoint(model, trial)
+        name = "a signal to another process" if self._interruption.signal is None else self._interruption.signal.name
+        stopped = f"stopped by {name} after step {self.state.global_step} of {self.state.max_steps}"
+        if self._unsaved is not None:
+            raise TrainingInterrupted(f"{stopped}; {self._unsaved}")
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        raise TrainingInterrupted(f"{stopped}; go on with resume_from_checkpoint={str(folder)!r} (or 'latest')")
+
+    def _finalize_training(self, trial: Any, num_train_samples: Any, start_time: Any) -> Any:
+        if self._unsaved is not None:  # there may be room by now
+            self._save_checkpoint(self.model_wrapped, trial)
+        best = self.state.best_model_checkpoint
+        if self.args.should_save and self.args.save_total_limit == 1 and best is not None:
+            rotate(Path(self._get_output_dir(trial)), 1, [Path(best)])  # Trainer would delete in place
+        output = super()._finalize_training(trial, num_train_samples, start_time)
+        if self._unsaved is None:
+            return output
+        try:
+            self._together(self.save_model)
+            weights = f"the weights alone are in {self.args.output_dir}"
+        except OSError as error:
+            weights = f"nor could the weights alone ({error})"
+        raise OSError(f"training is done, and {self._unsaved}; {weights}")
+
+    # ---- writing ----------------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Write aside, every rank its files; seal; and only then delete old ones."""
+        step, run_dir = self.state.global_step, Path(self._get_output_dir(trial))
+        folder = run_dir / f"checkpoint-{step}"
+        staged = staging_folder(folder)
+        if self.hp_search_backend is None and trial is None:
+            self.store_flos()
+        former_best = self.state.best_model_checkpoint
+        best = run_dir / f"checkpoint-{self.state.best_global_step}"
+        if best == folder or best.is_dir():
+            self.state.best_model_checkpoint = str(best)
+        parts: list[Callable[[], None]] = [
+            self._check_finite,
+            lambda: self._begin(staged),
+            lambda: self.save_model(str(staged), _internal_call=True),
+        ]
+        if not self.args.save_only_model:
+            files = (self._save_optimizer_and_scheduler, self._save_scaler, self._save_rng_state, self._save_progress)
+            parts += [partial(save, str(staged)) for save in (*files, self.save_more)]
+        try:
+            for part in (*parts, lambda: self._seal(staged, folder)):
+                self._together(part)
+        except OSError as error:
+            self.state.best_model_checkpoint = former_best
+            self._report_unsaved(error, staged, best == folder)
+            return
+        self._unsaved, self._saved_step = None, step
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(folder))
+        if self.args.should_save:
+            kept = self.state.best_model_checkpoint
+            rotate(run_dir, self.args.save_total_limit, [folder, *([Path(kept)] if kept else [])])
+
+    def _begin(self, staged: Path) -> None:
+        if self.args.should_save:
+            shutil.rmtree(staged, ignore_errors=True)
+            os.makedirs(staged)
+
+    def _seal(self, staged: Path, folder: Path) -> None:
+        if not self.args.should_save:
+            return
+        states = defaultdict(list)
+        for callback in [*self.callback_handler.callbacks, self.control]:
+            if isinstance(callback, ExportableState):
+                states[type(callback).__name__].append(callback.state())
+        self.state.stateful_callbacks = {name: found if found[1:] else found[0] for name, found in states.items()}
+        self.state.save_to_json(str(staged / "trainer_state.json"))
+        ranks = range(self.args.world_size) if self.args.world_size > 1 else ()
+        missing = [rank for rank in ranks if not (staged / f"rng_state_{rank}.pth").is_file()]
+        if missing and not (self.args.save_only_model or self.args.save_on_each_node):
+            raise OSError(f"the files of ranks {missing} are not in {staged}: all ranks need the same output_dir")
+        facts = {
+            "step": self.state.global_step,
+            "world_size": self.args.world_size,
+            "save_only_model": self.args.save_only_model,
+            "run": self._identity,
+        }
+        seal(staged, folder, facts)
+
+    def _report_unsaved(self, error: OSError, staged: Path, was_best: bool) -> None:
+        newest = None
+        if self.args.should_save:
+            shutil.rmtree(staged, ignore_errors=True)
+            newest, _ = newest_whole(staged.parent)
+        self._unsaved = (
+            f"the checkpoint of step {self.state.global_step} could not be written: {error}{_room(staged.parent)}; "
+            + (f"the newest whole one is {newest}" if newest else "there is no whole one yet")
+        )
+        if self.is_world_process_zero():
+            lost = "; this step was the best so far and is not kept" if was_best else ""
+            warnings.warn(f"{self._unsaved}{lost}. Training goes on, and the next save is tried", stacklevel=2)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Trainer's, where a full disk is an OSError, and weights that are not finite a ValueError."""
+        if not _internal_call:
+            self._together(self._check_finite)
+        with _write_errors():
+            super().save_model(output_dir, _internal_call)
+
+    def _check_finite(self) -> None:
+        """A gradient that overflowed leaves no other trace where the next loss is of no step."""
+        for name, weight in self.model.named_parameters():
+            own = weight.to_local() if hasattr(weight, "to_local") else weight
+            if weight.requires_grad and not own.isfinite().all():
+                raise ValueError(
+                    f"{name} is not finite after step {self.state.global_step}, and nothing was saved; "
+                    f"{where_to_go_on(self.args.output_dir)}. Look at grad_norm in the log, and at a learning "
+                    "rate that is too high"
+                )
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if self.is_fsdp_enabled and state_dict:
+            state_dict = saved_once(self.model, state_dict)
+        super()._save(output_dir, state_dict)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.is_fsdp_enabled:  # Trainer would write the weights again, as a pickle
+            save_optimizer(self, output_dir)
+        else:
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.is_fsdp_enabled:
+            load_weights(self.model, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """A tied weight is written once, so under its other name it is not missing."""
+        tied = set(getattr(self.model, "all_tied_weights_keys", None) or ())
+        missing = [name for name in load_result.missing_keys if name not in tied]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
+
+    # ---- what Trainer leaves out of a checkpoint --------------------------------------------------------------------
+
+    def _progress_file(self, folder: str) -> str:
+        rank = f"_{self.args.process_index}" if self.args.world_size > 1 else ""
+        return os.path.join(folder, f"progress{rank}.pt")
+
+    def _save_progress(self, folder: str) -> None:
+        """Sums since the last log, and whether a callback (early stopping) ended the run here."""
+        own = {
+            "tr_loss": self._tr_loss,
+            "last_logged": self._globalstep_last_logged,
+            "stopped": self.control.should_training_stop and self.state.global_step < self.state.max_steps,
+        }
+        torch.save({**own, "subclass": self.progress_state()}, self._progress_file(folder))
+
+    def _load_progress(self, folder: str) -> None:
+        device = "cpu" if self.args.device.type == "cpu" else self.args.device  # torch.load knows no "cpu:0"
+        state = torch.load(self._progress_file(folder), map_location=device, weights_only=True)
+        self._tr_loss, self._globalstep_last_logged = state["tr_loss"], state["last_logged"]
+        # train_loss is the mean over the steps since resuming.
+        self._total_loss_scalar = -self._tr_loss.item()
+        self._stopped = state["stopped"] and self._same_length
+        self.load_progress_state(state["subclass"])
+        self.load_more(folder)
+
+    def _load_callback_state(self) -> None:
+        """Callbacks go on with their counters, even without restore_callback_states_from_checkpoint; options stay."""
+        found = defaultdict(list)
+        for callback in self.callback_handler.callbacks:
+            found[type(callback).__name__].append(callback)
+        for name, states in self.state.stateful_callbacks.items():
+            for callback, state in zip(found[name], states if isinstance(states, list) else [states], strict=False):
+                for attribute, value in state["attributes"].items():
+                    setattr(callback, attribute, value)
+
+    def _load_best_model(self) -> None:
+        self._together(lambda: verify(self.state.best_model_checkpoint) if self.args.should_save else None)
+        if self.is_fsdp_enabled:
+            load_weights(self.model, self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
+
+    # ---- ranks ------------------------------------------------------------------------------------------------------
+
+    def _together(self, part: Callable[[], Any]) -> Any:
+        """Run on every rank; what fails on one is raised on all, so that none waits. Returns the first result."""
+        problem, result = None, None
+        try:
+            with _write_errors():
+                result = part()
+        except (OSError, ValueError) as error:
+            problem = error
+        outcomes = self.ranks.gather((problem, result))
+        first = next((theirs for theirs, _ in outcomes if theirs is not None), None)
+        if first is not None:
+            raise problem or first
+        return next((theirs for _, theirs in outcomes if theirs is not None), None)
+
+
+@contextlib.contextmanager
+def _write_errors() -> Iterator[None]:
+    """Writers that are not Python's own have their own words for a full disk."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"safetensors: {error}") from error
+    except RuntimeError as error:
+        if "PytorchStreamWriter" not in str(error):
+            raise
+        raise OSError(f"torch.save: {str(error).splitlines()[0]}") from error
+
+
+def _room(folder: Path) -> str:
+    with contextlib.suppress(OSError):
+        return f" ({shutil.disk_usage(folder).free / 1e6:,.0f} MB are free)"
+    return ""

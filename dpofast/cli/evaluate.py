@@ -1,0 +1,168 @@
+"""`dpofast eval`: does a checkpoint's implicit reward prefer the chosen response, or merely the longer one?
+
+The implicit reward of a response is beta · (policy − reference log-prob); with --no_reference, beta · policy log-prob.
+dpofast.pair_statistics says how the intervals and the length-balanced accuracy are defined.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from dpofast.cli.arguments import parse, quiet
+from dpofast.cli.scored_pairs import ScoringArguments, prepare, scored
+from dpofast.evaluation.pair_records import PairTable
+from dpofast.evaluation.statistics import Estimate, LengthStatistics, length_statistics, mean, share
+from dpofast.losses.config import PreferenceLoss
+from dpofast.losses.functional import preference_loss
+
+
+@dataclass(kw_only=True)
+class EvalArguments(ScoringArguments):
+    """What to evaluate, and how to show it."""
+
+    loss_type: str = field(default="sigmoid", metadata={"help": "The loss to report: a kind of dpofast train's."})
+    output: str = field(default="table", metadata={"help": "What is printed: table or json."})
+
+    def __post_init__(self) -> None:
+        """Check what is cheap to check."""
+        super().__post_init__()
+        if self.output not in ("table", "json"):
+            raise ValueError(f"output: expected 'table' or 'json', got {self.output!r}")
+        loss = PreferenceLoss(kind=self.loss_type, beta=self.beta)
+        if loss.needs_reference and self.no_reference:
+            raise ValueError(
+                f"loss_type: {self.loss_type!r} has a reference; beside --no_reference name one that has none: simpo, "
+                "orpo, cpo or sft"
+            )
+
+
+def main(argv: Sequence[str]) -> int:
+    """Evaluate, print, and return 0.
+
+    Raises:
+        ValueError: an option, a model or data that cannot be used.
+    """
+    (arguments,) = parse((EvalArguments,), argv, prog="dpofast eval", description=__doc__)
+    quiet(sys.stderr.isatty())
+    prepared = prepare(arguments)
+    pairs = _table(scored(arguments, prepared), arguments)
+    figures, length = evaluation(pairs)
+    ties = int((pairs.margins == 0).sum())
+    if arguments.output == "json":
+        print(_json(arguments, figures, length, prepared.report, ties))
+    else:
+        print(prepared.report.summary())
+        _show(arguments, figures, length, ties)
+    return 0
+
+
+def _table(rows: Iterable[Mapping[str, Any]], arguments: EvalArguments) -> PairTable:
+    """All rows' numbers: 64 bytes a pair."""
+    reference = ("ref_chosen_logps", "ref_rejected_logps")
+    names = ("row", "chosen_logps", "rejected_logps", "chosen_tokens", "rejected_tokens")
+    values = np.array([[row[name] for name in names] + [row.get(name, 0.0) for name in reference] for row in rows])
+    logps, lengths, ref = values[:, 1:3], values[:, 3:5], values[:, 5:7]
+    output = preference_loss(
+        torch.from_numpy(logps.ravel().copy()),
+        torch.arange(2 * len(values)).view(-1, 2),
+        torch.from_numpy(ref.ravel().copy()),
+        loss=PreferenceLoss(kind=arguments.loss_type, beta=arguments.beta),
+        lengths=torch.from_numpy(lengths.ravel().copy()),
+    )
+    return PairTable(
+        rows=values[:, 0].astype(np.int64),
+        rewards=output.rewards.view(-1, 2).numpy(),
+        logps=logps,
+        lengths=lengths.astype(np.int64),
+        losses=output.losses.numpy(),
+    )
+
+
+def evaluation(pairs: PairTable) -> tuple[dict[str, Estimate], LengthStatistics]:
+    """What is reported of pairs: estimates by name, and what the reward has to do with length."""
+    length = length_statistics(pairs)
+    balanced = Estimate(
+        length.accuracy_balanced,
+        *length.accuracy_balanced_interval,
+        length.accuracy_chosen_longer.count + length.accuracy_chosen_shorter.count,
+    )
+    figures = {
+        "accuracy": share(pairs.margins > 0),
+        "margin": mean(pairs.margins),
+        "loss": mean(pairs.losses),
+        "reward, chosen": mean(pairs.rewards[:, 0]),
+        "reward, rejected": mean(pairs.rewards[:, 1]),
+        "chosen below reference": share(pairs.rewards[:, 0] < 0),
+        "accuracy, chosen longer": length.accuracy_chosen_longer,
+        "accuracy, chosen shorter": length.accuracy_chosen_shorter,
+        "accuracy, length-balanced": balanced,
+        "longer response preferred": length.longer_preferred,
+    }
+    return figures, length
+
+
+def _lengths(pairs_length: LengthStatistics) -> dict[str, float]:
+    return {
+        "chosen_is_longer": pairs_length.chosen_longer,
+        "preferred_tokens": pairs_length.preferred_length,
+        "margin_length_correlation": pairs_length.margin_correlation,
+    }
+
+
+def _json(
+    arguments: EvalArguments, figures: dict[str, Estimate], length: LengthStatistics, report: Any, ties: int
+) -> str:
+    def finite(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: finite(part) for name, part in value.items()}
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    named = {name.replace(", ", "_").replace("-", "_").replace(" ", "_"): asdict(e) for name, e in figures.items()}
+    if arguments.no_reference:
+        del named["chosen_below_reference"]
+    data = {
+        "source": report.source,
+        "rows": report.rows,
+        "pairs": report.kept,
+        "truncated": report.truncated,
+        "ties": ties,
+    }
+    return json.dumps(
+        finite({"settings": asdict(arguments), "data": data, "metrics": named, "length": _lengths(length)}), indent=2
+    )
+
+
+def _show(arguments: EvalArguments, figures: dict[str, Estimate], length: LengthStatistics, ties: int) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("", "value", "95 % interval", "pairs")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, estimate in figures.items():
+        if not math.isnan(estimate.value) and not (arguments.no_reference and name == "chosen below reference"):
+            form = "{:+.3f}" if "margin" in name or "reward" in name.split(",") else "{:.3f}"
+            bounds = (estimate.low, estimate.high)
+            interval = "-" if math.isnan(estimate.low) else " to ".join(form.format(bound) for bound in bounds)
+            table.add_row(name, form.format(estimate.value), interval, f"{estimate.count:,}")
+    Console().print(table)
+    if ties:
+        print(f"In {ties:,} of {figures['margin'].count:,} pairs the two rewards tie, which is not accurate.")
+    shares = _lengths(length)
+    if math.isnan(shares["chosen_is_longer"]):
+        return  # all pairs are of equal lengths
+    correlation = shares["margin_length_correlation"]
+    follows = "" if math.isnan(correlation) else f"; correlation of margin and length difference {correlation:+.2f}"
+    # print, because rich would break long lines
+    print(
+        f"The chosen response is the longer one in {shares['chosen_is_longer']:.0%} of the pairs of unequal lengths; "
+        f"the preferred response has {shares['preferred_tokens']:.1f} tokens on average{follows}."
+    )

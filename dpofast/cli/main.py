@@ -1,0 +1,57 @@
+"""The command line: dpofast train | eval | score | demo | info.
+
+Whatever is wrong with what the user gave (a file, a row, a model, an option) ends in one message on stderr and exit
+code 2, before anything is written.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+_USAGE = """usage: dpofast <command> [options]
+
+commands:
+  train   train a model on preference pairs                       dpofast train --help
+  eval    accuracy and margins of a checkpoint's implicit reward  dpofast eval --help
+  score   add log-probs and implicit rewards to a file            dpofast score --help
+  demo    a small model, from scratch to DPO, minutes             dpofast demo --help
+  info    what is installed and which path is used
+"""
+
+# The module of a command is imported when it is asked for: torch alone takes seconds.
+_COMMANDS = {
+    "train": "dpofast.cli.train",
+    "eval": "dpofast.cli.evaluate",
+    "score": "dpofast.cli.score",
+    "demo": "dpofast.demo.run",
+    "info": "dpofast.cli.info",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0, or 2 after a message about the user's input."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
+    if command in ("", "-h", "--help"):
+        print(_USAGE)
+        return 0 if command else 2
+    if command not in _COMMANDS:
+        print(_USAGE, file=sys.stderr)
+        return _refuse(f"expected a command among {', '.join(_COMMANDS)}, got {command!r}")
+    try:
+        return importlib.import_module(_COMMANDS[command]).main(rest)
+    except KeyboardInterrupt:
+        print("dpofast: stopped; what was written so far can be resumed", file=sys.stderr)
+        return 130
+    except (ValueError, FloatingPointError, OSError) as error:
+        if os.environ.get("DPOFAST_TRACEBACK"):
+            raise
+        return _refuse(str(error))
+
+
+def _refuse(message: str) -> int:
+    print(f"dpofast: error: {message}", file=sys.stderr)
+    return 2

@@ -1,0 +1,74 @@
+"""`dpofast score`: a preference file with log-probs and implicit rewards added to every row.
+
+Columns that are added: chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps (trl's names; nats, summed
+over the response), chosen_tokens, rejected_tokens, chosen_rewards, rejected_rewards (beta times policy minus reference)
+and margins. The output appears whole or not at all; what a killed run has scored lies beside it in OUTPUT.partial, and
+the same command goes on from there.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from dpofast.cli.arguments import parse, quiet
+from dpofast.cli.load_models import base_of, is_adapter
+from dpofast.cli.scored_pairs import ScoringArguments, prepare, scored
+from dpofast.scoring.score_file import PartialScores, source_rows, weights_of, write_scored
+
+
+@dataclass(kw_only=True)
+class ScoreArguments(ScoringArguments):
+    """What to score, and where it goes."""
+
+    output: str = field(metadata={"help": "The file to write: .jsonl or .parquet."})
+    overwrite: bool = field(default=False, metadata={"help": "Write over an output that exists."})
+    ld_alpha: float | None = field(
+        default=None,
+        metadata={"help": "Weight in [0, 1] of tokens beyond the length of the shorter response (LD-DPO)."},
+    )
+
+    def __post_init__(self) -> None:
+        """Check what is cheap to check."""
+        super().__post_init__()
+        path = Path(self.output)
+        if path.suffix not in (".jsonl", ".parquet"):
+            raise ValueError(f"output: expected a file that ends in .jsonl or .parquet, got {self.output!r}")
+        if path.exists() and (path.is_dir() or not self.overwrite):
+            way = "name a file" if path.is_dir() else "name another, or pass --overwrite"
+            raise ValueError(f"output: {path} exists already: {way}")
+        if Path(self.data).exists() and path.resolve() == Path(self.data).resolve():
+            raise ValueError("output: expected another file than --data")
+        if self.ld_alpha is not None and not 0 <= self.ld_alpha <= 1:
+            raise ValueError(f"ld_alpha: expected a number in [0, 1], got {self.ld_alpha}")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Score, and return 0.
+
+    Raises:
+        ValueError: an option, a model or data that cannot be used, or a partial file of another run.
+    """
+    (arguments,) = parse((ScoreArguments,), argv, prog="dpofast score", description=__doc__)
+    quiet(sys.stderr.isatty())
+    output = Path(arguments.output)
+    prepared = prepare(arguments)
+    settings = {name: value for name, value in asdict(arguments).items() if name not in ("output", "overwrite")}
+    # What decides the numbers: a partial file of other options, other weights or other data must not be gone on with.
+    identity = settings | {
+        "weights": weights_of(arguments.model),
+        "base_weights": weights_of(base_of(arguments.model) if is_adapter(arguments.model) else None),
+        "ref_weights": weights_of(arguments.ref_model),
+        "tokens": prepared.tokens._fingerprint,
+    }
+    partial = PartialScores(output.with_name(output.name + ".partial"), identity)
+    start = partial.resume(overwrite=arguments.overwrite)
+    if start:
+        print(f"going on with {partial.path}: {start:,} of {len(prepared.tokens):,} pairs are scored already")
+    partial.append(scored(arguments, prepared, start=start, ld_alpha=arguments.ld_alpha))
+    write_scored(output, source_rows(arguments.data, prepared.dataset), partial)
+    print(prepared.report.summary())
+    print(f"{len(prepared.tokens):,} scored pairs are in {output}")
+    return 0

@@ -1,0 +1,166 @@
+"""What `dpofast eval` and `dpofast score` share: their options, and the scored pairs."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from datasets import Dataset
+from tqdm.auto import tqdm
+
+from dpofast.cli.load_models import Loading, device, is_adapter, load_model, load_tokenizer, named
+from dpofast.data.formats import REF_COLUMNS, place
+from dpofast.data.load import DataReport, load_preferences, tokenize_preferences
+from dpofast.model.attach import attach_logprob_head
+from dpofast.scoring.score import WINDOW, score_rows
+
+# On a CPU a pass without gradients is fastest where its activations stay in cache.
+_MAX_TOKENS_GPU, _MAX_TOKENS_CPU = 16384, 1024
+
+
+@dataclass(kw_only=True)
+class ScoringArguments:
+    """Which model scores which pairs, against which reference."""
+
+    model: str = field(metadata={"help": "A checkpoint: a folder or hub name, or the folder of a LoRA adapter."})
+    data: str = field(
+        metadata={"help": "Preference pairs: a .jsonl or .parquet file, a datasets folder, or a hub name."}
+    )
+    split: str = field(default="train", metadata={"help": "The split of --data, where it has several."})
+    ref_model: str | None = field(
+        default=None,
+        metadata={
+            "help": "The reference. Default: the rows' own ref_chosen_logps and ref_rejected_logps, else an adapter's "
+            "base model."
+        },
+    )
+    no_reference: bool = field(
+        default=False, metadata={"help": "Rewards without a reference, beta times log-prob (SimPO, ORPO, CPO)."}
+    )
+    beta: float = field(default=0.1, metadata={"help": "The strength that rewards are measured in."})
+    max_length: int | None = field(
+        default=1024, metadata={"help": "Prompt plus response is cut to so many tokens, at the response's end."}
+    )
+    on_bad_row: str = field(default="raise", metadata={"help": "A bad row: raise (stop) or skip (count, leave out)."})
+    dtype: str = field(default="float32", metadata={"help": "The dtype models are loaded in: float32 or bfloat16."})
+    bf16: bool = field(default=False, metadata={"help": "Compute in bfloat16 on float32 weights, as training does."})
+    load_in_4bit: bool = field(default=False, metadata={"help": "Weights in 4 bits, by bitsandbytes."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Allow a model's own Python code to run."})
+    padded: bool = field(default=False, metadata={"help": "Padded rows, for models that cannot run packed."})
+    max_tokens: int | None = field(
+        default=None,
+        metadata={"help": "Packed positions at once (default 1024 on the CPU, 16384 on a GPU); memory only."},
+    )
+    max_logits_bytes: int | None = field(default=None, metadata={"help": "Room for logits in bytes."})
+
+    def __post_init__(self) -> None:
+        """Check what is cheap to check."""
+        if not 0 < self.beta < math.inf:
+            raise ValueError(f"beta: expected a positive number, got {self.beta}")
+        if self.no_reference and self.ref_model:
+            raise ValueError("no_reference: leave it out, or leave --ref_model out")
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise ValueError(f"max_tokens: expected at least 1, got {self.max_tokens}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """The data as loaded and as tokens, what became of its rows; the policy, and the reference or None for no model."""
+
+    dataset: Dataset
+    tokens: Dataset
+    report: DataReport
+    model: Any
+    ref_model: Any
+
+
+def prepare(arguments: ScoringArguments) -> Prepared:
+    """Load everything, in the order of what is cheapest to refuse.
+
+    Raises:
+        ValueError: data, a tokenizer or a model that cannot be used, or no reference where one is needed.
+    """
+    dataset = load_preferences(arguments.data, split=arguments.split, on_bad_row=arguments.on_bad_row)
+    tokenizer = load_tokenizer(arguments.model, trust_remote_code=arguments.trust_remote_code)
+    given = set(REF_COLUMNS) <= set(dataset.column_names)
+    if not (arguments.ref_model or arguments.no_reference or given or is_adapter(arguments.model)):
+        raise ValueError(
+            f"ref_model: {named(arguments.model)} is no adapter, so its reference must be named (the model that "
+            "training began with): --ref_model; or --no_reference for losses that have none"
+        )
+    model, ref_model = _models(arguments)
+    tokens, report = tokenize_preferences(
+        dataset,
+        tokenizer,
+        max_length=arguments.max_length,
+        on_bad_row=arguments.on_bad_row,
+        vocab_size=model.get_input_embeddings().weight.shape[0],
+    )
+    if arguments.no_reference:
+        tokens = tokens.remove_columns([name for name in REF_COLUMNS if name in tokens.column_names])
+    return Prepared(dataset=dataset, tokens=tokens, report=report, model=model, ref_model=ref_model)
+
+
+def _models(arguments: ScoringArguments) -> tuple[Any, Any]:
+    loading = Loading(
+        dtype=arguments.dtype,
+        trust_remote_code=arguments.trust_remote_code,
+        load_in_4bit=arguments.load_in_4bit,
+    )
+    model = load_model(arguments.model, loading)
+    if arguments.no_reference and hasattr(model, "merge_and_unload"):
+        model = model.merge_and_unload()
+    ref_model = load_model(arguments.ref_model, loading) if arguments.ref_model else None
+    vocab = model.get_input_embeddings().weight.shape[0]
+    for part in filter(None, (model, ref_model)):
+        theirs = part.get_input_embeddings().weight.shape[0]
+        if theirs != vocab:
+            raise ValueError(f"ref_model: expected the model's vocabulary of {vocab} tokens, got {theirs}")
+        part.requires_grad_(False).eval()
+        if not arguments.load_in_4bit:  # bitsandbytes has put them there
+            part.to(device())
+        attach_logprob_head(part, padded=arguments.padded)
+    return model, ref_model
+
+
+def scored(
+    arguments: ScoringArguments, prepared: Prepared, *, start: int = 0, ld_alpha: float | None = None
+) -> Iterator[dict[str, Any]]:
+    """score_rows over the data from pair `start` on, with a bar on a terminal.
+
+    Raises:
+        FloatingPointError: a log-prob that is not finite, with its row.
+    """
+    where = device()
+
+    def autocast() -> contextlib.AbstractContextManager[Any]:
+        return torch.autocast(where.type, torch.bfloat16) if arguments.bf16 else contextlib.nullcontext()
+
+    total = len(prepared.tokens)
+    rows = score_rows(
+        prepared.tokens.select(range(start, total)),
+        prepared.model,
+        prepared.ref_model,
+        beta=arguments.beta,
+        max_tokens=arguments.max_tokens or (_MAX_TOKENS_CPU if where.type == "cpu" else _MAX_TOKENS_GPU),
+        share_prompts=not arguments.padded,
+        max_logits_bytes=arguments.max_logits_bytes,
+        device=where,
+        autocast=autocast,
+        window=WINDOW,
+        ld_alpha=ld_alpha,
+    )
+    with tqdm(total=total, initial=start, desc="scored pairs", disable=None, leave=False, file=sys.stderr) as bar:
+        for row in rows:
+            if not all(math.isfinite(row[name]) for name in ("chosen_logps", "rejected_logps")):
+                raise FloatingPointError(
+                    f"{prepared.report.source}, {place(prepared.report.unit, row['row'])}: its log-probs under "
+                    f"{arguments.model} are not finite: look at the checkpoint's weights, and at this pair"
+                )
+            yield row
+            bar.update()

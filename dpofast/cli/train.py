@@ -1,0 +1,172 @@
+"""`dpofast train`: a model or an adapter from preference pairs, with metrics.jsonl, training.png and report.html."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dpofast.cli.arguments import parse, quiet
+from dpofast.cli.load_models import Loading, is_adapter, load_model, load_tokenizer, lora, named, one_line
+from dpofast.training.trainer import DPOConfig, DPOTrainer
+
+
+@dataclass
+class TrainArguments:
+    """What to train and on what; everything else is a DPOConfig (every transformers.TrainingArguments flag)."""
+
+    model: str = field(metadata={"help": "A folder or hub name that AutoModelForCausalLM loads (safetensors only)."})
+    data: str = field(
+        metadata={"help": "Preference pairs: a .jsonl or .parquet file, a datasets folder, or a hub name."}
+    )
+    eval_data: str | None = field(default=None, metadata={"help": "Held-out pairs, in the same formats."})
+    split: str = field(default="train", metadata={"help": "The split of --data, where it has several."})
+    eval_split: str = field(default="train", metadata={"help": "The split of --eval_data, where it has several."})
+    ref_model: str | None = field(
+        default=None,
+        metadata={"help": "The reference, a folder or hub name; default: the model as it is before training."},
+    )
+    dtype: str = field(default="float32", metadata={"help": "The dtype models are loaded in: float32 or bfloat16."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Allow a model's own Python code to run."})
+    lora_r: int = field(
+        default=0, metadata={"help": "Rank of a LoRA adapter on every linear layer; 0 trains all weights."}
+    )
+    lora_alpha: int | None = field(default=None, metadata={"help": "LoRA's alpha; default 16."})
+    load_in_4bit: bool = field(
+        default=False,
+        metadata={"help": "QLoRA: the frozen weights in 4 bits, by bitsandbytes; needs --lora_r."},
+    )
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={
+            "help": "Stop after so many evaluations in a row without a better metric_for_best_model (the loss, unless "
+            "it is named); --load_best_model_at_end ends with the best one."
+        },
+    )
+    html_report: bool = field(
+        default=True, metadata={"help": "Write report.html, a page with plots, pairs and warnings, at the end."}
+    )
+
+
+def main(argv: Sequence[str]) -> int:
+    """Train, and return 0.
+
+    Raises:
+        ValueError: an option, a model or data that cannot be used; nothing has been written then.
+    """
+    train, config = parse((TrainArguments, DPOConfig), argv, prog="dpofast train", description=__doc__)
+    interactive = sys.stderr.isatty()
+    quiet(interactive)
+    config.disable_tqdm = config.disable_tqdm or not interactive
+    peft_config = lora(train.lora_r, train.lora_alpha)
+    loading = _checked_loading(train)
+    resume = _checked_output(config)
+    config.logging_first_step = True
+    if train.eval_data and config.eval_strategy == "no":
+        config.eval_strategy = "epoch"
+    callbacks = _early_stopping(train, config)
+    if train.dtype == "bfloat16" and train.lora_r == 0:
+        print(
+            "dpofast: warning: with --dtype bfloat16 the weights themselves are bfloat16, and small updates round "
+            "away; --bf16 keeps float32 weights and computes in bfloat16",
+            file=sys.stderr,
+        )
+
+    from dpofast.data.load import load_preferences
+
+    # Input is looked at in the order of what is cheapest to refuse; nothing is written before all of it was accepted.
+    tokenizer = load_tokenizer(train.model, trust_remote_code=train.trust_remote_code)
+    train_data = load_preferences(train.data, split=train.split, on_bad_row=config.on_bad_row)
+    eval_data = None
+    if train.eval_data:
+        eval_data = load_preferences(train.eval_data, split=train.eval_split, on_bad_row=config.on_bad_row)
+    try:
+        trainer = DPOTrainer(
+            model=load_model(train.model, loading),
+            ref_model=load_model(train.ref_model, loading) if train.ref_model else None,
+            args=config,
+            train_dataset=train_data,
+            eval_dataset=eval_data,
+            processing_class=tokenizer,
+            peft_config=peft_config,
+            callbacks=callbacks,
+        )
+    except (RuntimeError, ImportError) as error:  # a reporter that is not installed, or not wholly
+        raise ValueError(one_line(error)) from error
+    for report in trainer.data_reports.values() if trainer.is_world_process_zero() else ():
+        print(report.summary())
+    _run(trainer, Path(config.output_dir), resume, html_report=train.html_report)
+    return 0
+
+
+def _run(trainer: DPOTrainer, output: Path, resume: str | None, *, html_report: bool) -> None:
+    from dpofast.report.page import write_report
+    from dpofast.report.progress import follow
+    from dpofast.report.training_plot import plot_training
+
+    written = ["model", "metrics.jsonl"]
+    follow(trainer, output / "metrics.jsonl")
+    trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model()
+    if not trainer.is_world_process_zero():
+        return
+    logged = any("loss" in entry for entry in trainer.state.log_history)  # not in a run shorter than logging_steps
+    if logged:
+        plot_training(output / "metrics.jsonl", output / "training.png")
+        written.append("training.png")
+        if html_report:
+            written.append(write_report(trainer, output / "report.html").name)
+    print(f"{', '.join(written)} are in {output}")
+
+
+def _checked_loading(train: TrainArguments) -> Loading:
+    if train.load_in_4bit and train.lora_r == 0:
+        raise ValueError("load_in_4bit: 4-bit weights cannot be trained themselves, only an adapter on them: --lora_r")
+    for name in filter(None, (train.model, train.ref_model)):
+        if is_adapter(name):
+            raise ValueError(
+                f"{name} holds a LoRA adapter: merge it into its base model first (peft: "
+                "AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(...))"
+            )
+    if train.ref_model == train.model:
+        raise ValueError(f"ref_model: {named(train.model)} is the model itself, which is the reference by default")
+    return Loading(dtype=train.dtype, trust_remote_code=train.trust_remote_code, load_in_4bit=train.load_in_4bit)
+
+
+def _early_stopping(train: TrainArguments, config: DPOConfig) -> list[Any]:
+    patience = train.early_stopping_patience
+    if patience is None:
+        return []
+    from transformers import EarlyStoppingCallback
+
+    if patience < 1:
+        raise ValueError(f"early_stopping_patience: expected 1 or more evaluations, got {patience}")
+    if not train.eval_data:
+        raise ValueError("early_stopping_patience: needs held-out pairs to evaluate: --eval_data")
+    if config.metric_for_best_model is None:
+        config.metric_for_best_model, config.greater_is_better = "loss", False
+    return [EarlyStoppingCallback(patience)]
+
+
+def _checked_output(config: Any) -> str | None:
+    """Refuse an output folder that is not empty, unless its run is resumed; returns the checkpoint to resume from.
+
+    Files of an earlier run would mix with this one's: an adapter left beside full weights is loaded with them.
+    """
+    from dpofast.checkpointing.folder import resolve_checkpoint
+    from dpofast.scoring.ref_cache import CACHE_FOLDER
+
+    output, resume = Path(config.output_dir), config.resume_from_checkpoint
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"output_dir: {output} is a file, and a folder is needed")
+    if resume is None:
+        # A run that was killed before its first step has left reference log-probs, with which this one goes on.
+        if output.is_dir() and any(entry.name != CACHE_FOLDER for entry in output.iterdir()):
+            raise ValueError(
+                f"output_dir: {output} is not empty: name another, remove it, or go on with its run by "
+                "--resume_from_checkpoint latest"
+            )
+        return None
+    return str(resolve_checkpoint(resume, output))

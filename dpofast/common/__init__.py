@@ -1,0 +1,1 @@
+"""What every layer may use: backends, autograd helpers, process groups, files, memory."""

@@ -1,0 +1,54 @@
+"""Which code does the row work of a call: Triton kernels, chunked torch, or the slow reference."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+BACKENDS = ("auto", "triton", "fused", "torch", "reference")
+# GPU architectures (kernels/linear_tiles.py) where "auto" takes the fused kernel for calls without gradient. None yet:
+# on none has it been timed against the GEMM and row kernel that "auto" takes, and compiling cleanly is no speed.
+FUSED_BY_DEFAULT: tuple[str, ...] = ()
+
+
+def choose_backend(backend: str, device: torch.device, head_dtype: torch.dtype | None = None) -> str:
+    """'triton', 'fused', 'torch' or 'reference' for this device; ValueError where the one asked for cannot run.
+
+    head_dtype: of hidden states and head, which 'fused' multiplies; None where the call has neither.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
+    if backend == "auto":
+        if device.type not in ("cuda", "xpu"):
+            return "torch"
+        sixteen_bit = head_dtype is not None and head_dtype.itemsize == 2
+        return "fused" if sixteen_bit and _architecture(device) in FUSED_BY_DEFAULT else "triton"
+    if backend == "fused" and head_dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(
+            "backend='fused' multiplies hidden states with the head in float32, bfloat16 or float16, got "
+            f"{'neither' if head_dtype is None else head_dtype}: use backend='auto'"
+        )
+    if backend == "fused" and device.type == "cuda" and not torch.version.hip:
+        major, minor = torch.cuda.get_device_capability(device)
+        if major < 8:
+            raise ValueError(
+                f"backend='fused' needs compute capability 8.0 or above, got {major}.{minor}: use backend='triton'"
+            )
+    if uses_triton(backend) and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            f"backend={backend!r} needs a GPU, but the tensors are on the CPU: use backend='auto', "
+            "or start Python with TRITON_INTERPRET=1 to run the kernels in Triton's interpreter"
+        )
+    return backend
+
+
+def _architecture(device: torch.device) -> str:
+    from dpofast.kernels.linear_tiles import architecture_of
+
+    return architecture_of(device)
+
+
+def uses_triton(backend: str) -> bool:
+    """Whether this chosen backend does its row work in kernels/: 'fused' too, where it needs E or statistics."""
+    return backend in ("triton", "fused")

@@ -1,0 +1,5 @@
+"""Numbers that several packages share."""
+
+from __future__ import annotations
+
+IGNORE_INDEX = -100

@@ -1,0 +1,1 @@
+"""Preference data: files, folders and hub datasets -> token-level datasets."""

@@ -1,0 +1,378 @@
+"""Preference rows to token ids: one prompt that both responses share, and the two responses.
+
+    text            tokens(prompt), tokens(prompt + response + EOS)
+    conversations   tokens(template(prompt)), tokens(template(prompt + response)); the template writes the end
+    token ids       as given
+
+The ids equal those of trl 1.16: the prompt is the token-level common prefix of the prompt alone and of both whole
+sequences, so that one run of it serves both responses. datasets.map reads and writes in batches: memory does not grow
+with the data, mapped pages are handed back, and a second call finds the result in datasets' cache.
+
+(Not called `tokenize`: with this folder on sys.path that would hide the standard library's module.)
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2
+import pyarrow as pa
+import pyarrow.compute as pc
+import transformers
+from datasets import Dataset, Features, List, Value
+from transformers import PreTrainedTokenizerBase
+
+from dpofast.data import formats
+from dpofast.data.arrow import mapped_files, release_pages
+from dpofast.data.formats import ID_COLUMNS, REF_COLUMNS, BadRow, DataError
+
+# Columns left by the JSONL reader: the line a row stands on, and why that line cannot be used.
+LINE, ERROR = "_line", "_error"
+_TRUNCATED, _SHORTENED = "_truncated", "_shortened"
+_WORKING_COLUMNS = [ERROR, _TRUNCATED, _SHORTENED]
+_REPORTED_ROWS = 10
+# datasets caches what map returns under a hash of the encoder, which would know these modules only by name.
+_CODE = hashlib.sha256(
+    b"".join(Path(file).read_bytes() for file in (__file__, formats.__file__)) + transformers.__version__.encode()
+).hexdigest()
+
+
+class Skipped(NamedTuple):
+    """Rows left out for one reason: how many, and the numbers of the first ten."""
+
+    total: int
+    rows: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataReport:
+    """What became of a dataset's rows, which are numbered by `unit`: "line" from 1 (JSONL), else "row" from 0."""
+
+    source: str
+    unit: str
+    rows: int
+    kept: int
+    skipped: Mapping[str, Skipped]
+    # Responses (not rows) that lost their tail, and with it their EOS, to max_length.
+    truncated: int
+    # Rows whose prompt ends in other tokens alone than it does in front of a response; those tokens are left out.
+    shortened_prompts: int
+
+    @staticmethod
+    def of(source: str, unit: str, rows: int, bad: Mapping[str, Sequence[int]], **counts: int) -> DataReport:
+        """A report on so many rows, from the numbers of those that were left out, by reason."""
+        return DataReport(
+            source=source,
+            unit=unit,
+            rows=rows,
+            kept=rows - sum(map(len, bad.values())),
+            skipped={reason: Skipped(len(numbers), tuple(numbers[:_REPORTED_ROWS])) for reason, numbers in bad.items()},
+            truncated=counts.get("truncated", 0),
+            shortened_prompts=counts.get("shortened_prompts", 0),
+        )
+
+    def summary(self) -> str:
+        """Return one line, and one more for each reason to skip rows."""
+        parts = [f"{self.source}: {self.kept:,} of {self.rows:,} pairs kept"]
+        if self.truncated:
+            parts.append(f"responses cut to max_length, their end and EOS gone: {self.truncated:,}")
+        if self.shortened_prompts:
+            parts.append(f"prompts whose last tokens differ in front of a response: {self.shortened_prompts:,}")
+        lines = [", ".join(parts)]
+        for reason, (total, rows) in self.skipped.items():
+            numbers = ", ".join(map(str, rows)) + (", ..." if total > len(rows) else "")
+            lines.append(f"  skipped {total:,}: {reason} ({self.unit} {numbers})")
+        return "\n".join(lines)
+
+
+def no_usable_row(report: DataReport) -> DataError:
+    """The refusal of data of which nothing is left, with the reasons counted."""
+    return DataError(f"{report.source}: no row can be used\n{report.summary()}")
+
+
+def _shared(ids: Sequence[int], others: Sequence[int]) -> int:
+    """Length of the common prefix."""
+    if others[: len(ids)] == ids:
+        return len(ids)
+    return next(i for i in range(len(ids)) if i >= len(others) or ids[i] != others[i])
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Encoder:
+    """What datasets.map calls and hashes."""
+
+    tokenizer: PreTrainedTokenizerBase | None
+    columns: tuple[str, ...]
+    max_length: int | None
+    vocab_size: int | None
+    skip: bool
+    unit: str
+    files: tuple[str, ...]
+    code: str = _CODE
+
+    @property
+    def features(self) -> Features:
+        kinds: dict[str, Any] = {column: List(Value("int32")) for column in ID_COLUMNS}
+        kinds |= {column: Value("float32") for column in REF_COLUMNS if column in self.columns}
+        kinds |= {"row": Value("int64"), ERROR: Value("string"), _TRUNCATED: Value("int8"), _SHORTENED: Value("int8")}
+        return Features(kinds)
+
+    def __call__(self, batch: Mapping[str, Sequence[Any]], indices: Sequence[int]) -> dict[str, list[Any]]:
+        numbers = batch[LINE] if self.unit == "line" else indices
+        encoded: dict[str, list[Any]] = {name: [] for name in self.features}
+        for i, number in enumerate(numbers):
+            try:
+                if ERROR in batch and batch[ERROR][i] is not None:
+                    raise BadRow(batch[ERROR][i])
+                example = self._encode({column: batch[column][i] for column in self.columns})
+            except BadRow as problem:
+                if problem.fatal or not self.skip:
+                    raise DataError(f"{formats.place(self.unit, number)}: {problem}") from None
+                example = {ERROR: problem.reason}
+            example["row"] = number
+            for name, values in encoded.items():
+                values.append(example.get(name))
+        release_pages(self.files)
+        return encoded
+
+    def _encode(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        kinds = formats.row_kinds(row, self.columns)
+        shortened = False
+        if "prompt_ids" in kinds:
+            prompt, chosen, rejected = (formats.token_ids(column, row[column]) for column in ID_COLUMNS)
+        else:
+            alone, *whole = self._tokenize(row, kinds)
+            start = min(_shared(alone, ids) for ids in whole)
+            shortened = start < len(alone)
+            prompt, (chosen, rejected) = alone[:start], (ids[start:] for ids in whole)
+        if not prompt:
+            raise BadRow("the prompt is empty", "a response's first token is predicted from it: begin with a BOS token")
+        for name, ids in (("chosen", chosen), ("rejected", rejected)):
+            if not ids:
+                raise BadRow(f"the {name} response is empty")
+        if chosen == rejected:
+            raise BadRow("chosen and rejected are equal")
+        largest = max(map(max, (prompt, chosen, rejected)))
+        if self.vocab_size is not None and largest >= self.vocab_size:
+            raise BadRow(f"a token id is outside the vocabulary of {self.vocab_size}", f"got {largest}")
+        truncated = 0
+        if self.max_length is not None:
+            room = self.max_length - len(prompt)
+            if room <= 0:
+                raise BadRow(
+                    f"the prompt fills max_length={self.max_length}",
+                    f"its {len(prompt)} tokens leave none for a response; raise max_length or shorten the prompt",
+                )
+            truncated = (len(chosen) > room) + (len(rejected) > room)
+            chosen, rejected = chosen[:room], rejected[:room]
+            if chosen == rejected:
+                raise BadRow(f"chosen and rejected are equal within max_length={self.max_length}")
+        example = {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
+        example |= {column: row[column] for column in REF_COLUMNS if column in self.columns}
+        return example | {_TRUNCATED: truncated, _SHORTENED: int(shortened)}
+
+    def _tokenize(self, row: Mapping[str, Any], kinds: Mapping[str, str]) -> list[list[int]]:
+        """Token ids of the prompt alone, and with each response."""
+        tokenizer = self.tokenizer
+        if tokenizer is None:
+            raise BadRow("text cannot be used without a tokenizer", "tokenizer is None", fatal=True)
+        is_text = kinds["chosen"] == "text"
+        if kinds.get("prompt") == kinds["chosen"]:
+            prompt, *responses = (row[column] for column in ("prompt", "chosen", "rejected"))
+        else:
+            prompt, *responses = formats.split_prompt(row["chosen"], row["rejected"])
+        for name, response in zip(("chosen", "rejected"), responses, strict=True):
+            # A turn may hold tool calls or reasoning instead of content.
+            if not (response if is_text else any(m[key] for m in response for key in m if key != "role")):
+                raise BadRow(f"the {name} response is empty")
+        if is_text:
+            eos = tokenizer.eos_token
+            if not eos:
+                raise BadRow("the tokenizer has no eos_token", "text responses end with it; set it", fatal=True)
+            # One by one: a batched call was no faster, since the tokenizer's own work dominates.
+            texts = [prompt, *(prompt + text + ("" if text.endswith(eos) else eos) for text in responses)]
+            return [tokenizer(text)["input_ids"] for text in texts]
+        if not prompt:
+            raise BadRow("the prompt is empty", "the two conversations share no first turn")
+        options = {"tools": formats.template_value("tools", row.get("tools"))}
+        options |= row.get("chat_template_kwargs") or {}
+        options |= {"tokenize": True, "return_dict": True}
+        try:
+            alone = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, **options)["input_ids"]
+            whole = [tokenizer.apply_chat_template(prompt + response, **options)["input_ids"] for response in responses]
+        # What a template raises on purpose, and what its expressions raise on values they do not expect.
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
+            if not getattr(tokenizer, "chat_template", None):
+                detail = "conversations are written by it; set it"
+                raise BadRow("the tokenizer has no chat_template", detail, fatal=True) from None
+            raise BadRow("the chat template refused the conversation", str(error)) from None
+        return [alone, *whole]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _GoodRows:
+    """The same for the pass that leaves bad rows out."""
+
+    files: tuple[str, ...]
+    code: str = _CODE
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        good = table.filter(table.column(ERROR).is_null()).drop_columns(_WORKING_COLUMNS)
+        release_pages(self.files)
+        return good
+
+
+def tokenize_preferences(
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    max_length: int | None = 1024,
+    truncation_mode: str = "keep_start",
+    on_bad_row: str = "raise",
+    source: str | None = None,
+    vocab_size: int | None = None,
+    num_proc: int | None = None,
+) -> tuple[Dataset, DataReport]:
+    """Turn preference data (the formats of dpofast.formats) into token ids.
+
+    A row is bad when a column is missing, null or of the wrong type, a response or the prompt is empty, chosen equals
+    rejected, the prompt alone fills max_length, a reference log-prob is not finite, or a token id is impossible.
+
+    Args:
+        dataset: what load_preferences returned, or any Dataset in one of the formats.
+        tokenizer: adds its special tokens to text, or renders conversations. None will do for token ids.
+        max_length: tokens of prompt + response; longer responses lose their tail. Reference log-probs that come with
+            the data are kept as they are, so they must belong to the same max_length. None cuts nothing.
+        truncation_mode: only "keep_start": with "keep_end" the two responses would no longer share their prompt.
+        on_bad_row: "raise" at the first bad row, or "skip" and count it.
+        source: the name of the data in messages; None takes the one it was loaded by.
+        vocab_size: token ids must be below it, where given.
+        num_proc: worker processes.
+
+    Returns:
+        A Dataset with prompt_ids, chosen_ids, rejected_ids (lists of int32), row (int64: the row's number in the
+        source) and, if given, ref_chosen_logps, ref_rejected_logps (float32); and a DataReport.
+
+    Raises:
+        DataError: a bad row with on_bad_row="raise", no row that can be used, a missing column, a tokenizer that lacks
+            an EOS token or a chat template.
+        ValueError: an option out of range.
+        TypeError: dataset or tokenizer is something else.
+    """
+    _check_options(dataset, tokenizer, max_length, truncation_mode, vocab_size)
+    check_on_bad_row(on_bad_row)
+    source = source or dataset.info.dataset_name or "<dataset>"
+    if len(dataset) == 0:
+        raise DataError(f"{source}: there are no rows")
+    try:
+        columns = formats.used_columns(set(dataset.column_names) - {LINE, ERROR})
+    except BadRow as problem:
+        raise DataError(f"{source}: {problem}") from None
+    encoder = _Encoder(
+        tokenizer=tokenizer,
+        columns=columns,
+        max_length=max_length,
+        vocab_size=vocab_size,
+        skip=on_bad_row == "skip",
+        unit="line" if LINE in dataset.column_names else "row",
+        files=mapped_files(dataset),
+    )
+    try:
+        encoded = dataset.with_format(None).map(
+            encoder,
+            batched=True,
+            with_indices=True,
+            remove_columns=dataset.column_names,
+            features=encoder.features,
+            num_proc=num_proc,
+            desc=f"Tokenizing {source}",
+        )
+    except DataError as error:
+        raise DataError(f"{source}, {error}") from None
+    # From the result and not counted on the way, so that it is complete when the result came out of the cache.
+    report = _report(encoded.data.table, source, encoder.unit)
+    if report.kept == 0:
+        raise no_usable_row(report)
+    files = mapped_files(encoded)
+    release_pages(files)
+    if not report.skipped:
+        return encoded.remove_columns(_WORKING_COLUMNS), report
+    # Written out and not selected by index: every later reader, and every added column, finds plain contiguous rows.
+    kept = {name: feature for name, feature in encoded.features.items() if name not in _WORKING_COLUMNS}
+    good = encoded.with_format("arrow").map(
+        _GoodRows(files=files), batched=True, features=Features(kept), desc=f"Leaving out bad rows of {source}"
+    )
+    return good.with_format(None), report
+
+
+def _check_options(
+    dataset: Any, tokenizer: Any, max_length: int | None, truncation_mode: str, vocab_size: int | None
+) -> None:
+    if not isinstance(dataset, Dataset):
+        raise TypeError(
+            f"dataset: expected a datasets.Dataset, got {type(dataset).__name__}; choose one split of a DatasetDict,"
+            " save an IterableDataset to a file"
+        )
+    if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise TypeError(
+            f"tokenizer: expected a transformers tokenizer or None, got {type(tokenizer).__name__}; of a processor,"
+            " pass its .tokenizer"
+        )
+    if max_length is not None and max_length < 2:
+        raise ValueError(f"max_length: expected None or at least 2 (a prompt and a response token), got {max_length}")
+    if truncation_mode == "keep_end":
+        raise ValueError(
+            "truncation_mode: 'keep_end' would cut the two responses' prompts differently, and they could not share"
+            " one; use 'keep_start' with a larger max_length, or shorten the prompts beforehand"
+        )
+    if truncation_mode != "keep_start":
+        raise ValueError(f"truncation_mode: expected 'keep_start', got {truncation_mode!r}")
+    if vocab_size is not None and vocab_size < 1:
+        raise ValueError(f"vocab_size: expected None or a positive number, got {vocab_size}")
+
+
+def check_on_bad_row(on_bad_row: str) -> None:
+    """Raise ValueError unless it is "raise" or "skip"."""
+    if on_bad_row not in ("raise", "skip"):
+        raise ValueError(f"on_bad_row: expected 'raise' or 'skip', got {on_bad_row!r}")
+
+
+def _report(table: pa.Table, source: str, unit: str) -> DataReport:
+    bad = table.select([ERROR, "row"]).filter(table.column(ERROR).is_valid())
+    rows_by_reason: dict[str, list[int]] = {}
+    for reason, row in zip(bad.column(ERROR).to_pylist(), bad.column("row").to_pylist(), strict=True):
+        rows_by_reason.setdefault(reason, []).append(row)
+    return DataReport.of(
+        source,
+        unit,
+        table.num_rows,
+        rows_by_reason,
+        truncated=pc.sum(table.column(_TRUNCATED)).as_py() or 0,
+        shortened_prompts=pc.sum(table.column(_SHORTENED)).as_py() or 0,
+    )
+
+
+def example_arrays(table: pa.Table) -> list[dict[str, Any]]:
+    """Turn rows of tokenize_preferences' dataset into examples without a Python object per token.
+
+    Args:
+        table: `dataset.with_format("arrow")[rows]`.
+
+    Returns:
+        One mapping a row: read-only int32 arrays that view the table's memory, and numbers.
+    """
+    columns: dict[str, list[Any]] = {}
+    for name in table.column_names:
+        column = table.column(name).combine_chunks()
+        if pa.types.is_list(column.type):
+            tokens, offsets = column.flatten().to_numpy(), column.offsets.to_numpy()
+            bounds = (offsets - offsets[0]).tolist()
+            columns[name] = [tokens[start:stop] for start, stop in pairwise(bounds)]
+        else:
+            columns[name] = column.to_pylist()
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]

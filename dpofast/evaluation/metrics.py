@@ -1,0 +1,129 @@
+"""What is logged: TRL's metric names, summed over micro-batches on the device and read back in one transfer.
+
+Per pair (means over pairs): rewards/{chosen,rejected,accuracies,margins}, logps/{chosen,rejected}, kl/{chosen,rejected}
+(policy minus reference log-prob per token, nats), lengths/{chosen,rejected} (tokens), displacement (share of pairs
+whose chosen response became less likely than under the reference). A tied margin counts as not accurate. With ld_alpha
+rewards, logps and kl are of the weighted log-probs, like TRL's. An evaluation also has pair_statistics' LENGTH_METRICS.
+Per token, where the statistics were computed: entropy (nats), logits/{chosen,rejected}, mean_token_accuracy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpofast.common.ranks import Ranks
+from dpofast.evaluation.statistics import LENGTH_METRICS
+from dpofast.head.options import LogprobOutput
+from dpofast.losses.functional import PreferenceOutput
+from dpofast.packing.pack import PackedBatch
+
+TOKEN_STATISTICS = ("entropy", "mean_logits", "is_top1")
+
+
+def evaluation_metrics(*, with_reference: bool, token_statistics: bool) -> list[str]:
+    """The names that an evaluation's metrics have, without their prefix: what metric_for_best_model may be."""
+    kinds = ["rewards", "logps", "lengths", *(["kl"] if with_reference else [])]
+    names = ["loss", "rewards/margins", "rewards/accuracies", *LENGTH_METRICS]
+    names += [f"{kind}/{side}" for kind in kinds for side in ("chosen", "rejected")]
+    names += ["displacement"] if with_reference else []
+    names += ["entropy", "logits/chosen", "logits/rejected", "mean_token_accuracy"] if token_statistics else []
+    return sorted(names)
+
+
+def check_best_metric(args: Any, with_reference: bool, eval_dataset: Any) -> None:
+    """ValueError for a metric_for_best_model that no evaluation has: Trainer would find out after hours."""
+    name = args.metric_for_best_model
+    if name is None or eval_dataset is None:
+        return
+    known = evaluation_metrics(with_reference=with_reference, token_statistics=args.token_statistics)
+    sets = [f"{part}_" for part in eval_dataset] if isinstance(eval_dataset, dict) else [""]
+    if name.removeprefix("eval_") not in {part + metric for part in sets for metric in known}:
+        several = f", each with one of {', '.join(sets)} in front of it" if sets != [""] else ""
+        raise ValueError(f"metric_for_best_model: expected one of {', '.join(known)}{several}, got {name!r}")
+
+
+class MetricSums:
+    """Weighted sums of named metrics. Sums stay on the device until means() reads them all at once."""
+
+    def __init__(self) -> None:
+        """Start empty."""
+        self._sums: dict[str, Tensor] = {}
+        self._weights: dict[str, float] = {}
+
+    def add(self, name: str, total: Tensor, weight: float) -> None:
+        """Add a scalar sum over `weight` items."""
+        self._sums[name] = self._sums[name] + total if name in self._sums else total
+        self._weights[name] = self._weights.get(name, 0.0) + weight
+
+    def add_all(self, other: MetricSums) -> None:
+        """Add everything that another one holds."""
+        for name, total in other._sums.items():
+            self.add(name, total, other._weights[name])
+
+    def means(self, ranks: Ranks | None = None) -> dict[str, float]:
+        """Every metric's sum divided by its weight, as floats: one device-to-host transfer.
+
+        With ranks it is a collective, and the sums are those of all of them.
+        """
+        totals = torch.stack([total.double() for total in self._sums.values()]).tolist() if self._sums else []
+        own = {name: (total, self._weights[name]) for name, total in zip(self._sums, totals, strict=True)}
+        joined: dict[str, tuple[float, float]] = {}
+        for theirs in [own] if ranks is None else ranks.gather(own):
+            for name, (total, weight) in theirs.items():
+                before, weighed = joined.get(name, (0.0, 0.0))
+                joined[name] = (before + total, weighed + weight)
+        return {name: total / weight for name, (total, weight) in joined.items()}
+
+    def add_pairs(
+        self, output: PreferenceOutput, batch: PackedBatch, beta: float, *, with_reference: bool = True
+    ) -> None:
+        """Add a micro-batch's per-pair metrics; kl and displacement only where rewards are against a reference."""
+        count = len(batch.pairs)
+        rewards, logps = output.of_pairs("rewards", batch.pairs), output.of_pairs("logps", batch.pairs)
+        tokens = batch.cu_targets.diff()[batch.pairs.long()].to(rewards.device, rewards.dtype, non_blocking=True)
+        values = {"rewards": rewards, "logps": logps, "lengths": tokens}
+        if with_reference:
+            values["kl"] = rewards / (beta * tokens)
+            self.add("displacement", (rewards[:, 0] < 0).sum(), count)
+        for name, value in values.items():
+            for side, column in zip(("chosen", "rejected"), value.unbind(1), strict=True):
+                self.add(f"{name}/{side}", column.sum(), count)
+        margins = rewards[:, 0] - rewards[:, 1]
+        self.add("rewards/margins", margins.sum(), count)
+        self.add("rewards/accuracies", (margins > 0).sum(), count)
+
+    def add_tokens(self, output: LogprobOutput, batch: PackedBatch) -> None:
+        """Add a micro-batch's per-token statistics (TOKEN_STATISTICS): over the tokens of every pair, like TRL."""
+        if output.entropy is None or output.mean_logits is None or output.is_top1 is None:
+            raise ValueError(f"output: expected the statistics {TOKEN_STATISTICS}; ask the model for them by stats=...")
+        chosen, rejected = batch.pairs.long().unbind(1)
+        lengths = batch.cu_targets.diff()
+
+        def total(values: Tensor, index: Tensor) -> Tensor:
+            parts = values.double().split(lengths.tolist())
+            return torch.stack([part.sum() for part in parts])[index].sum()
+
+        tokens = {"chosen": int(lengths[chosen].sum()), "rejected": int(lengths[rejected].sum())}
+        for side, index in (("chosen", chosen), ("rejected", rejected)):
+            self.add("entropy", total(output.entropy, index), tokens[side])
+            self.add(f"logits/{side}", total(output.mean_logits, index), tokens[side])
+        self.add("mean_token_accuracy", total(output.is_top1, chosen), tokens["chosen"])
+
+
+def work_avoided(examples: Sequence[Mapping[str, Any]], batches: Sequence[PackedBatch]) -> dict[str, float]:
+    """How a padded trainer's tokens for these examples split up.
+
+    padding_fraction: pads among the tokens of 2·B rows as long as the longest; shared_fraction: positions that packing
+    saves among the real tokens (prompts that run once, last tokens that need no position).
+    """
+    prompt = [len(example["prompt_ids"]) for example in examples]
+    chosen = [len(example["chosen_ids"]) for example in examples]
+    rejected = [len(example["rejected_ids"]) for example in examples]
+    longest = max(p + max(c, r) for p, c, r in zip(prompt, chosen, rejected, strict=True))
+    real = 2 * sum(prompt) + sum(chosen) + sum(rejected)
+    computed = sum(batch.num_tokens for batch in batches)
+    return {"padding_fraction": 1 - real / (2 * len(examples) * longest), "shared_fraction": 1 - computed / real}

@@ -1,0 +1,1 @@
+"""Hidden states and the LM head -> log-probs and gradients, without logits in memory."""

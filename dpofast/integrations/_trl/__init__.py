@@ -1,0 +1,1 @@
+"""What patch_trl() puts into TRL, a module a seam."""

@@ -1,0 +1,286 @@
+"""How trl's DPOTrainer can be entered, version by version: finding the seam, and replacing names there.
+
+| seam                 | trl          | what is replaced in trl.trainer.dpo_trainer                                 |
+|----------------------|--------------|-----------------------------------------------------------------------------|
+| fused_lm_head        | 1.15 and on  | add_fused_lm_head, DataCollatorForPreference                                |
+| compute_loss         | 0.29 to 1.14 | DPOTrainer._compute_loss, compute_ref_log_probs: models called inside them  |
+|                      |              | answer with ScoredLogits (trl_logits.py); the functions that read log-probs |
+| concatenated_forward | 0.19 to 0.28 | DPOTrainer.concatenated_forward, the same way                               |
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import inspect
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpofast.head.options import STATS
+from dpofast.integrations._trl.forward import SCORING, FusedForward, FusedOptions, Scoring, fuse
+from dpofast.integrations._trl.logits import ScoredLogits
+from dpofast.integrations._trl.rows import ROWS_KEY
+from dpofast.model.attach import base_causal_lm
+
+TRAINER = "trl.trainer.dpo_trainer"
+_HEAD_PARAMETERS = {"model", "temperature", "cast_lm_head_to_fp32", "outputs"}
+_OUTPUT_FIELDS = {"loss", "log_probs", *STATS, "label_mask", "aux_loss"}
+# The functions of trl that turn logits into per-token values, and what they are of ScoredLogits.
+_READERS: dict[str, Callable[..., Any]] = {
+    "selective_log_softmax": lambda logits, index, *_, **__: logits.log_softmax_at(index),
+    "entropy_from_logits": lambda logits, *_, **__: logits.entropy(),
+    "selective_log_softmax_and_entropy": lambda logits, index, *_, **__: (
+        logits.log_softmax_at(index),
+        logits.entropy(),
+    ),
+}
+
+
+@dataclass
+class Patch:
+    """What is patched now: the seam, the options, and how to undo it."""
+
+    seam: str
+    level: str
+    on_unpackable: str
+    max_logits_bytes: int | None
+    calls: Counter[str] = field(default_factory=Counter)
+    models: list[str] = field(default_factory=list)
+    former: list[tuple[Any, str, Any]] = field(default_factory=list)
+
+    def replace(self, owner: Any, name: str, value: Any) -> None:
+        """Set owner.name, and remember what it was."""
+        self.former.append((owner, name, owner.__dict__[name]))
+        setattr(owner, name, value)
+
+    def undo(self) -> None:
+        """Put back all that was replaced."""
+        for owner, name, value in reversed(self.former):
+            setattr(owner, name, value)
+
+    def fuse(self, model: Any, **options: Any) -> None:
+        """Give a model its forward, and note which it got."""
+        name = type(model).__name__
+        shared = FusedOptions(
+            self.level, self.on_unpackable, max_logits_bytes=self.max_logits_bytes, calls=self.calls, **options
+        )
+        reason = fuse(model, shared)
+        self.models.append(f"{name}: packed" if reason is None else f"{name}: padded, because {reason}")
+
+
+def trl_version() -> str:
+    """As installed."""
+    try:
+        return importlib.metadata.version("trl")
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+def find_seam(module: Any) -> tuple[str, Callable[[Any, Patch], None]]:
+    """The way into this trl, by capability: its name, and what installs a patch there.
+
+    Raises:
+        ValueError: none that is known, by what was looked for and found.
+    """
+    trainer = getattr(module, "DPOTrainer", None)
+    if hasattr(module, "add_fused_lm_head"):
+        _check_fused_head(module)
+        return "fused_lm_head", _install_fused_head
+    for name, parameters, install in (
+        ("_compute_loss", ["self", "model", "inputs", "return_outputs"], _install_compute_loss),
+        ("concatenated_forward", ["self", "model", "batch", "is_ref_model"], _install_concatenated_forward),
+    ):
+        method = getattr(trainer, name, None)
+        if method is not None and list(inspect.signature(method).parameters) == parameters:
+            if hasattr(module, "selective_log_softmax"):
+                return name.removeprefix("_"), install
+    methods = sorted(name for name in vars(trainer or object) if "loss" in name or "forward" in name)
+    raise ValueError(
+        f"trl {trl_version()}: {TRAINER} has none of the seams that dpofast knows (add_fused_lm_head, "
+        f"DPOTrainer._compute_loss, DPOTrainer.concatenated_forward); its DPOTrainer has {methods}. Use a trl that "
+        "dpofast supports, or dpofast.DPOTrainer"
+    )
+
+
+# ---- trl 1.15 and on ------------------------------------------------------------------------------------------------
+
+
+def _check_fused_head(module: Any) -> None:
+    from trl.trainer.utils import FusedCausalLMOutput
+
+    parameters = set(inspect.signature(module.add_fused_lm_head).parameters)
+    outputs = {output.name for output in fields(FusedCausalLMOutput)}
+    unknown = (parameters ^ _HEAD_PARAMETERS) | (outputs ^ _OUTPUT_FIELDS)
+    if unknown:
+        raise ValueError(
+            f"trl {trl_version()}: its add_fused_lm_head and FusedCausalLMOutput differ from those that dpofast knows "
+            f"in {sorted(unknown)}: use a trl that dpofast supports, or dpofast.DPOTrainer"
+        )
+
+
+def _install_fused_head(module: Any, patch: Patch) -> None:
+    from dpofast.integrations._trl.collator import RowsCollator
+
+    def add_fused_lm_head(
+        model: Any,
+        temperature: float = 1.0,
+        cast_lm_head_to_fp32: bool = False,
+        outputs: tuple[str, ...] = ("log_probs",),
+    ) -> None:
+        """trl's function of this name, on dpofast's engine."""
+        unknown = set(outputs) - {"log_probs", *STATS}
+        if unknown or cast_lm_head_to_fp32:
+            raise ValueError(
+                f"add_fused_lm_head under patch_trl(): expected outputs among {['log_probs', *STATS]} and no "
+                f"cast_lm_head_to_fp32 (logits are float32 anyway), got {sorted(unknown) or 'cast_lm_head_to_fp32'}"
+            )
+        patch.fuse(model, temperature=temperature, stats=tuple(name for name in outputs if name != "log_probs"))
+
+    patch.replace(module, "add_fused_lm_head", add_fused_lm_head)
+    patch.replace(module, "DataCollatorForPreference", RowsCollator)
+
+
+# ---- trl before 1.15 ------------------------------------------------------------------------------------------------
+
+
+def _install_compute_loss(module: Any, patch: Patch) -> None:
+    from dpofast.integrations._trl.collator import RowsCollator
+
+    trainer_class = module.DPOTrainer
+    compute_loss, compute_reference = trainer_class._compute_loss, trainer_class.compute_ref_log_probs
+    stats = ("entropy", "mean_logits", "is_top1")
+
+    @contextmanager
+    def scored(trainer: Any, inputs: dict[str, Any]) -> Iterator[None]:
+        mask = inputs["completion_mask"]
+        if hasattr(trainer, "_truncate_inputs"):  # 0.29 truncates on the device, after the collator
+            *_, mask = trainer._truncate_inputs(inputs["input_ids"], inputs["attention_mask"], mask)
+        with _scoring(trainer, patch, stats, lambda *_: mask != 0, inputs.get(ROWS_KEY)):
+            yield
+
+    @functools.wraps(compute_loss)
+    def scored_loss(self: Any, model: Any, inputs: Any, return_outputs: bool) -> Any:
+        if return_outputs:  # the caller wants logits
+            return compute_loss(self, model, inputs, return_outputs)
+        with scored(self, inputs):
+            return compute_loss(self, model, inputs, return_outputs)
+
+    @functools.wraps(compute_reference)
+    def scored_reference(self: Any, *arguments: Any) -> Any:
+        with scored(self, arguments[-1]):
+            return compute_reference(self, *arguments)
+
+    patch.replace(trainer_class, "_compute_loss", scored_loss)
+    patch.replace(trainer_class, "compute_ref_log_probs", scored_reference)
+    patch.replace(module, "DataCollatorForPreference", RowsCollator)
+    _install_readers(module, patch, stats)
+
+
+def _install_concatenated_forward(module: Any, patch: Patch) -> None:
+    trainer_class = module.DPOTrainer
+    forward = trainer_class.concatenated_forward
+    # the mean is taken of the reference's logits too
+    always = ("mean_logits",)
+
+    @functools.wraps(forward)
+    def scored_forward(self: Any, model: Any, batch: dict[str, Any], is_ref_model: bool = False) -> Any:
+        if getattr(self, "padding_free", False):
+            raise ValueError("patch_trl(): expected padding_free=False, got True: no pad token is computed anyway")
+        prompts = batch["prompt_attention_mask"].sum(1).repeat(2)
+        responses = torch.cat([batch[f"{which}_attention_mask"].sum(1) for which in ("chosen", "rejected")])
+
+        def labelled(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+            mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            first = prompts if self.truncation_mode == "keep_start" else mask.sum(1) - responses
+            columns = torch.arange(input_ids.shape[1], device=input_ids.device)
+            return (columns >= first[:, None]) & (mask != 0)
+
+        # a weight is computed of the reference as well
+        weights = ("log_sum_sq_probs",) if self.use_weighting else ()
+        with _scoring(self, patch, (), labelled, None, always + weights):
+            return forward(self, model, batch, is_ref_model)
+
+    patch.replace(trainer_class, "concatenated_forward", scored_forward)
+    _install_readers(module, patch, ())
+
+
+def _install_readers(module: Any, patch: Patch, stats: tuple[str, ...]) -> None:
+    """The functions that read logits, and models that are fused before accelerate wraps their forward."""
+    trainer_class = module.DPOTrainer
+    construct = trainer_class.__init__
+
+    def reader(name: str) -> Callable[..., Any]:
+        plain = getattr(module, name)
+
+        @functools.wraps(plain)
+        def read(logits: Any, *args: Any, **kwargs: Any) -> Any:
+            known = isinstance(logits, ScoredLogits)
+            return _READERS[name](logits, *args, **kwargs) if known else plain(logits, *args, **kwargs)
+
+        return read
+
+    for name in _READERS:
+        if hasattr(module, name):
+            patch.replace(module, name, reader(name))
+
+    @functools.wraps(construct)
+    def constructed(self: Any, *args: Any, **kwargs: Any) -> None:
+        with _fused_when_prepared(patch):
+            construct(self, *args, **kwargs)
+        if getattr(self, "use_liger_kernel", False) or getattr(self.args, "use_liger_loss", False):
+            raise ValueError("patch_trl(): expected a trainer without Liger's loss: the two replace the same thing")
+        _fuse_models(self, patch, stats)
+
+    patch.replace(trainer_class, "__init__", constructed)
+
+
+@contextmanager
+def _scoring(
+    trainer: Any,
+    patch: Patch,
+    stats: tuple[str, ...],
+    labelled: Callable[[Tensor, Tensor | None], Tensor],
+    rows: Any,
+    always: tuple[str, ...] = (),
+) -> Iterator[None]:
+    _fuse_models(trainer, patch, stats)
+    policy = base_causal_lm(trainer.accelerator.unwrap_model(trainer.model))
+    token = SCORING.set(Scoring(labelled, policy, rows, always))
+    try:
+        yield
+    finally:
+        SCORING.reset(token)
+
+
+def _fuse_models(trainer: Any, patch: Patch, stats: tuple[str, ...]) -> None:
+    """Fuse the policy and the reference, where they are not yet."""
+    weights = ("log_sum_sq_probs",) if stats and trainer.use_weighting else ()
+    for model in (trainer.model, trainer.ref_model):
+        if model is not None:
+            base = base_causal_lm(trainer.accelerator.unwrap_model(model))
+            if not isinstance(base, FusedForward) or base._dpofast_fused.calls is not patch.calls:
+                patch.fuse(base, stats=stats + weights if model is trainer.model else ())
+
+
+@contextmanager
+def _fused_when_prepared(patch: Patch) -> Iterator[None]:
+    """Fuse the reference that a trainer prepares: mixed precision binds the forward that a model has then."""
+    from accelerate import Accelerator
+
+    prepare = Accelerator.prepare_model
+
+    def prepare_fused(self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        patch.fuse(base_causal_lm(model))
+        return prepare(self, model, *args, **kwargs)
+
+    Accelerator.prepare_model = prepare_fused
+    try:
+        yield
+    finally:
+        Accelerator.prepare_model = prepare

@@ -1,0 +1,1 @@
+"""Log-probs -> preference losses and their derivatives."""

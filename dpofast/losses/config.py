@@ -1,0 +1,205 @@
+"""PreferenceLoss: which preference loss, and its options, validated when built."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass, field
+
+from dpofast.losses.divergences import DIVERGENCES
+from dpofast.losses.kinds import KINDS, SMOOTHING_RANGES
+
+# Options that only some kinds read; any other value than the default needs a kind that does.
+_NUMBERS = (
+    "beta",
+    "label_smoothing",
+    "f_alpha_divergence_coef",
+    "ld_alpha",
+    "rpo_alpha",
+    "discopop_tau",
+    "simpo_gamma",
+    "cpo_alpha",
+)
+_OWN_OPTIONS = ("ipo_average", "bco_delta", "discopop_tau", "simpo_gamma", "cpo_alpha")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferenceLoss:
+    """Which loss, and its options; validated when built. A mix shares its options: each kind takes those it has.
+
+    Args:
+        kind: one of dpofast.losses.KINDS (formulas there), default "sigmoid" (DPO), or several: their weighted sum.
+        weights: one for each kind, default 1.
+        beta: strength of the pull towards the reference, > 0; for "orpo" the weight of the odds ratio, as in TRL.
+        label_smoothing: the probability ε that a preference is flipped: [0, 0.5] for "sigmoid" (conservative DPO),
+            "sigmoid_norm", "aot" and "aot_unpaired", [0, 0.5) for "robust", (0, 1) for "exo_pair".
+        f_divergence_type: "reverse_kl", "forward_kl", "js_divergence" or "alpha_divergence" (divergences.py).
+        f_alpha_divergence_coef: α of "alpha_divergence", finite.
+        ld_alpha: in [0, 1]; tokens beyond the length of the pair's shorter response count α times in the log-probs of
+            policy and reference (LD-DPO, arXiv 2409.06411). NLL terms and lengths are left as they are.
+        use_weighting: multiply a pair's loss by exp(mean over tokens of (logp − log Σp²)) of both responses, without
+            gradient (WPO, arXiv 2406.11827).
+        rpo_alpha: ≥ 0; adds α times minus the chosen response's log-prob per token (RPO, arXiv 2404.19733).
+        ipo_average: "ipo" on log-ratios per token; False takes their sums.
+        bco_delta: "zero", or "running_mean": "bco_pair" shifts by the mean of all rewards so far.
+        discopop_tau: "discopop"'s τ, > 0.
+        simpo_gamma: "simpo"'s γ, finite.
+        cpo_alpha: "cpo"'s λ, ≥ 0.
+
+    Raises:
+        ValueError: an unknown kind, an option outside its range, or one that the kind does not have.
+    """
+
+    kind: str | tuple[str, ...] = "sigmoid"
+    weights: tuple[float, ...] | None = None
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+    f_divergence_type: str = "reverse_kl"
+    f_alpha_divergence_coef: float = 0.5
+    ld_alpha: float | None = None
+    use_weighting: bool = False
+    rpo_alpha: float | None = None
+    ipo_average: bool = True
+    bco_delta: str = "zero"
+    discopop_tau: float = 0.05
+    simpo_gamma: float = 0.5
+    cpo_alpha: float = 1.0
+    # The same as JSON: what an operator of torch.library, which takes no objects, is told.
+    encoded: str = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Check every option."""
+        self._check_types()
+        for name in ("kind", "weights"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        if not self.kinds or any(kind not in KINDS for kind in self.kinds):
+            raise ValueError(f"kind: expected one of {sorted(KINDS)}, or several of them, got {self.kind!r}")
+        self._check_ranges()
+        self._check_combinations()
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}
+        object.__setattr__(self, "encoded", json.dumps(values))
+
+    def _check_types(self) -> None:
+        kinds = [self.kind] if isinstance(self.kind, str) else self.kind
+        if not isinstance(kinds, (list, tuple)) or not all(isinstance(kind, str) for kind in kinds):
+            raise ValueError(f"kind: expected a name or a list of names, got {self.kind!r}")
+        if self.weights is not None and not (
+            isinstance(self.weights, (list, tuple)) and all(map(_is_number, self.weights))
+        ):
+            raise ValueError(f"weights: expected a list of numbers, one a kind, got {self.weights!r}")
+        for name in ("use_weighting", "ipo_average"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}: expected True or False, got {getattr(self, name)!r}")
+        for name in _NUMBERS:
+            value = getattr(self, name)
+            if not (_is_number(value) or (value is None and name in ("ld_alpha", "rpo_alpha"))):
+                raise ValueError(f"{name}: expected a number, got {value!r}")
+
+    def _check_ranges(self) -> None:
+        weights = self.kind_weights
+        if len(weights) != len(self.kinds) or not all(math.isfinite(weight) for weight in weights):
+            raise ValueError(f"weights: expected {len(self.kinds)} finite numbers, one a kind, got {self.weights}")
+        for name, expected, holds in (
+            ("beta", "a positive finite number", 0 < self.beta < math.inf),
+            ("f_divergence_type", f"one of {sorted(DIVERGENCES)}", self.f_divergence_type in DIVERGENCES),
+            ("f_alpha_divergence_coef", "a finite number", math.isfinite(self.f_alpha_divergence_coef)),
+            ("ld_alpha", "a number in [0, 1] or None", self.ld_alpha is None or 0 <= self.ld_alpha <= 1),
+            ("rpo_alpha", "0 or more, or None", self.rpo_alpha is None or 0 <= self.rpo_alpha < math.inf),
+            ("bco_delta", "'zero' or 'running_mean'", self.bco_delta in ("zero", "running_mean")),
+            ("discopop_tau", "a positive finite number", 0 < self.discopop_tau < math.inf),
+            ("simpo_gamma", "a finite number", math.isfinite(self.simpo_gamma)),
+            ("cpo_alpha", "0 or more", 0 <= self.cpo_alpha < math.inf),
+        ):
+            if not holds:
+                raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
+        ranges = {kind: KINDS[kind].smoothing for kind in self.kinds}
+        for kind, allowed in ranges.items():
+            if allowed is not None and not SMOOTHING_RANGES[allowed](self.label_smoothing):
+                hint = " (the EXO paper takes 1e-3)" if kind == "exo_pair" else ""
+                raise ValueError(
+                    f"label_smoothing: expected a number in {allowed} for kind {kind!r}{hint}, "
+                    f"got {self.label_smoothing}"
+                )
+        if self.label_smoothing != 0 and not any(ranges.values()):
+            self._refuse("label_smoothing", [kind for kind in KINDS if KINDS[kind].smoothing])
+
+    def _check_combinations(self) -> None:
+        """Every option either does something with the kinds or is refused."""
+        kinds = [KINDS[kind] for kind in self.kinds]
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        for name in _OWN_OPTIONS:
+            if getattr(self, name) != defaults[name] and not any(name in kind.options for kind in kinds):
+                self._refuse(name, [kind for kind in KINDS if name in KINDS[kind].options])
+        if self.f_alpha_divergence_coef != defaults["f_alpha_divergence_coef"]:
+            if self.f_divergence_type != "alpha_divergence":
+                raise ValueError(
+                    f"f_alpha_divergence_coef={self.f_alpha_divergence_coef}: only for f_divergence_type="
+                    f"'alpha_divergence', got {self.f_divergence_type!r}"
+                )
+        if self.f_divergence_type != "reverse_kl":
+            # In other kinds β·log Z(x) does not cancel, so the divergence means nothing; sft has no margin at all.
+            with_margin = [kind for kind in self.kinds if kind != "sft"]
+            if not with_margin or not all(KINDS[kind].divergence for kind in with_margin):
+                self._refuse("f_divergence_type", [kind for kind in KINDS if KINDS[kind].divergence])
+        if self.ld_alpha is not None and set(self.kinds) == {"sft"}:
+            self._refuse("ld_alpha", [kind for kind in KINDS if kind != "sft"])
+        if self.use_weighting and {"aot", "aot_unpaired"} & set(self.kinds):
+            self._refuse("use_weighting", [kind for kind in KINDS if not kind.startswith("aot")])
+        if self.rpo_alpha is not None and any(kind.nll for kind in kinds):
+            self._refuse("rpo_alpha", [kind for kind in KINDS if not KINDS[kind].nll])
+
+    def _refuse(self, name: str, kinds: list[str]) -> None:
+        raise ValueError(
+            f"{name}={getattr(self, name)!r}: not for kind {self.kind!r}; the kinds that take it are {', '.join(kinds)}"
+        )
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of the mix."""
+        return (self.kind,) if isinstance(self.kind, str) else self.kind
+
+    @property
+    def kind_weights(self) -> tuple[float, ...]:
+        """A weight for each kind."""
+        return (1.0,) * len(self.kinds) if self.weights is None else self.weights
+
+    @property
+    def coupled(self) -> bool:
+        """Whether a pair's loss depends on the other pairs of the call."""
+        return self.bco_delta != "zero" or any(KINDS[kind].coupled for kind in self.kinds)
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether reference log-probs are needed."""
+        return any(KINDS[kind].reference for kind in self.kinds)
+
+    @property
+    def needs_lengths(self) -> bool:
+        """Whether the responses' token counts are needed."""
+        modified = self.ld_alpha is not None or self.use_weighting or self.rpo_alpha is not None
+        return modified or any(KINDS[kind].lengths for kind in self.kinds)
+
+    @property
+    def per_token(self) -> bool:
+        """Whether every kind that compares responses compares their log-probs per token."""
+        compared = [kind for kind in self.kinds if kind != "sft"]
+        summed = "ipo" in compared and not self.ipo_average
+        return bool(compared) and not summed and all(KINDS[kind].per_token for kind in compared)
+
+    @staticmethod
+    def decode(encoded: str) -> PreferenceLoss:
+        """The loss that `encoded` says."""
+        return PreferenceLoss(**json.loads(encoded))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def checked_loss(loss: PreferenceLoss | None) -> PreferenceLoss:
+    """The loss, or DPO's where there is none; TypeError for anything else."""
+    if loss is not None and not isinstance(loss, PreferenceLoss):
+        raise TypeError(f"loss: expected a PreferenceLoss(kind=...), got {loss!r}")
+    return PreferenceLoss() if loss is None else loss

@@ -1,0 +1,162 @@
+"""The public side of the losses: which loss (PreferenceLoss), and the loss of sequence or token log-probs.
+
+The losses themselves are in losses.py; what leads from tokens to pairs, and the coefficients back, in pair_terms.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpofast.common.autograd import first_order_only
+from dpofast.common.backend import choose_backend
+from dpofast.losses.coefficients import StepTotals, pair_losses, pair_terms, pairs_of_tokens, runs_fused
+from dpofast.losses.config import PreferenceLoss, checked_loss
+from dpofast.losses.kinds import Pairs
+from dpofast.losses.sequences import Tokens, side_indices
+from dpofast.losses.validate import check_pairs, check_tokens
+
+
+@dataclass(frozen=True)
+class PreferenceOutput:
+    """loss: scalar, a mean over pairs, or a sum over them divided by num_pairs; losses (P,); logps and rewards (S,).
+
+    Only loss is differentiable. rewards = beta·(logp − ref_logp), in nats times beta, without a reference beta·logp.
+    With ld_alpha a response's log-prob depends on its partner: logps and rewards are then (P, 2), chosen and rejected.
+    aux_loss is a model's own auxiliary loss (mixture-of-experts balancing), differentiable, not in loss, or None.
+    """
+
+    loss: Tensor
+    losses: Tensor
+    logps: Tensor
+    rewards: Tensor
+    aux_loss: Tensor | None = None
+
+    def of_pairs(self, name: str, pairs: Tensor) -> Tensor:
+        """logps or rewards, named, of the pairs' chosen and rejected response: (P, 2)."""
+        return of_pairs(getattr(self, name), pairs)
+
+
+def of_pairs(values: Tensor, pairs: Tensor) -> Tensor:
+    """Values (P, 2), or those of pairs (P, 2) out of values (S,)."""
+    return values if values.dim() == 2 else values[side_indices(pairs, values.device)]
+
+
+def preference_loss(
+    logps: Tensor,
+    pairs: Tensor,
+    ref_logps: Tensor | None = None,
+    *,
+    loss: PreferenceLoss | None = None,
+    lengths: Tensor | None = None,
+    num_pairs: int | None = None,
+    num_chosen_tokens: int | None = None,
+    earlier_rewards: Tensor | None = None,
+) -> PreferenceOutput:
+    """The preference loss of P pairs over S sequences.
+
+    Args:
+        logps: (S,) summed log-probs under the policy, nats, differentiable.
+        pairs: (P, 2) integer, chosen and rejected sequence; a sequence may stand in several pairs.
+        ref_logps: (S,) the same under the reference; kinds without one only report rewards against it.
+        loss: kind and options, default PreferenceLoss().
+        lengths: (S,) tokens of each sequence, for the kinds that divide by them.
+        num_pairs: what the sum over pairs is divided by, default P; the pairs of a whole optimizer step when these are
+            one of its micro-batches.
+        num_chosen_tokens: what "sft" divides by, default these pairs' chosen tokens; those of the whole step likewise.
+        earlier_rewards: (2,) float64, sum and number of the rewards of earlier steps, for bco_delta="running_mean".
+
+    Raises:
+        ValueError: shapes that do not fit, no pair, something the kind needs that is missing, a loss that needs token
+            log-probs (ld_alpha, use_weighting), or (on the CPU) a pair that names a missing sequence.
+    """
+    loss = checked_loss(loss)
+    check_pairs(logps, pairs, ref_logps, loss)
+    for name in ("ld_alpha", "use_weighting"):
+        if getattr(loss, name) not in (None, False):
+            raise ValueError(
+                f"{name}: sums over sequences do not hold what it needs, for kind {loss.kind!r} or any other: use "
+                "token_preference_loss or linear_preference_loss"
+            )
+    if loss.needs_lengths and (lengths is None or lengths.shape != logps.shape):
+        got = None if lengths is None else tuple(lengths.shape)
+        raise ValueError(f"lengths: kind {loss.kind!r} divides by them: expected shape {tuple(logps.shape)}, got {got}")
+    sides = side_indices(pairs, logps.device)
+    ref = torch.zeros_like(logps) if ref_logps is None else ref_logps.to(logps.dtype)
+    totals = StepTotals(len(pairs) if num_pairs is None else num_pairs, num_chosen_tokens, earlier_rewards)
+    view = totals.view(logps[sides], ref[sides], lengths[sides] if loss.needs_lengths and lengths is not None else None)
+    return _output(view, loss, totals, logps, loss.beta * (logps - ref))
+
+
+def _output(view: Pairs, loss: PreferenceLoss, totals: StepTotals, logps: Tensor, rewards: Tensor) -> PreferenceOutput:
+    losses = pair_losses(view, loss)
+    return PreferenceOutput(losses.sum() / totals.num_pairs, losses.detach(), logps.detach(), rewards.detach())
+
+
+def token_preference_loss(
+    token_logps: Tensor,
+    cu_targets: Tensor,
+    pairs: Tensor,
+    ref_logps: Tensor | None = None,
+    *,
+    loss: PreferenceLoss | None = None,
+    log_sum_sq_probs: Tensor | None = None,
+    counted: Tensor | None = None,
+    num_pairs: int | None = None,
+    num_chosen_tokens: int | None = None,
+    earlier_rewards: Tensor | None = None,
+    backend: str = "auto",
+) -> PreferenceOutput:
+    """preference_loss from per-token log-probs (N,): on a GPU, DPO's is one Triton launch for values and coefficients.
+
+    Args:
+        token_logps: (N,) float32, nats, differentiable.
+        cu_targets: (S+1,) int32 on the CPU: sequence s owns token_logps[cu_targets[s]:cu_targets[s+1]].
+        pairs: (P, 2) int32 on the CPU.
+        ref_logps: (S,) float32. With ld_alpha (P, 2): what pair_logprobs makes of the reference's token log-probs.
+        loss: kind and options, default PreferenceLoss().
+        log_sum_sq_probs: (N,) log Σp² in nats, for use_weighting.
+        counted: (N,) bool, False where a target was ignored and is no token; default, all are.
+        num_pairs, num_chosen_tokens, earlier_rewards: as in preference_loss.
+        backend: "auto", "triton" or "torch".
+
+    Raises:
+        ValueError: as preference_loss, and a backend that cannot run here.
+    """
+    loss = checked_loss(loss)
+    tokens = Tokens(token_logps, cu_targets, counted, log_sum_sq_probs)
+    check_tokens(tokens, pairs, ref_logps, loss)
+    totals = StepTotals(len(pairs) if num_pairs is None else num_pairs, num_chosen_tokens, earlier_rewards)
+    if runs_fused(loss, choose_backend(backend, token_logps.device)):
+        return PreferenceOutput(*_Fused.apply(token_logps, tokens, pairs, ref_logps, loss, totals))
+    view, logps, rewards = pairs_of_tokens(tokens, pairs, ref_logps, loss, totals)
+    return _output(view, loss, totals, logps, rewards)
+
+
+class _Fused(torch.autograd.Function):
+    """kernels/preference.py; its coefficients d(sum of losses)/d(token log-prob) make backward a product."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        token_logps: Tensor,
+        tokens: Tokens,
+        pairs: Tensor,
+        ref_logps: Tensor | None,
+        loss: PreferenceLoss,
+        totals: StepTotals,
+    ) -> tuple[Tensor, ...]:
+        terms = pair_terms(tokens, pairs, ref_logps, loss, totals, "triton")
+        ctx.save_for_backward(token_logps, terms.coefficients / totals.num_pairs)
+        outputs = (terms.losses, terms.logps, terms.rewards)
+        ctx.mark_non_differentiable(*outputs)
+        return (terms.losses.sum() / totals.num_pairs, *outputs)
+
+    @staticmethod
+    @first_order_only
+    def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        _, coefficients = ctx.saved_tensors
+        return (coefficients * grad_loss, *(None,) * 5)

@@ -1,0 +1,85 @@
+"""From token log-probs to sequence log-probs: segment sums, lengths and LD-DPO's weighted sums."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The targets of S sequences.
+
+    logps (N,) float, nats; cu_targets (S+1,) int32 on the CPU; counted (N,) bool, False where a target was ignored, or
+    None if none was; log_sum_sq (N,), log Σp², or None.
+    """
+
+    logps: Tensor
+    cu_targets: Tensor
+    counted: Tensor | None = None
+    log_sum_sq: Tensor | None = None
+
+    def is_token(self) -> Tensor:
+        """counted, all of them if it is None."""
+        return torch.ones_like(self.logps, dtype=torch.bool) if self.counted is None else self.counted
+
+    def lengths(self) -> Tensor:
+        """(S,) in the dtype of logps: the counted targets of each sequence, at least 1."""
+        if self.counted is None:
+            counts = self.cu_targets.diff().to(self.logps.device, self.logps.dtype, non_blocking=True)
+        else:
+            counts = segment_sums(self.counted.to(self.logps.dtype), self.cu_targets)
+        return counts.clamp(min=1)
+
+    def positions(self) -> Tensor:
+        """(N,) int32: how many counted targets of its sequence stand before each target."""
+        counted = self.is_token().int()
+        before = counted.cumsum(0, dtype=torch.int32) - counted
+        # an empty sequence at the end starts where nothing is, and has no target to ask
+        starts = self.cu_targets[:-1].long().to(before.device, non_blocking=True)
+        padded = torch.nn.functional.pad(before, (0, 1))
+        return before - spread(padded[starts], self.cu_targets, len(before))
+
+
+def segment_sums(token_logps: Tensor, cu_targets: Tensor) -> Tensor:
+    """Sums of token_logps (N,) over the sequences of cu_targets (S+1,) int32 on the CPU: (S,), differentiable.
+
+    Added up in float64, so that the order in which a device adds does not show.
+    """
+    sums = token_logps.new_zeros(len(cu_targets) - 1, dtype=torch.float64)
+    owner = spread(torch.arange(len(sums), device=token_logps.device), cu_targets, len(token_logps))
+    return sums.index_add(0, owner, token_logps.double()).to(token_logps.dtype)
+
+
+def spread(values: Tensor, cu_targets: Tensor, num_targets: int) -> Tensor:
+    """values (S,) repeated for every target of its sequence: (N,), without a sync."""
+    lengths = cu_targets.diff().to(values.device, non_blocking=True)
+    return values.repeat_interleave(lengths, output_size=num_targets)
+
+
+def side_indices(pairs: Tensor, device: torch.device) -> Tensor:
+    """pairs as an index: int64 on the device."""
+    return pairs.to(device=device, dtype=torch.int64, non_blocking=True)
+
+
+def pair_logprobs(
+    token_logps: Tensor, cu_targets: Tensor, pairs: Tensor, *, ld_alpha: float, counted: Tensor | None = None
+) -> Tensor:
+    """Sequence log-probs (P, 2) of chosen and rejected response as LD-DPO weights them (arXiv 2409.06411).
+
+    Tokens up to the length of the pair's shorter response count once, further ones ld_alpha times. token_logps (N,),
+    nats, differentiable; cu_targets (S+1,) and pairs (P, 2) int32 on the CPU; counted (N,) as in token_preference_loss.
+    """
+    tokens = Tokens(token_logps, cu_targets, counted)
+    # A response shared by several pairs has another weight in each: every pair gets a copy of its tokens' numbers.
+    sequence = pairs.reshape(-1).long()
+    sizes = cu_targets.diff().long()[sequence]
+    side = torch.arange(len(sequence)).repeat_interleave(sizes)
+    token = torch.arange(len(side)) + (cu_targets[:-1].long()[sequence] - (sizes.cumsum(0) - sizes))[side]
+    side, token = (index.to(token_logps.device, non_blocking=True) for index in (side, token))
+    shared = tokens.lengths()[side_indices(pairs, token_logps.device)].amin(1).repeat_interleave(2)
+    weight = torch.where(tokens.positions()[token] < shared[side], 1.0, ld_alpha).double()
+    sums = token_logps.new_zeros(len(sequence), dtype=torch.float64)
+    return sums.index_add(0, side, weight * token_logps[token].double()).to(token_logps.dtype).view(-1, 2)

@@ -1,0 +1,1 @@
+"""The packed forward inside models of transformers."""

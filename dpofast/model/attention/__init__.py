@@ -1,0 +1,1 @@
+"""Packed attention: each response sees its prompt and itself."""

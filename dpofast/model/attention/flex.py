@@ -1,0 +1,152 @@
+"""Packed attention by FlexAttention: softcap, sinks and any head size on CUDA, and no K/V row is gathered.
+
+The row's own rules (same segment and not later, or a row of the segment's prefix) become a mask function, and the
+128×128 blocks that hold any visible pair, counted here from the segments on the CPU, are all that the kernel visits.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
+
+from dpofast.model.attention.layout import AttentionOptions, PackedLayout
+from dpofast.packing.pack import Segments
+
+_BLOCK = 128
+# Compiled forms of one model: windows × softcaps × with and without gradient × fixed and changing lengths.
+_VARIANTS = 64
+# torch's flex kernels multiply tiles of at least so many columns.
+_MIN_HEAD_DIM = 16
+
+
+def flex_refusal(query: Tensor, value: Tensor, options: AttentionOptions) -> str | None:
+    """Why FlexAttention cannot run this layer, or None where it can."""
+    reasons = {
+        "it trains on a GPU only": query.device.type != "cuda",
+        "it has no float64": query.dtype == torch.float64,
+        "it has no dropout": options.dropout > 0,
+        f"it needs a head_dim of at least {_MIN_HEAD_DIM}": min(query.shape[-1], value.shape[-1]) < _MIN_HEAD_DIM,
+    }
+    return next((reason for reason, applies in reasons.items() if applies), None)
+
+
+def flex_attention_packed(
+    query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, options: AttentionOptions
+) -> Tensor:
+    """Attention of query (1, H, T, Dh) over key (1, H_kv, T, Dh) and value (1, H_kv, T, Dv): (1, T, H, Dv)."""
+    device, window = query.device, options.window
+    mask = layout.once(("blocks", device, window), lambda: block_mask(layout.segments, window, device))
+    # Uncompiled it builds all T × T scores: for tests on the CPU, where torch has no backward for it either.
+    run: Any = _compiled() if device.type == "cuda" else flex_attention
+    result = run(
+        query,
+        key,
+        value,
+        score_mod=None if options.softcap is None else _softcapped(options.softcap),
+        block_mask=mask,
+        scale=options.scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+        return_aux=None if options.sinks is None else AuxRequest(lse=True),
+    )
+    if options.sinks is None:
+        return result.transpose(1, 2)
+    attended, aux = result
+    # Σ exp(s) / (Σ exp(s) + exp(sink)), in float32 as the log-sum-exp is
+    kept = torch.sigmoid(aux.lse - options.sinks.float()[:, None])
+    attended = (attended * kept[..., None]).to(value.dtype)
+    return attended.transpose(1, 2)
+
+
+@functools.cache
+def _compiled() -> Callable[..., Any]:
+    # fullgraph: past the limit of recompilations torch would otherwise run it uncompiled, in T × T memory, and not say
+    compiled: Any = torch.compile(flex_attention, fullgraph=True)
+
+    def run(*inputs: Tensor, **options: Any) -> Any:
+        with torch._dynamo.config.patch(recompile_limit=_VARIANTS):
+            return compiled(*inputs, **options)
+
+    return run
+
+
+@functools.cache
+def _softcapped(softcap: float) -> Callable[..., Tensor]:
+    def score_mod(score: Tensor, batch: Tensor, head: Tensor, row: Tensor, key: Tensor) -> Tensor:
+        return softcap * torch.tanh(score / softcap)
+
+    return score_mod
+
+
+def block_mask(segments: Segments, window: int | None, device: torch.device) -> BlockMask:
+    """The segments as FlexAttention's BlockMask over one packed row of T positions."""
+    rows = int(segments.cu_seqlens_q[-1])
+    some, full = _blocks(segments, window)
+    per_row = [_by_row(part, device) for part in (some & ~full, full)]
+    (partial_counts, partial), (full_counts, whole) = per_row
+    return BlockMask.from_kv_blocks(
+        partial_counts,
+        partial,
+        full_counts,
+        whole,
+        BLOCK_SIZE=_BLOCK,
+        mask_mod=_visible(segments, window, device),
+        seq_lengths=(rows, rows),
+    )
+
+
+def _visible(segments: Segments, window: int | None, device: torch.device) -> Callable[..., Tensor]:
+    sizes = segments.cu_seqlens_q.diff()
+    bounds = torch.stack((segments.cu_seqlens_q[:-1], *segments.prefixes.unbind(1)))
+    start, low, high = bounds.repeat_interleave(sizes, dim=1).to(device, non_blocking=True)
+
+    def mask_mod(batch: Tensor, head: Tensor, row: Tensor, key: Tensor) -> Tensor:
+        own = (key >= start[row]) & (key <= row)
+        prefix = (key >= low[row]) & (key < high[row])
+        if window is None:
+            return own | prefix
+        # Between two rows of a segment lie as many positions as rows; from its start on, the prefix's end comes before.
+        return (own & (row - key < window)) | (prefix & (row - start[row] + high[row] - key < window))
+
+    return mask_mod
+
+
+def _blocks(segments: Segments, window: int | None) -> tuple[Tensor, Tensor]:
+    """(blocks, blocks) bool each: some query of the block sees some key of it; every query sees every key."""
+    bounds, (low, high) = segments.cu_seqlens_q.long(), segments.prefixes.long().unbind(1)
+    start, stop, rows = bounds[:-1], bounds[1:], int(bounds[-1])
+    # One item for each segment and each block of queries that it has rows in
+    touched = (stop - 1) // _BLOCK - start // _BLOCK + 1
+    segment = torch.arange(len(start)).repeat_interleave(touched)
+    block = (start // _BLOCK - touched.cumsum(0) + touched)[segment] + torch.arange(len(segment))
+    start, stop, low, high = (part[segment] for part in (start, stop, low, high))
+    first, last = start.maximum(block * _BLOCK), stop.minimum((block + 1) * _BLOCK) - 1
+    edges = torch.arange(-(-rows // _BLOCK)) * _BLOCK
+    reach = rows if window is None else window
+
+    def overlap(begin: Tensor, end: Tensor) -> Tensor:
+        """How many of the keys in [begin, end) lie in each block: (items, blocks)."""
+        return (end[:, None].minimum(edges + _BLOCK) - begin[:, None].maximum(edges)).clamp(min=0)
+
+    def seen(earliest: Tensor, latest: Tensor) -> Tensor:
+        """The keys not before the window of row earliest, and not after row latest, by blocks."""
+        own = overlap(start.maximum(earliest - reach + 1), latest + 1)
+        return own + overlap(low.maximum(high + earliest - start - reach + 1), high)
+
+    some, lacking = torch.zeros(2, len(edges), len(edges), dtype=torch.int64)
+    some.index_add_(0, block, (seen(first, last) > 0).long())
+    lacking.index_add_(0, block, (seen(last, first) < _BLOCK).long())
+    full = lacking == 0
+    full[rows // _BLOCK :] = False  # a last block with fewer rows
+    return some > 0, full
+
+
+def _by_row(blocks: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The number of marked blocks of every row, (1, 1, R) int32, and their columns first, (1, 1, R, C) int32."""
+    columns = blocks.int().argsort(dim=1, descending=True, stable=True)
+    counts = blocks.sum(dim=1)
+    return tuple(part.int().to(device, non_blocking=True)[None, None] for part in (counts, columns))  # type: ignore[return-value]

@@ -1,0 +1,133 @@
+"""Lets every branch of a packed row see its prompt and nothing else, in transformers' models.
+
+It reaches them through AttentionInterface under a name that contains the model's former implementation. A call without
+a layout (plain logits, generation) is handed to that former implementation unchanged; a call with one goes to the first
+of three backends that can run it (attention_layout.py says what they compute):
+
+    varlen    FlashAttention over all segments at once: 16-bit on NVIDIA GPUs, without softcap and sinks
+    flex      FlexAttention on CUDA where varlen cannot
+    sdpa      segment by segment: float32 without softcap and sinks on CUDA, and everything elsewhere
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from dpofast.model.attention.flex import flex_attention_packed, flex_refusal
+from dpofast.model.attention.layout import AttentionOptions, PackedLayout
+from dpofast.model.attention.sdpa import sdpa_attention
+from dpofast.model.attention.varlen import varlen_attention, varlen_refusal
+
+_PREFIX = "dpofast_"
+_BACKENDS = {"varlen": varlen_attention, "flex": flex_attention_packed, "sdpa": sdpa_attention}
+
+
+def choose_attention(query: Tensor, value: Tensor, options: AttentionOptions) -> tuple[str, str]:
+    """The backend that attends from query (1, H, T, Dh) to value (1, H_kv, T, Dv), and why: both for people to read."""
+    refusal = varlen_refusal(query, value, options)
+    if refusal is None:
+        return "varlen", "FlashAttention over all segments at once"
+    capped = options.softcap is not None or options.sinks is not None
+    if query.dtype in (torch.float16, torch.bfloat16) or capped:
+        flex = flex_refusal(query, value, options)
+        if flex is None:
+            return "flex", f"not varlen: {refusal}"
+        refusal += f"; not flex: {flex}"
+    return "sdpa", f"segment by segment; not varlen: {refusal}"
+
+
+def attention_report(device: torch.device) -> dict[str, str]:
+    """Which backend attends on a device and why, for a few kinds of layers; for `dpofast info`."""
+    kinds = {
+        "16-bit": (torch.bfloat16, AttentionOptions()),
+        "16-bit, softcap or sinks": (torch.bfloat16, AttentionOptions(softcap=50.0)),
+        "float32": (torch.float32, AttentionOptions()),
+    }
+    report = {}
+    for kind, (dtype, options) in kinds.items():
+        example = torch.empty(1, 1, 1, 64, dtype=dtype, device=device)
+        report[kind] = "{}: {}".format(*choose_attention(example, example, options))
+    return report
+
+
+def use_packed_attention(model: Any) -> None:
+    """Let the model's attention understand layouts; its implementation for every other call stays what it was."""
+    former = model.config._attn_implementation
+    if former.startswith(_PREFIX):
+        return
+    AttentionInterface.register(_PREFIX + former, _attention_over(former))
+    if former in ALL_MASK_ATTENTION_FUNCTIONS:
+        AttentionMaskInterface.register(_PREFIX + former, ALL_MASK_ATTENTION_FUNCTIONS[former])
+    model.set_attn_implementation(_PREFIX + former)
+
+
+def restore_attention(model: Any) -> None:
+    """Undo use_packed_attention."""
+    model.set_attn_implementation(model.config._attn_implementation.removeprefix(_PREFIX))
+
+
+def _attention_over(former: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    def attention(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        *args: Any,
+        packed_layout: PackedLayout | None = None,
+        **options: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        if packed_layout is None:
+            plain = ALL_ATTENTION_FUNCTIONS.get(former, _eager_attention_of(module))
+            return plain(module, query, key, value, attention_mask, *args, **options)
+        if options.get("position_bias") is not None:
+            raise ValueError(f"{type(module).__name__}: packed attention has no position_bias, which this model needs")
+        return _seen(
+            query,
+            key,
+            value,
+            packed_layout,
+            AttentionOptions(
+                scaling=options.get("scaling"),
+                window=options.get("sliding_window"),
+                softcap=options.get("softcap"),
+                sinks=options.get("s_aux"),
+                dropout=options.get("dropout", 0.0),
+            ),
+        ), None
+
+    return attention
+
+
+@torch.compiler.disable  # a layout is another one for every batch, and a compiled layer would be traced for each
+def _seen(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, options: AttentionOptions) -> Tensor:
+    layout.calls += 1
+    return packed_attention(query, key, value, layout, options)
+
+
+def packed_attention(
+    query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, options: AttentionOptions
+) -> Tensor:
+    """Attention of query (1, H, T, Dh) over key (1, H_kv, T, Dh) and value (1, H_kv, T, Dv): (1, T, H, Dv).
+
+    Under autocast it runs in autocast's dtype, as scaled_dot_product_attention would: rotary embeddings leave queries
+    and keys in float32 there.
+    """
+    kind = query.device.type
+    if torch.is_autocast_enabled(kind) and query.dtype != torch.float64:
+        query, key, value = (tensor.to(torch.get_autocast_dtype(kind)) for tensor in (query, key, value))
+    backend, _ = choose_attention(query, value, options)
+    return _BACKENDS[backend](query, key, value, layout, options)
+
+
+def _eager_attention_of(module: nn.Module) -> Callable[..., Any] | None:
+    """The eager function that the model's own file defines: transformers does not keep it in its registry."""
+    return getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)

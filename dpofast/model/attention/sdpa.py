@@ -1,0 +1,132 @@
+"""Packed attention segment by segment: runs everywhere, in every dtype, with every option.
+
+PyTorch's scaled_dot_product_attention where it can; it has no softcap and no sinks, so a layer with one of them takes
+the softmax written out here. That one builds scores, so it goes over the queries in chunks that bound them, and
+computes them again in the backward rather than keeping them.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from dpofast.model.attention.layout import AttentionOptions, PackedLayout
+from dpofast.packing.pack import Segments
+
+# Largest block of float32 scores (all heads) that the written-out softmax builds at once.
+_SCORE_BYTES = 32 << 20
+
+
+class _Pieces:
+    """Where K/V rows are cut, at every segment bound and every prefix end, and which pieces a segment sees."""
+
+    def __init__(self, segments: Segments) -> None:
+        bounds = segments.cu_seqlens_q.tolist()
+        prefixes = segments.prefixes.tolist()
+        cuts = sorted({*bounds, *(row for prefix in prefixes for row in prefix)})
+        self.query_sizes = [stop - start for start, stop in pairwise(bounds)]
+        self.sizes = [stop - start for start, stop in pairwise(cuts)]
+        at = {row: index for index, row in enumerate(cuts)}
+        self.seen = [
+            [*range(at[prefix[0]], at[prefix[1]]), *range(at[start], at[stop])]
+            for prefix, (start, stop) in zip(prefixes, pairwise(bounds), strict=True)
+        ]
+
+
+def sdpa_attention(
+    query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, options: AttentionOptions
+) -> Tensor:
+    """Attention of query (1, H, T, Dh) over key (1, H_kv, T, Dh) and value (1, H_kv, T, Dv): (1, T, H, Dv)."""
+    pieces = layout.once("pieces", lambda: _Pieces(layout.segments))
+    keys, values = key.split(pieces.sizes, dim=2), value.split(pieces.sizes, dim=2)
+    attend = _attend_sdpa if options.softcap is None and options.sinks is None else _attend_softmax
+    outputs = []
+    for q, seen in zip(query.split(pieces.query_sizes, dim=2), pieces.seen, strict=True):
+        k, v = _joined([keys[piece] for piece in seen]), _joined([values[piece] for piece in seen])
+        outputs.append(attend(q, k, v, layout, options).transpose(1, 2))
+    return torch.cat(outputs, dim=1)
+
+
+def _joined(pieces: list[Tensor]) -> Tensor:
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
+
+
+def _attend_sdpa(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, options: AttentionOptions) -> Tensor:
+    mask = _mask(q, k.shape[2], layout, options.window)
+    return F.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=mask,
+        dropout_p=options.dropout,
+        is_causal=mask is None,
+        scale=options.scaling,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+
+
+def _mask(query: Tensor, keys: int, layout: PackedLayout, window: int | None) -> Tensor | None:
+    """(queries, keys) in query's dtype, −inf where a query sees no key; None where SDPA's causal mask is the same.
+
+    Additive, because SDPA would turn a boolean mask into one at every call.
+    """
+    queries = query.shape[2]
+    if queries == keys and (window is None or window >= keys):
+        return None
+
+    def make() -> Tensor:
+        zeros = torch.zeros(queries, keys, dtype=query.dtype, device=query.device)
+        return zeros.masked_fill(~_visible(queries, keys, window, query.device), -torch.inf)
+
+    return layout.once(("mask", queries, keys, window, query.dtype, query.device), make)
+
+
+def _visible(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
+    """(queries, keys) bool, aligned at the bottom right."""
+    position = torch.arange(keys, device=device)
+    distance = position[keys - queries :, None] - position
+    return distance >= 0 if window is None else (distance >= 0) & (distance < window)
+
+
+def _attend_softmax(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, options: AttentionOptions) -> Tensor:
+    """The softmax written out, over chunks of queries; each sees only the keys from its first to its last visible."""
+    queries, keys = q.shape[2], k.shape[2]
+    rows = max(1, _SCORE_BYTES // (4 * q.shape[1] * keys))
+    if rows >= queries:
+        return _softmax_attention(q, k, v, options)
+    chunks = []
+    for start in range(0, queries, rows):
+        part = q[:, :, start : start + rows]
+        stop = keys - queries + start + part.shape[2]
+        first = 0 if options.window is None else max(0, stop - part.shape[2] - options.window + 1)
+        inputs = part, k[:, :, first:stop], v[:, :, first:stop], options
+        if torch.is_grad_enabled():
+            chunks.append(checkpoint(_softmax_attention, *inputs, use_reentrant=False))
+        else:
+            chunks.append(_softmax_attention(*inputs))
+    return torch.cat(chunks, dim=2)
+
+
+def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Tensor:
+    batch, heads, queries, width = q.shape
+    kv_heads, keys = k.shape[1:3]
+    scaling = width**-0.5 if options.scaling is None else options.scaling
+    # The query heads of one K/V head are rows of one product: K and V are not repeated.
+    grouped = q.reshape(batch, kv_heads, -1, width)
+    scores = (grouped @ k.transpose(2, 3)).view(batch, heads, queries, keys) * scaling
+    if scores.dtype != torch.float64:
+        scores = scores.float()
+    if options.softcap is not None:
+        scores = options.softcap * torch.tanh(scores / options.softcap)
+    scores = scores.masked_fill(~_visible(queries, keys, options.window, q.device), -torch.inf)
+    if options.sinks is None:
+        weights = scores.softmax(dim=-1)
+    else:
+        sink = options.sinks.to(scores.dtype).view(1, heads, 1, 1).expand(batch, heads, queries, 1)
+        weights = torch.cat((scores, sink), dim=-1).softmax(dim=-1)[..., :-1]
+    weights = F.dropout(weights, options.dropout).to(v.dtype).reshape(batch, kv_heads, -1, keys)
+    return (weights @ v).view(batch, heads, queries, -1)

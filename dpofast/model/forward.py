@@ -1,0 +1,123 @@
+"""A batch's hidden states at the rows that predict a target: the trunk run over its packed row, or over padded rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dpofast.model.attention.layout import PackedLayout
+from dpofast.model.moe import balancing_loss, row_weights
+from dpofast.model.support import cannot_pack
+from dpofast.packing.pack import PackedBatch
+
+# Tables of positions may hold a few rows more than positions: OPT's begins with two that it never reads.
+_SPARE_POSITIONS = 8
+
+
+def packed_trunk(model: Any, batch: PackedBatch, **options: Any) -> Any:
+    """The trunk's output over the packed row, last_hidden_state (1, T, D); options go to the trunk as they are.
+
+    Raises:
+        ValueError: a sequence longer than the model's table of positions, or attention layers that saw no layout.
+    """
+    segments = batch.segments
+    own, prefix = segments.cu_seqlens_q.diff(), segments.prefixes[:, 1] - segments.prefixes[:, 0]
+    _check_positions(model, int((own + prefix).max()))
+    layout = PackedLayout(segments)
+    output = trunk_of(model)(
+        input_ids=batch.input_ids[None],
+        position_ids=batch.position_ids[None],
+        # transformers returns a four-dimensional mask as it is; without one it would build a (T, T) mask
+        attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=batch.input_ids.device),
+        use_cache=False,
+        packed_layout=layout,
+        **options,
+    )
+    layers = model.config.get_text_config().num_hidden_layers
+    if layout.calls != layers:
+        raise cannot_pack(model, f"{layout.calls} attention calls of its {layers} layers saw the packed layout")
+    return output
+
+
+def packed_hidden(model: Any, batch: PackedBatch, *, balance: bool = False) -> tuple[Tensor, Tensor | None]:
+    """The trunk's output (N, D) in the order of the batch's targets: T positions are computed, one row.
+
+    With balance also the load-balancing loss of a mixture of experts.
+    """
+    trunk = packed_trunk(model, batch, **({"output_router_logits": True} if balance else {}))
+    hidden = trunk.last_hidden_state[0].index_select(0, batch.logit_rows)
+    if not balance:
+        return hidden, None
+    top_k = model.config.get_text_config().num_experts_per_tok
+    return hidden, balancing_loss(trunk.router_logits, top_k, row_weights(batch))
+
+
+def padded_hidden(model: Any, batch: PackedBatch) -> Tensor:
+    """The same (N, D) from S padded rows, one a sequence, by the model's own attention.
+
+    Rows of similar length run together, so that pads stay under a fifth of what is computed; with several processes
+    all rows run in one call, because a sharded trunk must be called equally often on each. Lengths are read back from
+    the device, a sync that the packed row does without.
+
+    Raises:
+        ValueError: a sequence longer than the model's table of positions.
+    """
+    input_ids, attended, in_response = batch.padded()
+    # A row's last token is only ever a target.
+    input_ids, attended, predicts = input_ids[:, :-1], attended[:, 1:], in_response[:, 1:].cpu()
+    lengths = attended.sum(dim=1).cpu()
+    _check_positions(model, int(lengths.max()))
+    bounds, device = batch.cu_targets.tolist(), input_ids.device
+    parts, targets = [], []
+    for rows in _similar(lengths):
+        longest = int(lengths[rows[0]])
+        index = torch.tensor(rows, device=device)
+        output = trunk_of(model)(
+            input_ids=input_ids[index, :longest], attention_mask=attended[index, :longest], use_cache=False
+        )
+        flat = predicts[rows, :longest].flatten().nonzero().squeeze(1).to(device)
+        parts.append(output.last_hidden_state.flatten(0, 1).index_select(0, flat))
+        targets += [target for row in rows for target in range(bounds[row], bounds[row + 1])]
+    return torch.cat(parts).index_select(0, torch.tensor(targets).argsort().to(device))
+
+
+def trunk_of(model: Any) -> Any:
+    """What comes before the head. Llama 4's causal model names a base that it does not have, and is then its own."""
+    trunk = model.base_model if model.base_model is not model else getattr(model, "model", None)
+    if trunk is None:
+        raise ValueError(f"{type(model).__name__}: expected a model whose trunk is its base_model, and it has none")
+    return trunk
+
+
+def _similar(lengths: Tensor) -> list[list[int]]:
+    """Rows in groups, longest first, each at least four fifths as long as the longest of its group."""
+    order = lengths.argsort(descending=True, stable=True)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return [order.tolist()]
+    groups: list[list[int]] = []
+    for row, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
+        if not groups or 5 * length < 4 * lengths[groups[-1][0]]:
+            groups.append([])
+        groups[-1].append(row)
+    return groups
+
+
+def _check_positions(model: Any, positions: int) -> None:
+    """A model that looks positions up in a table has no row for later ones; rotary and ALiBi models have no table."""
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if most is None or positions <= most or not _has_position_table(model, most):
+        return
+    raise ValueError(
+        f"{type(model).__name__}: a prompt with its response has {positions} positions, and the model's table holds "
+        f"{most} (max_position_embeddings): cut the data to max_length={most}, or train a model with a longer context"
+    )
+
+
+def _has_position_table(model: Any, most: int) -> bool:
+    words = model.get_input_embeddings()
+    tables = [m.weight for m in model.modules() if isinstance(m, nn.Embedding) and m is not words]
+    # GPT-J and CodeGen keep theirs, of sines, as buffers.
+    tables += [buffer for buffer in model.buffers() if buffer.ndim == 2]
+    return any(most <= len(table) <= most + _SPARE_POSITIONS for table in tables)

@@ -1,0 +1,97 @@
+"""Which models may carry the log-prob head, packed or padded: refused by name what would compute wrong numbers.
+
+Many models run under a packed layout without an exception and come out wrong: their attention never asks for the
+layout (Bloom, MPT, GPT-J), or asks for it in some layers (hybrids), or has a state that runs along the row (Mamba). So
+every rule here has a second one behind it: the numbers themselves, on a few random ids.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from dpofast.packing.pack import pack
+from dpofast.reference import padded_logprobs
+
+_LAYER_TYPES = {"full_attention", "sliding_attention"}
+_CANARY_PROMPT, _CANARY_RESPONSES = 5, (4, 6)
+# Largest |packed − padded| log-prob of the canary; a wrong mask or a missing logit scale is off by 0.1 and more.
+CANARY_TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-3, torch.float16: 5e-2, torch.bfloat16: 3e-1}
+
+
+def admit_head(model: Any) -> None:
+    """Refuse a model whose logits are not one plain linear map of its trunk's output."""
+    name = type(model).__name__
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(model, "get_output_embeddings"):
+        raise ValueError(f"{name}: expected a transformers causal language model")
+    if getattr(config, "is_encoder_decoder", False) or not hasattr(model, "generate"):
+        raise ValueError(
+            f"{name}: expected a decoder-only causal language model (AutoModelForCausalLM), not an encoder"
+        )
+    if config.get_text_config() is not config:
+        raise ValueError(f"{name}: expected a text-only model; load its language model alone")
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear:
+        raise ValueError(
+            f"{name}: expected a plain nn.Linear head, got {type(head).__name__}: leave the head out of the adapter's "
+            "target_modules and unquantized"
+        )
+
+
+def admit_packed(model: Any) -> None:
+    """Refuse a model whose layers do not all attend through transformers' AttentionInterface."""
+    if getattr(model, "_is_stateful", False):
+        raise cannot_pack(model, "it carries a state from token to token, across the branches of a packed row")
+    foreign = set(getattr(model.config, "layer_types", None) or _LAYER_TYPES) - _LAYER_TYPES
+    if foreign:
+        known = " and ".join(sorted(_LAYER_TYPES))
+        raise cannot_pack(model, f"it has {', '.join(sorted(foreign))} layers, and only {known} layers can")
+    if not getattr(model, "_supports_attention_backend", False):
+        raise cannot_pack(model, "its attention does not go through transformers' AttentionInterface")
+
+
+def cannot_pack(model: Any, reason: object) -> ValueError:
+    """The refusal of a model by name, with the reason and the way on."""
+    return ValueError(
+        f"{type(model).__name__} cannot run packed: {reason}. Padded rows do without: "
+        "attach_logprob_head(model, padded=True), DPOConfig(padded=True), or --padded true"
+    )
+
+
+@torch.no_grad()
+def check_numbers(model: Any, padded: bool) -> None:
+    """model(packed=...) against the model's own padded logits: the one test that an unknown twist cannot pass."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = (_CANARY_PROMPT, *_CANARY_RESPONSES)
+    prompt, chosen, rejected = (
+        torch.randint(0, model.config.vocab_size, (length,), generator=generator).numpy() for length in lengths
+    )
+    # Responses that differ in their first token are distinct branches, whatever the draw.
+    rejected[0] = (chosen[0] + 1) % model.config.vocab_size
+    (batch,) = pack([{"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}])
+    device = model.get_output_embeddings().weight.device
+    training = model.training
+    model.eval()
+    try:
+        ours = model(packed=batch.to(device)).logps
+        truth = padded_logprobs(model, *(tensor.to(device) for tensor in batch.padded()), use_cache=False)
+    finally:
+        model.train(training)
+    if not bool(truth.isfinite().all()):
+        raise ValueError(
+            f"{type(model).__name__}: its own log-probs are not finite on a few random ids: look for NaN and inf in "
+            "its weights"
+        )
+    difference = float((ours - truth).abs().max())
+    if difference <= CANARY_TOLERANCE[model.dtype]:
+        return
+    apart = f"differ by {difference:.2g} nats, more than {CANARY_TOLERANCE[model.dtype]}"
+    if not padded:
+        raise cannot_pack(model, f"packed and padded log-probs of the same tokens {apart}")
+    raise ValueError(
+        f"{type(model).__name__}: log-probs from its trunk and its head {apart}, from those of its own logits: its "
+        "forward does more to the logits than dpofast knows of"
+    )

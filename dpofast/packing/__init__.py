@@ -1,0 +1,1 @@
+"""Examples -> packed batches: the Python side of the C++ packer and planner."""

@@ -1,0 +1,164 @@
+"""Packing inside a plain torch DataLoader, and steps that keep the pairs of one prompt together."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Sampler
+
+from dpofast.packing.arguments import at_least_one, limit
+from dpofast.packing.pack import PackBuffers, PackedBatch, pack
+
+
+class PackingCollator:
+    """A DataLoader's collate_fn: the examples of a step -> its micro-batches.
+
+    `DataLoader(dataset, batch_size=64, collate_fn=PackingCollator(max_tokens=16384))` yields lists of PackedBatch, and
+    single ones where max_tokens and max_targets are None. Works in worker processes and with pin_memory=True.
+
+    Args:
+        max_tokens: the budget of a micro-batch, in packed positions; None leaves it unbounded.
+        max_targets: the same in response tokens.
+        share_prompts: as in `pack`.
+        vocab_size: where given, token ids must be below it.
+        num_threads: as in `pack`.
+        buffers: memory to reuse; a batch then holds until the next one is collated. Not for worker processes, nor for a
+            DataLoader that looks ahead.
+
+    Raises:
+        ValueError: a bound below 1; when called, what `pack` raises, and no examples where one batch is asked for.
+    """
+
+    def __init__(
+        self,
+        max_tokens: int | None = None,
+        *,
+        max_targets: int | None = None,
+        share_prompts: bool = True,
+        vocab_size: int | None = None,
+        num_threads: int = 1,
+        buffers: PackBuffers | None = None,
+    ) -> None:
+        """Check the bounds."""
+        limit("max_tokens", max_tokens)
+        limit("max_targets", max_targets)
+        self.max_tokens = max_tokens
+        self.max_targets = max_targets
+        self.share_prompts = share_prompts
+        self.vocab_size = vocab_size
+        self.num_threads = num_threads
+        self.buffers = buffers
+
+    def __call__(self, examples: Iterable[Mapping[str, Any]]) -> list[PackedBatch] | PackedBatch:
+        """Pack the examples of one step; pair_examples count within them."""
+        batches = pack(
+            examples,
+            self.max_tokens,
+            max_targets=self.max_targets,
+            share_prompts=self.share_prompts,
+            vocab_size=self.vocab_size,
+            num_threads=self.num_threads,
+            buffers=self.buffers,
+        )
+        if self.max_tokens is not None or self.max_targets is not None:
+            return batches
+        if not batches:
+            raise ValueError("examples: expected at least one for a single batch, got none")
+        return batches[0]
+
+
+def group_by_prompt(
+    prompts: Sequence[Any], pairs_per_step: int, *, seed: int = 0, drop_last: bool = False
+) -> list[np.ndarray]:
+    """Steps of pairs_per_step examples in random order, with the examples of one prompt in the same step.
+
+    Together they share the prompt's positions, and equal responses theirs; apart they would not. Prompts are shuffled;
+    each step takes the first ones in that order that it has room for. Only a prompt with more examples than a step
+    holds is spread over several. Deterministic by seed.
+
+    Args:
+        prompts: the prompt of every example: token ids (a 1-D array or list), or any hashable value (text, a number).
+        pairs_per_step: examples in a step, 1 or more.
+        seed: of the shuffling; change it every epoch.
+        drop_last: leave out steps that are not full. They stand last, and there is at most one where every prompt has
+            one example.
+
+    Returns:
+        The example indices of every step, int64, ascending inside each.
+
+    Raises:
+        ValueError: pairs_per_step below 1.
+    """
+    size = at_least_one("pairs_per_step", pairs_per_step)
+    members: dict[Any, list[int]] = {}
+    for index, prompt in enumerate(prompts):
+        members.setdefault(_key(prompt), []).append(index)
+    generator = np.random.default_rng(seed)
+    groups = list(members.values())
+    # By size, each in shuffled order with its place in it.
+    waiting: dict[int, deque[tuple[int, list[int]]]] = {}
+    place = 0
+    for g in generator.permutation(len(groups)):
+        order = generator.permutation(groups[g]).tolist()
+        for start in range(0, len(order), size):
+            part = order[start : start + size]
+            waiting.setdefault(len(part), deque()).append((place, part))
+            place += 1
+
+    full: list[np.ndarray] = []
+    short: list[np.ndarray] = []
+    while waiting:
+        step: list[int] = []
+        while fitting := [count for count in waiting if count <= size - len(step)]:
+            first = min(fitting, key=lambda count: waiting[count][0][0])
+            step += waiting[first].popleft()[1]
+            if not waiting[first]:
+                del waiting[first]
+        (full if len(step) == size else short).append(np.sort(np.array(step, np.int64)))
+    return full if drop_last else full + short
+
+
+def _key(prompt: Any) -> Any:
+    if isinstance(prompt, (str, bytes, int)):
+        return prompt
+    if isinstance(prompt, (list, tuple, np.ndarray)) or hasattr(prompt, "__array__"):
+        return np.asarray(prompt, np.int64).tobytes()
+    return prompt
+
+
+class PromptGroupSampler(Sampler[list[int]]):
+    """group_by_prompt as a DataLoader's batch_sampler; another order every epoch.
+
+    Args:
+        prompts: as in `group_by_prompt`.
+        pairs_per_step: examples in a step.
+        seed: the same on every rank and at every restart.
+        drop_last: leave out steps that are not full.
+
+    Raises:
+        ValueError: pairs_per_step below 1.
+    """
+
+    def __init__(self, prompts: Sequence[Any], pairs_per_step: int, *, seed: int = 0, drop_last: bool = False) -> None:
+        """Start at epoch 0."""
+        at_least_one("pairs_per_step", pairs_per_step)
+        self._keys = [_key(prompt) for prompt in prompts]
+        self._pairs_per_step, self._seed, self._drop_last = pairs_per_step, seed, drop_last
+        self._steps: list[np.ndarray] = []
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """The order is a function of seed and epoch alone."""
+        seed = int(np.random.SeedSequence([self._seed, epoch]).generate_state(1)[0])
+        self._steps = group_by_prompt(self._keys, self._pairs_per_step, seed=seed, drop_last=self._drop_last)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """The example indices of every step."""
+        return (step.tolist() for step in self._steps)
+
+    def __len__(self) -> int:
+        """The number of steps."""
+        return len(self._steps)

@@ -1,0 +1,243 @@
+"""report.html: one page about a run, to read in any browser, with nothing loaded from elsewhere.
+
+Plots, warnings in plain words (diagnosis.py), the best and the worst held-out pairs, settings, data and throughput.
+What comes from data (prompts, responses, file names) is escaped.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import math
+import os
+import time
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from dpofast._version import __version__
+from dpofast.common.memory import peak_memory
+from dpofast.data.formats import ID_COLUMNS
+from dpofast.evaluation.pair_records import KeptPair, PairRecords
+from dpofast.evaluation.statistics import share
+from dpofast.report.diagnosis import Finding, Run, diagnose
+from dpofast.report.figures import Picture, pictures
+from dpofast.report.template import PAGE
+
+# Characters of a prompt or response that are shown; the page must stay readable.
+_MOST_TEXT = 2000
+# Settings that say what was trained; the others stand below, folded.
+_MAIN_SETTINGS = (
+    *("loss_type", "beta", "label_smoothing", "ld_alpha", "rpo_alpha", "learning_rate", "lr_scheduler_type"),
+    *("warmup_steps", "num_train_epochs", "max_steps", "per_device_train_batch_size", "max_length", "max_tokens"),
+    *("optim", "weight_decay", "max_grad_norm", "bf16", "fp16", "gradient_checkpointing", "seed"),
+)
+
+
+class ReportCallback(TrainerCallback):
+    """Writes report.html when training ends: trainer.add_callback(ReportCallback(trainer, "report.html"))."""
+
+    def __init__(self, trainer: Any, path: str | os.PathLike[str]) -> None:
+        """Take the DPOTrainer that it reports on, and where the page goes."""
+        self.trainer, self.path = trainer, Path(path)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write the page, on the first process. If that fails the run goes on to its end: it is worth more."""
+        if not state.is_world_process_zero:
+            return
+        try:
+            write_report(self.trainer, self.path)
+        except Exception as error:
+            warnings.warn(f"{self.path} could not be written: {type(error).__name__}: {error}", stacklevel=2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What the page says beside plots and warnings."""
+
+    title: str
+    cards: Sequence[tuple[str, str, str]]
+    data: Sequence[tuple[str, str]]
+    settings: Mapping[str, Any]
+
+
+def write_report(trainer: Any, path: str | os.PathLike[str]) -> Path:
+    """Write the page about a DPOTrainer's run so far.
+
+    Args:
+        trainer: a DPOTrainer that has trained; pairs come from its last evaluation.
+        path: the file.
+
+    Returns:
+        The path.
+    """
+    prefix, records = next(iter(trainer.pair_records.items()), ("eval", None))
+    run = run_of(trainer, prefix, records)
+    page = render(run, facts_of(trainer, run), _pairs_html(trainer, records))
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def run_of(trainer: Any, prefix: str, records: PairRecords | None) -> Run:
+    """What diagnosis.py looks at."""
+    args, report = trainer.args, trainer.data_reports.get("train")
+    return Run(
+        history=trainer.state.log_history,
+        pairs=None if records is None else records.table(),
+        with_reference=any(name.endswith("displacement") for entry in trainer.state.log_history for name in entry),
+        per_token=trainer.loss.per_token,
+        beta=args.beta,
+        learning_rate=args.learning_rate,
+        epochs=trainer.state.epoch or args.num_train_epochs,
+        responses=2 * report.kept if report else 0,
+        truncated=report.truncated if report else 0,
+        prefix=prefix,
+    )
+
+
+def facts_of(trainer: Any, run: Run) -> Facts:
+    """The numbers at the top, and the tables at the bottom."""
+    model = getattr(trainer.model.config, "name_or_path", "") or type(trainer.model).__name__
+    parameters = list(trainer.model.parameters())
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    summary = next((entry for entry in reversed(run.history) if "train_runtime" in entry), {})
+    bytes_, kind = peak_memory()
+    data = [
+        ("model", f"{model}: {sum(p.numel() for p in parameters):,} parameters, {trained:,} of them trained"),
+        *((name, report.summary()) for name, report in trainer.data_reports.items()),
+        ("steps", f"{trainer.state.global_step:,} optimizer steps, {trainer.state.epoch or 0:.2f} epochs"),
+        ("time", f"{summary['train_runtime']:,.0f} s" if "train_runtime" in summary else "not known"),
+        ("peak memory", f"{bytes_ / 2**30:.2f} GiB ({kind})"),
+        ("device", str(trainer.args.device)),
+        ("written", f"{time.strftime('%Y-%m-%d %H:%M')} by dpofast {__version__}"),
+    ]
+    return Facts(title=model, cards=_cards(run), data=data, settings=_settings(trainer.args))
+
+
+def _cards(run: Run) -> list[tuple[str, str, str]]:
+    """(label, value, note): held-out numbers, or those of training where nothing was held out."""
+    where = "held-out" if run.held_out() else "training"
+    cards = []
+    for label, name, form in (
+        ("loss", "loss", "{:.3f}"),
+        ("accuracy", "rewards/accuracies", "{:.0%}"),
+        ("margin", "rewards/margins", "{:+.2f}"),
+        ("chosen less likely", "displacement", "{:.0%}"),
+        ("balanced accuracy", "length/accuracy_balanced", "{:.0%}"),
+    ):
+        value = run.last(name)
+        if value is None or (name == "displacement" and not run.with_reference):
+            continue
+        note, first = where, (run.held_out(name) or run.trained(name))[0][1]
+        if name == "rewards/accuracies" and run.pairs is not None and len(run.pairs):
+            interval = share(run.pairs.margins > 0)
+            note += f", {interval.low:.0%} to {interval.high:.0%} (95 %)"
+        elif name in ("loss", "rewards/margins"):
+            note += f", {form.format(first)} at first"
+        cards.append((label, form.format(value), note))
+    speeds = [value for _, value in run.trained("tokens_per_second")]
+    if speeds:
+        cards.append(("tokens a second", f"{sum(speeds) / len(speeds):,.0f}", "mean over training"))
+    return cards
+
+
+def _settings(args: Any) -> dict[str, Any]:
+    """Every option as to_dict gives it, which hides tokens."""
+    return {name: value for name, value in args.to_dict().items() if not name.startswith("_")}
+
+
+def _pairs_html(trainer: Any, records: PairRecords | None) -> str:
+    if records is None or not len(records.table()):
+        return "<p>No held-out pairs were evaluated: pass --eval_data (eval_dataset) to see some here.</p>"
+    table = records.table()
+    report = next((r for name, r in trainer.data_reports.items() if name != "train"), None)
+    unit = report.unit if report else "row"
+    parts = []
+    for title, kept in (("Ranked worst", records.worst()), ("Ranked best", records.best())):
+        shown = "".join(_pair_html(pair, table, trainer, unit) for pair in kept)
+        parts.append(f"<h3>{title}</h3>{shown}")
+    return "".join(parts)
+
+
+def _pair_html(pair: KeptPair, table: Any, trainer: Any, unit: str) -> str:
+    prompt, chosen, rejected = (_text(trainer.processing_class, pair.example[name]) for name in ID_COLUMNS)
+    sides = "".join(
+        f'<div class="side {side}"><h4>{side} <span>reward {table.rewards[pair.place, column]:+.2f}, '
+        f"{table.lengths[pair.place, column]} tokens</span></h4><p>{html.escape(text)}</p></div>"
+        for column, (side, text) in enumerate((("chosen", chosen), ("rejected", rejected)))
+    )
+    return (
+        f'<article class="pair"><header>{unit} {table.rows[pair.place]}: margin <b>{pair.margin:+.2f}</b></header>'
+        f'<p class="prompt">{html.escape(prompt)}</p><div class="sides">{sides}</div></article>'
+    )
+
+
+def _text(tokenizer: Any, ids: Iterable[int]) -> str:
+    numbers = [int(token) for token in ids]
+    text = tokenizer.decode(numbers).strip() if tokenizer is not None else f"token ids {numbers}"
+    return text if len(text) <= _MOST_TEXT else f"{text[:_MOST_TEXT]}… ({len(text):,} characters)"
+
+
+def render(run: Run, facts: Facts, pairs: str) -> str:
+    """The page as text."""
+    shown = pictures(run)
+    settings = facts.settings
+    main = [(name, settings[name]) for name in _MAIN_SETTINGS if name in settings]
+    others = [(name, value) for name, value in sorted(settings.items()) if name not in _MAIN_SETTINGS]
+    return PAGE.substitute(
+        title=html.escape(facts.title),
+        cards="".join(
+            f'<div class="card"><span>{html.escape(label)}</span><b>{html.escape(value)}</b>'
+            f"<small>{html.escape(note)}</small></div>"
+            for label, value, note in facts.cards
+        ),
+        warnings=_warnings_html(diagnose(run), run),
+        plots="".join(
+            f'<section><h2>{html.escape(section)}</h2><div class="plots">'
+            + "".join(_picture_html(picture) for picture in group)
+            + "</div></section>"
+            for section, group in groupby(shown, key=lambda picture: picture.section)
+        ),
+        pairs=pairs,
+        data=_table_html(facts.data),
+        settings=_table_html(main),
+        others=_table_html(others),
+    )
+
+
+def _warnings_html(findings: Sequence[Finding], run: Run) -> str:
+    if not findings:
+        seen = "" if run.held_out() else " Without held-out pairs, overfitting and length bias cannot be seen."
+        return f'<p class="fine">Nothing conspicuous was found.{seen}</p>'
+    return "".join(
+        f'<article class="warning" id="{finding.name}"><h3>{html.escape(finding.title)}</h3>'
+        f"<p>{html.escape(finding.text)}</p><p>What to try:</p>"
+        f"<ul>{''.join(f'<li>{html.escape(advice)}</li>' for advice in finding.advice)}</ul></article>"
+        for finding in findings
+    )
+
+
+def _picture_html(picture: Picture) -> str:
+    # As an image of its own: the ids inside one SVG cannot meet those of another.
+    data = base64.b64encode(picture.svg.encode()).decode()
+    return (
+        f'<figure><h3>{html.escape(picture.title)}</h3><img alt="{html.escape(picture.title)}" '
+        f'src="data:image/svg+xml;base64,{data}"><figcaption>{html.escape(picture.caption)}</figcaption></figure>'
+    )
+
+
+def _table_html(rows: Iterable[tuple[str, Any]]) -> str:
+    def shown(value: Any) -> str:
+        if isinstance(value, float):
+            return f"{value:g}" if math.isfinite(value) else str(value)
+        return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+    cells = (f"<tr><th>{html.escape(name)}</th><td>{html.escape(shown(value))}</td></tr>" for name, value in rows)
+    return f"<table>{''.join(cells)}</table>"

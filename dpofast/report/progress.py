@@ -1,0 +1,172 @@
+"""What a run shows and keeps while it trains: a progress bar or plain lines, and one JSON line a log."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import math
+import os
+import time
+import warnings
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import PrinterCallback, Trainer, TrainerCallback
+from transformers import ProgressCallback as TqdmCallback
+
+from dpofast.common.memory import peak_memory
+
+# Where each value stands in a log (Trainer names its own speed differently), and how it is shown.
+_SHOWN = {
+    "loss": ("{:.4f}", ("loss",)),
+    "accuracy": ("{:.2f}", ("rewards/accuracies",)),
+    "margin": ("{:+.2f}", ("rewards/margins",)),
+    "tokens/s": ("{:,.0f}", ("tokens_per_second", "train_tokens_per_second")),
+}
+
+
+def follow(trainer: Trainer, metrics: str | Path | None = None, *, title: str = "training") -> None:
+    """Show a trainer's progress here and append its logs to a file.
+
+    Args:
+        trainer: any transformers.Trainer; its own bar (or printer of logs) is taken off.
+        metrics: the JSON lines file, or None for no file.
+        title: what stands before the bar.
+    """
+    for theirs in (TqdmCallback, PrinterCallback):
+        trainer.remove_callback(theirs)
+    trainer.add_callback(ProgressCallback(title))
+    if metrics is not None:
+        trainer.add_callback(JsonlCallback(metrics))
+
+
+class ProgressCallback(TrainerCallback):
+    """Loss, accuracy, margin, tokens per second, peak memory, time left: a bar on a terminal, elsewhere lines."""
+
+    def __init__(self, title: str = "training", console: Console | None = None) -> None:
+        """Show under a title, on a console of your own or standard output."""
+        self.title = title
+        self.console = console or Console()
+        self._bar: Progress | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Open the bar."""
+        self._begin = time.monotonic(), state.global_step
+        if not (self.console.is_terminal and state.is_world_process_zero):
+            return
+        columns = (TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn())
+        shown = (TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[values]}"))
+        self._bar = Progress(*columns, *shown, console=self.console)
+        self._task = self._bar.add_task(self.title, total=state.max_steps, completed=state.global_step, values="")
+        # An exception inside train() never reaches on_train_end, and the terminal's cursor would stay hidden.
+        atexit.register(self._bar.stop)
+        self._bar.start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Move the bar."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        """Show the values: of training beside the bar, of an evaluation (or without a terminal) as a line."""
+        held_out = "eval_loss" in (logs or {})
+        values = _values(logs or {}, prefix="eval_" if held_out else "")
+        if not values or not state.is_world_process_zero:
+            return
+        if not held_out:
+            memory, kind = peak_memory()
+            values += f"  peak {kind} {memory / 2**30:.2f} GiB"
+        if self._bar is not None and not held_out:
+            self._bar.update(self._task, values=values)
+        else:
+            values += "" if held_out else self._left(state)
+            step = f"{self.title}: step {state.global_step}/{state.max_steps}"
+            self.console.print(f"{step}  {'held-out: ' * held_out}{values}", highlight=False, soft_wrap=True)
+
+    def _left(self, state: Any) -> str:
+        """The time left at the pace so far, evaluations included."""
+        started, first = self._begin
+        done = state.global_step - first
+        if done <= 0 or state.global_step >= state.max_steps:
+            return ""
+        seconds = (time.monotonic() - started) / done * (state.max_steps - state.global_step)
+        return f"  left {timedelta(seconds=round(seconds))}"
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Close the bar."""
+        if self._bar is not None:
+            self._bar.stop()
+            atexit.unregister(self._bar.stop)
+            self._bar = None
+
+
+class JsonlCallback(TrainerCallback):
+    """Appends every log to a file as one JSON line with its step; a value that is not finite is written as null.
+
+    A line that does not fit on the disk is left out with a warning: it is no reason to lose a run.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        """Write to a path whose folders are made when training begins."""
+        self.path = Path(path)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start anew, or after the resumed step: what an interrupted run logged beyond it is trained again."""
+        if not state.is_world_process_zero:
+            return
+        kept = []
+        if state.global_step > 0 and self.path.exists():
+            kept = [entry for entry in read_metrics(self.path) if entry["step"] <= state.global_step]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        aside = self.path.with_name(f".tmp-{self.path.name}")  # killed in between, the former file is still there
+        aside.write_text("".join(map(_line, kept)), encoding="utf-8")
+        os.replace(aside, self.path)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        """Append one line."""
+        if not state.is_world_process_zero:
+            return
+        size = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(_line({"step": state.global_step, **(logs or {})}))
+        except OSError as error:
+            os.truncate(self.path, size)  # half a line would spoil the next one
+            warnings.warn(f"{self.path}: the log of step {state.global_step} is left out: {error}", stacklevel=2)
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The entries of a JsonlCallback's file. A last line that a crash cut short is left out.
+
+    Raises:
+        ValueError: a line elsewhere that is not JSON, with its number.
+    """
+    lines = Path(path).read_text(encoding="utf-8").split("\n")
+    entries = []
+    for number, line in enumerate(lines[:-1], 1):
+        try:
+            entries.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}: expected one JSON object a line: {error}") from error
+    return entries
+
+
+def _line(entry: Mapping[str, Any]) -> str:
+    finite = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in entry.items()
+    }
+    return json.dumps(finite) + "\n"
+
+
+def _values(logs: Mapping[str, Any], prefix: str) -> str:
+    if f"{prefix}loss" not in logs:
+        return ""
+    parts = []
+    for label, (form, names) in _SHOWN.items():
+        found = [logs[prefix + name] for name in names if prefix + name in logs]
+        parts += [f"{label} {form.format(found[0])}"] if found else []
+    return "  ".join(parts)

@@ -1,0 +1,1 @@
+"""Forward-only passes: scores, reference log-probs and their cache."""

@@ -1,0 +1,173 @@
+"""Reference log-probs on disk: a folder that a killed run can go on with, and in which no damage is read as good.
+
+    <key>/manifest.json                                    what the numbers belong to: tokens, model, dtype, version
+    <key>/0000000000-0000000256.<checksum>.safetensors     one shard: rows 0 to 255
+        logps       (N,) float32     every response token, nats
+        cu_targets  (S + 1,) int32   response s owns logps[cu_targets[s]:cu_targets[s + 1]]
+        pairs       (rows, 2) int32  chosen and rejected response of every row
+
+<key> is a checksum of the manifest's identity, so other tokens, weights or dtypes simply have another folder, and runs
+that differ in beta or loss share one. A shard is written aside, flushed to the disk and renamed: it stands there whole
+or not at all. Its name holds a checksum of its content, keyed by the identity: a flipped byte, a short file and a shard
+of another cache all fail it. Such a shard is removed with a warning that names it, and its rows are
+computed again. The manifest is for people, and for a folder that is named as a cache itself: it must match then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import time
+import uuid
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import safetensors.numpy
+import torch
+
+from dpofast.common.atomic_files import put
+from dpofast.scoring.score import ResponseLogps
+
+_ARRAYS = ("logps", "cu_targets", "pairs")
+_MANIFEST, _SUFFIX, _ASIDE = "manifest.json", ".safetensors", ".tmp-"
+_FORMAT = "dpofast reference log-probs, format 1"
+# Writing a shard takes seconds: what has lain aside for an hour was left by a killed run.
+_ABANDONED_SECONDS = 3600.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Identity:
+    """What reference log-probs belong to.
+
+    Attributes:
+        tokens: a checksum over the token ids of all rows.
+        model: a checksum over the reference model.
+        dtype: how it computes: device, autocast, packed or padded.
+        version: of dpofast.
+    """
+
+    tokens: str
+    model: str
+    dtype: str
+    version: str
+
+    @property
+    def key(self) -> str:
+        """32 hex digits."""
+        return hashlib.blake2b(json.dumps(asdict(self), sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+class ReferenceStore:
+    """The shards of one identity. Several processes may read and write the same folder at once."""
+
+    def __init__(self, root: str | os.PathLike[str], identity: Identity) -> None:
+        """Look into `root`: a folder of caches, or one cache (a folder with a manifest). Nothing is written yet.
+
+        Raises:
+            ValueError: root is a cache of another identity, or its manifest is damaged.
+        """
+        self.identity = identity
+        root = Path(root).expanduser()
+        named = (root / _MANIFEST).exists()
+        self.folder = root if named else root / identity.key
+        if named:
+            self._check_named()
+        self._ready = False
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Look again for the shards that other processes have written."""
+        self._shards: dict[str, list[Path]] = {}
+        if self.folder.is_dir():
+            for path in sorted(self.folder.glob(f"*{_SUFFIX}")):
+                self._shards.setdefault(path.name.partition(".")[0], []).append(path)
+
+    def read(self, start: int, stop: int) -> ResponseLogps | None:
+        """The shard of these rows, or None where there is none that is whole: with a warning if one is damaged."""
+        for path in self._shards.get(_rows(start, stop), []):
+            try:
+                content = path.read_bytes()
+            except FileNotFoundError:  # another process found it damaged first
+                continue
+            except OSError as error:
+                self._warn(f"{path}: cannot be read ({error.strerror or error})", start, stop)
+                continue
+            if path.name == self._name(start, stop, content):
+                shard = safetensors.numpy.load(content)
+                return ResponseLogps(*(torch.from_numpy(shard[name]) for name in _ARRAYS))
+            self._warn(f"{path}: damaged, its checksum does not match", start, stop)
+            with contextlib.suppress(OSError):
+                path.unlink()
+        return None
+
+    def write(self, start: int, stop: int, shard: ResponseLogps) -> None:
+        """Store the shard of these rows.
+
+        Raises:
+            OSError: it cannot be written; nothing that looks like a shard is left.
+        """
+        if not self._ready:
+            self._prepare()
+        content = safetensors.numpy.save({name: getattr(shard, name).numpy() for name in _ARRAYS})
+        _write_whole(self.folder / self._name(start, stop, content), content)
+
+    def _check_named(self) -> None:
+        way_on = "name the folder above it, where every reference has a cache of its own, or another folder"
+        recorded = _read_manifest(self.folder)
+        if recorded is None:
+            raise ValueError(f"{self.folder}: its {_MANIFEST} is damaged, so what it belongs to is unknown: {way_on}")
+        asked = asdict(self.identity)
+        other = [name for name in asked if recorded.get(name) != asked[name]]
+        if other:
+            values = "; ".join(f"{name}: {recorded.get(name)} there, {asked[name]} here" for name in other)
+            raise ValueError(
+                f"{self.folder}: its reference log-probs belong to another {', '.join(other)} ({values}): {way_on}"
+            )
+
+    def _prepare(self) -> None:
+        """Make the folder and its manifest, and remove what killed runs have left aside."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for path in self.folder.glob(f"{_ASIDE}*"):
+            with contextlib.suppress(OSError):  # its writer, or another cleaner, was faster
+                if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
+                    path.unlink()
+        manifest = {"format": _FORMAT, **asdict(self.identity)}
+        if _read_manifest(self.folder) != manifest:
+            _write_whole(self.folder / _MANIFEST, json.dumps(manifest, indent=1).encode() + b"\n")
+        self._ready = True
+
+    def _name(self, start: int, stop: int, content: bytes) -> str:
+        checksum = hashlib.blake2b(content, digest_size=16, key=self.identity.key.encode()).hexdigest()
+        return f"{_rows(start, stop)}.{checksum}{_SUFFIX}"
+
+    @staticmethod
+    def _warn(message: str, start: int, stop: int) -> None:
+        warnings.warn(f"{message}; rows {start} to {stop - 1} are computed again", stacklevel=4)
+
+
+def _rows(start: int, stop: int) -> str:
+    return f"{start:010d}-{stop:010d}"
+
+
+def _read_manifest(folder: Path) -> dict[str, str] | None:
+    """What it says, or None where there is none, or none that can be read."""
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_bytes())
+    except (OSError, ValueError):
+        return None
+    return manifest if isinstance(manifest, dict) else None
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    """Write a file so that, whenever the machine stops, it is there whole or not at all."""
+    aside = path.with_name(_ASIDE + uuid.uuid4().hex)
+    try:
+        aside.write_bytes(content)
+        put(aside, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            aside.unlink()
+        raise

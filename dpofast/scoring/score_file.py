@@ -1,0 +1,206 @@
+"""Scores on disk: a partial file that survives a kill at any moment, and the whole file that follows from it.
+
+The partial file is JSON lines: first what decides the numbers, then one line of scores a pair. A line that a kill cut
+short is dropped, and scoring goes on at a window's border, so that the numbers are those of an uninterrupted run to the
+last bit. The whole file is written beside its place, and renamed there when it is complete and on the disk.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import Dataset
+
+from dpofast.common.atomic_files import put
+from dpofast.data.arrow import spans, windows
+from dpofast.data.formats import REF_COLUMNS
+from dpofast.scoring.score import WINDOW
+
+Row = dict[str, Any]
+# Whatever of these a source has is of an earlier scoring: it is replaced, or left out.
+SCORES = (
+    *("chosen_logps", "rejected_logps", *REF_COLUMNS, "chosen_tokens", "rejected_tokens"),
+    *("chosen_rewards", "rejected_rewards", "margins"),
+)
+
+
+class PartialScores:
+    """The partial file at `path`; identity is what must be equal for a run to go on with it (JSON values)."""
+
+    def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
+        """Touch nothing yet."""
+        self.path = path
+        self._header = json.dumps({"scored": identity}, sort_keys=True).encode() + b"\n"
+
+    def resume(self, *, overwrite: bool) -> int:
+        """How many pairs are scored already; the file ends there afterwards, or is new.
+
+        Raises:
+            ValueError: it is of another run, and overwrite is off.
+        """
+        if self.path.exists():
+            with self.path.open("r+b") as file:
+                if file.readline() == self._header:
+                    return self._cut(file)
+            if not overwrite:
+                raise ValueError(
+                    f"{self.path} holds scores of another model, other data or other options: remove it, or pass "
+                    "--overwrite"
+                )
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_bytes(self._header)
+        return 0
+
+    @staticmethod
+    def _cut(file: BinaryIO) -> int:
+        end = position = file.tell()
+        count = whole = 0
+        for line in file:
+            position += len(line)
+            count += 1
+            if count % WINDOW == 0 and line.endswith(b"\n"):
+                end, whole = position, count
+        file.truncate(end)
+        return whole
+
+    def append(self, scores: Iterable[Mapping[str, Any]]) -> None:
+        """Write the scores, window by window, each on the disk before the next begins."""
+        rows = iter(scores)
+        with self.path.open("ab") as file:
+            while window := list(islice(rows, WINDOW)):
+                file.write(b"".join(json.dumps(row).encode() + b"\n" for row in window))
+                file.flush()
+                os.fsync(file.fileno())
+
+    def __iter__(self) -> Iterator[Row]:
+        """The scores, in order."""
+        with self.path.open("rb") as file:
+            file.readline()
+            yield from map(json.loads, file)
+
+
+@dataclass(frozen=True)
+class SourceRows:
+    """The rows of the data as they stand in their source: numbered as in the scores, and by windows.
+
+    schema: their Arrow schema, or None where rows are JSON and have none.
+    """
+
+    windows: Callable[[], Iterator[list[tuple[int, Row]]]]
+    schema: pa.Schema | None
+
+
+def source_rows(source: str, dataset: Dataset) -> SourceRows:
+    """The rows of what load_preferences loaded, with all their columns.
+
+    JSON lines are read again: the dataset has only the columns that make a pair.
+    """
+    path = Path(source)
+    if path.is_file() and path.suffix in (".jsonl", ".json"):
+        return SourceRows(lambda: _json_windows(path), None)
+    if path.is_file():
+        return SourceRows(lambda: _parquet_windows(path), pq.read_schema(path).remove_metadata())
+
+    def numbered() -> Iterator[list[tuple[int, Row]]]:
+        parts = spans(len(dataset), WINDOW)
+        for (start, _), table in zip(parts, windows(dataset, dataset.column_names, parts), strict=True):
+            yield list(enumerate(table.to_pylist(), start))
+
+    return SourceRows(numbered, dataset.features.arrow_schema.remove_metadata())
+
+
+def _json_windows(path: Path) -> Iterator[list[tuple[int, Row]]]:
+    with path.open("rb") as file:
+        lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())
+        while window := list(islice(lines, WINDOW)):
+            rows = []
+            for number, line in window:
+                try:
+                    rows.append((number, json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))))
+                except ValueError:  # a bad line, which was skipped: it has no scores
+                    continue
+            yield rows
+
+
+def _parquet_windows(path: Path) -> Iterator[list[tuple[int, Row]]]:
+    start = 0
+    for batch in pq.ParquetFile(path).iter_batches(WINDOW):
+        yield list(enumerate(batch.to_pylist(), start))
+        start += len(batch)
+
+
+def write_scored(output: Path, source: SourceRows, partial: PartialScores) -> None:
+    """Write the rows that have scores, with them, and remove the partial file.
+
+    Args:
+        output: a .jsonl file, or a .parquet file: then rows that are JSON get the columns that any of them has, and
+            null where one has none.
+        source: the rows.
+        partial: the scores of those that could be used, in the same order.
+
+    Raises:
+        ValueError: rows that have no place in a Parquet file, with the reason.
+    """
+    # Hidden, and of no suffix that a reader takes.
+    aside = output.with_name(f".{output.name}.writing")
+    write = _write_parquet if output.suffix == ".parquet" else _write_jsonl
+    try:
+        write(aside, source, partial)
+        put(aside, output)
+    finally:
+        aside.unlink(missing_ok=True)
+    partial.path.unlink()
+
+
+def _joined(source: SourceRows, partial: PartialScores) -> Iterator[list[Row]]:
+    scores = iter(partial)
+    score = next(scores, None)
+    for window in source.windows():
+        rows = []
+        for number, row in window:
+            if score is not None and score["row"] == number:
+                kept = {name: value for name, value in row.items() if name not in SCORES}
+                rows.append(kept | {name: score[name] for name in SCORES if name in score})
+                score = next(scores, None)
+        if rows:
+            yield rows
+
+
+def _write_jsonl(path: Path, source: SourceRows, partial: PartialScores) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        for rows in _joined(source, partial):
+            # Values that JSON does not know (dates, from Parquet) are written as text.
+            file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+
+
+def _write_parquet(path: Path, source: SourceRows, partial: PartialScores) -> None:
+    try:
+        if source.schema is None:
+            parts = (pa.Table.from_pylist(rows).schema for rows in _joined(source, partial))
+            schema = pa.unify_schemas(parts, promote_options="permissive")
+        else:
+            added = pa.Table.from_pylist([next(iter(partial))]).schema
+            kept = [field for field in source.schema if field.name not in SCORES]
+            schema = pa.schema([*kept, *(added.field(name) for name in SCORES if name in added.names)])
+        with pq.ParquetWriter(path, schema) as writer:
+            for rows in _joined(source, partial):
+                writer.write_table(pa.Table.from_pylist(rows, schema))
+    except pa.ArrowException as error:
+        raise ValueError(f"output: these rows have no place in a Parquet file: {error}; write .jsonl") from error
+
+
+def weights_of(model: str | None) -> list[Any]:
+    """What tells a model's weights from others without reading them: name, size and time of the files of its folder."""
+    folder = Path(model) if model else None
+    if folder is None or not folder.is_dir():
+        return [model]
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".json"))
+    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]

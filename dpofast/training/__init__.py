@@ -1,0 +1,1 @@
+"""DPOConfig, DPOTrainer and the batch-exact training step."""

@@ -1,0 +1,195 @@
+"""DPOConfig: what transformers' TrainingArguments does not know about a DPO run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+
+import torch
+from transformers import TrainingArguments
+
+from dpofast.losses.config import PreferenceLoss
+from dpofast.losses.divergences import DIVERGENCES
+from dpofast.losses.kinds import KINDS
+from dpofast.training.sampler import SAMPLING_STRATEGIES
+
+
+@dataclass
+class DPOConfig(TrainingArguments):
+    """TrainingArguments and what DPO adds; the names are TRL's where TRL has one.
+
+    Pairs per optimizer step = per_device_train_batch_size × gradient_accumulation_steps; max_tokens alone decides how
+    many of them run at once.
+    """
+
+    learning_rate: float = field(default=1e-6, metadata={"help": "The initial learning rate of AdamW."})
+    logging_steps: float = field(default=10, metadata={"help": "Log every so many optimizer steps."})
+    loss_type: list[str] = field(
+        default_factory=lambda: ["sigmoid"],
+        metadata={"help": f"The preference loss, or several, which are added up: {', '.join(KINDS)}."},
+    )
+    loss_weights: list[float] | None = field(
+        default=None, metadata={"help": "A weight for each of several losses, default 1."}
+    )
+    beta: float = field(default=0.1, metadata={"help": "Strength of the pull towards the reference model."})
+    label_smoothing: float = field(
+        default=0.0, metadata={"help": "Probability that a preference is flipped: conservative DPO, robust, exo_pair."}
+    )
+    f_divergence_type: str = field(
+        default="reverse_kl", metadata={"help": f"The divergence from the reference: {', '.join(DIVERGENCES)}."}
+    )
+    f_alpha_divergence_coef: float = field(default=0.5, metadata={"help": "The alpha of alpha_divergence."})
+    ld_alpha: float | None = field(
+        default=None,
+        metadata={
+            "help": "Weight in [0, 1] of tokens beyond the length of the pair's shorter response (LD-DPO), in policy "
+            "and reference: reference columns in the data must be weighted so, like TRL's."
+        },
+    )
+    use_weighting: bool = field(
+        default=False, metadata={"help": "Weight pairs by the policy's own probability of them (WPO)."}
+    )
+    rpo_alpha: float | None = field(
+        default=None, metadata={"help": "Weight of the chosen response's NLL per token, added to the loss (RPO)."}
+    )
+    ipo_average: bool = field(default=True, metadata={"help": "ipo: log-ratios per token, not summed."})
+    bco_delta: str = field(
+        default="zero", metadata={"help": "bco_pair: its reward shift, zero or running_mean (of all rewards so far)."}
+    )
+    discopop_tau: float = field(default=0.05, metadata={"help": "discopop: its temperature."})
+    simpo_gamma: float = field(default=0.5, metadata={"help": "simpo: the margin that is asked for."})
+    cpo_alpha: float = field(default=1.0, metadata={"help": "cpo: the weight of the chosen response's NLL."})
+    max_length: int | None = field(
+        default=1024, metadata={"help": "Prompt plus response is cut to so many tokens, at the response's end."}
+    )
+    truncation_mode: str = field(
+        default="keep_start", metadata={"help": "Which part of a long row is kept: keep_start."}
+    )
+    max_tokens: int | str | None = field(
+        default=None,
+        metadata={
+            "help": "Packed positions per micro-batch (default 2048 on the CPU, 16384 on a GPU), or auto: what fits, "
+            "probed once. No effect on results; halved where memory runs out."
+        },
+    )
+    share_prompts: bool = field(
+        default=True,
+        metadata={"help": "Run every prompt once for all its responses; False measures what that saves."},
+    )
+    max_logits_bytes: int | None = field(default=None, metadata={"help": "Room for logits in bytes (default 1 GiB)."})
+    precompute_ref_log_probs: bool = field(
+        default=True,
+        metadata={
+            "help": "Compute reference log-probs once before training, so that no reference model stays in memory."
+        },
+    )
+    router_aux_loss_coef: float | None = field(
+        default=None,
+        metadata={"help": "Weight of a mixture of experts' load-balancing loss (default: the model's own; 0: none)."},
+    )
+    sync_ref_model: bool = field(
+        default=False, metadata={"help": "Let the reference follow the policy (TR-DPO): needs a reference in the step."}
+    )
+    ref_model_mixup_alpha: float = field(
+        default=0.6,
+        metadata={"help": "TR-DPO: the policy's share in reference = alpha * policy + (1 - alpha) * reference."},
+    )
+    ref_model_sync_steps: int = field(default=512, metadata={"help": "TR-DPO: steps between two such updates."})
+    ref_cache_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder that keeps precomputed reference log-probs, default <output_dir>/reference: a killed run "
+            "goes on where it stopped, and runs that name one folder share what belongs to equal tokens, reference "
+            "weights and dtype, so that a sweep over beta or losses computes it once. May be deleted at any time."
+        },
+    )
+    token_statistics: bool = field(
+        default=False,
+        metadata={"help": "Also log entropy, mean logits and token accuracy: a few more passes over logits."},
+    )
+    padded: bool = field(
+        default=False,
+        metadata={
+            "help": "Run padded rows through the model's own attention: for models that cannot run packed, at more "
+            "work. max_tokens then counts the tokens of whole rows, without pads."
+        },
+    )
+    disable_dropout: bool = field(default=True, metadata={"help": "Set every dropout of the models to 0."})
+    on_bad_row: str = field(
+        default="raise", metadata={"help": "A bad row of the data: raise (stop) or skip (count it)."}
+    )
+    dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenize the data."})
+
+    def __post_init__(self) -> None:
+        """Check what TrainingArguments does not know."""
+        # Without it accelerate divides the data over CPU ranks, and synchronizes nothing.
+        if not torch.accelerator.is_available():
+            self.use_cpu = True
+        super().__post_init__()
+        if isinstance(self.loss_type, str):
+            self.loss_type = [self.loss_type]
+        unknown = [kind for kind in self.loss_type if kind not in KINDS]
+        if unknown or not self.loss_type:
+            raise ValueError(f"loss_type: expected one of {sorted(KINDS)}, or several of them, got {self.loss_type}")
+        self.preference_loss()
+        for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.num_train_epochs <= 0 and self.max_steps <= 0:
+            raise ValueError(f"num_train_epochs: expected more than 0, or max_steps, got {self.num_train_epochs}")
+        if self.fp16 and self.device.type == "cpu":
+            raise ValueError("fp16: needs a GPU; on a CPU use bf16, or leave it out")
+        if not 0 <= self.learning_rate < float("inf"):
+            raise ValueError(f"learning_rate: expected 0 or more, got {self.learning_rate}")
+        if self.max_length is not None and self.max_length < 2:
+            raise ValueError(f"max_length: expected room for a prompt and a response token, 2, got {self.max_length}")
+        if self.truncation_mode != "keep_start":
+            raise ValueError(
+                f"truncation_mode: expected 'keep_start', got {self.truncation_mode!r}: cut at the start, the two "
+                "responses would no longer share their prompt; raise max_length or shorten the prompts instead"
+            )
+        if self.label_smoothing_factor != 0:
+            raise ValueError(
+                "label_smoothing_factor: not used by DPO; the flipped-label probability is label_smoothing"
+            )
+        self._check_max_tokens()
+        self._check_moving_reference()
+        if self.train_sampling_strategy not in SAMPLING_STRATEGIES:
+            raise ValueError(
+                f"train_sampling_strategy: expected one of {SAMPLING_STRATEGIES}, got "
+                f"{self.train_sampling_strategy!r}: packing leaves no pads that sorting by length would save, and "
+                "ranks are balanced anyway"
+            )
+        if self.on_bad_row not in ("raise", "skip"):
+            raise ValueError(f"on_bad_row: expected 'raise' or 'skip', got {self.on_bad_row!r}")
+        # It would replace a NaN loss by an average and go on.
+        self.logging_nan_inf_filter = False
+
+    def _check_max_tokens(self) -> None:
+        if isinstance(self.max_tokens, str) and self.max_tokens.isdecimal():
+            self.max_tokens = int(self.max_tokens)  # from a command line
+        wrong = isinstance(self.max_tokens, str) and self.max_tokens != "auto"
+        if wrong or (isinstance(self.max_tokens, int) and self.max_tokens < 1):
+            raise ValueError(f"max_tokens: expected at least 1, or 'auto', got {self.max_tokens!r}")
+
+    def _check_moving_reference(self) -> None:
+        if not self.sync_ref_model:
+            return
+        if not 0 < self.ref_model_mixup_alpha <= 1:
+            raise ValueError(f"ref_model_mixup_alpha: expected in (0, 1], got {self.ref_model_mixup_alpha}")
+        if self.ref_model_sync_steps < 1:
+            raise ValueError(f"ref_model_sync_steps: expected at least 1, got {self.ref_model_sync_steps}")
+        if self.precompute_ref_log_probs:
+            raise ValueError(
+                "sync_ref_model: a reference that moves cannot be computed before training; "
+                "set precompute_ref_log_probs to False"
+            )
+        if not self.preference_loss().needs_reference:
+            raise ValueError(f"sync_ref_model: loss_type {self.loss_type} has no reference")
+
+    def preference_loss(self) -> PreferenceLoss:
+        """The loss that these arguments describe; ValueError where they describe none."""
+        kinds = tuple(self.loss_type)
+        weights = None if self.loss_weights is None else tuple(self.loss_weights)
+        shared = {f.name for f in fields(PreferenceLoss) if f.init} - {"kind", "weights"}
+        options = {name: getattr(self, name) for name in shared}
+        return PreferenceLoss(kind=kinds[0] if len(kinds) == 1 else kinds, weights=weights, **options)

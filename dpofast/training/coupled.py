@@ -1,0 +1,113 @@
+"""Losses that couple all pairs of an optimizer step, when the step takes several micro-batches.
+
+The log-probs of the whole step come first, without gradients. They give the loss, and every token's coefficient; then
+each micro-batch runs again, and the gradient of coefficient · log-prob is its exact share. One forward more than a
+separable loss, and as little memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from itertools import accumulate, chain
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+from dpofast.common.backend import choose_backend
+from dpofast.common.ranks import Ranks
+from dpofast.losses.coefficients import StepTotals, pair_terms
+from dpofast.losses.config import PreferenceLoss
+from dpofast.losses.functional import PreferenceOutput
+from dpofast.losses.sequences import Tokens
+
+
+def step_outputs(
+    tokens: list[Tokens],
+    pairs: list[Tensor],
+    ref_logps: list[Tensor | None],
+    loss: PreferenceLoss,
+    totals: StepTotals,
+) -> list[tuple[PreferenceOutput, Tensor]]:
+    """Each micro-batch's output within the whole step, and its coefficients (N,): d(step's loss)/d(token log-prob)."""
+    sizes = [len(part.logps) for part in tokens]
+    sequences = [len(part.cu_targets) - 1 for part in tokens]
+    rows_before, sequences_before = ([0, *accumulate(counts)][:-1] for counts in (sizes, sequences))
+    ends = [part.cu_targets[1:] + before for part, before in zip(tokens, rows_before, strict=True)]
+    references = [ref for ref in ref_logps if ref is not None]
+    statistics = [part.log_sum_sq for part in tokens if part.log_sum_sq is not None]
+    joined = Tokens(
+        torch.cat([part.logps for part in tokens]),
+        torch.cat([tokens[0].cu_targets[:1], *ends]),
+        None,
+        torch.cat(statistics) if statistics else None,
+    )
+    joined_pairs = torch.cat([part + before for part, before in zip(pairs, sequences_before, strict=True)])
+    ref = torch.cat(references) if references else None
+    terms = pair_terms(joined, joined_pairs, ref, loss, totals, choose_backend("auto", joined.logps.device))
+    counts = [len(part) for part in pairs]
+    per_response = counts if loss.ld_alpha is not None else sequences
+    parts = zip(
+        terms.losses.split(counts),
+        terms.logps.split(per_response),
+        terms.rewards.split(per_response),
+        (terms.coefficients / totals.num_pairs).split(sizes),
+        strict=True,
+    )
+    return [
+        (PreferenceOutput(losses.sum() / totals.num_pairs, losses, logps, rewards), coefficients)
+        for losses, logps, rewards, coefficients in parts
+    ]
+
+
+def gathered(
+    ranks: Ranks,
+    tokens: list[Tokens],
+    pairs: list[Tensor],
+    ref_logps: list[Tensor | None],
+    device: torch.device,
+) -> tuple[tuple[list[Tokens], list[Tensor], list[Tensor | None]], int]:
+    """step_outputs' first arguments for the micro-batches of all ranks, and where this rank's begin among them."""
+    if ranks.size == 1:
+        return (tokens, pairs, ref_logps), 0
+    plain = [tuple(_moved(getattr(part, field.name), "cpu") for field in fields(part)) for part in tokens]
+    everyone = ranks.gather((plain, pairs, [_moved(ref, "cpu") for ref in ref_logps]))
+    first = sum(len(theirs[0]) for theirs in everyone[: ranks.rank])
+    rows, joined_pairs, references = (list(chain.from_iterable(parts)) for parts in zip(*everyone, strict=True))
+    moved = [
+        Tokens(_moved(logps, device), cu_targets, _moved(counted, device), _moved(log_sum_sq, device))
+        for logps, cu_targets, counted, log_sum_sq in rows
+    ]
+    return (moved, joined_pairs, [_moved(ref, device) for ref in references]), first
+
+
+def _moved(value: Any, device: torch.device | str) -> Any:
+    return None if value is None else value.to(device)
+
+
+class RunningRewards(TrainerCallback, ExportableState):
+    """Sum and number of all rewards of a run: a callback, so that Trainer writes them into its checkpoints."""
+
+    def __init__(self) -> None:
+        """Start at none."""
+        self.sums: Tensor | list[float] = [0.0, 0.0]
+
+    def tensor(self, device: torch.device) -> Tensor:
+        """(2,) float64."""
+        return torch.as_tensor(self.sums, dtype=torch.float64, device=device)
+
+    def add(self, rewards: Tensor) -> None:
+        """Add a step's rewards, of any shape; with several ranks a collective that adds everyone's."""
+        count = rewards.new_full((), rewards.numel(), dtype=torch.float64)
+        added = torch.stack([rewards.double().sum(), count])
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(added)
+        self.sums = self.tensor(rewards.device) + added
+
+    def state(self) -> dict[str, dict[str, list[float]]]:
+        """What a checkpoint keeps."""
+        sums = self.sums.tolist() if isinstance(self.sums, Tensor) else self.sums
+        return {"args": {}, "attributes": {"sums": sums}}

@@ -1,0 +1,249 @@
+"""Which pairs make up an optimizer step, the same on every rank, and each rank's even share of them.
+
+The order is that of transformers' Trainer (accelerate's seeded random sampler, or the dataset's own), cut into steps of
+a fixed number of pairs whatever the number of ranks. It is a function of seed and epoch alone, so a resumed run needs
+no sampler state. Where Trainer repeats pairs so that every rank gets as many, here the last step has fewer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch.utils.data import BatchSampler, DataLoader
+from transformers import TrainingArguments
+
+from dpofast.common.ranks import Ranks
+from dpofast.data.arrow import spans, windows
+from dpofast.data.formats import ID_COLUMNS
+from dpofast.packing.planner import plan
+
+SAMPLING_STRATEGIES = ("random", "sequential")
+_ROWS = 1024  # of an Arrow table at a time
+
+
+class StepExamples(list[Any]):
+    """This rank's examples of a step, and the whole step's numbers.
+
+    Attributes:
+        num_pairs: pairs of the step, on all ranks.
+        num_chosen_tokens: tokens of their chosen responses.
+    """
+
+    num_pairs: int
+    num_chosen_tokens: int
+
+
+@dataclass(frozen=True)
+class PairLengths:
+    """What dividing a step needs to know of n pairs.
+
+    Attributes:
+        positions: (n,) int64, packed positions of each pair by itself: P + (C − 1) + (R − 1).
+        prompts: (n,) int64, prompt tokens of each.
+        chosen: (n,) int64, chosen tokens of each.
+        prompt_keys: (n,) uint64, equal where the prompts are.
+    """
+
+    positions: np.ndarray
+    prompts: np.ndarray
+    chosen: np.ndarray
+    prompt_keys: np.ndarray
+
+    @classmethod
+    def of(cls, dataset: Dataset) -> PairLengths:
+        """Read them from a token-level dataset, a part of its table at a time."""
+        lengths: dict[str, list[np.ndarray]] = {name: [] for name in ID_COLUMNS}
+        keys: list[np.ndarray] = []
+        for table in windows(dataset, ID_COLUMNS, spans(len(dataset), _ROWS)):
+            for name in ID_COLUMNS:
+                lengths[name].append(np.diff(_bounds(table[name])))
+            prompts = table[ID_COLUMNS[0]].combine_chunks()
+            tokens, bounds = prompts.flatten().to_numpy(zero_copy_only=False), _bounds(prompts)
+            keys.append(_keys(tokens, bounds))
+        if not keys:
+            nothing = np.empty(0, np.int64)
+            return cls(nothing, nothing, nothing, nothing.astype(np.uint64))
+        prompt, chosen, rejected = (np.concatenate(lengths[name]).astype(np.int64) for name in ID_COLUMNS)
+        return cls(prompt + chosen + rejected - 2, prompt, chosen, np.concatenate(keys))
+
+
+def rank_shares(lengths: PairLengths, step: np.ndarray, num_ranks: int) -> list[np.ndarray]:
+    """Divide a step's pairs so that every rank computes about as many positions; pairs of one prompt stay together.
+
+    Args:
+        lengths: of the whole dataset.
+        step: (k,) indices of the step's pairs.
+        num_ranks: how many shares to make; some are empty where there are fewer prompts than ranks.
+
+    Returns:
+        The indices of every rank's pairs, in the step's order.
+    """
+    if num_ranks == 1:
+        return [step]
+    _, first, group = np.unique(lengths.prompt_keys[step], return_index=True, return_inverse=True)
+    once = lengths.prompts[step]
+    positions = np.bincount(group, lengths.positions[step] - once).astype(np.int64) + once[first]
+    shares = plan(positions, num_ranks=num_ranks)
+    owner = np.empty(len(first), np.int64)
+    for rank in range(num_ranks):
+        for groups in shares.of_rank(rank):
+            owner[groups] = rank
+    return [step[owner[group] == rank] for rank in range(num_ranks)]
+
+
+class StepSampler(BatchSampler):
+    """A DataLoader's batch_sampler: this rank's indices of every step.
+
+    Args:
+        count: pairs in the dataset.
+        pairs_per_step: on all ranks together.
+        strategy: "random" or "sequential".
+        seed: of the random order.
+        drop_last: leave out a last step that is not full.
+        lengths: needed with several ranks.
+        rank: this process's number.
+        num_ranks: how many there are.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        pairs_per_step: int,
+        *,
+        strategy: str = "random",
+        seed: int = 0,
+        drop_last: bool = False,
+        lengths: PairLengths | None = None,
+        rank: int = 0,
+        num_ranks: int = 1,
+    ) -> None:
+        """Start at epoch 0."""
+        self.count, self.pairs_per_step, self.drop_last = count, pairs_per_step, drop_last
+        self.strategy, self.seed, self.epoch = strategy, seed, 0
+        self.lengths, self.rank, self.num_ranks = lengths, rank, num_ranks
+        self.batch_size = pairs_per_step  # what Trainer and accelerate read
+
+    def set_epoch(self, epoch: int) -> None:
+        """The next iteration gives this epoch's order."""
+        self.epoch = epoch
+
+    def steps(self) -> Iterator[np.ndarray]:
+        """The indices of every step of the epoch, on all ranks together."""
+        order = np.arange(self.count)
+        if self.strategy == "random":
+            generator = torch.Generator().manual_seed(self.seed + self.epoch)
+            order = torch.randperm(self.count, generator=generator).numpy()
+        for start in range(0, len(self) * self.pairs_per_step, self.pairs_per_step):
+            yield order[start : start + self.pairs_per_step]
+
+    def __iter__(self) -> Iterator[Any]:
+        """What StepDataset takes: the indices of this rank's share, and those of the whole step."""
+        for step in self.steps():
+            share = step if self.lengths is None else rank_shares(self.lengths, step, self.num_ranks)[self.rank]
+            yield _Share(share.tolist(), step)
+
+    def __len__(self) -> int:
+        """Steps in an epoch."""
+        whole, rest = divmod(self.count, self.pairs_per_step)
+        return whole + (rest > 0 and not self.drop_last)
+
+
+class _Share(list[int]):
+    """The indices of a rank's share of a step."""
+
+    def __init__(self, indices: list[int], step: np.ndarray) -> None:
+        super().__init__(indices)
+        self.step = step
+
+
+class StepDataset(torch.utils.data.Dataset[Any]):
+    """A token-level dataset that hands out a step's examples with the step's totals."""
+
+    def __init__(self, dataset: Dataset, lengths: PairLengths | None = None) -> None:
+        """Lengths are needed where a rank's share is not the whole step."""
+        self.dataset, self.lengths = dataset, lengths
+
+    def __len__(self) -> int:
+        """Pairs."""
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        """One example."""
+        return self.dataset[index]
+
+    def __getitems__(self, share: _Share) -> StepExamples:
+        """A rank's examples of a step."""
+        examples = StepExamples(self.dataset[index] for index in share)
+        examples.num_pairs = len(share.step)
+        if self.lengths is None:
+            examples.num_chosen_tokens = sum(len(example["chosen_ids"]) for example in examples)
+        else:
+            examples.num_chosen_tokens = int(self.lengths.chosen[share.step].sum())
+        return examples
+
+
+class StepLoader(DataLoader[Any]):
+    """A DataLoader over steps. Trainer calls set_epoch on a loader, and torch's has none."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Pass it to the sampler."""
+        self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
+
+
+def step_loader(
+    dataset: Dataset,
+    pairs_per_rank: int,
+    ranks: Ranks,
+    args: TrainingArguments,
+    *,
+    strategy: str,
+    seed: int = 0,
+    drop_last: bool = False,
+) -> StepLoader:
+    """A loader of StepExamples: this rank's share of each step of pairs_per_rank · ranks.size pairs."""
+    lengths = PairLengths.of(dataset) if ranks.size > 1 else None
+    sampler = StepSampler(
+        len(dataset),
+        pairs_per_rank * ranks.size,
+        strategy=strategy,
+        seed=seed,
+        drop_last=drop_last,
+        lengths=lengths,
+        rank=ranks.rank,
+        num_ranks=ranks.size,
+    )
+    return StepLoader(
+        StepDataset(dataset, lengths),
+        batch_sampler=sampler,
+        collate_fn=_as_it_is,
+        num_workers=args.dataloader_num_workers,
+        persistent_workers=args.dataloader_persistent_workers,
+        prefetch_factor=args.dataloader_prefetch_factor,
+    )
+
+
+def _as_it_is(step: Any) -> Any:
+    """A collate_fn that worker processes can be sent."""
+    return step
+
+
+def _bounds(column: Any) -> np.ndarray:
+    """(rows + 1,) offsets of a list column, from 0."""
+    offsets = (column.combine_chunks() if hasattr(column, "chunks") else column).offsets.to_numpy()
+    return offsets - offsets[0]
+
+
+def _keys(tokens: np.ndarray, bounds: Sequence[int] | np.ndarray) -> np.ndarray:
+    """(rows,) uint64, a hash of every row's tokens: the same in every process, which Python's own is not."""
+    ends = list(bounds)
+    digests = [
+        hashlib.blake2b(tokens[start:stop].tobytes(), digest_size=8).digest()
+        for start, stop in zip(ends[:-1], ends[1:], strict=True)
+    ]
+    return np.frombuffer(b"".join(digests), np.uint64)

@@ -1,0 +1,77 @@
+"""What FSDP asks of a run, without ranks; test_trainer_ranks.py trains under it."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate.utils import DistributedType
+
+from dpofast import DPOConfig, DPOTrainer
+from dpofast.checkpointing.fsdp import cast_parameters, check_sharding, load_weights, parameters_in
+from tests.support.tiny import tiny_dataset, tiny_model, tiny_tokenizer
+
+
+def gpus(**options):
+    state = SimpleNamespace(distributed_type=DistributedType.MULTI_GPU)
+    return SimpleNamespace(distributed_state=state, **{"fsdp": True, "fsdp_config": {}, **options})
+
+
+def test_fsdp_without_gpus_is_refused_before_the_data_is_read(tmp_path):
+    args = DPOConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none", fsdp=True)
+    with pytest.raises(ValueError, match=r"fsdp: expected several GPUs under a launcher \(torchrun\), got cpu, 1 proc"):
+        DPOTrainer(tiny_model(), args=args, train_dataset="not looked at", processing_class=tiny_tokenizer())
+
+
+def test_fsdp_of_the_launcher_is_seen(tmp_path, monkeypatch):
+    args = DPOConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="would train whole copies without a word; leave fsdp out for DDP"):
+        DPOTrainer(tiny_model(), args=args, train_dataset=tiny_dataset(), processing_class=tiny_tokenizer())
+    launched = gpus(fsdp=None)
+    with pytest.raises(ValueError, match=r"fsdp_config: expected version 2 \(FSDP2\), got 1"):
+        check_sharding(launched)
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    with pytest.raises(ValueError, match="state_dict_type: expected FULL_STATE_DICT, got SHARDED_STATE_DICT"):
+        check_sharding(launched)
+    monkeypatch.setenv("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT")
+    check_sharding(launched)
+
+
+def test_what_fsdp2_is_taken(tmp_path):
+    check_sharding(gpus())
+    check_sharding(gpus(fsdp=None))
+    check_sharding(gpus(fsdp_config={"version": 2, "state_dict_type": "FULL_STATE_DICT"}))
+    with pytest.raises(ValueError, match='got 1: set {"version": 2}'):
+        check_sharding(gpus(fsdp_config={"version": 1}))
+    with pytest.raises(ValueError, match="state_dict_type: expected FULL_STATE_DICT, got SHARDED_STATE_DICT"):
+        check_sharding(gpus(fsdp_config={"state_dict_type": "SHARDED_STATE_DICT"}))
+
+
+def test_parameters_change_their_dtype_and_buffers_do_not():
+    model = tiny_model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with parameters_in(model, torch.bfloat16):
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+        assert {buffer.dtype for buffer in model.buffers()} == {torch.float32}
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    with parameters_in(model, None):
+        assert model.dtype == torch.float32
+    cast_parameters(model, torch.bfloat16)
+    assert model.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-tied"])
+def test_weights_come_back_from_safetensors(tmp_path, family):
+    saved, model = tiny_model(family), tiny_model(family)
+    with torch.no_grad():
+        for parameter in saved.parameters():
+            parameter.add_(1.0)
+    saved.save_pretrained(tmp_path, max_shard_size="20kB")
+    load_weights(model, str(tmp_path))
+    assert all(torch.equal(value, saved.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_other_weights_are_refused(tmp_path):
+    tiny_model(num_hidden_layers=2).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"expected the weights of LlamaForCausalLM .* 9 are missing .* 0 unknown"):
+        load_weights(tiny_model(), str(tmp_path))

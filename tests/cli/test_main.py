@@ -1,0 +1,308 @@
+"""dpofast train and info as a user calls them; everything wrong is one message, exit code 2, and nothing written."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM
+
+from dpofast.cli.load_models import four_bits
+from dpofast.cli.main import main
+from tests.support.tiny import save_tiny, tiny_model, tiny_tokenizer
+
+ROWS = [{"prompt": f"{i} 4 5", "chosen": f" 6 {i}", "rejected": " 7 8 9"} for i in range(10, 30)]
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def run(tmp_path, model_dir, capsys):
+    """Runs `dpofast train` on JSON lines; returns (exit code, stdout, stderr, output folder)."""
+
+    def train(lines, *flags, model=model_dir):
+        data = tmp_path / "pairs.jsonl"
+        if lines is not None:
+            data.write_bytes(
+                b"".join(line if isinstance(line, bytes) else json.dumps(line).encode() + b"\n" for line in lines)
+            )
+        output = tmp_path / "out"
+        arguments = ["train", "--model", str(model), "--data", str(data), "--output_dir", str(output)]
+        code = main([*arguments, "--use_cpu", "--report_to", "none", "--logging_steps", "1", *flags])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err, output
+
+    return train
+
+
+def test_train_leaves_a_model_metrics_and_a_picture(run, tmp_path):
+    held_out = tmp_path / "held-out.jsonl"
+    held_out.write_text("".join(json.dumps(row) + "\n" for row in ROWS[:4]))
+    code, out, err, output = run(
+        ROWS[4:], "--eval_data", str(held_out), "--eval_strategy", "epoch", "--num_train_epochs", "2",
+        "--learning_rate", "0.01",
+    )  # fmt: skip
+    assert code == 0, err
+    assert AutoModelForCausalLM.from_pretrained(output).config.vocab_size == 97
+    entries = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert sum("loss" in entry for entry in entries) == 4
+    assert any("eval_rewards/accuracies" in entry for entry in entries)
+    assert (output / "training.png").read_bytes().startswith(b"\x89PNG")
+    assert "line 1" in (output / "report.html").read_text()
+    assert "16 of 16 pairs kept" in out and str(output) in out
+
+
+def test_the_report_is_written_unless_it_is_declined(run):
+    code, out, err, output = run(ROWS, "--no_html_report")
+    assert code == 0 and not (output / "report.html").exists() and "report.html" not in out, err
+
+
+def test_the_saved_config_is_the_loaded_one_and_standard_error_stays_empty(tmp_path, model_dir):
+    # In a process of its own: bars and warnings of the libraries go past pytest's capture.
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    options = ["--use_cpu", "--report_to", "none", "--activation_checkpointing", "--save_strategy", "no"]
+    arguments = ["--model", model_dir, "--data", data, "--eval_data", data, "--output_dir", tmp_path / "out"]
+    ran = subprocess.run(
+        [sys.executable, "-m", "dpofast", "train", *map(str, arguments), *options], capture_output=True, text=True
+    )
+    assert ran.returncode == 0 and ran.stderr == "", ran.stderr
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (model_dir, tmp_path / "out")]
+    assert configs[0] == configs[1] and configs[0]["use_cache"] is True
+
+
+def test_a_yaml_file_gives_options_and_flags_win(run, tmp_path):
+    config = tmp_path / "train.yaml"
+    config.write_text("num_train_epochs: 5\nbeta: 0.5\nmax_tokens: 64\n")
+    code, _, err, output = run(ROWS, "--config", str(config), "--num_train_epochs", "1")
+    assert code == 0, err
+    steps = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines() if '"loss"' in line]
+    assert len(steps) == 3
+
+
+def test_a_run_that_was_killed_before_its_first_step_is_just_started_again(run, monkeypatch):
+    from dpofast.training.trainer import DPOTrainer
+
+    def killed(self, *args, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(DPOTrainer, "train", killed)
+        code, _, _, output = run(ROWS)
+    assert code == 130 and [entry.name for entry in output.iterdir()] == ["reference"]
+    (shard,) = output.glob("reference/*/*.safetensors")
+    written = shard.stat().st_ino
+    code, _, err, output = run(ROWS)
+    assert code == 0, err
+    assert shard.stat().st_ino == written
+
+
+def test_lora_trains_and_saves_an_adapter(run):
+    code, _, err, output = run(ROWS, "--lora_r", "2")
+    assert code == 0, err
+    assert (output / "adapter_model.safetensors").exists()
+
+
+def test_bad_rows_are_skipped_only_when_asked(run):
+    rows = [*ROWS, {"prompt": "3", "chosen": " 4", "rejected": " 4"}, b'{"prompt": "3"\n']
+    code, _, err, _ = run(rows)
+    assert code == 2 and "pairs.jsonl" in err and ("line 21" in err or "line 22" in err)
+    code, out, err, _ = run(rows, "--on_bad_row", "skip")
+    assert code == 0, err
+    assert "20 of 22 pairs kept" in out
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"prompt": "3 4", "chosen": " 5"}, "line 21.*rejected"),
+        ({"prompt": "3 4", "chosen": "", "rejected": " 5"}, "line 21.*chosen"),
+        ({"prompt": "3 4", "chosen": " 5", "rejected": " 5"}, "line 21"),
+        ({"prompt": "3 " * 40, "chosen": " 5", "rejected": " 6"}, "line 21.*max_length"),
+        (b'{"prompt": "3 4", "chosen": " \xff", "rejected": " 5"}\n', "line 21.*UTF-8"),
+        (b'{"prompt": "3 4", "chosen": " 5", "rej', "line 21"),
+    ],
+    ids=["missing-column", "empty-response", "equal", "long-prompt", "non-utf-8", "truncated"],
+)
+def test_a_bad_row_is_one_message_with_file_and_row(run, bad, message):
+    code, out, err, output = run([*ROWS, bad], "--max_length", "32")
+    assert code == 2
+    (line,) = [line for line in err.splitlines() if line.startswith("dpofast: error:")]
+    assert "pairs.jsonl" in line and re.search(message, line), line
+    assert "Traceback" not in err and not output.exists()
+
+
+def test_missing_files_and_models(run, tmp_path, model_dir):
+    code, _, err, output = run(None)
+    assert code == 2 and "pairs.jsonl" in err and "no such file" in err
+    code, _, err, _ = run(ROWS, model=tmp_path / "nowhere")
+    assert code == 2 and "nowhere (no such folder, so a hub name): no tokenizer can be loaded" in err
+    bare = tmp_path / "bare"
+    tiny_model().save_pretrained(bare)
+    code, _, err, _ = run(ROWS, model=bare)
+    assert code == 2 and "bare: no tokenizer can be loaded" in err
+    encoder = tmp_path / "encoder"
+    BertForMaskedLM(
+        BertConfig(vocab_size=97, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+    ).save_pretrained(encoder)
+    tiny_tokenizer().save_pretrained(encoder)
+    code, _, err, _ = run(ROWS, model=encoder)
+    assert code == 2 and "encoder: " in err and "BertForMaskedLM" in err
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--beta", "0"], "beta: expected a positive finite number, got 0"),
+        (["--loss_type", "dop"], "loss_type: expected one of"),
+        (["--dtype", "int8"], "dtype: expected one of"),
+        (["--max_tokens", "0"], "max_tokens: expected at least 1"),
+        (["--config", "nowhere.yaml"], "config: nowhere.yaml: cannot be read: No such file"),
+        (["--loss_type", "ipo", "--loss_type", "sft"], "--loss_type: given twice (first as --loss_type)"),
+        (["--loss_type", "ipo", "--loss_type", "sft"], "give all values to one: --loss_type A B"),
+        (["--beta", "0.1", "--beta=0.2"], "--beta=0.2: given twice (first as --beta), and only one can hold"),
+        (["--max-length", "9", "--max_length", "8"], "--max_length: given twice (first as --max-length)"),
+        (["--lora_r", "-1"], "lora_r: expected 0 (train all weights) or a rank of 1 or more, got -1"),
+        (["--lora_r", "2", "--lora_alpha", "0"], "lora_alpha: expected 1 or more, got 0"),
+        (["--lora_alpha", "32"], "lora_alpha: 32 has no effect without an adapter"),
+        (["--load_in_4bit"], "load_in_4bit: 4-bit weights cannot be trained themselves"),
+        (["--early_stopping_patience", "2"], "early_stopping_patience: needs held-out pairs"),
+        (["--early_stopping_patience", "0", "--eval_data", "x"], "early_stopping_patience: expected 1 or more"),
+        (["--ref_model", "nowhere"], "nowhere (no such folder, so a hub name): no causal language model"),
+        (["--conf", "nowhere.yaml"], "unknown: --conf nowhere.yaml"),
+        (["--fp16"], "fp16: needs a GPU"),
+        (["--num_train_epochs", "0"], "num_train_epochs: expected more than 0"),
+    ],
+)
+def test_bad_options(run, flags, message):
+    code, _, err, output = run(ROWS, *flags)
+    assert code == 2 and message in err and not output.exists()
+
+
+def test_a_yaml_key_that_stands_twice_is_refused(run, tmp_path):
+    config = tmp_path / "train.yaml"
+    config.write_text("beta: 0.5\nmax_steps: 3\nbeta: 0.1\n")
+    code, _, err, output = run(ROWS, "--config", str(config))
+    assert code == 2 and "train.yaml: beta stands there twice" in err and not output.exists()
+
+
+def test_an_unknown_yaml_key_is_named_with_its_file(run, tmp_path):
+    config = tmp_path / "train.yaml"
+    config.write_text("betta: 0.5\n")
+    code, _, err, output = run(ROWS, "--config", str(config))
+    assert code == 2 and f"unknown: --betta 0.5 (from {config})" in err and not output.exists()
+
+
+def test_an_unknown_best_metric_is_refused_with_those_that_exist(run, tmp_path):
+    held_out = tmp_path / "held-out.jsonl"
+    held_out.write_text("".join(json.dumps(row) + "\n" for row in ROWS[:4]))
+    flags = ("--eval_data", str(held_out), "--load_best_model_at_end", "--save_strategy", "epoch")
+    code, _, err, output = run(ROWS, *flags, "--eval_strategy", "epoch", "--metric_for_best_model", "accuracy")
+    assert code == 2 and "metric_for_best_model: expected one of displacement, " in err and "got 'accuracy'" in err
+    assert "rewards/accuracies" in err and not (output / "model.safetensors").exists()
+
+
+def test_early_stopping_ends_a_run_that_gets_no_better(run, tmp_path):
+    held_out = tmp_path / "held-out.jsonl"  # the opposite of what is trained: its loss only rises
+    rows = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in ROWS[:4]]
+    held_out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ("--eval_data", str(held_out), "--eval_strategy", "steps", "--eval_steps", "1", "--learning_rate", "1e-3")
+    code, _, err, output = run(ROWS, *flags, "--early_stopping_patience", "2", "--num_train_epochs", "9")
+    assert code == 0, err
+    steps = [json.loads(line)["step"] for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert max(steps) == 3  # the first evaluation is the best, and two in a row are worse
+
+
+def test_a_reference_of_another_name(run, tmp_path):
+    other = tmp_path / "other"
+    model = tiny_model()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1.5)
+    model.save_pretrained(other)
+    code, _, err, output = run(ROWS, "--ref_model", str(other))
+    assert code == 0, err
+    first = json.loads((output / "metrics.jsonl").read_text().splitlines()[0])
+    assert abs(first["rewards/chosen"]) > 1e-4
+    code, _, err, _ = run(ROWS, "--ref_model", str(other), model=other)
+    assert code == 2 and "is the model itself, which is the reference by default" in err
+
+
+def test_pickled_weights_are_refused_with_the_way_to_convert_them(run, tmp_path):
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    folder = tmp_path / "pickled"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    code, _, err, output = run(ROWS, model=folder)
+    assert code == 2 and not output.exists()
+    assert "pickled: its weights are pickles (pytorch_model.bin)" in err and "use_safetensors=False" in err
+
+
+def test_an_adapter_is_refused_as_the_model_to_train(run):
+    code, _, err, output = run(ROWS, "--lora_r", "2")
+    assert code == 0, err
+    code, _, err, _ = run(ROWS, model=output)
+    assert code == 2 and "holds a LoRA adapter: merge it into its base model first" in err
+
+
+def test_four_bits_need_bitsandbytes(run, monkeypatch):
+    monkeypatch.setattr("transformers.utils.is_bitsandbytes_available", lambda: False)
+    code, _, err, output = run(ROWS, "--lora_r", "2", "--load_in_4bit")
+    assert code == 2 and "load_in_4bit: needs bitsandbytes, which is not installed" in err and not output.exists()
+    monkeypatch.setattr("transformers.utils.is_bitsandbytes_available", lambda: True)
+    config = four_bits(torch.bfloat16)
+    assert config.load_in_4bit and config.bnb_4bit_quant_type == "nf4" and config.bnb_4bit_use_double_quant
+    assert config.bnb_4bit_compute_dtype == torch.bfloat16
+
+
+def test_data_without_a_row_that_can_be_used_counts_the_reasons(run):
+    code, _, err, _ = run([b"{\n", b"[1]\n", b"nonsense\n"], "--on_bad_row", "skip")
+    assert code == 2 and "no row can be used" in err and "0 of 3 pairs kept" in err
+    assert "skipped 2: not valid JSON (line 1, 3)" in err and "skipped 1: not a JSON object (line 2)" in err
+    code, _, err, _ = run([{**row, "chosen": row["rejected"]} for row in ROWS], "--on_bad_row", "skip")
+    assert code == 2 and "skipped 20: chosen and rejected are equal (line 1, 2" in err
+
+
+def test_unknown_options_and_commands(run, capsys):
+    code, _, err, _ = run(ROWS, "--betta", "1")
+    assert code == 2 and "--betta" in err and "--help" in err and "usage" not in err
+    assert main(["tarin"]) == 2
+    assert "expected a command among train, eval, score, demo, info" in capsys.readouterr().err
+    assert main([]) == 2 and main(["--help"]) == 0
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--help"])
+    assert stop.value.code == 0 and {"--max_tokens", "--padded"} <= set(capsys.readouterr().out.split())
+
+
+def test_info_names_the_path(capsys):
+    assert main(["info"]) == 0
+    printed = capsys.readouterr().out
+    assert "backend torch: no GPU" in printed
+    assert "attention    float32: sdpa: segment by segment; not varlen: it needs an NVIDIA GPU" in printed
+
+
+def test_a_used_output_folder_is_refused_and_resumed_on_request(run, tmp_path):
+    flags = ("--save_strategy", "steps", "--save_steps", "2")
+    code, _, err, output = run(ROWS, *flags, "--max_steps", "4")
+    assert code == 0, err
+    metrics = (output / "metrics.jsonl").read_text()
+    code, _, err, _ = run(ROWS, *flags)
+    assert code == 2 and "out is not empty" in err and (output / "metrics.jsonl").read_text() == metrics
+    code, _, err, _ = run(ROWS, *flags, "--max_steps", "6", "--resume_from_checkpoint", "latest")
+    assert code == 0, err
+    code, _, err, _ = run(ROWS, "--resume_from_checkpoint", str(tmp_path))
+    assert code == 2 and "is no checkpoint folder" in err
+
+
+def test_held_out_pairs_are_evaluated_without_being_asked(run, tmp_path):
+    held_out = tmp_path / "held-out.jsonl"
+    held_out.write_text("".join(json.dumps(row) + "\n" for row in ROWS[:4]))
+    code, _, err, output = run(ROWS[4:], "--eval_data", str(held_out), "--num_train_epochs", "1")
+    assert code == 0 and "eval_loss" in (output / "metrics.jsonl").read_text(), err

@@ -1,0 +1,81 @@
+"""Mapped pages are handed back, and what they held stays readable."""
+
+import mmap
+
+import numpy as np
+import pytest
+from datasets import Dataset
+
+from dpofast.data import arrow as mapped
+from dpofast.data.arrow import mapped_files, release_pages, spans, windows
+
+ROWS = 10_000
+
+
+def resident(path):
+    """Bytes of a mapped file that count for this process."""
+    total, inside = 0, False
+    with open("/proc/self/smaps", encoding="utf-8") as smaps:
+        for line in smaps:
+            fields = line.split()
+            if "-" in fields[0] and not fields[0].endswith(":"):
+                inside = fields[-1] == path
+            elif inside and fields[0] == "Rss:":
+                total += int(fields[1]) * 1024
+    return total
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """40 MB of token ids in an Arrow file."""
+    tokens = np.arange(ROWS * 1000, dtype=np.int32).reshape(ROWS, 1000)
+    Dataset.from_dict({"ids": list(tokens), "other": list(range(ROWS))}).save_to_disk(tmp_path / "saved")
+    (tmp_path / "link").symlink_to("saved")  # the kernel knows the file by its real name
+    return Dataset.load_from_disk(tmp_path / "link")
+
+
+def test_spans():
+    assert spans(7, 3) == [(0, 3), (3, 6), (6, 7)]
+    assert spans(0, 3) == []
+
+
+def test_released_pages_do_not_count_and_come_back(dataset):
+    (path,) = mapped_files(dataset)
+    table = dataset.with_format("arrow")[:]
+    first = table.column("ids").combine_chunks().values.to_numpy()
+    expected = np.arange(ROWS * 1000, dtype=np.int32)
+    assert np.array_equal(first, expected)
+    assert resident(path) > 35_000_000
+    release_pages([path])
+    assert resident(path) < 5_000_000
+    assert np.array_equal(first, expected)
+
+
+def test_windows_read_everything_and_leave_little_mapped(dataset):
+    (path,) = mapped_files(dataset)
+    parts, most = [], 0
+    for table in windows(dataset, ["ids"], spans(ROWS, 64)):
+        assert table.column_names == ["ids"]
+        parts.append(table.column("ids").combine_chunks().flatten().to_numpy().copy())
+        most = max(most, resident(path))
+    assert np.array_equal(np.concatenate(parts), np.arange(ROWS * 1000))
+    assert most < 10_000_000
+    assert [len(table) for table in windows(dataset, ["other"], [(3, 5), (990, 1000)])] == [2, 10]
+
+
+def test_what_was_written_is_never_dropped(tmp_path):
+    """A private mapping that holds the only copy of its changes stays as it is."""
+    path = tmp_path / "file"
+    path.write_bytes(bytes(1 << 16))
+    with open(path, "r+b") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as private:
+        private[:4] = b"mine"
+        release_pages([str(path)])
+        assert private[:4] == b"mine"
+
+
+def test_nothing_to_release(dataset, monkeypatch):
+    assert mapped_files(Dataset.from_dict({"a": [1]})) == ()
+    release_pages([])
+    release_pages(["/no/such/file"])
+    monkeypatch.setattr(mapped, "_LIBC", None)
+    release_pages(mapped_files(dataset))

@@ -1,0 +1,97 @@
+"""Tiny random models of many families: those that run packed, and those that are refused and run over padded rows."""
+
+import torch
+import transformers
+
+from tests.support.tiny import SHAPE, VOCAB
+
+_GPT_SHAPE = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4}
+_HIDDEN = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2}
+_SHAPE = {**SHAPE, "num_hidden_layers": 2, "intermediate_size": 48}
+_ALTERNATING = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
+_EXPERTS = {"num_experts_per_tok": 2}
+_NARROW = {"head_dim": 8}  # where the family's default does not follow from hidden_size
+
+# Family: (what its classes are called, options over _SHAPE, or a whole shape where it has vocab_size)
+PACKED = {
+    "llama": ("Llama", {}),
+    "llama-tied": ("Llama", {"tie_word_embeddings": True}),
+    "qwen2": ("Qwen2", {}),
+    "qwen3": ("Qwen3", _NARROW),
+    "mistral": ("Mistral", {"sliding_window": 4}),
+    "mixtral": ("Mixtral", {**_EXPERTS, "num_local_experts": 4}),
+    "qwen3-moe": ("Qwen3Moe", {**_NARROW, **_EXPERTS, "num_experts": 4, "moe_intermediate_size": 16}),
+    "gemma2": (
+        "Gemma2",
+        {**_NARROW, "sliding_window": 4, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 2.0,
+         "final_logit_softcapping": 3.0},
+    ),
+    "gemma3": ("Gemma3", {**_NARROW, **_ALTERNATING, "query_pre_attn_scalar": 8}),
+    "gemma4": ("Gemma4", {**_NARROW, **_ALTERNATING, "global_head_dim": 8}),
+    "phi3": ("Phi3", {"pad_token_id": 0}),
+    "olmo2": ("Olmo2", {}),
+    "olmo3": ("Olmo3", _ALTERNATING),
+    "smollm3": ("SmolLM3", {"pad_token_id": 0}),
+    "granite": ("Granite", {"logits_scaling": 4.0, "attention_multiplier": 0.3, "residual_multiplier": 0.5}),
+    "cohere": ("Cohere", {"logit_scale": 0.5}),
+    "cohere2": ("Cohere2", {**_ALTERNATING, "logit_scale": 0.5}),
+    "gpt2": ("GPT2", {**_GPT_SHAPE, "n_positions": 64}),
+    "gpt-neox": ("GPTNeoX", {}),
+    "gpt-oss": ("GptOss", {**_NARROW, **_ALTERNATING, **_EXPERTS, "num_local_experts": 4}),
+    "deepseek-v3": (
+        "DeepseekV3",
+        {**_EXPERTS, "num_key_value_heads": 4, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4,
+         "qk_nope_head_dim": 4, "v_head_dim": 6, "n_routed_experts": 4, "n_group": 1, "topk_group": 1,
+         "first_k_dense_replace": 1, "moe_intermediate_size": 16},
+    ),
+    "starcoder2": ("Starcoder2", {"sliding_window": 4}),
+    "exaone4": ("Exaone4", _ALTERNATING),
+    "opt": (
+        "OPT",
+        {**_HIDDEN, "ffn_dim": 48, "num_attention_heads": 4, "max_position_embeddings": 64, "word_embed_proj_dim": 32},
+    ),
+}  # fmt: skip
+_INTERFACE = "its attention does not go through transformers' AttentionInterface"
+_STATE = "it carries a state from token to token"
+# Family: (what its classes are called, options, why it cannot run packed)
+REFUSED = {
+    "bloom": ("Bloom", {"vocab_size": VOCAB, "hidden_size": 32, "n_layer": 2, "n_head": 4}, _INTERFACE),
+    "mpt": ("Mpt", {"vocab_size": VOCAB, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64}, _INTERFACE),
+    "falcon": ("Falcon", {}, _INTERFACE),
+    "falcon-alibi": ("Falcon", {"alibi": True}, _INTERFACE),
+    "gpt-j": ("GPTJ", {**_GPT_SHAPE, "n_positions": 64, "rotary_dim": 4}, _INTERFACE),
+    "mamba": ("Mamba", _HIDDEN, _STATE),
+    "rwkv": ("Rwkv", {**_HIDDEN, "attention_hidden_size": 32}, _STATE),
+    "lfm2": ("Lfm2", {"layer_types": ["conv", "full_attention"], "pad_token_id": 0}, "it has conv layers"),
+    "falcon-h1": (
+        "FalconH1",
+        {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8,
+         "lm_head_multiplier": 0.5},
+        _STATE,
+    ),
+    "llama4": (
+        "Llama4",
+        {**_NARROW, "num_local_experts": 2, "intermediate_size_mlp": 48, "attention_chunk_size": 4,
+         "interleave_moe_layer_step": 2, "layer_types": ["chunked_attention", "full_attention"]},
+        "it has chunked_attention layers",
+    ),
+    "qwen3.5": (
+        "Qwen3_5",
+        {**_NARROW, "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2,
+         "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8},
+        _STATE,
+    ),
+    "nemotron": ("Nemotron", {}, "0 attention calls of its 2 layers saw the packed layout"),
+    "stablelm": ("StableLm", {}, _INTERFACE),
+}  # fmt: skip
+
+
+def family_model(name):
+    """A random float32 model of a family, without dropout, the same at every call."""
+    classes, options = (PACKED.get(name) or REFUSED[name])[:2]
+    if "vocab_size" not in options:
+        options = {**_SHAPE, **options}
+    config_class = getattr(transformers, f"{classes}TextConfig", None) or getattr(transformers, f"{classes}Config")
+    model_class = getattr(transformers, f"{classes}ForCausalLM", None) or getattr(transformers, f"{classes}LMHeadModel")
+    torch.manual_seed(0)
+    return model_class(config_class(**options)).eval()

@@ -1,0 +1,300 @@
+"""Training runs that must come out the same on one rank and on several; run as a process of its own for each rank."""
+
+import itertools
+import os
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+from safetensors.torch import load_file
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import TrainerCallback
+
+from dpofast import DPOConfig, DPOTrainer
+from dpofast.losses import kinds as losses
+from tests.support.rank_processes import become_rank, free_port
+from tests.support.tiny import VOCAB, tiny_dataset, tiny_model, tiny_tokenizer
+
+WORLD = 2
+PAIRS = 21  # 8 a step: the last one has 5
+COUPLED = ("aot", "aot_unpaired", "kto_pair")
+REQUIRED = {"exo_pair": {"label_smoothing": 1e-3}, "robust": {"label_smoothing": 0.1}}
+
+EACH = {"sync_each_batch": True}
+RESUMED = {"resumed": True, "save_strategy": "steps", "save_steps": 5, "optim": "adamw_torch", "learning_rate": 1e-3}
+BEST = {
+    **{"save_strategy": "steps", "save_steps": 5, "eval_strategy": "steps", "eval_steps": 5},
+    **{"load_best_model_at_end": True, "metric_for_best_model": "lengths/rejected"},  # the first one: all are equal
+}
+
+
+def shared_prompts():
+    """tiny_dataset with every second prompt like the one before it."""
+    rows = tiny_dataset(PAIRS).to_list()
+    for before, row in zip(rows[::2], rows[1::2], strict=False):
+        row["prompt_ids"] = before["prompt_ids"]
+    return type(tiny_dataset(1)).from_list(rows)
+
+
+def long_pairs():
+    """80 pairs of some 300 tokens, every second prompt like the one before it: 9,000 positions a step."""
+    draw = random.Random(0)
+    rows = []
+    for _ in range(40):
+        prompt = draw.choices(range(3, VOCAB), k=draw.randint(100, 300))
+        for _ in range(2):
+            chosen, rejected = (draw.choices(range(3, VOCAB), k=draw.randint(20, 80)) for _ in range(2))
+            rows.append({"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected})
+    return type(tiny_dataset(1)).from_list(rows)
+
+
+CASES = {
+    "plain": {},
+    "max_tokens 24": {"max_tokens": 24},
+    "unlimited": {"max_tokens": 100_000},
+    "not shared": {"share_prompts": False},
+    "live reference": {"precompute_ref_log_probs": False},
+    "moving reference": {"precompute_ref_log_probs": False, "sync_ref_model": True, "ref_model_sync_steps": 2},
+    "token statistics": {"token_statistics": True, "max_tokens": 24},
+    "checkpointing": {"gradient_checkpointing": True, "max_tokens": 24},
+    "rpo": {"rpo_alpha": 1.0, "max_tokens": 24},
+    "weighted": {"use_weighting": True},
+    "ld": {"ld_alpha": 0.3},
+    "bco running mean": {"loss_type": "bco_pair", "bco_delta": "running_mean", "max_tokens": 24},
+    "out of memory": {"fails": {"most": 30, "rank": 1}},
+    "one pair a rank": {"pairs": 2},
+    "lora": {"lora": True},
+    "lora live": {"lora": True, "precompute_ref_log_probs": False},
+    "lora live aot": {"lora": True, "precompute_ref_log_probs": False, "loss_type": "aot", "max_tokens": 24},
+    "synchronized each time": {"max_tokens": 24, "accelerator_config": {"gradient_accumulation_kwargs": EACH}},
+    "accumulation": {"accumulation": 2, "max_tokens": 24},
+    "clipped": {"max_grad_norm": 0.1},
+    "tied": {"family": "llama-tied"},
+    "evaluated": {"eval_strategy": "steps", "eval_steps": 3},
+    "resumed": RESUMED,
+    "resumed lora": {**RESUMED, "lora": True},
+    "resumed tied": {**RESUMED, "family": "llama-tied"},
+    "best model": BEST,
+    **{kind: {"loss_type": kind, "max_tokens": 24, **REQUIRED.get(kind, {})} for kind in losses.KINDS},
+}
+ZERO_CASES = ("plain", "max_tokens 24", "rpo", "aot")
+UNLIMITED = 10**9
+LONG_CASES = {
+    f"max_tokens {most}, {'shared' if shared else 'not shared'}, accumulation {accumulation}": {
+        **{"dataset": long_pairs, "pairs": 32, "max_tokens": most, "share_prompts": shared},
+        **{"accumulation": accumulation, "layers": 2, "max_length": None},
+    }
+    for most, shared, accumulation in itertools.product((1024, 4096, UNLIMITED), (True, False), (1, 4))
+}
+FSDP = {"fsdp": True, "fsdp_config": {"version": 2}}
+FSDP_CASES = (
+    *ZERO_CASES,
+    *("live reference", "token statistics", "checkpointing", "one pair a rank", "bco running mean", "lora"),
+    *("lora live", "lora live aot", "accumulation", "clipped", "tied", "evaluated", "best model"),
+    *("resumed", "resumed lora", "resumed tied", "synchronized each time"),
+)
+BF16_CASES = {
+    "bf16": {"bf16": True, "max_tokens": 24},
+    "bf16 live": {"bf16": True, "max_tokens": 24, "precompute_ref_log_probs": False},
+}
+
+
+def _zero(stage):
+    """A DeepSpeed configuration; its own optimizer would be compiled for the machine."""
+    return {
+        "zero_optimization": {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "train_batch_size": "auto",
+        "gradient_clipping": "auto",
+    }
+
+
+def _named(names):
+    return {name: CASES[name] for name in names}
+
+
+# How several ranks share a model: (the cases to run so, options)
+MODES = {
+    "ddp": (CASES, {}),
+    "long": (LONG_CASES, {}),
+    "zero2": (_named(ZERO_CASES), {"deepspeed": _zero(2)}),
+    "zero3": (_named(ZERO_CASES), {"deepspeed": _zero(3)}),
+    "fsdp": ({**_named(FSDP_CASES), **BF16_CASES}, FSDP),
+}
+
+
+class Scattered(TorchDispatchMode):
+    """Counts sums of gradients of which each rank keeps a part."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += "reduce_scatter" in str(func)
+        return func(*args, **(kwargs or {}))
+
+
+class Synchronizations(TrainerCallback):
+    """Counts gradients' exchanges, DistributedDataParallel's buckets or FSDP2's units, and looks at shards."""
+
+    count = 0
+    calls = 0  # forwards that train
+    shards = ()  # of each step: the module's units, this rank's and all numbers of its parameters
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.wrapped = self.trainer.model_wrapped
+        if type(self.wrapped) is DistributedDataParallel:
+            self.wrapped.register_comm_hook(self, self.reduced)
+
+    def called(self, module, args):
+        self.calls += module.training
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if isinstance(self.wrapped, FSDPModule):
+            self.exchanges = Scattered()
+            self.exchanges.__enter__()
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if isinstance(self.wrapped, FSDPModule):
+            self.exchanges.__exit__(None, None, None)
+            self.count += self.exchanges.count
+            weights = list(self.wrapped.parameters())
+            assert all(type(weight) is DTensor for weight in weights)
+            assert all(type(weight.grad) is DTensor for weight in weights if weight.requires_grad)
+            units = sum(isinstance(module, FSDPModule) for module in self.wrapped.modules())
+            local = sum(weight.to_local().numel() for weight in weights)
+            self.shards += ((units, local, sum(weight.numel() for weight in weights)),)
+
+    @staticmethod
+    def reduced(self, bucket):
+        self.count += 1
+        return allreduce_hook(None, bucket)
+
+
+class RunsOutOfMemory:
+    """Makes a model's forward fail on micro-batches beyond some positions, on one rank."""
+
+    def __init__(self, model, most, rank):
+        self.most, self.rank, self.model = most, rank, model
+        model.register_forward_pre_hook(self, with_kwargs=True)
+
+    def __call__(self, module, args, kwargs):
+        here = int(os.environ.get("RANK", 0)) == self.rank
+        if here and module.training and kwargs["packed"].num_tokens > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def train(folder, ranks, *, resumed=False, **options):
+    """Some steps of SGD on `pairs` pairs a step; what is compared of them. Resumed: the second half of them, again."""
+    trainer, synchronizations = trainer_of(folder, ranks, **options)
+    trainer.train()
+    if resumed:
+        trainer, synchronizations = trainer_of(folder, ranks, **options)
+        trainer.train(resume_from_checkpoint=f"{folder}/checkpoint-5")
+    logs = [{k: v for k, v in log.items() if k in COMPARED} for log in trainer.state.log_history if "loss" in log]
+    metrics = {k: v for k, v in trainer.evaluate().items() if k.removeprefix("eval_") in COMPARED}
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped if trainer.is_deepspeed_enabled else trainer.model)
+    again = ""
+    if isinstance(trainer.model, FSDPModule):
+        with pytest.raises(ValueError) as error:
+            trainer.train()
+        again = str(error.value)
+    trainer.save_model(f"{folder}/end")
+    trainer.ranks.wait()
+    (saved,) = Path(folder, "end").glob("*.safetensors")
+    return {
+        "logs": logs,
+        "eval": metrics,
+        "weights": {k: v.clone() for k, v in (state or {}).items()},
+        "saved": load_file(saved),
+        "synchronizations": synchronizations.count,
+        "again": again,
+        "calls": synchronizations.calls,
+        "shards": synchronizations.shards,
+        "wrapped": type(synchronizations.wrapped).__name__,
+        "max_tokens": trainer.max_tokens,
+    }
+
+
+def trainer_of(
+    folder, ranks, *, dataset=shared_prompts, pairs=8, accumulation=1, lora=False, fails=None, family="llama", layers=3,
+    **options,
+):  # fmt: skip
+    """The trainer of a case, and what watches it."""
+    peft_config = None
+    if lora:
+        from peft import LoraConfig
+
+        peft_config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    defaults = {
+        "optim": "sgd",
+        "learning_rate": 0.05,
+        "max_steps": 10,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+    model, synchronizations = tiny_model(family, num_hidden_layers=layers), Synchronizations()
+    model.register_forward_pre_hook(synchronizations.called)
+    if fails is not None:
+        RunsOutOfMemory(model, **fails)
+    trainer = DPOTrainer(
+        model,
+        args=DPOConfig(
+            output_dir=str(folder),
+            per_device_train_batch_size=pairs // ranks // accumulation,
+            gradient_accumulation_steps=accumulation,
+            per_device_eval_batch_size=4 // ranks,
+            **{**defaults, **options},
+        ),
+        train_dataset=dataset(),
+        eval_dataset=tiny_dataset(7, seed=3),
+        processing_class=tiny_tokenizer(),
+        peft_config=peft_config,
+        callbacks=[synchronizations],
+    )
+    synchronizations.trainer = trainer
+    return trainer, synchronizations
+
+
+COMPARED = ("loss", "grad_norm", "rewards/margins", "rewards/accuracies", "logps/chosen", "lengths/rejected", "entropy")
+
+
+def processors_as_gpus():
+    """Let accelerate take these processes for GPUs, the only ones that it shards over; all the rest is its own code.
+
+    It asks _prepare_backend what is there, and for GPUs makes the process group elsewhere than for processors.
+    """
+    torch.distributed.init_process_group("gloo")
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+    PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)
+
+
+def rank_main(rank, port, folder, mode):
+    """Every case of a mode on this rank; results go to a file."""
+    become_rank(rank, WORLD, port)
+    cases, options = MODES[mode]
+    if mode == "fsdp":
+        processors_as_gpus()
+    results = {
+        name: train(f"{folder}/{name}", WORLD, ddp_backend="gloo", **case, **options) for name, case in cases.items()
+    }
+    torch.save(results, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def on_two_ranks(folder, mode):
+    """The results of both ranks."""
+    torch.multiprocessing.spawn(rank_main, (free_port(), str(folder), mode), nprocs=WORLD)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]

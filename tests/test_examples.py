@@ -1,0 +1,106 @@
+"""The recipes of the README: each trains the same model on the same pairs in the same order, so all must agree."""
+
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+
+from dpofast import DPOConfig, DPOTrainer, reference
+from dpofast.integrations.trl import unpatch_trl
+from examples import (
+    accelerate_loop,
+    liger_loss,
+    lightning_module,
+    pytorch_loop,
+    tensor_parallel_loop,
+    transformers_trainer,
+    trl_trainer,
+)
+from tests.support.rank_processes import free_port
+from tests.support.tiny import tiny_model, tiny_pairs
+from tests.support.trl_cases import text_pairs, word_tokenizer
+
+PAIRS_PER_STEP, EOS = 4, 1
+
+
+def examples():
+    return [
+        {name: ids if name == "prompt_ids" else [*ids, EOS] for name, ids in pair.items()}
+        for pair in tiny_pairs(12, seed=2)
+    ]
+
+
+def as_text():
+    """The same for trl, which adds the end of the responses itself."""
+    return text_pairs(12, seed=2)
+
+
+def padded():
+    for start in range(0, 12, PAIRS_PER_STEP):
+        step = examples()[start : start + PAIRS_PER_STEP]
+        rows = [(pair["prompt_ids"], pair[name]) for name in ("chosen_ids", "rejected_ids") for pair in step]
+        yield reference.padded_rows(rows)
+
+
+RECIPES = {
+    "transformers": lambda model, ref, folder: transformers_trainer.train(
+        model, ref, Dataset.from_list(examples()), folder
+    ),
+    "trl": lambda model, ref, folder: trl_trainer.train(model, ref, as_text(), word_tokenizer(), folder),
+    "liger": lambda model, ref, folder: liger_loss.train(model, ref, padded()),
+    "accelerate": lambda model, ref, folder: accelerate_loop.train(model, ref, examples()),
+    "lightning": lambda model, ref, folder: lightning_module.train(model, ref, examples()),
+}
+
+
+@pytest.fixture(scope="module")
+def loop():
+    """The plain loop's losses and trained model, micro-batches of a few tokens."""
+    model = tiny_model()
+    return pytorch_loop.train(model, tiny_model(), examples(), max_tokens=30), model
+
+
+def test_the_plain_loop_learns(loop):
+    losses, _ = loop
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-6) and len(losses) == 3
+    model = tiny_model()
+    again = [pytorch_loop.train(model, tiny_model(), examples()) for _ in range(4)]
+    assert sum(again[-1]) < sum(losses) - 0.1
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_does_the_same(name, loop, tmp_path):
+    model = tiny_model()
+    try:
+        losses = RECIPES[name](model, tiny_model(), str(tmp_path))
+    finally:
+        unpatch_trl()
+    assert losses == pytest.approx(loop[0], abs=1e-5)
+    for (key, value), trained in zip(loop[1].state_dict().items(), model.state_dict().values(), strict=True):
+        torch.testing.assert_close(trained.cpu(), value, atol=1e-5, rtol=1e-4, msg=key)
+
+
+def _tensor_parallel(rank, port, folder):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    mesh = torch.distributed.init_device_mesh("cpu", (2,))
+    models = [tensor_parallel_loop.shard(tiny_model(), mesh) for _ in range(2)]
+    losses = pytorch_loop.train(*models, examples(), max_tokens=30)
+    sharded = sum(hasattr(weight, "device_mesh") for weight in models[0].parameters())
+    weights = {key: getattr(w, "full_tensor", w.clone)() for key, w in models[0].state_dict().items()}
+    args = DPOConfig(output_dir=folder, use_cpu=True, report_to="none", ddp_backend="gloo")
+    with pytest.raises(ValueError, match="model: expected whole weights, got .*q_proj.weight sharded over 2 devices"):
+        DPOTrainer(models[0], args=args)
+    torch.save((losses, sharded, weights), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_tensor_parallel_ranks_do_the_same(loop, tmp_path):
+    torch.multiprocessing.spawn(_tensor_parallel, (free_port(), str(tmp_path)), nprocs=2)
+    for rank in range(2):
+        losses, sharded, weights = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
+        assert sharded == 3 * 7 + 1
+        assert losses == pytest.approx(loop[0], abs=1e-5)
+        for key, value in loop[1].state_dict().items():
+            torch.testing.assert_close(weights[key], value, atol=1e-5, rtol=1e-4, msg=key)
