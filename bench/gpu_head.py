@@ -13,8 +13,9 @@ from torch import Tensor
 
 from bench import head
 from bench.gpu_setting import Setting, one_line
-from dpofast.head.engine.matmul import accumulate_dtype, logits_into
-from dpofast.head.engine.row_engine import SCRATCH_ROWS
+from dpofast.head.engine.dtypes import accumulate_dtype
+from dpofast.head.engine.matmul import logits_into
+from dpofast.head.engine.plan import SCRATCH_ROWS
 from dpofast.kernels.linear_logprobs import linear_logprobs
 from dpofast.kernels.token_logprobs import token_logprobs
 

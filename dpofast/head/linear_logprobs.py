@@ -1,4 +1,4 @@
-"""Public log-prob functions: from logits that exist, and from hidden states and the head without building them."""
+"""linear_logprobs(): log-probs from hidden states and the LM head, without building the logits."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from torch.distributed import ProcessGroup
 
 from dpofast import reference
 from dpofast.common.backend import choose_backend
-from dpofast.head.engine.matmul import accumulate_dtype
-from dpofast.head.engine.row_engine import DEFAULT_LOGITS_BYTES
+from dpofast.head.engine.dtypes import accumulate_dtype
+from dpofast.head.engine.plan import DEFAULT_LOGITS_BYTES
 from dpofast.head.linear_logprobs_op import per_token
 from dpofast.head.options import LogitOptions, LogprobOutput
 from dpofast.head.validate import (
@@ -52,8 +52,8 @@ def linear_logprobs(
         softcap: Gemma 2's final_logit_softcapping, or None.
         ignore_index: targets that count as 0, with zero gradient.
         stats: names among "entropy", "mean_logits", "is_top1", "log_sum_sq_probs".
-        process_group: weight and bias are this rank's rows of a head that is split over the vocabulary (dpofast/
-            distributed.py); hidden and targets are the same on every rank. A DTensor weight brings its own.
+        process_group: weight and bias are this rank's rows of a head that is split over the vocabulary
+            (vocab_parallel.py); hidden and targets are the same on every rank. A DTensor weight brings its own.
         max_logits_bytes: room for logits and what is computed from them, default 1 GiB.
             Nothing else is alive at the same time but inputs, results, gradients, vectors of N, and: (N, D) for a
             frozen head; a float32 (V, D) for a 16-bit head that trains and whose rows do not all fit at once.

@@ -1,34 +1,99 @@
-"""Log-probs from hidden states and the head, with the fewest GEMMs that per-token gradients allow (API b).
+"""torch.library operators of linear_logprobs, forward and backward, so that torch.compile sees a graph without breaks.
 
-| needed                 | forward keeps                       | GEMMs (units of 2·N·D·V) |
-|------------------------|-------------------------------------|--------------------------|
-| no gradient            | nothing                             | 1                        |
-| gradient to hidden     | E·W per row, (N, D)                 | 2                        |
-| the head trains        | E for the rows that fit, recomputes | 3 + recomputed/N         |
-| the head trains alone  | the same, without E·W               | 2 + recomputed/N         |
-
-Two torch.library operators, forward and backward, so that torch.compile sees a graph without breaks. A tensor that is
-not needed is empty. head_of chooses how E is made: whole rows by kernels/ (head.py), or tiles of the vocabulary in
-torch (vocab_tiles.py).
+GEMMs and what forward keeps for backward: engine/passes.py. Operators return tensors alone: one that is not needed is
+empty.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dpofast.common.autograd import no_second_derivative
-from dpofast.common.backend import uses_triton
-from dpofast.head.engine.row_engine import Head, HeadPlan, scale_rows
-from dpofast.head.engine.rows import RowResult
-from dpofast.head.engine.tiled_engine import TiledHead, TilePlan
+from dpofast.head.engine import passes
+from dpofast.head.engine.interface import (
+    HeadEngine,
+    HeadInputs,
+    KeptRows,
+    Needs,
+    RowSums,
+    row_coefficients,
+    stat_dtype,
+)
+from dpofast.head.engine.make import make_engine
+from dpofast.head.engine.row_engine import scale_rows
+from dpofast.head.operators import custom_operator, gradients_of
 from dpofast.head.options import STATS, LogitOptions
 from dpofast.head.validate import check_target_values
 
-_Nine = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-_Three = tuple[Tensor, Tensor, Tensor]
+
+class LinearArguments(NamedTuple):
+    """The forward operator's arguments. stats: the names of the statistics, with commas between them."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    targets: Tensor
+    temperature: float
+    logit_scale: float
+    softcap: float | None
+    ignore_index: int
+    stats: str
+    backend: str
+    max_logits_bytes: int
+    need_dh: bool
+    need_dw: bool
+    need_db: bool
+
+    @property
+    def needs(self) -> Needs:
+        """Which gradients are needed: an operator does not know what its caller's tensors require."""
+        return Needs(self.need_dh, self.need_dw, self.need_db)
+
+    def engine(self, *, with_stats: bool = True) -> HeadEngine:
+        """The call's engine: forward's and backward's have the same plan."""
+        stats = tuple(filter(None, self.stats.split(",")))
+        options = LogitOptions(self.temperature, self.logit_scale, self.softcap, self.ignore_index, stats)
+        inputs = HeadInputs(self.hidden, self.weight, self.bias, self.targets, options)
+        return make_engine(inputs, self.backend, self.max_logits_bytes, keep=self.needs.trains, with_stats=with_stats)
+
+
+class LinearResults(NamedTuple):
+    """The forward operator's results: logps (N,), what backward needs, and the four statistics (N,)."""
+
+    logps: Tensor
+    rescale: Tensor
+    target_exp: Tensor
+    row_max: Tensor
+    sum_exp: Tensor
+    kept_exp: Tensor
+    kept_tile_max: Tensor
+    products: Tensor
+    entropy: Tensor
+    mean_logits: Tensor
+    is_top1: Tensor
+    log_sum_sq_probs: Tensor
+
+    @staticmethod
+    def pack(logps: Tensor, sums: RowSums, kept: KeptRows, products: Tensor, stats: dict[str, Tensor]) -> LinearResults:
+        """All results, the statistics that were not asked for empty."""
+        absent = {name: logps.new_empty(0, dtype=stat_dtype(name, logps.dtype)) for name in STATS if name not in stats}
+        return LinearResults(logps, *sums, *kept, products, **stats, **absent)
+
+    @property
+    def for_backward(self) -> tuple[Tensor, ...]:
+        """The fields of the backward operator's Upstream but the first, RowSums and KeptRows."""
+        sums = RowSums(self.rescale, self.target_exp, self.row_max, self.sum_exp)
+        return (self.products, *sums, *KeptRows(self.kept_exp, self.kept_tile_max))
+
+
+class Upstream(NamedTuple):
+    """The gradient (N,) that reaches logps, and E·W (N, D) of a head that does not train, else (0,)."""
+
+    grad_logps: Tensor
+    products: Tensor
 
 
 def per_token(
@@ -42,9 +107,7 @@ def per_token(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Log-probs (N,), differentiable, and the statistics that options name, (N,) each."""
     grad = torch.is_grad_enabled()
-    # An operator does not know what its caller's tensors require.
-    needs = [grad and x is not None and x.requires_grad for x in (hidden, weight, bias)]
-    logps, _, _, _, _, *values = linear_logprobs_op(
+    arguments = LinearArguments(
         hidden,
         weight,
         bias,
@@ -56,181 +119,86 @@ def per_token(
         ",".join(options.stats),
         backend,
         max_logits_bytes,
-        *needs,
+        *(grad and x is not None and x.requires_grad for x in (hidden, weight, bias)),
     )
-    return logps, {name: value for name, value in zip(STATS, values, strict=True) if name in options.stats}
+    results = LinearResults(*linear_logprobs_op(*arguments))
+    return results.logps, {name: getattr(results, name) for name in options.stats}
 
 
-def head_of(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    options: LogitOptions,
-    backend: str,
-    max_logits_bytes: int,
-    *,
-    keep: bool,
-    largest: int | None = None,
-) -> Head | TiledHead:
-    """The call's head, planned inside max_logits_bytes; keep and largest as in the plans' make."""
-    rows = len(targets)
-    if uses_triton(backend):
-        plan = HeadPlan.make(rows, weight, max_logits_bytes, keep=keep, largest=largest)
-        return Head(hidden, weight, bias, targets, options, backend, plan)
-    tiles = TilePlan.make(rows, weight, max_logits_bytes, options, keep=keep, largest=largest)
-    return TiledHead(hidden, weight, bias, targets, options, tiles)
+def _forward(arguments: LinearArguments) -> LinearResults:
+    check_target_values(arguments.targets, arguments.weight.shape[0], arguments.ignore_index)
+    with torch.autocast(arguments.hidden.device.type, enabled=False):
+        rows, kept, products = passes.forward(arguments.engine(), arguments.needs)
+    return LinearResults.pack(rows.logps, rows.sums, kept, products, rows.stats)
 
 
-def joined(head: Head | TiledHead, results: list[RowResult]) -> RowResult:
-    """The results of consecutive rows as one."""
-    hidden, names = head.hidden, head.options.stats
-    if not results:
-        sums = hidden.new_empty(head.SUMS, 0, dtype=head.wide)
-        stats = {name: hidden.new_empty(0, dtype=_dtype_of(name, head.wide)) for name in names}
-        return RowResult(torch.empty_like(sums[0]), sums, stats)
-    return RowResult(
-        torch.cat([result.logps for result in results]),
-        torch.cat([result.sums for result in results], dim=1),
-        {name: torch.cat([result.stats[name] for result in results]) for name in names},
-    )
+def _fake_forward(arguments: LinearArguments) -> LinearResults:
+    engine, count = arguments.engine(), arguments.targets.shape[0]
+    hidden, wide, names = arguments.hidden, engine.inputs.wide, engine.inputs.options.stats
+    stats = {name: hidden.new_empty(count, dtype=stat_dtype(name, wide)) for name in names}
+    products = passes.empty_products(engine, arguments.needs)
+    logps = hidden.new_empty(count, dtype=wide)
+    return LinearResults.pack(logps, engine.empty_sums(count), engine.new_kept(), products, stats)
 
 
-def _dtype_of(statistic: str, wide: torch.dtype) -> torch.dtype:
-    return torch.bool if statistic == "is_top1" else wide
-
-
-def _options(
-    temperature: float, logit_scale: float, softcap: float | None, ignore_index: int, stats: str = ""
-) -> LogitOptions:
-    return LogitOptions(temperature, logit_scale, softcap, ignore_index, tuple(filter(None, stats.split(","))))
-
-
-@torch.library.custom_op("dpofast::linear_logprobs", mutates_args=())
-def linear_logprobs_op(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
-    ignore_index: int,
-    stats: str,
-    backend: str,
-    max_logits_bytes: int,
-    need_dh: bool,
-    need_dw: bool,
-    need_db: bool,
-) -> _Nine:
-    """logps (N,), RowResult's sums, the two of Kept, E·W (N, D), then the four statistics (N,)."""
-    options = _options(temperature, logit_scale, softcap, ignore_index, stats)
-    check_target_values(targets, weight.shape[0], ignore_index)
-    trains = need_dw or need_db
+def _backward_run(
+    upstream: Upstream, sums: RowSums, kept: KeptRows, arguments: LinearArguments
+) -> tuple[Tensor, Tensor, Tensor]:
+    hidden = arguments.hidden
+    ignored = arguments.targets == arguments.ignore_index
+    coefficients = row_coefficients(upstream.grad_logps, sums.rescale, ignored)
+    if not arguments.needs.trains:
+        dh = torch.empty_like(hidden)
+        scale_rows(dh, upstream.products, coefficients)
+        return dh, hidden.new_empty(0), hidden.new_empty(0)
     with torch.autocast(hidden.device.type, enabled=False):
-        head = head_of(hidden, weight, bias, targets, options, backend, max_logits_bytes, keep=trains)
-        kept = head.kept()
-        products = hidden.new_empty(
-            (len(targets), weight.shape[1]) if need_dh and not trains else (0,), dtype=head.narrow
-        )
-        if not (need_dh or trains):
-            results = head.all_logps()
-        elif trains:  # the rows beyond those that are kept are recomputed in backward
-            results = head.keep(kept, slice(0, head.plan.kept_rows))
-            results += [head.logps(rows) for rows in head.beyond(head.plan.kept_rows, len(targets))]
-        else:
-            results = head.frozen(products)
-        rows = joined(head, results)
-    nothing = [rows.logps.new_empty(0, dtype=_dtype_of(name, head.wide)) for name in STATS]
-    values = [rows.stats.get(name, empty) for name, empty in zip(STATS, nothing, strict=True)]
-    return (rows.logps, rows.sums, *kept, products, *values)  # type: ignore[return-value]
+        gradients = passes.backward(arguments.engine(with_stats=False), arguments.needs, coefficients, sums, kept)
+    dh, dw, db = (hidden.new_empty(0) if gradient is None else gradient for gradient in gradients)
+    return dh, dw, db
 
 
-@linear_logprobs_op.register_fake
-def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *arguments: Any) -> _Nine:
-    options = _options(*arguments[:5])
-    backend, max_logits_bytes, need_dh, need_dw, need_db = arguments[5:]
-    n, width = targets.shape[0], weight.shape[1]
-    trains = need_dw or need_db
-    head = head_of(hidden, weight, bias, targets, options, backend, max_logits_bytes, keep=trains)
-    products = (n, width) if need_dh and not trains else (0,)
-    values = [hidden.new_empty(n if name in options.stats else 0, dtype=_dtype_of(name, head.wide)) for name in STATS]
-    return (  # type: ignore[return-value]
-        hidden.new_empty(n, dtype=head.wide),
-        hidden.new_empty(head.SUMS, n, dtype=head.wide),
-        *head.kept(),
-        hidden.new_empty(products, dtype=head.narrow),
-        *values,
-    )
+def _fake_backward(
+    upstream: Upstream, sums: RowSums, kept: KeptRows, arguments: LinearArguments
+) -> tuple[Tensor, Tensor, Tensor]:
+    return fake_gradients(arguments.hidden, arguments.weight, arguments.needs)
 
 
-@torch.library.custom_op("dpofast::linear_logprobs_backward", mutates_args=())
-def linear_logprobs_backward_op(
-    grad_logps: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    sums: Tensor,
-    kept: Tensor,
-    maxima: Tensor,
-    products: Tensor,
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
-    ignore_index: int,
-    stats: str,
-    backend: str,
-    max_logits_bytes: int,
-    need_dh: bool,
-    need_dw: bool,
-    need_db: bool,
-) -> _Three:
-    """dh (N, D), dW (V, D), db (V,)."""
-    # where, not times zero: an ignored row counts as 0 even if the gradient that reaches it is not finite
-    coefficients = torch.where(sums[0] == 0, 0.0, grad_logps * sums[0])
-    nothing = hidden.new_empty(0)
-    if not (need_dw or need_db):
-        scaled = torch.empty_like(hidden)
-        scale_rows(scaled, products, coefficients)
-        return scaled, nothing, nothing.clone()
-    options = _options(temperature, logit_scale, softcap, ignore_index, stats)  # forward's, and so its plan
-    with torch.autocast(hidden.device.type, enabled=False):
-        head = head_of(hidden, weight, bias, targets, options, backend, max_logits_bytes, keep=True)
-        head.options = _options(temperature, logit_scale, softcap, ignore_index)
-        gradients = head.gradients((need_dh, need_dw, need_db))
-        kept_rows = slice(0, head.plan.kept_rows)
-        parts = [(kept_rows, (kept, maxima))] if head.plan.kept_rows else []
-        for rows, known in [*parts, *((rows, None) for rows in head.beyond(kept_rows.stop, len(targets)))]:
-            gradients.add(rows, coefficients[rows], sums[:, rows], known)
-    dh, dw, db = gradients.finish()
-    return tuple(nothing.clone() if x is None else x for x in (dh, dw, db))  # type: ignore[return-value]
-
-
-@linear_logprobs_backward_op.register_fake
-def _(grad_logps: Tensor, hidden: Tensor, weight: Tensor, *arguments: Any) -> _Three:
-    need_dh, need_dw, need_db = arguments[-3:]
+def fake_gradients(hidden: Tensor, weight: Tensor, needs: Needs) -> tuple[Tensor, Tensor, Tensor]:
+    """dh (N, D), dW (V, D), db (V,) of fake tensors, (0,) where not needed."""
     return (
-        torch.empty_like(hidden) if need_dh else hidden.new_empty(0),
-        torch.empty_like(weight) if need_dw else hidden.new_empty(0),
-        weight.new_empty(weight.shape[0] if need_db else 0),
+        torch.empty_like(hidden) if needs.hidden else hidden.new_empty(0),
+        torch.empty_like(weight) if needs.weight else hidden.new_empty(0),
+        weight.new_empty(weight.shape[0] if needs.bias else 0),
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: _Nine) -> None:
-    hidden, weight, bias, targets, *arguments = inputs
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, bias, targets, *settings = inputs
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # zeros for kept rows would be as large as they
-    ctx.save_for_backward(hidden, weight, bias, targets, *output[1:5])
-    ctx.arguments, ctx.needs = arguments, arguments[-3:]
+    ctx.save_for_backward(hidden, weight, bias, targets, *LinearResults(*output).for_backward)
+    ctx.settings = settings
 
 
-def _backward(ctx: Any, grad_logps: Tensor | None, *_: Any) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad_logps: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad_logps is None:
-        return (None,) * 14
-    gradients = linear_logprobs_backward_op(grad_logps, *ctx.saved_tensors, *ctx.arguments)
-    return (*(gradient if need else None for gradient, need in zip(gradients, ctx.needs, strict=True)), *(None,) * 11)
+        return gradients_of(LinearArguments)
+    hidden, weight, bias, targets, *forward = ctx.saved_tensors
+    arguments = LinearArguments(hidden, weight, bias, targets, *ctx.settings)
+    gradients = linear_logprobs_backward_op(grad_logps, *forward, *arguments)
+    dh, dw, db = (x if need else None for x, need in zip(gradients, arguments.needs, strict=True))
+    return gradients_of(LinearArguments, hidden=dh, weight=dw, bias=db)
 
 
+linear_logprobs_op = custom_operator(
+    "dpofast::linear_logprobs", (LinearArguments,), len(LinearResults._fields), _forward, _fake_forward
+)
+linear_logprobs_backward_op = custom_operator(
+    "dpofast::linear_logprobs_backward",
+    (Upstream, RowSums, KeptRows, LinearArguments),
+    3,
+    _backward_run,
+    _fake_backward,
+)
 linear_logprobs_op.register_autograd(_backward, setup_context=_setup_context)
 linear_logprobs_backward_op.register_autograd(no_second_derivative)

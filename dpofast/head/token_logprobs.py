@@ -10,8 +10,9 @@ from torch import Tensor
 from dpofast import reference
 from dpofast.common.autograd import first_order_only
 from dpofast.common.backend import choose_backend
-from dpofast.head.engine.matmul import accumulate_dtype
-from dpofast.head.engine.row_engine import chunks
+from dpofast.head.engine.dtypes import accumulate_dtype
+from dpofast.head.engine.interface import row_coefficients
+from dpofast.head.engine.plan import chunks
 from dpofast.head.engine.rows import torch_rows
 from dpofast.head.options import LogitOptions
 from dpofast.head.validate import (
@@ -115,8 +116,8 @@ class _Logprobs(torch.autograd.Function):
             return grad, None, None, None, None
         for chunk in _row_chunks(logits):
             x = logits[chunk].to(accumulate_dtype(logits.dtype), copy=True)
-            _, scale = torch_rows(x, targets[chunk], ctx.options, exp=True)
-            c = torch.where(scale == 0, 0.0, grad_logps[chunk] * scale)
+            _, rescale = torch_rows(x, targets[chunk], ctx.options, exp=True)
+            c = row_coefficients(grad_logps[chunk], rescale, targets[chunk] == ctx.options.ignore_index)
             grad[chunk] = x.mul_(c.unsqueeze(1))
         return grad, None, None, None, None
 

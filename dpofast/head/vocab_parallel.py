@@ -1,7 +1,7 @@
-"""Vocabulary-parallel log-probs: what the ranks of a process group must agree on before any of them computes.
+"""Vocabulary-parallel log-probs: what the ranks of a process group agree on before any of them computes, and autograd.
 
 A rank that raised alone would leave the others waiting for its share of the next exchange. So every check ends in one
-all-gather of a few integers, after which all ranks go on or all raise. The computation is in vocab_parallel.py.
+all-gather of a few integers, after which all ranks go on or all raise. The computation is in engine/sharded_engine.py.
 """
 
 from __future__ import annotations
@@ -13,9 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dpofast.common.autograd import first_order_only
 from dpofast.common.backend import choose_backend
-from dpofast.head.engine.row_engine import DEFAULT_LOGITS_BYTES
-from dpofast.head.engine.sharded_engine import VocabParallelLogprobs, VocabShard
+from dpofast.head.engine import passes
+from dpofast.head.engine.interface import HeadInputs, KeptRows, Needs, RowSums, row_coefficients
+from dpofast.head.engine.plan import DEFAULT_LOGITS_BYTES
+from dpofast.head.engine.sharded_engine import ShardedEngine, VocabShard
 from dpofast.head.options import LogitOptions
 from dpofast.head.validate import check_head, check_target_values
 
@@ -63,7 +66,7 @@ def vocab_parallel_logprobs(
     if not isinstance(process_group, dist.ProcessGroup):
         raise TypeError(f"process_group: expected a torch.distributed.ProcessGroup, got {type(process_group).__name__}")
     grad = torch.is_grad_enabled()
-    needs = tuple(grad and x is not None and x.requires_grad for x in (hidden, weight, bias))
+    needs = Needs(*(grad and x is not None and x.requires_grad for x in (hidden, weight, bias)))
     problem, chosen = None, ""
     try:
         chosen = _checked_backend(hidden, weight, targets, bias, backend)
@@ -74,14 +77,56 @@ def vocab_parallel_logprobs(
         "hidden (N, D)": tuple(hidden.shape),
         "the dtype of hidden": hidden.dtype,
         "temperature, logit_scale, softcap, ignore_index, stats": options,
-        "which of hidden, weight and bias require a gradient": needs,
+        "which of hidden, weight and bias require a gradient": tuple(needs),
         "bias, given or None": bias is None,
     }
     shard = _agree(process_group, hidden, weight, targets, same, budget, problem)
     check_target_values(targets, shard.vocab, options.ignore_index)
     with torch.autocast(hidden.device.type, enabled=False):
-        logps, *values = VocabParallelLogprobs.apply(hidden, weight, bias, targets, shard, options, chosen, needs)
+        logps, *values = _VocabParallelLogprobs.apply(hidden, weight, bias, targets, shard, options, chosen, needs)
     return logps, dict(zip(options.stats, values, strict=True))
+
+
+class _VocabParallelLogprobs(torch.autograd.Function):
+    """(hidden, weight, bias, targets) -> logps and the statistics named in options; a gradient of logps only."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        shard: VocabShard,
+        options: LogitOptions,
+        backend: str,
+        needs: Needs,
+    ) -> tuple[Tensor, ...]:
+        """Log-probs (N,), then one (N,) tensor a statistic."""
+        inputs = HeadInputs(hidden, weight, bias, targets, options)
+        rows, kept, products = passes.forward(ShardedEngine(inputs, shard, backend, keep=needs.trains), needs)
+        ctx.mark_non_differentiable(*rows.stats.values())
+        ctx.shard, ctx.options, ctx.backend, ctx.needs = shard, options, backend, needs
+        if any(needs):
+            ctx.save_for_backward(hidden, weight, bias, targets, products, *kept, *rows.sums)
+        return (rows.logps, *rows.stats.values())
+
+    @staticmethod
+    @first_order_only
+    def backward(ctx: Any, grad_logps: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        """dh (the sum over ranks), dW and db (this rank's rows) for the gradient of logps (N,)."""
+        hidden, weight, bias, targets, products, exp, tile_max, *sums = ctx.saved_tensors
+        needs: Needs = ctx.needs
+        inputs = HeadInputs(hidden, weight, bias, targets, ctx.options)
+        with torch.autocast(hidden.device.type, enabled=False):
+            engine = ShardedEngine(inputs, ctx.shard, ctx.backend, keep=needs.trains)
+            row_sums = RowSums(*sums)
+            c = row_coefficients(grad_logps, row_sums.rescale, engine.ignored)
+            if needs.trains:
+                gradients = passes.backward(engine, needs, c, row_sums, KeptRows(exp, tile_max))
+            else:
+                gradients = engine.all_reduced(products * c.unsqueeze(1)), None, None
+        return (*gradients, *(None,) * 5)
 
 
 def from_dtensor(weight: DTensor, *, name: str = "weight") -> tuple[Tensor, dist.ProcessGroup | None]:

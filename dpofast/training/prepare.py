@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dpofast.checkpointing.fsdp import check_whole
-from dpofast.head.engine.row_engine import HeadPlan
+from dpofast.head.engine.plan import HeadPlan
 from dpofast.model.attach import attach_logprob_head
 from dpofast.training.config import DPOConfig
 

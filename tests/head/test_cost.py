@@ -8,10 +8,10 @@ import torch
 import dpofast
 from bench.cost import Cost
 from dpofast.common.backend import choose_backend
-from dpofast.head.engine import row_engine as head
-from dpofast.head.engine import tiled_engine as vocab_tiles
-from dpofast.head.engine.row_engine import exp_dtype
-from dpofast.head.linear_logprobs_op import head_of
+from dpofast.head.engine import plan as engine_plan
+from dpofast.head.engine.dtypes import exp_dtype
+from dpofast.head.engine.interface import HeadInputs
+from dpofast.head.engine.make import make_engine
 from dpofast.head.options import STATS, LogitOptions
 from dpofast.losses.config import PreferenceLoss
 
@@ -236,24 +236,24 @@ PLANS = {"none": (False, False), "frozen": (True, False), "trained": (True, True
 
 @pytest.fixture(autouse=True)
 def engine_scaled_down(monkeypatch):
-    for module, constant in (
-        (head, "SCRATCH_ROWS"),
-        (head, "_CPU_SCRATCH_ROWS"),
-        (head, "_ROW_MULTIPLE"),
-        (head, "TEMPORARY_ROWS"),
-        (head, "_UPCAST_ROWS"),
-        (vocab_tiles, "_ROWS"),
-        (vocab_tiles, "_COLUMNS"),
-        (vocab_tiles, "_KEPT_ROWS"),
+    for constant in (
+        "SCRATCH_ROWS",
+        "_CPU_SCRATCH_ROWS",
+        "_ROW_MULTIPLE",
+        "TEMPORARY_ROWS",
+        "_UPCAST_ROWS",
+        "TILE_ROWS",
+        "TILE_COLUMNS",
+        "KEPT_ROWS",
     ):
-        monkeypatch.setattr(module, constant, max(1, getattr(module, constant) // SCALE))
+        monkeypatch.setattr(engine_plan, constant, max(1, getattr(engine_plan, constant) // SCALE))
 
 
 def rows_kept(device, dtype, budget, **options):
     hidden, weight = (torch.empty(rows, HEAD_D, dtype=dtype, device=device) for rows in (HEAD_N, HEAD_V))
     targets, backend = torch.zeros(HEAD_N, dtype=torch.int64, device=device), choose_backend("auto", device, dtype)
-    head = head_of(hidden, weight, None, targets, LogitOptions(), backend, budget, keep=True, **options)
-    return head.plan.kept_rows
+    inputs = HeadInputs(hidden, weight, None, targets, LogitOptions())
+    return make_engine(inputs, backend, budget, keep=True, **options).plan.kept_rows
 
 
 def head_cost(device, plan, dtype, bias, function):

@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 import dpofast
 from bench.cost import Cost
 from dpofast import reference
+from dpofast.common import backend as choices
 from dpofast.common.backend import choose_backend
-from dpofast.head.engine import rows
-from dpofast.head.engine.row_engine import HeadPlan, even_rows, exp_rows_like
+from dpofast.head.engine.plan import HeadPlan, even_rows
+from dpofast.head.engine.row_engine import exp_rows_like
 from dpofast.head.linear_logprobs_op import linear_logprobs_op
 from tests.support.row_cases import head_inputs
 
@@ -428,9 +429,9 @@ def test_where_the_fused_backend_cannot_run():
 
 def test_auto_takes_the_fused_kernel_only_where_it_was_timed(monkeypatch):
     cuda = torch.device("cuda")
-    monkeypatch.setattr(rows, "_architecture", lambda device: "sm_90")
+    monkeypatch.setattr(choices, "_architecture", lambda device: "sm_90")
     assert choose_backend("auto", cuda, torch.bfloat16) == "triton"
-    monkeypatch.setattr(rows, "FUSED_BY_DEFAULT", ("sm_90",))
+    monkeypatch.setattr(choices, "FUSED_BY_DEFAULT", ("sm_90",))
     assert choose_backend("auto", cuda, torch.bfloat16) == "fused"
     for dtype in (torch.float32, None):
         assert choose_backend("auto", cuda, dtype) == "triton"

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 import dpofast
 from bench.cost import Cost
 from dpofast import PreferenceLoss, reference
-from dpofast.head.linear_preference import components, flushes, linear_preference_op
+from dpofast.head.linear_preference_op import linear_preference_op
+from dpofast.head.pair_blocks import components, joined_runs
 from dpofast.losses.coefficients import runs_fused
 from dpofast.losses.functional import token_preference_loss
 from dpofast.losses.sequences import pair_logprobs
@@ -138,7 +139,7 @@ def test_components_are_the_shortest_closed_runs(data):
     for cut in range(1, count):
         crossed = any(min(pair) < cut <= max(pair) for pair in pairs)
         assert (cut in cuts) == (not crossed)
-    joined = flushes(cu, runs, 10)
+    joined = joined_runs(cu, runs, 10)
     assert [start for start, _ in joined] + [count] == [0] + [stop for _, stop in joined]
     for start, stop in joined:
         assert cu[stop] - cu[start] <= 10 or (start, stop) in runs

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 import dpofast
 from bench.cost import Cost
 from dpofast import reference
-from dpofast.head.engine import tiled_engine as vocab_tiles
-from dpofast.head.engine.tiled_engine import TilePlan
+from dpofast.head.engine import plan as engine_plan
+from dpofast.head.engine.plan import TilePlan
 from dpofast.head.options import STATS, LogitOptions
 from tests.support.row_cases import FLOATS, head_inputs
 
@@ -21,9 +21,9 @@ SOFTCAP = {"softcap": 5.0, "logit_scale": 1.7, "temperature": 0.6}
 @pytest.fixture(autouse=True)
 def tiles_of_seven(monkeypatch):
     """Many tiles, with few rows in each and at a time."""
-    monkeypatch.setattr(vocab_tiles, "_COLUMNS", 7)
-    monkeypatch.setattr(vocab_tiles, "_ROWS", 5)
-    monkeypatch.setattr(vocab_tiles, "CACHE_BYTES", 3 * 7 * 4)
+    monkeypatch.setattr(engine_plan, "TILE_COLUMNS", 7)
+    monkeypatch.setattr(engine_plan, "TILE_ROWS", 5)
+    monkeypatch.setattr(engine_plan, "CACHE_BYTES", 3 * 7 * 4)
 
 
 def gradients(function, tensors, upstream):

@@ -10,14 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
-def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of logits, sums and log-probs for inputs of `dtype`: float64 stays, everything else is float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _blocks(rows: int, upcast_rows: int) -> list[slice]:
-    return [slice(start, min(start + upcast_rows, rows)) for start in range(0, rows, max(upcast_rows, 1))]
+from dpofast.head.engine.dtypes import accumulate_dtype
+from dpofast.head.engine.plan import chunks
 
 
 def logits_into(out: Tensor, hidden: Tensor, weight: Tensor, upcast_rows: int) -> None:
@@ -28,12 +22,12 @@ def logits_into(out: Tensor, hidden: Tensor, weight: Tensor, upcast_rows: int) -
         torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out)
     else:
         wide = hidden.to(out.dtype)
-        for block in _blocks(weight.shape[0], upcast_rows):
+        for block in chunks(0, weight.shape[0], upcast_rows):
             torch.mm(wide, weight[block].to(out.dtype).t(), out=out[:, block])
 
 
 def add_transposed_product(total: Tensor, rows: Tensor, scaled: Tensor, upcast_rows: int, *, first: bool) -> None:
-    """total (V, D) = rows (R, V)ᵀ · scaled (R, D), added to what is there unless first.
+    """total (V, D) = rows (R, V)ᵀ · scaled (R, D), accumulated unless first.
 
     total is float32 or float64; or, where nothing will be added to it, any narrower dtype, rounded once.
     """
@@ -47,10 +41,10 @@ def add_transposed_product(total: Tensor, rows: Tensor, scaled: Tensor, upcast_r
     else:
         dtype = accumulate_dtype(rows.dtype)
         # A total that is narrower still takes the one product of factors that are wide already.
-        parts = [slice(len(rows))] if rows.dtype == dtype else _blocks(len(rows), upcast_rows) or [slice(0)]
+        parts = [slice(len(rows))] if rows.dtype == dtype else chunks(0, len(rows), upcast_rows) or [slice(0)]
         for part in parts:
             wide = scaled[part].to(dtype)
-            for block in _blocks(total.shape[0], upcast_rows):
+            for block in chunks(0, total.shape[0], upcast_rows):
                 factor = rows[part, block].to(dtype).t()
                 if not first:
                     total[block].addmm_(factor, wide)
@@ -79,6 +73,6 @@ def product_into(
             out.mul_(coefficients.unsqueeze(1))
         return
     total = torch.zeros_like(out, dtype=rows.dtype)
-    for block in _blocks(weight.shape[0], upcast_rows):
+    for block in chunks(0, weight.shape[0], upcast_rows):
         total.addmm_(rows[:, block], weight[block].to(rows.dtype))
     out.copy_(total if coefficients is None else total.mul_(coefficients.unsqueeze(1)))

@@ -1,11 +1,13 @@
 """Log-probs and statistics of rows that never exist whole: tiles of the vocabulary, one after the other.
 
-With y the target and m = max z of the tiles so far, a tile z becomes exp(z − m) in place, 0 at the target, and adds to
+The online softmax (Milakov and Gimelshein, arXiv 1805.02867). With y the target and m = max z of the tiles so far, a
+tile z becomes exp(z − m) in place, 0 at the target, and adds to
 
     others = Σ_{v≠y} exp(z_v − m)      S = others + exp(z_y − m)      logp = z_y − m − log S
 
-A tile that raises m shrinks every sum before it by exp(m_before − m), and so must its user whatever was made of the
-earlier tiles. Without the target in the tile, (p − onehot)·S at y is −others: known at the end, without cancellation.
+A tile that raises m rescales every sum before it by exp(m_before − m), and so must its user whatever was accumulated
+from the earlier tiles. Without the target in the tile, (p − onehot)·S at y is −others: known at the end, without
+cancellation.
 """
 
 from __future__ import annotations
@@ -13,20 +15,32 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dpofast.head.engine.rows import RowResult, row_blocks, scale_in_place
-from dpofast.head.options import LogitOptions
+from dpofast.head.engine.interface import HeadInputs, RowResult, RowSums
+from dpofast.head.engine.plan import chunks
+from dpofast.head.engine.rows import scale_in_place
 
 # The shift from which exp is 0 in float32 and float64: beyond it, z − m times exp(z − m) is 0 and not 0·inf.
 _FAR = -1e4
 
 
-class OnlineSums:
-    """The sums of R rows; block_rows are worked on together, so that all passes but the first read from cache."""
+def rescale_factor(before: Tensor, after: Tensor) -> Tensor:
+    """exp(before − after): turns a sum of exp(z − before) into the sum of exp(z − after)."""
+    return (before - after).exp_()
 
-    def __init__(self, targets: Tensor, vocab: int, options: LogitOptions, dtype: torch.dtype, block_rows: int) -> None:
-        """No tile yet. targets (R,) are ids of the whole vocabulary; sums are of dtype."""
+
+class OnlineSoftmax:
+    """The sums of R rows; block_rows are worked on together, so that all passes but the first read from cache.
+
+    Attributes:
+        ignored: (R,) bool.
+        maximum: m, (R, 1), of the tiles so far.
+    """
+
+    def __init__(self, inputs: HeadInputs, rows: slice, block_rows: int) -> None:
+        """Start without a tile; targets are ids of the whole vocabulary."""
+        targets, options, vocab, dtype = inputs.targets[rows], inputs.options, len(inputs.weight), inputs.wide
         self.targets, self.vocab, self.options, self.block_rows = targets.unsqueeze(1), vocab, options, block_rows
-        self.ignored = targets == options.ignore_index
+        self.ignored = inputs.ignored(rows)
         self.any_ignored = not targets.is_cpu or bool(self.ignored.any())
 
         def column(value: float) -> Tensor:
@@ -40,14 +54,14 @@ class OnlineSums:
             self._largest, self._is_top1 = column(-torch.inf), torch.zeros_like(self.targets, dtype=torch.bool)
 
     def add(self, x: Tensor, start: int, bias: Tensor | None, exp_out: Tensor | None = None) -> Tensor:
-        """Take in raw logits x (R, v) of ids from `start` on, overwritten; returns exp(m_before − m) (R, 1).
+        """Add a tile, raw logits x (R, v) of ids from `start` on, overwritten; returns exp(m_before − m) (R, 1).
 
         exp_out (R, v), of any float dtype and possibly x itself, receives E without its entry at the target: exp(z − m)
         with softcap's factor 1 − tanh², zeros where ignored.
         """
         before, added = self.maximum.clone(), torch.empty_like(self.others)
         sums = {name: torch.empty_like(total) for name, total in self._sums.items()}
-        for rows in row_blocks(len(x), self.block_rows):
+        for rows in chunks(0, len(x), self.block_rows):
             z = x[rows]
             if bias is not None:
                 z.add_(bias)
@@ -81,7 +95,7 @@ class OnlineSums:
                     z.masked_fill_(self.ignored[rows].unsqueeze(1), 0.0)
                 if exp_out.data_ptr() != x.data_ptr():
                     exp_out[rows].copy_(z)
-        return self._join(before, added, sums)
+        return self._accumulate(before, added, sums)
 
     def _find_largest(self, rows: slice, found: Tensor, at_target: Tensor, *, first: bool) -> None:
         """Among equal maxima the first counts, and a NaN before all others, as for argmax."""
@@ -90,23 +104,22 @@ class OnlineSums:
         self._is_top1[rows] = torch.where(moved, at_target, self._is_top1[rows])
         torch.maximum(largest, found, out=largest)
 
-    def _join(self, before: Tensor, added: Tensor, sums: dict[str, Tensor]) -> Tensor:
-        """Every sum so far, relative to the new maximum, plus the tile's."""
-        raised = before.sub_(self.maximum)
-        shrink = raised.exp()
+    def _accumulate(self, before: Tensor, added: Tensor, sums: dict[str, Tensor]) -> Tensor:
+        """Rescale every sum so far to the new maximum, and add the tile's."""
+        rescale = rescale_factor(before, self.maximum)
         for name, total in self._sums.items():
             if name == "entropy":  # Σ e·(z − m) is to another m too
-                total.addcmul_(raised.clamp(min=_FAR), self.others)
+                total.addcmul_(before.sub_(self.maximum).clamp_(min=_FAR), self.others)
             if name != "mean_logits":
-                total.mul_(shrink)
+                total.mul_(rescale)
             if name == "log_sum_sq_probs":
-                total.mul_(shrink)
+                total.mul_(rescale)
             total.add_(sums[name])
-        self.others.mul_(shrink).add_(added)
-        return shrink
+        self.others.mul_(rescale).add_(added)
+        return rescale
 
     def finish(self) -> RowResult:
-        """What the rows have become, after the last tile."""
+        """The rows' results, after the last tile."""
         own = (self.target - self.maximum).exp_()
         sum_exp = self.others + own
         log_sum = sum_exp.log()
@@ -122,11 +135,10 @@ class OnlineSums:
             else:
                 value = (self._sums[name] + own.square()).log() - 2 * log_sum
             stats[name] = value.squeeze(1).masked_fill_(self.ignored, 0)
-        pull = -self.others
+        target_exp = -self.others
         if self.options.softcap is not None:
-            pull.mul_(1 - (self.target * (self.options.temperature / self.options.softcap)).square_())
-        logps = self.target - self.maximum - log_sum
-        sums = torch.cat([-self.options.gradient_scale / sum_exp, pull, self.maximum], dim=1)
-        return RowResult(
-            logps.squeeze(1).masked_fill_(self.ignored, 0.0), sums.t().masked_fill(self.ignored, 0.0), stats
-        )
+            target_exp.mul_(1 - (self.target * (self.options.temperature / self.options.softcap)).square_())
+        columns = (-self.options.gradient_scale / sum_exp, target_exp, self.maximum)
+        rescale, target_exp, row_max = (column.squeeze(1).masked_fill(self.ignored, 0.0) for column in columns)
+        logps = (self.target - self.maximum - log_sum).squeeze(1).masked_fill_(self.ignored, 0.0)
+        return RowResult(logps, RowSums(rescale, target_exp, row_max, logps.new_empty(0)), stats)

@@ -1,40 +1,21 @@
-"""Row work on logits that already lie in a buffer: log-probs, and E, the one tile that both gradients need.
+"""Row work on logits that already lie in a buffer: log-probs, statistics and E, in Triton or torch.
 
     z = softcap·tanh(logit_scale·(x + b)/softcap)/temperature      m = max z      S = Σ exp(z − m)
     logp = z_y − m − log S      E = exp(z − m), and e_y − S at the target y: that is (p − onehot)·S without cancellation
 
 dlogp/dx = −(logit_scale/temperature)/S ⊙ E (E carries softcap's factor 1 − tanh² itself), so E never needs the incoming
 gradient. On CUDA one Triton program does a row (kernels/token_logprobs.py) and its statistics; on the CPU torch does a
-row of existing logits in place, and those of hidden states and head in tiles of the vocabulary (online_sums.py).
+row of existing logits in place, and those of hidden states and head in tiles of the vocabulary (online_softmax.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
+from dpofast.head.engine.interface import RowResult, RowSums
+from dpofast.head.engine.plan import CACHE_BYTES, chunks
 from dpofast.head.options import LogitOptions
-
-# Rows whose temporaries (softcap's derivative, a statistic's product) exist at the same time, where memory allows.
-TEMPORARY_ROWS = 32
-# What a CPU's second-level caches hold of the rows that are worked on together.
-CACHE_BYTES = 4 << 20
-
-
-@dataclass(frozen=True)
-class RowResult:
-    """logps (R,), sums (1 or 3, R) and the statistics asked for, (R,) each; all 0 where ignored.
-
-    sums: −(logit_scale/temperature)/S, which times an incoming gradient is a row's coefficient c; and where E comes in
-    tiles (online_sums.py) its entry at the target, and the row's maximum.
-    """
-
-    logps: Tensor
-    sums: Tensor
-    stats: dict[str, Tensor]
 
 
 def kernel_rows(
@@ -52,23 +33,24 @@ def kernel_rows(
     function = exp_rows if apart else token_logprobs
     arguments = {"bias": bias, "stats": options.stats, "exp_out": exp_out, **options.kernel_arguments()}
     rows = function(logits, targets, **arguments)
-    scale = torch.where(targets == options.ignore_index, 0.0, -options.gradient_scale / rows.sum_exp)
-    return RowResult(rows.logps, scale.unsqueeze(0), rows.stats)
+    rescale = torch.where(targets == options.ignore_index, 0.0, -options.gradient_scale / rows.sum_exp)
+    nothing = rescale.new_empty(0)
+    return RowResult(rows.logps, RowSums(rescale, nothing, nothing, nothing), rows.stats)
 
 
 def torch_rows(x: Tensor, targets: Tensor, options: LogitOptions, *, exp: bool) -> tuple[Tensor, Tensor]:
-    """logps and −1/(S·temperature), (R,) each, 0 where ignored, of logits x (R, V), float32 or float64: overwritten.
+    """logps and RowSums.rescale, (R,) each, 0 where ignored, of logits x (R, V), float32 or float64: overwritten.
 
-    exp: E is left in x, zeros where ignored. Of the options temperature and ignore_index count.
+    exp: E is left in x, zeros where ignored. Softcap is not supported: E has no factor 1 − tanh² here.
     """
     together = max(1, len(x))
     if x.is_cpu:  # one read from memory, the further passes from cache
         together = min(together, max(2, CACHE_BYTES // (x.shape[1] * x.element_size())))
-    parts = [_torch_rows(x[rows], targets[rows], options, exp) for rows in row_blocks(len(x), together)]
+    parts = [_torch_rows(x[rows], targets[rows], options, exp) for rows in chunks(0, len(x), together)]
     if not parts:
         return x.new_empty(0), x.new_empty(0)
-    logps, scale = zip(*parts, strict=True)
-    return torch.cat(logps), torch.cat(scale)
+    logps, rescale = zip(*parts, strict=True)
+    return torch.cat(logps), torch.cat(rescale)
 
 
 def _torch_rows(x: Tensor, targets: Tensor, options: LogitOptions, exp: bool) -> tuple[Tensor, Tensor]:
@@ -85,17 +67,12 @@ def _torch_rows(x: Tensor, targets: Tensor, options: LogitOptions, exp: bool) ->
         # A pass over the tile, so not where looking first costs no sync and finds nothing to do.
         if not x.is_cpu or ignored.any():
             e.masked_fill_(ignored.unsqueeze(1), 0.0)
-    scale = (-options.gradient_scale / sum_exp).squeeze(1)
-    return logps.squeeze(1).masked_fill(ignored, 0.0), scale.masked_fill(ignored, 0.0)
-
-
-def row_blocks(rows: int, temporary_rows: int) -> Sequence[slice]:
-    """Slices of a few rows, for work that needs a temporary as wide as the vocabulary."""
-    return [slice(start, start + temporary_rows) for start in range(0, rows, temporary_rows)]
+    rescale = (-options.gradient_scale / sum_exp).squeeze(1)
+    return logps.squeeze(1).masked_fill(ignored, 0.0), rescale.masked_fill(ignored, 0.0)
 
 
 def scale_in_place(x: Tensor, options: LogitOptions, *, keep_derivative: bool) -> Tensor | None:
-    """x <- z; returns tanh² where softcap's derivative is needed later."""
+    """Turn raw logits x (with their bias) into z in place; returns tanh² where softcap's derivative is needed later."""
     if options.softcap is None:
         if options.gradient_scale != 1.0:
             x.mul_(options.gradient_scale)

@@ -1,4 +1,4 @@
-"""Large scratch on a CPU that is warm again at the next call.
+"""Reuses large CPU buffers from call to call, so that their pages need not be mapped and cleared again.
 
 An allocator maps a block of this size anew for every call, and the system clears its pages one by one as they are first
 touched: a trained head spends a tenth of its time so. Here the last block of each use is kept. While it is idle it is
@@ -22,7 +22,10 @@ _LEAST_BYTES = 4 << 20
 
 
 class Scratch:
-    """Uninitialized tensors of one use, of which one is alive at a time; a second one gets memory of its own."""
+    """Allocates uninitialized tensors for one purpose and reuses the memory of the last one that was freed.
+
+    A second tensor that is alive at the same time gets memory of its own.
+    """
 
     def __init__(self) -> None:
         """No memory yet."""
@@ -30,7 +33,7 @@ class Scratch:
         self._lock = threading.RLock()  # a collection inside may end another lease
 
     def empty(self, shape: tuple[int, ...], *, like: Tensor, dtype: torch.dtype) -> Tensor:
-        """A contiguous tensor on the device of `like`. Its memory comes back once no tensor uses it any more."""
+        """Allocate a contiguous tensor on `like`'s device; its memory is reused once no tensor uses it any more."""
         size = math.prod(shape) * dtype.itemsize
         if not like.is_cpu or size < _LEAST_BYTES or not hasattr(mmap, "MADV_FREE"):
             return like.new_empty(shape, dtype=dtype)
@@ -53,7 +56,7 @@ class Scratch:
         return block
 
     def _put_back(self, block: mmap.mmap) -> None:
-        """Keep it, or the one that is here already: the larger."""
+        """Keep the larger of this block and the one that is idle already."""
         block.madvise(mmap.MADV_FREE)
         with self._lock:
             if self._idle is None or len(self._idle) < len(block):

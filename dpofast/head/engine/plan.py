@@ -1,0 +1,368 @@
+"""How a call of the LM head is cut so that every buffer it allocates fits in max_logits_bytes.
+
+HeadPlan cuts whole rows of logits for the Triton backends and for a head that is sharded over ranks; TilePlan cuts
+tiles of the vocabulary for the torch backend. Both count the same list of named buffers (Buffer) that the error of a
+budget too small prints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dpofast.head.engine.dtypes import accumulate_dtype, exp_dtype
+from dpofast.head.options import LogitOptions
+
+# Room for logits and what is computed from them, where a call does not say. On a CPU, half of it makes a head that
+# trains per token a tenth slower (N = 2,048, V = 151,936: fewer rows of E are kept), one whose pairs are known 1 %.
+DEFAULT_LOGITS_BYTES = 1 << 30
+
+# Rows whose temporaries (softcap's derivative, a statistic's product) exist at the same time, where memory allows.
+TEMPORARY_ROWS = 32
+# What a CPU's second-level caches hold of the rows that are worked on together.
+CACHE_BYTES = 4 << 20
+_ROW_MULTIPLE = 128
+# Rows of a buffer on a GPU start 16 elements apart, or a multiple: a kernel reads them 16 bytes at a time at any V.
+_COLUMN_MULTIPLE = 16
+
+# HeadPlan. A product packs the whole head first, whatever its rows: on a CPU that costs a tenth at 512 rows, so more
+# are taken.
+SCRATCH_ROWS, _CPU_SCRATCH_ROWS = 512, 2048
+# Rows of the (V, D) factor that are upcast together where they have to be, and where memory allows.
+_UPCAST_ROWS = 1024
+
+# TilePlan, measured (2 cores, D = 1,024): products are fastest from 2,048 rows on; tiles of 4,096 columns gain up to
+# 7 % over 8,192, and 2 % over 2,048.
+TILE_ROWS, TILE_COLUMNS = 2048, 4096
+# Rows of E that are kept at a time where no more are needed at once: further rows gain less than their memory is worth.
+KEPT_ROWS = 1024
+
+
+class Buffer(NamedTuple):
+    """A matrix that a call allocates beside its inputs and results."""
+
+    name: str
+    rows: int
+    columns: int
+    dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of its elements."""
+        return self.rows * self.columns * self.dtype.itemsize
+
+    def __str__(self) -> str:
+        """As the error of a budget too small prints it."""
+        return f"{self.name} ({self.rows}, {self.columns}) {str(self.dtype).removeprefix('torch.')}"
+
+
+def total_bytes(buffers: Iterable[Buffer]) -> int:
+    """The bytes of all buffers together."""
+    return sum(buffer.bytes for buffer in buffers)
+
+
+def even_rows(rows: int, most: int) -> int:
+    """The chunk size that splits `rows` evenly into chunks of at most `most`, a multiple of 128 where that fits."""
+    if rows <= most:
+        return max(rows, 1)
+    even = -(-rows // -(-rows // most))
+    rounded = -(-even // _ROW_MULTIPLE) * _ROW_MULTIPLE
+    return rounded if rounded <= most else even
+
+
+def chunks(start: int, stop: int, size: int) -> list[slice]:
+    """[start, stop) in slices of `size`; the last one is shorter where it must be."""
+    return [slice(at, min(at + size, stop)) for at in range(start, stop, max(size, 1))]
+
+
+def buffer_columns(vocab: int, device: torch.device) -> int:
+    """Columns between the starts of two rows of a (rows, V) buffer.
+
+    None are added on the CPU: oneDNN's bfloat16 products (AMX, torch 2.13) read a few columns past the row's end and
+    multiply them by 0, so that a NaN in memory never written comes out as NaN.
+    """
+    return vocab if device.type == "cpu" else -(-vocab // _COLUMN_MULTIPLE) * _COLUMN_MULTIPLE
+
+
+def _too_few_bytes(columns: int, least: int, most: int, buffers: Iterable[Buffer]) -> ValueError:
+    """The error of a byte budget that holds no row."""
+    return ValueError(
+        f"max_logits_bytes: expected at least one row of {columns} logits and what goes with it, {least} bytes, "
+        f"got {most}: raise it. For one row: {', '.join(str(buffer) for buffer in buffers if buffer.bytes)}"
+    )
+
+
+@dataclass(frozen=True)
+class _Buffers:
+    """The buffers of a head whose weight (V, D) has `dtype`; vocab: V, or the columns that a row of logits takes."""
+
+    vocab: int
+    width: int
+    dtype: torch.dtype
+    keep: bool
+
+    @property
+    def wide(self) -> torch.dtype:
+        """The dtype of logits and sums."""
+        return accumulate_dtype(self.dtype)
+
+    @property
+    def narrow(self) -> torch.dtype:
+        """The dtype of E."""
+        return exp_dtype(self.dtype)
+
+    def logits(self, rows: int, columns: int) -> list[Buffer]:
+        """Logits, and E where it is narrower: elsewhere it overwrites them."""
+        buffers = [Buffer("logits", rows, columns, self.wide)]
+        if self.narrow.itemsize < self.wide.itemsize:
+            buffers.append(Buffer("E", rows, columns, self.narrow))
+        return buffers
+
+    def bias_gradient(self) -> list[Buffer]:
+        """db, which is accumulated over all rows."""
+        return [Buffer("db before it is rounded", 1, self.vocab, self.wide)] if self.keep else []
+
+
+class _HeadBuffers(_Buffers):
+    """What HeadPlan counts."""
+
+    def fixed(self, upcast: int, temporary_rows: int) -> list[Buffer]:
+        """What does not grow with the rows: copies in float32 of `upcast` rows of the weight, temporaries, db."""
+        return [
+            Buffer("block of the weight and of dW in float32", 2 * upcast, self.width, self.wide),
+            Buffer("block of E in float32", upcast, upcast, self.wide),
+            Buffer("temporaries of the row work", temporary_rows, self.vocab, self.wide),
+            *self.bias_gradient(),
+        ]
+
+    def copied(self, rows: int) -> list[Buffer]:
+        """A product of a 16-bit weight before it is rounded."""
+        narrower = self.dtype.itemsize < self.wide.itemsize
+        return [Buffer("product before it is rounded", rows, self.width, self.wide)] if narrower else []
+
+    def scratch(self, rows: int) -> list[Buffer]:
+        """What `rows` rows that are not kept need."""
+        return self.logits(rows, self.vocab) + self.copied(rows) + self._scaled_hidden(rows)
+
+    def kept(self, rows: int) -> list[Buffer]:
+        """What `rows` kept rows of E need: dW's product takes them all at once."""
+        return [Buffer("kept rows of E", rows, self.vocab, self.narrow), *self._scaled_hidden(rows)]
+
+    def _scaled_hidden(self, rows: int) -> list[Buffer]:
+        return [Buffer("c ⊙ h", rows, self.width, self.narrow)] if self.keep else []
+
+
+@dataclass(frozen=True)
+class HeadPlan:
+    """How many rows of everything fit in max_logits_bytes where E is computed in whole rows.
+
+    Attributes:
+        kept_rows: rows of E that are kept at a time until their coefficients are known.
+        scratch_rows: rows of logits that are scratch.
+        upcast_rows: rows of the weight that are copied in float32 at once, where a product needs that.
+        temporary_rows: rows of the vocabulary that the row work copies at once.
+        step: rows that go through the scratch, or straight into the kept rows, at a time.
+        buffers: what the plan allocates; at most max_logits_bytes together.
+    """
+
+    kept_rows: int
+    scratch_rows: int
+    upcast_rows: int
+    temporary_rows: int
+    step: int
+    buffers: tuple[Buffer, ...] = ()
+
+    @staticmethod
+    def make(
+        rows: int,
+        weight: Tensor,
+        max_logits_bytes: int,
+        *,
+        keep: bool,
+        largest: int | None = None,
+        temporaries: int = 0,
+        vocab: int | None = None,
+    ) -> HeadPlan:
+        """Split the byte budget.
+
+        Counted are the logits, E, and what the products and the row work allocate beside them: nothing of the head is
+        alive beyond the budget but inputs, returned gradients, E·W (N, D) of a frozen head, the float32 dW of a 16-bit
+        head that several blocks of rows are added to, and vectors of N elements.
+
+        Args:
+            rows: those of the call.
+            weight: (V, D); its shape, dtype and device count.
+            max_logits_bytes: the budget.
+            keep: the head trains, so rows of E are kept for it.
+            largest: the most rows that must be kept at the same time, None for all.
+            temporaries: blocks of temporary_rows that the row work needs at the same time.
+            vocab: V where it is not the weight's (a larger shard of another rank).
+
+        Raises:
+            ValueError: the budget does not hold a single row.
+        """
+        dtype, width, most = weight.dtype, weight.shape[1], max_logits_bytes
+        at_once = _CPU_SCRATCH_ROWS if weight.device.type == "cpu" else SCRATCH_ROWS
+        columns = buffer_columns(weight.shape[0] if vocab is None else vocab, weight.device)
+        counted = _HeadBuffers(columns, width, dtype, keep)
+        wide, narrower = counted.wide.itemsize, counted.narrow.itemsize < counted.wide.itemsize
+        # CUDA's products widen their result themselves; E in float32 beside a float16 weight needs a copy there too.
+        upcasts = dtype.itemsize < wide and not (weight.is_cuda and narrower)
+        upcast = min(_UPCAST_ROWS, columns, max(1, most // (32 * wide * max(width, _UPCAST_ROWS)))) if upcasts else 0
+        # db adds E up in float32, from a copy of a few rows.
+        temporaries = max(temporaries, int(keep and narrower))
+        temporary = min(TEMPORARY_ROWS, max(1, most // (32 * wide * columns * max(temporaries, 1))))
+
+        fixed = counted.fixed(upcast, temporary * temporaries)
+        scratch_bytes, kept_bytes = total_bytes(counted.scratch(1)), total_bytes(counted.kept(1))
+        copied_bytes = total_bytes(counted.copied(1))
+        room = most - total_bytes(fixed)
+        if room < scratch_bytes:
+            least = [*counted.scratch(1), *fixed]
+            raise _too_few_bytes(columns, total_bytes(least), most, least)
+
+        def plan(kept_rows: int, scratch_rows: int, step: int) -> HeadPlan:
+            scratch = counted.scratch(scratch_rows) if scratch_rows else counted.copied(step)
+            buffers = (*fixed, *scratch, *(counted.kept(kept_rows) if keep else ()))
+            return HeadPlan(kept_rows, scratch_rows, upcast, temporary, step, buffers)
+
+        affordable = room // scratch_bytes
+        if not keep:
+            scratch_rows = even_rows(rows, min(affordable, at_once))
+            return plan(0, scratch_rows, scratch_rows)
+        # Logits become E where they are, so where all rows fit there is no scratch.
+        needed = rows if largest is None else largest
+        if not narrower and needed * kept_bytes + min(needed, at_once) * copied_bytes <= room:
+            kept_rows = min(rows, max(needed, (room - at_once * copied_bytes) // kept_bytes))
+            return plan(kept_rows, 0, even_rows(kept_rows, at_once))
+        scratch_rows = even_rows(rows, min(SCRATCH_ROWS, max(1, affordable // 2)))
+        kept_rows = min(rows, (room - scratch_rows * scratch_bytes) // kept_bytes)
+        return plan(kept_rows, scratch_rows, scratch_rows)
+
+
+@dataclass(frozen=True)
+class _TileBuffers(_Buffers):
+    """What TilePlan counts."""
+
+    temporaries: int
+
+    @property
+    def upcasts(self) -> bool:
+        """Whether products need a copy in float32 of the weight's tile, and of dW's before it is rounded."""
+        return self.dtype.itemsize < self.wide.itemsize
+
+    def tile(self, columns: int) -> list[Buffer]:
+        """What a tile needs whatever its rows."""
+        buffers = [Buffer("tile of the weight in float32", columns, self.width, self.wide)] if self.upcasts else []
+        if self.upcasts and self.keep:
+            buffers.append(Buffer("tile of dW in float32", columns, self.width, self.wide))
+        return buffers
+
+    def temporary(self, rows: int, columns: int) -> list[Buffer]:
+        """Softcap's derivative and a statistic's product, for the rows that are worked on together."""
+        return [Buffer("temporaries of the row work", self.temporaries * rows, columns, self.wide)]
+
+    def copied(self, rows: int) -> list[Buffer]:
+        """(R, D) matrices that exist at once: W_y is the weight's row of each target."""
+        buffers = [Buffer("W_y", rows, self.width, self.wide)]
+        if self.keep:
+            buffers.append(Buffer("h and c ⊙ h", 2 * rows, self.width, self.wide))
+        if self.upcasts:
+            buffers.append(Buffer("h and dh in float32", 2 * rows, self.width, self.wide))
+            buffers.append(Buffer("W_y before it is upcast", rows, self.width, self.dtype))
+        return buffers
+
+    def kept(self, rows: int, columns: int) -> list[Buffer]:
+        """Rows of E that are kept, and the maximum that each tile of them is relative to."""
+        tiles = -(-self.vocab // columns)
+        return [
+            Buffer("kept rows of E", rows, self.vocab, self.narrow),
+            Buffer("maxima of the kept rows", rows, tiles, self.wide),
+        ]
+
+
+@dataclass(frozen=True)
+class TilePlan:
+    """How a call is cut into tiles of the vocabulary.
+
+    Attributes:
+        rows: rows that go through a tile at once.
+        columns: columns of a tile.
+        block_rows: rows of a tile that go through the row work together.
+        kept_rows: rows of E that are kept at a time until their coefficients are known.
+        buffers: what the plan allocates; at most max_logits_bytes together.
+    """
+
+    rows: int
+    columns: int
+    block_rows: int
+    kept_rows: int
+    buffers: tuple[Buffer, ...] = ()
+
+    @staticmethod
+    def make(
+        rows: int,
+        weight: Tensor,
+        max_logits_bytes: int,
+        options: LogitOptions,
+        *,
+        keep: bool,
+        largest: int | None = None,
+    ) -> TilePlan:
+        """Split the byte budget.
+
+        Counted are logits, E, and copies of rows and of the head's tiles beside them: as HeadPlan.make counts.
+
+        Args:
+            rows: those of the call.
+            weight: (V, D); its shape and dtype count.
+            max_logits_bytes: the budget.
+            options: softcap and statistics need temporaries.
+            keep: the head trains, so rows of E are kept for it.
+            largest: the most rows that must be kept at the same time, None for all.
+
+        Raises:
+            ValueError: the budget does not hold a single row.
+        """
+        (vocab, width), most = weight.shape, max_logits_bytes
+        temporaries = (options.softcap is not None) + bool({"entropy", "log_sum_sq_probs"} & {*options.stats})
+        counted = _TileBuffers(vocab, width, weight.dtype, keep, temporaries)
+        least = [*counted.logits(1, 1), *counted.copied(1), *counted.tile(1), *counted.temporary(1, 1)]
+        least += counted.bias_gradient()
+        # A row of logits, whatever a tile of it would need.
+        least_bytes = max(total_bytes([Buffer("row", 1, vocab, counted.wide)]), total_bytes(least))
+        if most < least_bytes:
+            raise _too_few_bytes(vocab, least_bytes, most, least)
+
+        room = most - total_bytes(counted.bias_gradient()) - total_bytes(counted.copied(1))
+        together = max(1, min(rows, TILE_ROWS))
+        column_bytes = total_bytes(counted.tile(1)) + total_bytes(counted.logits(together, 1))
+        columns = even_rows(vocab, max(1, min(TILE_COLUMNS, room // 4 // column_bytes)))
+        block = max(1, min(CACHE_BYTES, room // 8) // (columns * counted.wide.itemsize * max(temporaries, 1)))
+
+        row_bytes = total_bytes([*counted.logits(1, columns), *counted.copied(1)])
+        fixed = [*counted.bias_gradient(), *counted.tile(columns)]
+        if total_bytes([*fixed, *counted.temporary(block, columns)]) + row_bytes > most:
+            block = 1
+        fixed += counted.temporary(block, columns)
+        room = most - total_bytes(fixed)
+        affordable = room // row_bytes
+
+        def plan(at_once: int, kept_rows: int) -> TilePlan:
+            buffers = (*fixed, *counted.logits(at_once, columns), *counted.copied(at_once))
+            kept = counted.kept(kept_rows, columns) if keep else ()
+            return TilePlan(at_once, columns, block, kept_rows, (*buffers, *kept))
+
+        if not keep:
+            return plan(even_rows(rows, min(TILE_ROWS, affordable)), 0)
+        kept_bytes = total_bytes(counted.kept(1, columns))
+        if counted.upcasts and rows * (kept_bytes + row_bytes) <= room:
+            return plan(max(rows, 1), rows)  # no float32 dW beside the rounded one
+        needed = rows if largest is None else min(rows, max(largest, KEPT_ROWS))
+        at_once = even_rows(needed, min(TILE_ROWS, max(1, affordable // 4)))
+        wanted = rows if largest is None else max(largest, even_rows(rows, needed))
+        return plan(at_once, min(rows, wanted, (room - at_once * row_bytes) // kept_bytes))
