@@ -15,7 +15,7 @@ from torch import Tensor
 from bench.cases import SEED
 from bench.gpu_setting import Setting, measure, one_line
 from bench.head import Problem
-from dpofast.kernels import linear_logprobs, linear_tiles, preference, tiles, token_logprobs
+from dpofast.kernels import linear_logprobs, linear_tiles, preference, row_parts, tiles, token_logprobs
 from dpofast.losses.config import PreferenceLoss
 from dpofast.losses.functional import token_preference_loss
 
@@ -92,7 +92,7 @@ def rows(setting: Setting, figures: dict[str, Any], left: Callable[[], float]) -
             "logps": (4, lambda: token_logprobs.token_logprobs(wide, targets)),
         }
         if extra:
-            stats = token_logprobs.STATS
+            stats = row_parts.STATS
             cases |= {
                 "logps of 16 bits": (2, lambda: token_logprobs.token_logprobs(half, targets)),
                 "logps, statistics": (4, lambda: token_logprobs.token_logprobs(wide, targets, stats=stats)),
@@ -125,7 +125,7 @@ def _sweep_rows(function: Callable[[], Any], setting: Setting, left: Callable[[]
             raise TimeoutError(f"no time left for tiles from BLOCK_V {block_v}, {num_warps} warps on")
         tile = dataclasses.replace(chosen, BLOCK_V=block_v, num_warps=num_warps)
         name = f"{block_v} x {num_warps} warps" + (" (ours)" if tile == chosen else "")
-        with mock.patch.object(token_logprobs, "row_tile", lambda *_, tile=tile, **__: tile):
+        with mock.patch.object(row_parts, "row_tile", lambda *_, tile=tile, **__: tile):
             try:
                 results[name] = measure({name: function}, setting, _calls(setting))[name]["median"]
             except Exception as error:

@@ -19,8 +19,8 @@ from typing import Any
 
 import triton
 
+from bench.aot import TARGETS, AotCase, aot_cases
 from bench.timing import write_record
-from dpofast.kernels.aot import TARGETS, AotCase, aot_cases
 from dpofast.kernels.linear_tiles import vocab_splits
 from dpofast.kernels.tiles import row_tile
 

@@ -29,19 +29,17 @@ import triton.language as tl
 
 from .row_parts import (
     LOWEST,
-    STATS,
     TokenLogprobs,
     check_rows,
-    check_stats,
     clip,
-    empty_result,
     fill_row,
+    launch_rows,
     raw_logits,
     scaled_logits,
     scales,
     store_ignored,
 )
-from .tiles import COMPILE_OPTIONS, backend_of, check_tensor, launch_guard, row_tile
+from .tiles import check_tensor
 
 # Nats between the guess and the row's maximum above which a row is done again.
 LIMIT = tl.constexpr(16.0)
@@ -150,40 +148,29 @@ def _exp_rows_kernel(
     # Triton's maximum drops NaN; finite, so that z − c is never −inf − (−inf).
     shift = clip(tl.maximum(tl.max(z, 0), z_target))
 
-    row_max, sum_exp, s_shift, s_square, s_logit, first = _exp_pass(
-        exp_row_ptr,
-        row_ptr,
-        bias_ptr,
-        shift,
-        stride_logits_v,
-        stride_exp_v,
-        V,
-        scale,
-        cap,
-        entropy_ptr is not None,
-        log_sum_sq_probs_ptr is not None,
-        mean_logits_ptr is not None,
-        is_top1_ptr is not None,
-        BLOCK_V,
-    )
-    if row_max - shift > LIMIT:
-        shift = row_max
-        row_max, sum_exp, s_shift, s_square, s_logit, first = _exp_pass(
-            exp_row_ptr,
-            row_ptr,
-            bias_ptr,
-            shift,
-            stride_logits_v,
-            stride_exp_v,
-            V,
-            scale,
-            cap,
-            entropy_ptr is not None,
-            log_sum_sq_probs_ptr is not None,
-            mean_logits_ptr is not None,
-            is_top1_ptr is not None,
-            BLOCK_V,
-        )
+    row_max, sum_exp, s_shift, s_square, s_logit, first = shift, 0.0, 0.0, 0.0, 0.0, 0
+    far = True
+    for again in tl.static_range(2):
+        if far:
+            if again:
+                shift = row_max
+            row_max, sum_exp, s_shift, s_square, s_logit, first = _exp_pass(
+                exp_row_ptr,
+                row_ptr,
+                bias_ptr,
+                shift,
+                stride_logits_v,
+                stride_exp_v,
+                V,
+                scale,
+                cap,
+                entropy_ptr is not None,
+                log_sum_sq_probs_ptr is not None,
+                mean_logits_ptr is not None,
+                is_top1_ptr is not None,
+                BLOCK_V,
+            )
+        far = row_max - shift > LIMIT
 
     # S holds a NaN or an infinity of the row, is 0 where all z are −inf, and else at least 1.
     whole = in_range & (sum_exp > 0.0) & (sum_exp < float("inf"))
@@ -234,36 +221,10 @@ def exp_rows(
             storage.
     """
     check_rows(logits, targets, bias)
-    scale, cap = scales(logit_scale, softcap, temperature)
-    check_stats(stats)
+    logit_map = scales(logit_scale, softcap, temperature)
     check_tensor("exp_out", exp_out, logits.shape, (torch.float32, torch.bfloat16), logits.device)
     if exp_out.untyped_storage().data_ptr() == logits.untyped_storage().data_ptr() and logits.numel():
         raise ValueError(
             "exp_out: expected a storage of its own, got the logits': use token_logprobs, which may overwrite them"
         )
-    N, V = logits.shape
-    result = empty_result(logits, stats)
-    if N == 0:
-        return result
-    tile = row_tile(V, backend_of(logits))
-    with launch_guard(_exp_rows_kernel, logits, "logits"):
-        _exp_rows_kernel[(N,)](
-            logits,
-            bias.contiguous() if bias is not None else None,
-            targets.contiguous(),
-            result.logps,
-            result.row_max,
-            result.sum_exp,
-            *(result.stats.get(name) for name in STATS),
-            exp_out,
-            *logits.stride(),
-            *exp_out.stride(),
-            V,
-            ignore_index,
-            scale,
-            cap,
-            BLOCK_V=tile.BLOCK_V,
-            num_warps=tile.num_warps,
-            **COMPILE_OPTIONS,
-        )
-    return result
+    return launch_rows(_exp_rows_kernel, logits, targets, bias, exp_out, stats, logit_map, ignore_index)

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from .tiles import check_tensor
+from .tiles import COMPILE_OPTIONS, backend_of, check_tensor, launch_guard, row_tile
 
 STATS = ("entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
 
@@ -144,13 +144,76 @@ def empty_result(logits: torch.Tensor, stats: Sequence[str]) -> TokenLogprobs:
     return TokenLogprobs(per_row(), per_row(), per_row(), values)
 
 
-def scales(logit_scale: float, softcap: float | None, temperature: float) -> tuple[float, float | None]:
-    """(scale, cap) of scaled_logits; ValueError for an option that is not finite, or not above 0 where it must be."""
+class LogitMap(NamedTuple):
+    """The map from logits to z, as scaled_logits takes it."""
+
+    scale: float
+    cap: float | None
+
+
+def scales(logit_scale: float, softcap: float | None, temperature: float) -> LogitMap:
+    """The LogitMap of these options; ValueError for an option that is not finite, or not above 0 where it must be."""
     if not math.isfinite(logit_scale):
         raise ValueError(f"logit_scale: expected a finite number, got {logit_scale!r}")
     for name, value in (("temperature", temperature), ("softcap", 1.0 if softcap is None else softcap)):
         if not 0.0 < value < math.inf:
             raise ValueError(f"{name}: expected a finite number above 0, got {value!r}")
     if softcap is None:
-        return logit_scale / temperature, None
-    return logit_scale / softcap, softcap / temperature
+        return LogitMap(logit_scale / temperature, None)
+    return LogitMap(logit_scale / softcap, softcap / temperature)
+
+
+def run_rows(kernel: Any, logits: torch.Tensor, *arguments: Any) -> None:
+    """Run a kernel whose first argument is logits (N, V) on their device, one program a row, with the tile for V."""
+    tile = row_tile(logits.shape[1], backend_of(logits))
+    with launch_guard(kernel, logits, "logits"):
+        kernel[(logits.shape[0],)](
+            logits, *arguments, BLOCK_V=tile.BLOCK_V, num_warps=tile.num_warps, **COMPILE_OPTIONS
+        )
+
+
+def launch_rows(
+    kernel: Any,
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    bias: torch.Tensor | None,
+    exp_out: torch.Tensor | None,
+    stats: Sequence[str],
+    logit_map: LogitMap,
+    ignore_index: int,
+) -> TokenLogprobs:
+    """Run a kernel with the arguments that those of token_logprobs.py and exp_rows.py share, one program a row.
+
+    Args:
+        kernel: what to run.
+        logits, targets, bias: as check_rows demands; there may be no rows.
+        exp_out: (N, V) for E, or None.
+        stats: names of statistics, checked here.
+        logit_map: what scales() returned.
+        ignore_index: rows with this target are not read.
+
+    Returns:
+        :class:`TokenLogprobs`.
+    """
+    check_stats(stats)
+    N, V = logits.shape
+    result = empty_result(logits, stats)
+    if N == 0:
+        return result
+    run_rows(
+        kernel,
+        logits,
+        bias.contiguous() if bias is not None else None,
+        targets.contiguous(),
+        result.logps,
+        result.row_max,
+        result.sum_exp,
+        *(result.stats.get(name) for name in STATS),
+        exp_out,
+        *logits.stride(),
+        *(exp_out.stride() if exp_out is not None else (0, 0)),
+        V,
+        ignore_index,
+        *logit_map,
+    )
+    return result

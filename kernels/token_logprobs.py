@@ -27,19 +27,18 @@ import triton.language as tl
 from .row_parts import (
     FLOAT_DTYPES,
     LOWEST,
-    STATS,
     TokenLogprobs,
     check_rows,
-    check_stats,
     clip,
-    empty_result,
     fill_row,
+    launch_rows,
     raw_logits,
+    run_rows,
     scaled_logits,
     scales,
     store_ignored,
 )
-from .tiles import COMPILE_OPTIONS, backend_of, check_tensor, launch_guard, row_tile
+from .tiles import check_tensor
 
 
 @triton.jit
@@ -101,7 +100,6 @@ def _token_logprobs_kernel(
     ignore_index,
     scale,
     cap,
-    exp_scale,
     BLOCK_V: tl.constexpr,
 ):
     # Each of the BLOCK_V lanes keeps its own running maximum and sums; they are merged once per row, so the loop has
@@ -184,7 +182,7 @@ def _token_logprobs_kernel(
             target,
             row_max,
             sum_exp,
-            exp_scale,
+            1.0,
             stride_logits_v,
             stride_exp_v,
             V,
@@ -248,7 +246,6 @@ def token_logprobs(
     ignore_index: int = -100,
     stats: Sequence[str] = (),
     exp_out: torch.Tensor | None = None,
-    exp_scale: float = 1.0,
 ) -> TokenLogprobs:
     """Log-probability of each row's target, with statistics of the row and, on request, the row E of its gradient.
 
@@ -266,53 +263,24 @@ def token_logprobs(
         stats: any of "entropy" (of softmax(z), nats), "mean_logits" (mean of z over V), "is_top1" (the target attains
             the maximum of z; among equal maxima the first index does, as in argmax), "log_sum_sq_probs" (log Σ p²).
         exp_out: (N, V), any of the three dtypes and any strides, may be ``logits`` but must not overlap it otherwise:
-            receives exp_scale · E. Neither logit_scale nor temperature is in E; multiply the row's coefficient by them.
-        exp_scale: power of two that keeps E, whose target entry reaches V − 1, inside float16.
+            receives E. Neither logit_scale nor temperature is in E; multiply the row's coefficient by them.
 
     Returns:
         :class:`TokenLogprobs`.
 
     Raises:
-        ValueError: a shape, dtype, device, option or name of a statistic is not as above, or E might overflow.
+        ValueError: a shape, dtype, device, option or name of a statistic is not as above, or E might overflow exp_out.
     """
     check_rows(logits, targets, bias)
-    scale, cap = scales(logit_scale, softcap, temperature)
-    check_stats(stats)
-    N, V = logits.shape
+    logit_map = scales(logit_scale, softcap, temperature)
+    V = logits.shape[1]
     if exp_out is not None:
         check_tensor("exp_out", exp_out, logits.shape, FLOAT_DTYPES, logits.device)
-        largest = torch.finfo(exp_out.dtype).max
-        if not 0.0 < V * exp_scale <= largest:
+        if torch.finfo(exp_out.dtype).max < V:
             raise ValueError(
-                f"exp_scale: expected a power of two in (0, {largest:g} / V], for E to fit {exp_out.dtype}, got "
-                f"{exp_scale!r} at V = {V}; divide the row's coefficient by what you pass"
+                f"exp_out: expected float32 or bfloat16 at V = {V}, since entries of E reach V − 1, got {exp_out.dtype}"
             )
-    result = empty_result(logits, stats)
-    if N == 0:
-        return result
-    tile = row_tile(V, backend_of(logits))
-    with launch_guard(_token_logprobs_kernel, logits, "logits"):
-        _token_logprobs_kernel[(N,)](
-            logits,
-            bias.contiguous() if bias is not None else None,
-            targets.contiguous(),
-            result.logps,
-            result.row_max,
-            result.sum_exp,
-            *(result.stats.get(name) for name in STATS),
-            exp_out,
-            *logits.stride(),
-            *(exp_out.stride() if exp_out is not None else (0, 0)),
-            V,
-            ignore_index,
-            scale,
-            cap,
-            float(exp_scale),
-            BLOCK_V=tile.BLOCK_V,
-            num_warps=tile.num_warps,
-            **COMPILE_OPTIONS,
-        )
-    return result
+    return launch_rows(_token_logprobs_kernel, logits, targets, bias, exp_out, stats, logit_map, ignore_index)
 
 
 def token_logprobs_grad(
@@ -352,28 +320,23 @@ def token_logprobs_grad(
     check_tensor("sum_exp", sum_exp, (N,), (torch.float32,), logits.device)
     check_tensor("grad_logps", grad_logps, (N,), FLOAT_DTYPES, logits.device)
     check_tensor("out", out, (N, V), FLOAT_DTYPES, logits.device)
-    scale, cap = scales(logit_scale, softcap, temperature)
+    logit_map = scales(logit_scale, softcap, temperature)
     if N == 0:
         return out
-    tile = row_tile(V, backend_of(logits))
-    with launch_guard(_token_logprobs_grad_kernel, logits, "logits"):
-        _token_logprobs_grad_kernel[(N,)](
-            logits,
-            bias.contiguous() if bias is not None else None,
-            targets.contiguous(),
-            row_max.contiguous(),
-            sum_exp.contiguous(),
-            grad_logps.contiguous(),
-            out,
-            *logits.stride(),
-            *out.stride(),
-            V,
-            ignore_index,
-            scale,
-            cap,
-            logit_scale / temperature,
-            BLOCK_V=tile.BLOCK_V,
-            num_warps=tile.num_warps,
-            **COMPILE_OPTIONS,
-        )
+    run_rows(
+        _token_logprobs_grad_kernel,
+        logits,
+        bias.contiguous() if bias is not None else None,
+        targets.contiguous(),
+        row_max.contiguous(),
+        sum_exp.contiguous(),
+        grad_logps.contiguous(),
+        out,
+        *logits.stride(),
+        *out.stride(),
+        V,
+        ignore_index,
+        *logit_map,
+        logit_scale / temperature,
+    )
     return out

@@ -80,7 +80,7 @@ class LinearResults(NamedTuple):
     def pack(logps: Tensor, sums: RowSums, kept: KeptRows, products: Tensor, stats: dict[str, Tensor]) -> LinearResults:
         """All results, the statistics that were not asked for empty."""
         absent = {name: logps.new_empty(0, dtype=stat_dtype(name, logps.dtype)) for name in STATS if name not in stats}
-        return LinearResults(logps, *sums, *kept, products, **stats, **absent)
+        return LinearResults(logps, *sums, *kept, products, *({**absent, **stats}[name] for name in STATS))
 
     @property
     def for_backward(self) -> tuple[Tensor, ...]:

@@ -114,7 +114,8 @@ class LinearPreference(torch.autograd.Function):
         """Scale the gradients in place and give them away, without a (V, D) copy; a second backward computes anew."""
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
-            gradients = pair_gradients(*ctx.saved_tensors, ctx.call, ctx.needs)[1]
+            hidden, weight, bias = ctx.saved_tensors
+            gradients = pair_gradients(hidden, weight, bias, ctx.call, ctx.needs)[1]
         if not (grad_loss.is_cpu and grad_loss.item() == 1.0):
             for gradient in gradients:
                 if gradient is not None:

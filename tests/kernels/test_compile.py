@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from bench import kernel_report
+from bench.aot import TARGETS, aot_cases
 from dpofast.kernels import exp_rows, linear_logprobs, preference, token_logprobs
-from dpofast.kernels.aot import TARGETS, aot_cases
 from dpofast.kernels.linear_tiles import ARCHITECTURES, linear_tile, takes_descriptors
 from dpofast.kernels.tiles import row_tile
 

@@ -13,9 +13,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import exp_rows, linear_logprobs, preference, token_logprobs
-from .linear_tiles import linear_tile, takes_descriptors
-from .tiles import COMPILE_OPTIONS, row_tile
+from dpofast.kernels import exp_rows, linear_logprobs, preference, token_logprobs
+from dpofast.kernels.linear_tiles import linear_tile, takes_descriptors
+from dpofast.kernels.row_parts import STATS
+from dpofast.kernels.tiles import COMPILE_OPTIONS, row_tile
 
 _TRITON_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -76,9 +77,9 @@ def aot_cases(architecture: str) -> list[AotCase]:
 
 def _row_cases(backend: str) -> list[AotCase]:
     integers = dict.fromkeys(("stride_logits_n", "stride_exp_n", "stride_out_n", "V", "ignore_index"), "i32")
-    floats = dict.fromkeys(("scale", "cap", "exp_scale", "grad_scale"), "fp32")
+    floats = dict.fromkeys(("scale", "cap", "grad_scale"), "fp32")
     vectors = dict.fromkeys(("logps_ptr", "row_max_ptr", "shift_ptr", "sum_exp_ptr", "grad_logps_ptr"), "*fp32")
-    stats = {f"{name}_ptr": "*i1" if name == "is_top1" else "*fp32" for name in token_logprobs.STATS}
+    stats = {f"{name}_ptr": "*i1" if name == "is_top1" else "*fp32" for name in STATS}
 
     def case(
         kernel: Any, name: str, pointers: dict[str, str], softcap: bool = False, ragged: bool = False, V: int = 1 << 17
