@@ -41,7 +41,7 @@ def _kernel_report(figures: dict[str, Any]) -> str:
 
 
 def _gpu(figures: dict[str, Any]) -> str:
-    from bench.gpu import text
+    from bench.gpu.__main__ import text
 
     return f"{figures['gpu']['name']}\n\n{text(figures['parts'])}"
 

@@ -1,4 +1,4 @@
-"""bench/gpu.py's training step: a Llama of random weights on packed pairs, against the same pairs padded.
+"""bench.gpu's training step: a Llama of random weights on packed pairs, against the same pairs padded.
 
 Both do one optimizer step (AdamW, fused) on the same pairs with reference log-probs given; the padded one builds
 full logits, a few pairs at a time, as plain PyTorch would. Their log-probs are compared first.
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from bench.cases import SEED
-from bench.gpu_paths import no_sync
-from bench.gpu_setting import Setting, measure, one_line
+from bench.gpu.paths import no_sync
+from bench.gpu.setting import Setting, measure, one_line
 from bench.head import seen
 from dpofast import PreferenceLoss, attach_logprob_head, pack, preference_loss, reference, sequence_logprobs
 from dpofast.model.attach import PackedPreference

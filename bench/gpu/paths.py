@@ -1,4 +1,4 @@
-"""bench/gpu.py's device paths: none of them waits for the GPU, and a fixed plan can be captured as a CUDA graph."""
+"""bench.gpu's device paths: none of them waits for the GPU, and a fixed plan can be captured as a CUDA graph."""
 
 import contextlib
 import functools
@@ -11,7 +11,7 @@ from torch import Tensor
 
 import dpofast
 from bench import head
-from bench.gpu_setting import Setting, one_line
+from bench.gpu.setting import Setting, one_line
 from dpofast.losses.functional import token_preference_loss
 
 # Of the norm: the same kernels run, but cuBLAS may choose others.

@@ -1,4 +1,4 @@
-"""bench/gpu.py's head: every plan and every peer against the bare products, on the shapes of the goals.
+"""bench.gpu's head: every plan and every peer against the bare products, on the shapes of the goals.
 
 bench/head.py does the work. Forward only, two more of our own stand beside the public function, whichever of them it
 chooses: the tl.dot kernel, whose logits never leave the chip, and the scratch of logits with a row kernel.
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bench import head
-from bench.gpu_setting import Setting, one_line
+from bench.gpu.setting import Setting, one_line
 from dpofast.head.engine.matmul import accumulate_dtype, logits_into
 from dpofast.head.engine.row_engine import SCRATCH_ROWS
 from dpofast.kernels.linear_logprobs import linear_logprobs

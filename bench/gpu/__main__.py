@@ -57,13 +57,13 @@ class Part:
 
 
 PARTS = {
-    "rows": Part("gpu_kernels", "rows", "rows_table", 70),
-    "head": Part("gpu_head", "run", "table", 130),
-    "linear": Part("gpu_kernels", "linear", "linear_table", 110),
-    "sigmoid": Part("gpu_kernels", "sigmoid", "sigmoid_table", 30),
-    "syncs": Part("gpu_paths", "syncs", "syncs_table", 40),
-    "graphs": Part("gpu_paths", "graphs", "graphs_table", 40),
-    "step": Part("gpu_step", "run", "table", 80),
+    "rows": Part("kernels", "rows", "rows_table", 70),
+    "head": Part("head", "run", "table", 130),
+    "linear": Part("kernels", "linear", "linear_table", 110),
+    "sigmoid": Part("kernels", "sigmoid", "sigmoid_table", 30),
+    "syncs": Part("paths", "syncs", "syncs_table", 40),
+    "graphs": Part("paths", "graphs", "graphs_table", 40),
+    "step": Part("step", "run", "table", 80),
 }
 
 
@@ -73,12 +73,12 @@ class OutOfTime(BaseException):
 
 def function_of(part: Part, name: str) -> Callable[..., Any]:
     """A function of the part's module, imported where it is needed: some parts import transformers."""
-    return getattr(importlib.import_module(f"bench.{part.module}"), name)
+    return getattr(importlib.import_module(f"bench.gpu.{part.module}"), name)
 
 
 def run_here(name: str, dry: bool, limit_s: float) -> dict[str, Any]:
     """Run a part in this process: its figures, and `error` where it failed. An alarm ends it after limit_s."""
-    from bench.gpu_setting import Setting, one_line
+    from bench.gpu.setting import Setting, one_line
 
     end = time.monotonic() + limit_s
 

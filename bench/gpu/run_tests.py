@@ -1,7 +1,7 @@
 """The tests that need a GPU, spread over processes, because compiling their kernels is most of the work.
 
-python -m bench.gpu_tests --check    what `make gpu` needs and this environment lacks, in one line
-python -m bench.gpu_tests            every test marked gpu; further arguments go to pytest
+python -m bench.gpu.run_tests --check    what `make gpu` needs and this environment lacks, in one line
+python -m bench.gpu.run_tests            every test marked gpu; further arguments go to pytest
 """
 
 import argparse
@@ -12,7 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 NEEDED = ("torch", "triton", "transformers", "numpy", "pytest", "hypothesis", "setuptools")
 LIMIT_S = 200.0
 # A process compiles on one core, and the tests of large shapes take a few GiB of the GPU.
@@ -73,7 +73,7 @@ def run(arguments: list[str], count: int, limit_s: float) -> int:
 
 def main() -> int:
     """Command line entry; 0 when all tests pass, 1 when one fails, 2 when something is missing here."""
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu_tests", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu.run_tests", description=__doc__.partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="only say what is missing")
     parser.add_argument("--limit", type=float, default=LIMIT_S, help="seconds")
     args, further = parser.parse_known_args()

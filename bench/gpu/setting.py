@@ -1,4 +1,4 @@
-"""What the parts of bench/gpu.py share: shapes for the device at hand, and how calls are timed against each other."""
+"""What the parts of bench.gpu share: shapes for the device at hand, and how calls are timed against each other."""
 
 import itertools
 from collections.abc import Callable
