@@ -19,7 +19,7 @@ from typing import Any
 
 import triton
 
-from bench.timing import write_record
+from bench.record import write_record
 from dpofast.kernels.aot import TARGETS, AotCase, aot_cases
 from dpofast.kernels.linear_tiles import vocab_splits
 from dpofast.kernels.tiles import row_tile

@@ -22,7 +22,8 @@ import pyarrow.parquet as pq
 
 from bench.cases import RESULTS, RandomProfile
 from bench.random_pairs import build_random_pairs, write_model
-from bench.timing import run_child, write_record
+from bench.record import command_line, write_record
+from bench.timing import run_child
 
 PROFILE = RandomProfile(prompt_median=100, response_median=80, vocab_size=512, hidden_size=64, layers=1)
 # Above the peak with few pairs, in bytes.
@@ -175,7 +176,7 @@ def main(arguments: list[str] | None = None) -> int:
     if args.pairs < FEW or not 1 <= args.steps <= FEW // 8:
         parser.error(f"expected --pairs of at least {FEW}, and --steps of 1 to {FEW // 8}")
     figures = compare(args.pairs, args.form, args.steps)
-    command = "python -m bench.memory" + "".join(f" {argument}" for argument in arguments or sys.argv[1:])
+    command = command_line("bench.memory", arguments)
     write_record(
         args.results, "memory", figures, command=command, packages=("torch", "transformers", "datasets", "pyarrow")
     )

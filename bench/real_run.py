@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from bench.cases import RESULTS
-from bench.timing import write_record
+from bench.record import write_record
 from dpofast.report.progress import read_metrics
 
 COMMAND = (

@@ -24,8 +24,6 @@ import argparse
 import contextlib
 import importlib
 import json
-import os
-import shlex
 import sys
 import tempfile
 import time
@@ -36,7 +34,8 @@ from typing import Any
 
 from bench.cases import PAIRS_PER_STEP, PROFILES, RANDOM_PROFILES, RESULTS, SEED, package_folder
 from bench.real_pairs import TABLE, build_pairs, read_reviews, write_jsonl
-from bench.timing import PeakMemory, interleave, run_child, spread, write_record
+from bench.record import command_line, write_record
+from bench.timing import PeakMemory, interleave, load_at_start, run_child, spread
 from bench.work import Work
 
 BASE, PATCHED = "trl", "trl-patched"
@@ -55,8 +54,6 @@ EXTRA_ENGINES = tuple(ENGINES)[2:]
 REFERENCE_PASS = {"dpofast": "_with_reference", "trl": "_precompute_ref_logps"}
 PACKAGES = ("torch", "transformers", "trl", "datasets", "accelerate", "dpofast")
 LOSS_TOLERANCE = 1e-4
-# Average of runnable processes over the last minute; an idle machine that just made the model is below it.
-BUSY_LOAD = 1.0
 # No network, no thread pool of the tokenizer beside torch's.
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -379,9 +376,7 @@ def main() -> int:
         lengths = token_lengths(case)
         means = ", ".join(f"{key} {value:.0f}" for key, value in lengths.items())
         print(f"{case.steps} steps of {case.pairs_per_step} pairs, mean tokens: {means}", flush=True)
-        load = os.getloadavg()[0]
-        if load > BUSY_LOAD:
-            print(f"warning: the machine is busy (load {load:.1f}), so times mean little", file=sys.stderr, flush=True)
+        load = load_at_start()
         try:
             figures = compare(case, engines, args.rounds, count=args.count)
         except (ValueError, RuntimeError) as error:
@@ -404,8 +399,7 @@ def main() -> int:
         "load_at_start": load,
         **figures,
     }
-    command = shlex.join(["python", "-m", "bench.step", *sys.argv[1:]])
-    write_record(args.results, "step", figures, command=command, packages=PACKAGES)
+    write_record(args.results, "step", figures, command=command_line("bench.step"), packages=PACKAGES)
     print(f"recorded in {args.results}")
     return 0
 

@@ -23,7 +23,6 @@ import importlib
 import json
 import math
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -36,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.cases import RESULTS
-from bench.timing import write_record
+from bench.record import command_line, write_record
 
 PACKAGES = ("torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy", "dpofast")
 # Between a part's own alarm and the end of its process: it may sit in a call that no alarm interrupts.
@@ -198,7 +197,7 @@ def main(arguments: list[str] | None = None) -> int:
     shown = f"{device['name']}\n\n{text(results)}"
     failed = [name for name, result in results.items() if result["error"]]
     if not args.dry:
-        command = shlex.join(["python", "-m", "bench.gpu", *(sys.argv[1:] if arguments is None else arguments)])
+        command = command_line("bench.gpu", arguments)
         record = functools.partial(write_record, args.results, "gpu", command=command, packages=PACKAGES)
         line = json.dumps(record(finite({"gpu": device, "parts": results})))
         if folder := os.environ.get("OUT"):

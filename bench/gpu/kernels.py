@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bench.cases import SEED
 from bench.gpu.setting import Setting, measure, one_line
-from bench.head import Problem
+from bench.head.problem import Problem
 from dpofast.kernels import linear_logprobs, linear_tiles, preference, tiles, token_logprobs
 from dpofast.losses.config import PreferenceLoss
 from dpofast.losses.functional import token_preference_loss

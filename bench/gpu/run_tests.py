@@ -35,7 +35,7 @@ def shards() -> int:
     """As many processes as cores and the GPU's memory allow."""
     import torch
 
-    from bench.timing import device
+    from bench.record import device
 
     cores = device()["cores"]
     memory = torch.cuda.get_device_properties(0).total_memory // BYTES_PER_SHARD

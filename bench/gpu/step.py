@@ -14,7 +14,7 @@ from torch import Tensor
 from bench.cases import SEED
 from bench.gpu.paths import no_sync
 from bench.gpu.setting import Setting, measure, one_line
-from bench.head import seen
+from bench.timing import seen
 from dpofast import PreferenceLoss, attach_logprob_head, pack, preference_loss, reference, sequence_logprobs
 from dpofast.model.attach import PackedPreference
 from dpofast.packing.pack import PackedBatch

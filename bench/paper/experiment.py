@@ -23,7 +23,7 @@ from tqdm import tqdm
 from transformers.utils import logging
 
 from bench.cases import RESULTS
-from bench.timing import write_record
+from bench.record import write_record
 from dpofast.common.atomic_files import put
 
 # Of a trainer's arguments: it leaves nothing behind and says nothing.

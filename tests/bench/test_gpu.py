@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from bench import head, tables
+from bench import tables, timing
 from bench.gpu import __main__ as gpu
 from bench.gpu import head as gpu_head
 from bench.gpu import kernels as gpu_kernels
@@ -15,7 +15,8 @@ from bench.gpu import run_tests
 from bench.gpu.__main__ import Part, finite, main, run_here, text
 from bench.gpu.paths import no_sync
 from bench.gpu.setting import Setting, measure, one_line
-from bench.head import Problem, Truth, gate
+from bench.head.problem import MODES, Problem, per_token, plain_logps
+from bench.head.truth import LOGPS_TOLERANCE, Truth, gate
 
 
 @pytest.mark.parametrize("name", gpu.PARTS)
@@ -156,7 +157,7 @@ def test_a_gpu_is_timed_by_its_own_clock(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: said.append(cycles))
-    assert head.timed(lambda: said.append("call"), torch.device("cuda"), calls=3) == pytest.approx(4e-3)
+    assert timing.timed(lambda: said.append("call"), torch.device("cuda"), calls=3) == pytest.approx(4e-3)
     assert said == [2_000_000, "record", "call", "call", "call", "record", "synchronize"]
 
 
@@ -190,13 +191,13 @@ def test_wrong_rows_are_refused():
 
 def test_a_kernel_of_ours_that_is_wrong_fails_the_head(monkeypatch):
     def off(problem):
-        return head.per_token(problem, lambda h, w: head.plain_logps(h, w, problem.targets) + 1)
+        return per_token(problem, lambda h, w: plain_logps(h, w, problem.targets) + 1)
 
     monkeypatch.setitem(gpu_head.FORWARD_ONLY, "scratch", off)
     setting, figures = Setting.make(dry=True), {}
     with pytest.raises(RuntimeError, match="forward: scratch: logps off by 1.0e"):
         gpu_head.run(setting, figures, lambda: 1e9)
-    assert figures["modes"].keys() == head.MODES.keys()
+    assert figures["modes"].keys() == MODES.keys()
     with pytest.raises(RuntimeError, match="trained: no time left"):
         gpu_head.run(setting, figures, lambda: 0)
 
@@ -204,10 +205,10 @@ def test_a_kernel_of_ours_that_is_wrong_fails_the_head(monkeypatch):
 def test_the_gate_allows_twice_the_devices_own_error():
     problem = Problem.make(12, 8, 50, 3, torch.float32, torch.device("cpu"))
     truth = Truth.of(problem)
-    assert truth.own is None and truth.limit(12) == head.LOGPS_TOLERANCE
+    assert truth.own is None and truth.limit(12) == LOGPS_TOLERANCE
     truth = Truth(truth.logps, truth.grads, own=truth.logps + 1e-2)
-    assert truth.limit(12) == pytest.approx(head.LOGPS_TOLERANCE + 2e-2, rel=1e-3)
-    assert truth.limit(6) == pytest.approx(head.LOGPS_TOLERANCE + 4e-2, rel=1e-3)
+    assert truth.limit(12) == pytest.approx(LOGPS_TOLERANCE + 2e-2, rel=1e-3)
+    assert truth.limit(6) == pytest.approx(LOGPS_TOLERANCE + 4e-2, rel=1e-3)
     assert gate({"logps": 1.5e-2}, torch.bfloat16, truth.limit(12)) == ""
     assert gate({"logps": 1.5e-2}, torch.bfloat16) == "logps off by 1.5e-02"
 
