@@ -17,8 +17,7 @@ from typing import Any
 from bench.paper.experiment import SEEDS, quiet
 from bench.paper.reward import reward
 from bench.paper.rl import train_rl
-from bench.paper.sampling import evaluate
-from bench.paper.sentiment_methods import COMPLETIONS, make_task, train_dpo
+from bench.paper.sentiment_methods import COMPLETIONS, train_dpo
 from bench.paper.toy import METHODS, PREFIXES_PER_STEP, Toy, load_toy
 from bench.timing import PeakMemory
 
@@ -94,7 +93,7 @@ class Clock:
             self._spent, self._from = (cpu, wall), self._now()
 
 
-def measure(method: str, seed: int, toy: Toy, size: Size) -> dict[str, Any]:
+def measure(method: str, toy: Toy, size: Size) -> dict[str, Any]:
     """Train by a method, and look at it.
 
     Returns:
@@ -108,30 +107,17 @@ def measure(method: str, seed: int, toy: Toy, size: Size) -> dict[str, Any]:
     peaks: list[int] = []
     memory, clock = PeakMemory(), Clock()
 
-    def evaluated(policy: Any) -> dict[str, float]:
-        # The same draws in every look and for both methods.
-        draws = 2000 + seed
-        return evaluate(policy, toy.model, toy.tokenizer, toy.held_out, draws, max_new_tokens=size.max_new_tokens)
-
     def look(step: int, policy: Any, tokens: int) -> None:
         if step in size.looks[method]:
             peaks.append(memory.increase())
             with clock.paused():
                 spent = {**clock.seconds(), "generated_tokens": tokens}
-                points.append({"step": step, **spent, **evaluated(policy)})
+                points.append({"step": step, **spent, **toy.evaluated(policy)})
 
     steps, learning_rate = size.looks[method][-1], size.learning_rates[method]
     start = {"cpu_seconds": 0.0, "wall_seconds": 0.0, "generated_tokens": 0}
     if method == "dpo":
-        task = make_task(
-            toy.model,
-            toy.tokenizer,
-            toy.prefixes,
-            max_new_tokens=size.max_new_tokens,
-            steps=steps,
-            seed=seed,
-            prefixes_per_step=PREFIXES_PER_STEP,
-        )
+        task = toy.task(steps)
         tokens = sum(map(len, task.samples.completions))
         start = {**clock.seconds(), "generated_tokens": tokens}
         train_dpo(task, size.beta, learning_rate, lambda step, policy: look(step, policy, tokens))
@@ -145,13 +131,13 @@ def measure(method: str, seed: int, toy: Toy, size: Size) -> dict[str, Any]:
             beta=size.beta,
             steps=steps,
             learning_rate=learning_rate,
-            seed=seed,
+            seed=toy.seed,
             on_step=lambda policy, step, tokens: look(step, policy, tokens),
-            max_new_tokens=size.max_new_tokens,
+            max_new_tokens=toy.max_new_tokens,
             per_prefix=COMPLETIONS,
             prefixes_per_step=PREFIXES_PER_STEP,
         )
-    return {"points": [{"step": 0, **start, **evaluated(toy.model)}, *points], "peak_bytes": peaks[0]}
+    return {"points": [{"step": 0, **start, **toy.evaluated(toy.model)}, *points], "peak_bytes": peaks[0]}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -165,8 +151,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     quiet(threads=1)
     size = QUICK if args.quick else FULL
-    toy = load_toy(args.reference, args.quick, size.prefixes, size.held_out, args.seed)
-    args.out.write_text(json.dumps(measure(args.method, args.seed, toy, size)))
+    toy = load_toy(args.reference, args.quick, size, args.seed)
+    args.out.write_text(json.dumps(measure(args.method, toy, size)))
     return 0
 
 

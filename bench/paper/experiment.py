@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import datasets
 import torch
@@ -31,6 +31,7 @@ UNATTENDED: dict[str, Any] = {"save_strategy": "no", "report_to": "none", "disab
 PACKAGES = ("torch", "transformers", "trl", "numpy", "dpofast")
 PAPER = Path(__file__).parent
 SEEDS = (0, 1, 2)
+Size = TypeVar("Size")
 
 
 def arguments(name: str, doc: str, argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -57,6 +58,15 @@ def arguments(name: str, doc: str, argv: Sequence[str] | None = None) -> argpars
     args.pictures = args.work if args.quick else PAPER
     args.results = (args.work if args.quick else RESULTS) / "paper.jsonl"
     return args
+
+
+def begin(
+    name: str, doc: str, argv: Sequence[str] | None, full_size: Size, quick_size: Size, *, threads: int | None = 1
+) -> tuple[argparse.Namespace, Size]:
+    """Parse the command line, quiet the libraries, and choose the size. Returns arguments(...) and the size."""
+    args = arguments(name, doc, argv)
+    quiet(threads)
+    return args, quick_size if args.quick else full_size
 
 
 def cells(
@@ -154,3 +164,15 @@ def record(args: argparse.Namespace, name: str, figures: Mapping[str, Any]) -> N
     """Append the experiment's JSON line."""
     command = f"python -m bench.paper.{name}" + (" --quick" if args.quick else "")
     write_record(args.results, f"paper/{name}", figures, command=command, packages=PACKAGES)
+
+
+def publish(
+    args: argparse.Namespace,
+    figures: Mapping[str, Any],
+    draw: Callable[[Mapping[str, Any], Path], None],
+    table: Callable[[Mapping[str, Any]], str],
+) -> None:
+    """Draw the experiment's PNG, append its record and print its table."""
+    draw(figures, args.pictures / f"{args.name}.png")
+    record(args, args.name, figures)
+    print(table(figures))
