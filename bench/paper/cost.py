@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from bench.paper.cost_run import FULL, QUICK, Size
 from bench.paper.experiment import begin, cells, mean_and_error, publish
-from bench.paper.review_lm import reference, experiment_settings
+from bench.paper.review_lm import experiment_settings, reference
 from bench.paper.text_table import markdown_table, plus_minus
 from bench.paper.toy import METHODS
 from bench.timing import run_child

@@ -21,7 +21,7 @@ import torch
 from bench.paper import frontier
 from bench.paper.experiment import SEEDS, begin, cells, mean_and_error, publish
 from bench.paper.frontier import FrontierPoint
-from bench.paper.review_lm import Prefixes, reference, experiment_settings, training_figures
+from bench.paper.review_lm import Prefixes, experiment_settings, reference, training_figures
 from bench.paper.reward import reward
 from bench.paper.sampling import evaluate, sample
 from bench.paper.sentiment_methods import METHODS, Task, make_task, positions

@@ -20,7 +20,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from bench.paper.experiment import SEEDS, begin, cells, mean_and_error, publish
-from bench.paper.review_lm import reference, experiment_settings
+from bench.paper.review_lm import experiment_settings, reference
 from bench.paper.reward import SCALE
 from bench.paper.sentiment_methods import Task
 from bench.paper.text_table import markdown_table, plus_minus
