@@ -20,7 +20,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from bench.cases import RESULTS, RandomProfile
+from bench.cases import RESULTS, UNATTENDED, RandomProfile
 from bench.random_pairs import build_random_pairs, write_model
 from bench.record import command_line, write_record
 from bench.timing import run_child
@@ -82,10 +82,7 @@ def measure(folder: Path, data: Path, steps: int) -> dict[str, Any]:
             max_steps=steps,
             train_sampling_strategy="sequential",
             logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            use_cpu=True,
+            **UNATTENDED,
         )
         tokenizer = AutoTokenizer.from_pretrained(folder / "model")
         dataset = timed("load", lambda: load_preferences(data, cache_dir=str(folder / "cache")))

@@ -32,7 +32,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench.cases import PAIRS_PER_STEP, PROFILES, RANDOM_PROFILES, RESULTS, SEED, package_folder
+from bench.cases import PAIRS_PER_STEP, PROFILES, RANDOM_PROFILES, RESULTS, SEED, UNATTENDED, package_folder
 from bench.real_pairs import TABLE, build_pairs, read_reviews, write_jsonl
 from bench.record import command_line, write_record
 from bench.timing import PeakMemory, interleave, load_at_start, run_child, spread
@@ -166,12 +166,9 @@ def train(engine: str, case: StepCase, *, count: bool = False) -> dict[str, Any]
             "disable_dropout": True,
             "bf16": False,
             "gradient_checkpointing": False,
-            "use_cpu": True,
             "seed": case.seed,
             "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": "none",
-            "disable_tqdm": True,
+            **UNATTENDED,
         }
         if name == "dpofast" and case.max_tokens is not None:
             config["max_tokens"] = case.max_tokens

@@ -26,8 +26,6 @@ from bench.cases import RESULTS
 from bench.record import write_record
 from dpofast.common.atomic_files import put
 
-# Of a trainer's arguments: it leaves nothing behind and says nothing.
-UNATTENDED: dict[str, Any] = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": True}
 PACKAGES = ("torch", "transformers", "trl", "numpy", "dpofast")
 PAPER = Path(__file__).parent
 SEEDS = (0, 1, 2)

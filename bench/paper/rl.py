@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from trl import RLOOConfig, RLOOTrainer
 
-from bench.paper.experiment import UNATTENDED
+from bench.cases import UNATTENDED
 
 OnStep = Callable[[PreTrainedModel, int, int], Any]
 

@@ -16,7 +16,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 
-from bench.paper.experiment import UNATTENDED
+from bench.cases import UNATTENDED
 from bench.paper.reward import reward
 from bench.paper.rl import AfterStep, train_rl
 from bench.paper.sampling import Samples, sample
