@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.compare import compare
 from bench.gpu.setting import Setting, one_line
+from bench.head.compare import compare
 from bench.head.floor import FLOOR
 from bench.head.peers import OURS, build
 from bench.head.problem import MODES, Head, Problem, per_token
