@@ -18,31 +18,21 @@ from bench.paper.experiment import SEEDS, quiet
 from bench.paper.reward import reward
 from bench.paper.rl import train_rl
 from bench.paper.sentiment_methods import COMPLETIONS, train_dpo
-from bench.paper.toy import METHODS, PREFIXES_PER_STEP, Toy, load_toy
+from bench.paper.toy import METHODS, PREFIXES_PER_STEP, Toy, ToySize, load_toy
 from bench.timing import PeakMemory
 
 
 @dataclass(frozen=True, kw_only=True)
-class Size:
+class Size(ToySize):
     """How much of everything.
 
     Attributes:
-        prefixes: to train on, in each seed.
-        held_out: prefixes of the evaluations.
         looks: of each method, the steps after which it is looked at; the last ends the run.
         learning_rates: of each method.
-        beta: of both.
-        seeds: of prefixes, completions, labels and training.
-        max_new_tokens: a completion's length, unless it ends before.
     """
 
-    prefixes: int
-    held_out: int
     looks: dict[str, tuple[int, ...]]
     learning_rates: dict[str, float]
-    beta: float
-    seeds: tuple[int, ...]
-    max_new_tokens: int = 24
 
 
 FULL = Size(

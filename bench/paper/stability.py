@@ -24,31 +24,21 @@ from bench.paper.review_lm import experiment_settings, reference
 from bench.paper.reward import SCALE
 from bench.paper.sentiment_methods import Task
 from bench.paper.text_table import markdown_table, plus_minus
-from bench.paper.toy import METHODS, Toy, load_toy
+from bench.paper.toy import METHODS, Toy, ToySize, load_toy
 from dpofast.report.training_plot import frame
 
 
 @dataclass(frozen=True, kw_only=True)
-class Size:
+class Size(ToySize):
     """How much of everything.
 
     Attributes:
-        prefixes: to train on, in each seed.
-        held_out: prefixes of the evaluations.
         steps: of a run, for each method.
         learning_rates: the grid, for each method.
-        beta: of both.
-        seeds: of prefixes, completions, labels and training.
-        max_new_tokens: a completion's length, unless it ends before.
     """
 
-    prefixes: int
-    held_out: int
     steps: dict[str, int]
     learning_rates: dict[str, tuple[float, ...]]
-    beta: float
-    seeds: tuple[int, ...]
-    max_new_tokens: int = 24
 
 
 GRID = (5e-5, 1.5e-4, 5e-4, 1.5e-3, 5e-3)

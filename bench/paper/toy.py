@@ -19,6 +19,25 @@ METHODS = {name: sentiment_methods.METHODS[name] for name in ("dpo", "rl")}
 PREFIXES_PER_STEP = 16  # 64 completions in a step of either method
 
 
+@dataclass(frozen=True, kw_only=True)
+class ToySize:
+    """How much of what both experiments have.
+
+    Attributes:
+        prefixes: to train on, in each seed.
+        held_out: prefixes of the evaluations.
+        beta: of both methods.
+        seeds: of prefixes, completions, labels and training.
+        max_new_tokens: a completion's length, unless it ends before.
+    """
+
+    prefixes: int
+    held_out: int
+    beta: float
+    seeds: tuple[int, ...]
+    max_new_tokens: int = 24
+
+
 @dataclass(frozen=True)
 class Toy:
     """π_ref, prefixes to train on, and prefixes of films that no method trains on.
@@ -53,11 +72,8 @@ class Toy:
         return evaluate(policy, self.model, self.tokenizer, self.held_out, draws, max_new_tokens=self.max_new_tokens)
 
 
-def load_toy(folder: Path, quick: bool, size: Any, seed: int) -> Toy:
-    """π_ref from the folder, and prefixes of each kind; the held-out ones are the same for all seeds.
-
-    size: has prefixes, held_out (counts) and max_new_tokens.
-    """
+def load_toy(folder: Path, quick: bool, size: ToySize, seed: int) -> Toy:
+    """π_ref from the folder, and prefixes of each kind; the held-out ones are the same for all seeds."""
     model, tokenizer = reference(folder, quick)
     prefixes = Prefixes(tokenizer, quick, size.held_out)
     return Toy(
