@@ -1,4 +1,4 @@
-"""What the benchmarks share: seeds, length profiles, the settings of a step, and where packaged inputs lie."""
+"""Constants that the benchmarks share: seeds, length profiles, settings of a step; and how to find packaged inputs."""
 
 import importlib.util
 from dataclasses import dataclass

@@ -60,7 +60,7 @@ class Peaks:
 
 
 def measure(folder: Path, data: Path, steps: int) -> dict[str, Any]:
-    """What `dpofast train` does with a file, and what it took."""
+    """Load, tokenize and train as `dpofast train` does. Returns peak memory, seconds of each phase and losses."""
     import torch
     from transformers import AutoTokenizer
 
@@ -117,7 +117,7 @@ def write_pairs(path: Path, pairs: int, form: str) -> None:
 
 
 def compare(pairs: int, form: str, steps: int) -> dict[str, Any]:
-    """Both runs.
+    """Run both processes and compare them.
 
     Raises:
         RuntimeError: they differ in a loss.
@@ -140,7 +140,7 @@ def compare(pairs: int, form: str, steps: int) -> dict[str, Any]:
 
 
 def report(figures: dict[str, Any]) -> str:
-    """What is printed."""
+    """The figures as text."""
     lines = [f"{'pairs':>9} {'file MB':>8} {'resident MB':>12} {'anonymous MB':>13}  seconds"]
     for run in figures["runs"].values():
         seconds = ", ".join(f"{name} {value:.1f}" for name, value in run["seconds"].items())

@@ -1,4 +1,4 @@
-"""The packer on one core: planning, fill, against trl's collator and trl's pack_dataset.
+"""Speed and fullness of the packer on one core, beside trl's collator and trl's pack_dataset.
 
     python -m bench.packing
 

@@ -1,4 +1,4 @@
-"""The README's "A real model on a laptop", timed: dpofast train on SmolLM2 and preference pairs from film reviews.
+"""Time the README's "A real model on a laptop": dpofast train on SmolLM2 and preference pairs from film reviews.
 
     python -m bench.smollm2 build/smollm2
     python -m bench.real_pairs build/reviews

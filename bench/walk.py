@@ -1,4 +1,4 @@
-"""The files of dpofast that one training step runs through: how far a reader who follows a step has to walk.
+"""List the files of dpofast that one training step calls, and count the changes of file and package between calls.
 
     python -m bench.walk
     python -m bench.walk --root ../other --packages packages.json     another checkout, with a flat dpofast/
@@ -31,7 +31,7 @@ LAST_WARM_UP = 1
 
 @dataclass(frozen=True)
 class Walk:
-    """The calls of one step.
+    """The Python calls of one step.
 
     Attributes:
         calls: for each Python call, in order, its file relative to dpofast/.
@@ -60,7 +60,7 @@ class Walk:
         }
 
     def text(self) -> str:
-        """What is printed."""
+        """The files in order, and the counts."""
         switches, packages = self.switches(), {self.package(file) for file in self.files}
         return "\n".join(
             [

@@ -1,4 +1,4 @@
-"""Everything that only a GPU can tell, in one command without network: `make gpu` runs it after the tests of the GPU.
+"""Benchmarks and checks that need a GPU, in one command without network: `make gpu` runs it after the GPU tests.
 
     python -m bench.gpu [--parts rows head ...]    record in bench/results/gpu.jsonl, and in the folder $OUT where set
     python -m bench.gpu --dry                      the same code on the CPU: tiny shapes, interpreted kernels, no record
@@ -12,9 +12,9 @@ Parts:
     graphs   a plan captured as a CUDA graph
     step     a packed training step of a Llama against the padded one
 
-A part is a process of its own with a time limit of its own, since a kernel that reads outside its tensors takes the
-process's GPU context with it. What fails is shown with its exception, what it had measured until then is kept, the
-other parts run, and the exit code is 1. Every floor is measured in the same process as what is compared with it.
+Each part runs in its own process with its own time limit, since an out-of-bounds access in a kernel makes the GPU
+context of its process unusable. When a part fails, its exception is shown, what it measured until then is kept, the
+other parts still run, and the exit code is 1. Every baseline is measured in the same process as its contenders.
 """
 
 import argparse
@@ -67,7 +67,7 @@ PARTS = {
 
 
 class OutOfTime(BaseException):
-    """A part's alarm. No Exception: a part goes on after those of a peer or a tile."""
+    """Raised by a part's alarm. Not an Exception, because a part continues after an Exception of a peer or a tile."""
 
 
 def function_of(part: Part, name: str) -> Callable[..., Any]:
@@ -103,7 +103,7 @@ def run_here(name: str, dry: bool, limit_s: float) -> dict[str, Any]:
 
 
 def run_child(name: str, dry: bool, limit_s: float) -> dict[str, Any]:
-    """Run a part in a process of its own, whose output is this one's."""
+    """Run a part in its own process, which prints to this process's output. Returns what run_here returns."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
     environment.pop("TRITON_INTERPRET", None)
     if dry:
@@ -123,7 +123,7 @@ def run_child(name: str, dry: bool, limit_s: float) -> dict[str, Any]:
 
 
 def finite(tree: Any) -> Any:
-    """The same with NaN and infinities spelled out: a record refuses them, and a figure may well be one."""
+    """The tree with NaN and infinities as strings, because a record accepts finite numbers only."""
     if isinstance(tree, dict):
         return {key: finite(value) for key, value in tree.items()}
     if isinstance(tree, (list, tuple)):

@@ -1,7 +1,8 @@
-"""bench.gpu's head: every plan and every peer against the bare products, on the shapes of the goals.
+"""The part "head" of bench.gpu: every head plan and every peer against bare products, at the shapes of the goals.
 
-bench.head does the work. Forward only, two more of our own stand beside the public function, whichever of them it
-chooses: the tl.dot kernel, whose logits never leave the chip, and the scratch of logits with a row kernel.
+bench.head does the work. In the forward mode, both of the public function's implementations are compared as well,
+whichever it chooses: the tl.dot kernel, which writes no logits to memory, and logits of a few hundred rows at a time
+with a row kernel.
 """
 
 import traceback
@@ -56,7 +57,7 @@ FORWARD_ONLY = {"tl.dot kernel": tl_dot, "scratch": scratch}
 
 
 def run(setting: Setting, figures: dict[str, Any], left: Callable[[], float]) -> None:
-    """Fill figures; what of ours fails is told at the end, when everything else has been measured."""
+    """Fill figures. Failures of dpofast's own contenders are raised at the end, when everything else is measured."""
     problem = Problem.make(setting.n, setting.d, setting.v, setting.pairs, setting.dtype, setting.device)
     figures["shape"] = {name: getattr(setting, name) for name in ("n", "d", "v", "pairs")}
     heads, figures["absent"] = build(problem, [*OURS, *setting.peers])

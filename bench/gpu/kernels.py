@@ -1,4 +1,4 @@
-"""bench.gpu's row kernels as a share of the device's copy bandwidth, the sigmoid loss, and a sweep over tiles.
+"""The parts "rows", "linear" and "sigmoid" of bench.gpu: kernels against copy bandwidth and torch.mm, tile sweeps.
 
 Bytes are those that the task needs: each logit read once and each result written once, whatever the kernel does. The
 copy they are compared with reads and writes 1 GiB in the same rounds.

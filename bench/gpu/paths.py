@@ -1,4 +1,4 @@
-"""bench.gpu's device paths: none of them waits for the GPU, and a fixed plan can be captured as a CUDA graph."""
+"""The parts "syncs" and "graphs" of bench.gpu: no device path waits for the GPU; CUDA graphs can capture the head."""
 
 import contextlib
 import functools

@@ -20,7 +20,7 @@ MOST_SHARDS, BYTES_PER_SHARD = 8, 8 << 30
 
 
 def lacking() -> str:
-    """What keeps the tests of the GPU from running here, in one line; empty where nothing does."""
+    """What is missing to run the GPU tests in this environment, in one line; empty if nothing is."""
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         return f"{sys.executable} lacks {', '.join(missing)}: pip install {' '.join(missing)}, or name another PYTHON"
@@ -32,7 +32,7 @@ def lacking() -> str:
 
 
 def shards() -> int:
-    """As many processes as cores and the GPU's memory allow."""
+    """The number of test processes that the cores and the GPU's memory allow."""
     import torch
 
     from bench.record import device
@@ -43,7 +43,7 @@ def shards() -> int:
 
 
 def run(arguments: list[str], count: int, limit_s: float) -> int:
-    """Run pytest in `count` processes, print what the failing ones said and a line for each; 0 when all pass."""
+    """Run pytest in `count` processes; print the failing ones' output and a line for each. Returns 0 if all pass."""
     # Where a test hangs is said before its process is killed.
     options = ["-q", "-p", "no:cacheprovider", "-o", f"faulthandler_timeout={limit_s * 0.8:.0f}", "--durations=3"]
     with tempfile.TemporaryDirectory() as folder:

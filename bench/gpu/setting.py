@@ -1,4 +1,4 @@
-"""What the parts of bench.gpu share: shapes for the device at hand, and how calls are timed against each other."""
+"""Shapes and repetitions that the parts of bench.gpu share, chosen for the device, and interleaved timing of calls."""
 
 import itertools
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The head alone, hidden states to log-probs to gradients: dpofast, plain PyTorch and the public peers.
+"""Time and memory of the LM head, from hidden states to log-probs to gradients: dpofast, PyTorch and public peers.
 
     pip install -e '.[bench]' && pip install --no-deps liger-kernel==0.8.5 cut-cross-entropy==25.1.1
     python -m bench.head --n 512 --d 576 --v 49152

@@ -1,4 +1,4 @@
-"""Contenders checked, counted and timed against the floor, in turns, in this process."""
+"""Check, count and time contenders in this process, in turns, against the bare matrix products (the floor)."""
 
 import functools
 import gc
@@ -39,7 +39,7 @@ class Entry:
 
 
 def first_run(name: str, head: Head, problem: Problem, truth: Truth, mode: str) -> Entry:
-    """Warm up, check, and count."""
+    """Run a contender once: warm up, compare with the truth, count GEMMs and bytes."""
     device = problem.hidden.device
 
     def attempt() -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -75,7 +75,7 @@ def compare(problem: Problem, heads: dict[str, Head], truth: Truth, mode: str, r
         print(f"{mode}: {name}", flush=True)
         try:
             entries[name] = first_run(name, head, problem, truth, mode)
-        except Exception as error:  # a peer may raise anything; it is shown with what it said
+        except Exception as error:  # a peer may raise anything; the table shows its message
             if name in OURS:
                 raise
             failed[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
@@ -85,7 +85,7 @@ def compare(problem: Problem, heads: dict[str, Head], truth: Truth, mode: str, r
     floor = Floor(problem)
     floor(mode)
     times: list[float] = []
-    # What exists by now is no garbage: collecting before each run then takes no time.
+    # Freeze what exists by now, so that the collection before each run takes no time.
     gc.collect()
     gc.freeze()
     for name in interleave([FLOOR, *entries], rounds):

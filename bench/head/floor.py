@@ -1,4 +1,4 @@
-"""The least that a mode can take: its bare matrix products."""
+"""The bare matrix products of a mode, the least time that any contender can take."""
 
 import torch
 
@@ -8,7 +8,7 @@ FLOOR = "floor"
 
 
 class Floor:
-    """The mode's bare products, each torch.mm into a buffer that is warm."""
+    """Runs the products of a mode, each by torch.mm into an allocated and touched buffer."""
 
     def __init__(self, problem: Problem) -> None:
         """Allocate and touch the (N, V) and the two result buffers."""

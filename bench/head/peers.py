@@ -37,7 +37,7 @@ def naive(problem: Problem) -> Head:
 
 
 def compiled_naive(problem: Problem) -> Head:
-    """The same through torch.compile."""
+    """plain_logps through torch.compile."""
     compiled = torch.compile(plain_logps, dynamic=False)
     return per_token(problem, lambda h, w: compiled(h, w, problem.targets))
 
@@ -96,12 +96,12 @@ PEERS = {
     "liger": liger_dpo,
     "cce": apple_cce,
 }
-# Under the dispatch mode that counts, these would run other code than the code that is timed; on a GPU liger as well.
+# Not counted: under the counting dispatch mode these run uncompiled, not the code that is timed. On a GPU, liger too.
 COMPILED = {"naive compiled", "cce"}
 
 
 def build(problem: Problem, names: list[str]) -> tuple[dict[str, Head], dict[str, str]]:
-    """The contenders, and those that are not installed here, with the reason."""
+    """The contenders by name, and the names of those that are not installed, with the reason."""
     heads, absent = {}, {}
     for name in names:
         try:

@@ -46,7 +46,7 @@ Head = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def run(head: Head, problem: Problem, mode: str) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Forward and the mode's gradients: logps, gradients."""
+    """One forward, and the backward that the mode asks for. Returns log-probs and gradients."""
     names = MODES[mode]
     hidden = problem.hidden.detach().requires_grad_("hidden" in names)
     weight = problem.weight.detach().requires_grad_("weight" in names)
@@ -57,7 +57,7 @@ def run(head: Head, problem: Problem, mode: str) -> tuple[Tensor, tuple[Tensor, 
 
 
 def per_token(problem: Problem, logps: Callable[[Tensor, Tensor], Tensor]) -> Head:
-    """A contender that ends at per-token log-probs."""
+    """A contender that returns per-token log-probs; the DPO loss is computed from them by Problem.loss."""
 
     def head(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         values = logps(hidden, weight)
@@ -67,6 +67,6 @@ def per_token(problem: Problem, logps: Callable[[Tensor, Tensor], Tensor]) -> He
 
 
 def plain_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """What everyone writes first."""
+    """Log-probs (N,) by the plain code: all logits in float32, log-softmax, gather."""
     logits = (hidden @ weight.t()).float()
     return logits.log_softmax(-1).gather(1, targets.unsqueeze(1)).squeeze(1)

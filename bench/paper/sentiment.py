@@ -119,7 +119,7 @@ class Sweep:
 
 
 def names(size: Size, quick: bool) -> list[str]:
-    """Of all cells, seed by seed."""
+    """Names of all cells, seed by seed."""
     return [
         name
         for seed in size.seeds
@@ -212,7 +212,7 @@ def _above(points: Sequence[dict[str, Any]], rewards: torch.Tensor) -> float:
 
 
 def table(figures: dict[str, Any]) -> str:
-    """As printed, in Markdown."""
+    """The printed tables, in Markdown."""
     levels = figures["levels"]
     labels = {key: method.label for key, method in METHODS.items()} | {"optimum": "optimum π*"}
     reached = markdown_table(

@@ -1,4 +1,4 @@
-"""The methods that are compared on controlled sentiment: what each trains on, and how.
+"""The methods that are compared on controlled sentiment, and the task that they train on.
 
 All start from π_ref and run over the same prefixes in the same number of steps. The offline ones see four completions
 of a prefix and the six pairs they make; the RL loop samples four completions itself and sees their rewards.

@@ -74,7 +74,7 @@ class Runs:
         return toy, toy.task(steps=1)
 
     def names(self) -> list[str]:
-        """Of all cells, seed by seed."""
+        """Names of all cells, seed by seed."""
         runs = [(method, rate) for method in METHODS for rate in self.size.learning_rates[method]]
         return [f"{method}_{rate:g}_{seed}" for seed in self.size.seeds for method, rate in [("reference", 0), *runs]]
 
@@ -173,7 +173,7 @@ def draw(figures: Mapping[str, Any], png: Path) -> None:
 
 
 def table(figures: Mapping[str, Any]) -> str:
-    """What is printed."""
+    """The printed tables, in Markdown."""
     labels = {"reward": "reward", "kl": "KL, nats", "objective": "gain − β·KL"}
     spreads, by_rate = [], []
     for method, of_method in figures["methods"].items():

@@ -1,4 +1,4 @@
-"""What cost.py and stability.py share: DPO and the RL loop start from one π_ref, over the same prefixes.
+"""The task that cost.py and stability.py share: DPO and the RL loop start from one π_ref, over the same prefixes.
 
 Both maximise E[r] − β·KL(π‖π_ref). The RL loop sees the reward itself; DPO sees which of two completions is preferred,
 one draw from Bradley-Terry under the same reward.
