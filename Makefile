@@ -74,9 +74,9 @@ bench: $(INSTALLED)
 gpu:
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) was not found. Name another: make gpu PYTHON=python3.12" >&2; exit 1; }
 	@$(PYTHON) -c "$$CHECK"
-	$(PYTHON) -m bench.gpu_tests --check
+	$(PYTHON) -m bench.gpu.run_tests --check
 	$(PYTHON) setup.py --quiet build_ext --inplace
-	$(PYTHON) -m bench.gpu_tests
+	$(PYTHON) -m bench.gpu.run_tests
 	$(PYTHON) -m bench.gpu
 
 define CHECK

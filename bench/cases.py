@@ -1,13 +1,16 @@
-"""What the benchmarks share: seeds, length profiles, the settings of a step, and where packaged inputs lie."""
+"""Constants that the benchmarks share: seeds, length profiles, settings of a step; and how to find packaged inputs."""
 
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 SEED = 0
 # Of one optimizer step. trl then needs about half of 24 GiB on the long profile, so the machine never swaps.
 PAIRS_PER_STEP = 8
 RESULTS = Path(__file__).parent / "results"
+# Of a trainer's arguments: it trains on the CPU, saves nothing and prints nothing.
+UNATTENDED: dict[str, Any] = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": True}
 
 
 @dataclass(frozen=True, kw_only=True)

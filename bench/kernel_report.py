@@ -1,4 +1,4 @@
-"""What every kernel compiles to, without a GPU: registers, spills, widths of loads, tensor cores; and a prediction.
+"""Compile every kernel without a GPU; report registers, spills, load widths, tensor cores and a predicted time.
 
     python -m bench.kernel_report [--architectures sm_90 ...] [--json bench/results/kernel_report.jsonl]
 
@@ -20,7 +20,7 @@ from typing import Any
 import triton
 
 from bench.aot import TARGETS, AotCase, aot_cases
-from bench.timing import write_record
+from bench.record import write_record
 from dpofast.kernels.linear_tiles import vocab_splits
 from dpofast.kernels.tiles import row_tile
 
@@ -39,7 +39,7 @@ _MATRIX = ("wgmma.mma_async", "tcgen05.mma", "mma.sync", "v_mfma")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KernelFacts:
-    """What one kernel became on one architecture.
+    """Facts of one kernel compiled for one architecture.
 
     Attributes:
         registers: per thread (gfx942: vector registers).

@@ -20,9 +20,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from bench.cases import RESULTS, RandomProfile
+from bench.cases import RESULTS, UNATTENDED, RandomProfile
 from bench.random_pairs import build_random_pairs, write_model
-from bench.timing import run_child, write_record
+from bench.record import command_line, write_record
+from bench.timing import run_child
 
 PROFILE = RandomProfile(prompt_median=100, response_median=80, vocab_size=512, hidden_size=64, layers=1)
 # Above the peak with few pairs, in bytes.
@@ -59,7 +60,7 @@ class Peaks:
 
 
 def measure(folder: Path, data: Path, steps: int) -> dict[str, Any]:
-    """What `dpofast train` does with a file, and what it took."""
+    """Load, tokenize and train as `dpofast train` does. Returns peak memory, seconds of each phase and losses."""
     import torch
     from transformers import AutoTokenizer
 
@@ -81,10 +82,7 @@ def measure(folder: Path, data: Path, steps: int) -> dict[str, Any]:
             max_steps=steps,
             train_sampling_strategy="sequential",
             logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            use_cpu=True,
+            **UNATTENDED,
         )
         tokenizer = AutoTokenizer.from_pretrained(folder / "model")
         dataset = timed("load", lambda: load_preferences(data, cache_dir=str(folder / "cache")))
@@ -119,7 +117,7 @@ def write_pairs(path: Path, pairs: int, form: str) -> None:
 
 
 def compare(pairs: int, form: str, steps: int) -> dict[str, Any]:
-    """Both runs.
+    """Run both processes and compare them.
 
     Raises:
         RuntimeError: they differ in a loss.
@@ -142,7 +140,7 @@ def compare(pairs: int, form: str, steps: int) -> dict[str, Any]:
 
 
 def report(figures: dict[str, Any]) -> str:
-    """What is printed."""
+    """The figures as text."""
     lines = [f"{'pairs':>9} {'file MB':>8} {'resident MB':>12} {'anonymous MB':>13}  seconds"]
     for run in figures["runs"].values():
         seconds = ", ".join(f"{name} {value:.1f}" for name, value in run["seconds"].items())
@@ -175,7 +173,7 @@ def main(arguments: list[str] | None = None) -> int:
     if args.pairs < FEW or not 1 <= args.steps <= FEW // 8:
         parser.error(f"expected --pairs of at least {FEW}, and --steps of 1 to {FEW // 8}")
     figures = compare(args.pairs, args.form, args.steps)
-    command = "python -m bench.memory" + "".join(f" {argument}" for argument in arguments or sys.argv[1:])
+    command = command_line("bench.memory", arguments)
     write_record(
         args.results, "memory", figures, command=command, packages=("torch", "transformers", "datasets", "pyarrow")
     )

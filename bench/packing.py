@@ -1,4 +1,4 @@
-"""The packer on one core: planning, fill, against trl's collator and trl's pack_dataset.
+"""Speed and fullness of the packer on one core, beside trl's collator and trl's pack_dataset.
 
     python -m bench.packing
 
@@ -20,7 +20,8 @@ import pyarrow as pa
 import torch
 
 from bench.cases import RESULTS, SEED
-from bench.timing import spread, write_record
+from bench.record import command_line, write_record
+from bench.timing import load_at_start, spread
 from dpofast import _C
 from dpofast.packing.examples import read_examples
 from dpofast.packing.pack import PackBuffers, pack, plan
@@ -310,9 +311,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if min(args.largest_plan, args.steps, args.pairs, args.rounds) < 1 or args.pairs < 64:
         parser.error("expected numbers of 1 or more, and --pairs of 64 or more")
-    load = os.getloadavg()[0]
-    if load > BUSY_LOAD:
-        print(f"warning: the machine is busy (load {load:.1f}), so times mean little", file=sys.stderr, flush=True)
+    load = load_at_start(BUSY_LOAD)
     torch.set_num_threads(1)
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
@@ -330,7 +329,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not args.no_trl:
         figures["trl_fullness"] = trl_fullness(rng, 2 * args.pairs)
         figures["collators"] = collators(rng, args.pairs // 4, 64, clock)
-    command = "python -m bench.packing" + "".join(f" {argument}" for argument in arguments or sys.argv[1:])
+    command = command_line("bench.packing", arguments)
     write_record(args.results, "packing", figures, command=command, packages=PACKAGES)
     print(report(figures))
     return 0

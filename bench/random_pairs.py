@@ -1,7 +1,7 @@
-"""A small Llama with random weights, and pairs of random words with log-normal lengths: what a profile of
-bench/cases.py's RANDOM_PROFILES describes, for timing where only shapes matter.
+"""A small random Llama and pairs of random words with log-normal lengths, as a RandomProfile of bench/cases.py says.
 
-The tokenizer knows one word for every token id, so the text that both trainers get has exactly the planned lengths.
+For measurements in which only shapes matter. The tokenizer has one word for every token id, so the text that both
+trainers get has exactly the planned lengths.
 """
 
 from pathlib import Path

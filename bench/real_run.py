@@ -1,4 +1,4 @@
-"""The README's "A real model on a laptop", timed: dpofast train on SmolLM2 and preference pairs from film reviews.
+"""Time the README's "A real model on a laptop": dpofast train on SmolLM2 and preference pairs from film reviews.
 
     python -m bench.smollm2 build/smollm2
     python -m bench.real_pairs build/reviews
@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from bench.cases import RESULTS
-from bench.timing import write_record
+from bench.record import write_record
 from dpofast.report.progress import read_metrics
 
 COMMAND = (

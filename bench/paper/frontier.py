@@ -1,4 +1,4 @@
-"""The best that any policy can do at a divergence from π_ref, and best-of-N, both from samples of π_ref alone.
+"""The largest reward at a given divergence from π_ref, and that of best-of-N, estimated from samples of π_ref alone.
 
 Under E[r] − β·KL(π‖π_ref) the optimum is π*(y|x) = π_ref(y|x)·exp(r(x, y)/β)/Z(x) (DPO, equation 4), so that
 

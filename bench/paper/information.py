@@ -1,4 +1,4 @@
-"""How much pairs tell about a policy of an enumerable world: Fisher informations, and what follows from them."""
+"""Fisher information of preference pairs about a policy of an enumerable world, and the KL it predicts."""
 
 import torch
 from torch import Tensor

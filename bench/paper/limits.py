@@ -1,4 +1,4 @@
-"""The limits of DPO: length bias and likelihood displacement, what mends them, and whether the report says so.
+"""The limits of DPO: length bias and likelihood displacement, which losses avoid them, and whether the report warns.
 
 A small Llama learns a language of 41 words (toy_language.py), and is then trained by dpofast.DPOTrainer on:
   longer  the chosen response is richer in words of the topic, and in 70 % of the pairs it is the longer one; both are
@@ -32,7 +32,7 @@ from typing import Any
 from transformers import LlamaForCausalLM
 
 from bench.paper import limits_data, toy_language
-from bench.paper.experiment import SEEDS, arguments, cells, mean_and_error, quiet, record
+from bench.paper.experiment import SEEDS, begin, cells, mean_and_error, record
 from bench.paper.limits_figure import draw
 from bench.paper.limits_runs import CASES, PAIRS_PER_STEP, STEPS, figures
 from bench.paper.text_table import plus_minus, text_table
@@ -56,9 +56,7 @@ QUICK = Size((0,), ("fair", "dpo", "ld_zero", "norm", "alike", "rpo"), ("dpo", "
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run what is not there yet, draw, print and record. Returns 0."""
-    args = arguments("limits", __doc__, argv)
-    quiet(threads=1)
-    size = QUICK if args.quick else FULL
+    args, size = begin("limits", __doc__, argv, FULL, QUICK)
 
     @lru_cache(maxsize=1)
     def reference(seed: int) -> LlamaForCausalLM:

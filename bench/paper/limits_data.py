@@ -28,12 +28,12 @@ def preferences(kind: str, count: int, *, seed: int) -> Dataset:
 
 
 def _fair(topic: int, draw: np.random.Generator) -> _Pair | None:
-    """The chosen response is richer in words of the topic; length says nothing."""
+    """The chosen response has more words of the topic; length is independent of the preference."""
     return _richer(topic, draw, FAIR, longer=0.5)
 
 
 def _longer(topic: int, draw: np.random.Generator) -> _Pair | None:
-    """So is this one, and in CHOSEN_LONGER of the pairs it is the longer one; both are far richer than the language."""
+    """The same, but the chosen one is longer in CHOSEN_LONGER of the pairs; both have more topic words than usual."""
     return _richer(topic, draw, LONGER, longer=CHOSEN_LONGER)
 
 
@@ -45,7 +45,7 @@ def _richer(topic: int, draw: np.random.Generator, rates: tuple[float, float], *
 
 
 def _alike(topic: int, draw: np.random.Generator) -> _Pair | None:
-    """One response twice, but for a word: a topic's first word is chosen where its second is rejected."""
+    """Two responses that differ in one word: a topic's first word is chosen where its second is rejected."""
     chosen = response(topic, draw)
     first, second, _ = words_of(topic)
     places = [place for place, token in enumerate(chosen) if token == first]

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import LlamaForCausalLM, PrinterCallback
 
-from bench.paper.experiment import UNATTENDED
+from bench.cases import UNATTENDED
 from bench.paper.limits_data import preferences
 from bench.paper.toy_language import write
 from dpofast import DPOConfig, DPOTrainer

@@ -13,6 +13,7 @@ import time
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -20,6 +21,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedModel, PreTr
 
 from bench.cases import package_folder
 from bench.paper.experiment import write_json
+from bench.paper.reward import SCALE
 from bench.real_pairs import TABLE, Review, read_reviews
 from dpofast.demo.language_model import small_llama, train_tokenizer
 
@@ -144,6 +146,11 @@ def training_figures(folder: Path) -> dict[str, object]:
     return json.loads((folder / _TRAINING).read_text())
 
 
+def experiment_settings(folder: Path, size: Any) -> dict[str, Any]:
+    """The settings of an experiment on π_ref from `folder`: its size, the reward's scale, π_ref's own settings."""
+    return {**asdict(size), "scale": SCALE, "reference": training_figures(folder)["settings"]}
+
+
 def token_rows(reviews: Sequence[Review], tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
     """Token ids of every review, with the end token."""
     return [[*ids, tokenizer.eos_token_id] for ids in tokenizer([review.text for review in reviews])["input_ids"]]
@@ -174,6 +181,20 @@ def prefixes(
             if len(found) == count:
                 return found
     raise ValueError(f"count: {count} prefixes asked for, but the reviews give only {len(found)}; ask for fewer")
+
+
+class Prefixes:
+    """Beginnings of reviews: held-out ones, the same for all seeds, and those to train on, of other films."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, quick: bool, held_out: int) -> None:
+        """Read the corpus (read_corpus) and draw the held-out prefixes."""
+        self._tokenizer = tokenizer
+        self._reviews, unseen = split(read_corpus(quick))
+        self.held_out = prefixes(unseen, tokenizer, held_out, seed=0)
+
+    def to_train(self, count: int, seed: int) -> list[list[int]]:
+        """`count` prefixes of the films that are not held out, none of them equal to a held-out one."""
+        return prefixes(self._reviews, self._tokenizer, count, seed, excluded=self.held_out)
 
 
 def _train(rows: Sequence[list[int]], tokenizer: PreTrainedTokenizerFast, size: Size) -> LlamaForCausalLM:

@@ -1,4 +1,4 @@
-"""What a text is worth: a sentiment lexicon as ground truth, and a second one that training never sees."""
+"""Rewards of texts: a sentiment lexicon as ground truth, and a second one that training never sees."""
 
 from collections.abc import Sequence
 

@@ -16,14 +16,14 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from trl import RLOOConfig, RLOOTrainer
 
-from bench.paper.experiment import UNATTENDED
+from bench.cases import UNATTENDED
 
 OnStep = Callable[[PreTrainedModel, int, int], Any]
 
 
 @dataclass(frozen=True)
 class RLRun:
-    """What a run did.
+    """Result of a run.
 
     Attributes:
         steps: optimizer steps taken.
@@ -42,7 +42,7 @@ class AfterStep(TrainerCallback):
     """Calls on_step(model, optimizer steps so far, generated tokens so far) before the first step, and after each."""
 
     def __init__(self, on_step: OnStep, tokens: Callable[[], int]) -> None:
-        """Take what is called, and who knows the tokens."""
+        """on_step is called as described; tokens() returns the number of generated tokens so far."""
         self.on_step, self.tokens = on_step, tokens
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:

@@ -1,4 +1,4 @@
-"""Completions sampled from a small model, their exact divergence from the reference, and what else is told of them."""
+"""Sample completions from a small model, and evaluate them: exact divergence from the reference, reward, diversity."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

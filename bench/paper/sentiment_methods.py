@@ -1,4 +1,4 @@
-"""The methods that are compared on controlled sentiment: what each trains on, and how.
+"""The methods that are compared on controlled sentiment, and the task that they train on.
 
 All start from π_ref and run over the same prefixes in the same number of steps. The offline ones see four completions
 of a prefix and the six pairs they make; the RL loop samples four completions itself and sees their rewards.
@@ -16,7 +16,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 
-from bench.paper.experiment import UNATTENDED
+from bench.cases import UNATTENDED
 from bench.paper.reward import reward
 from bench.paper.rl import AfterStep, train_rl
 from bench.paper.sampling import Samples, sample

@@ -18,10 +18,11 @@ import torch
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from bench.paper.experiment import arguments, cells, quiet, record
-from bench.paper.review_lm import prefixes, read_corpus, split
+from bench.paper.experiment import begin, cells, record
+from bench.paper.review_lm import Prefixes
 from bench.paper.sampling import evaluate
 from bench.paper.sentiment_methods import make_task, positions, train_dpo
+from bench.paper.text_table import markdown_table, plus_minus
 
 MODEL = Path("build/smollm2")
 
@@ -55,12 +56,11 @@ def compute(size: Size, quick: bool) -> dict[str, Any]:
     """Train, and look at the policy before and meanwhile."""
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    train_reviews, held_out_reviews = split(read_corpus(quick))
-    held_out = prefixes(held_out_reviews, tokenizer, size.held_out, seed=0)
+    prefixes = Prefixes(tokenizer, quick, size.held_out)
     task = make_task(
         model,
         tokenizer,
-        prefixes(train_reviews, tokenizer, size.prefixes, seed=0, excluded=held_out),
+        prefixes.to_train(size.prefixes, seed=0),
         max_new_tokens=size.max_new_tokens,
         steps=size.looks[-1],
         prefixes_per_step=size.prefixes_per_step,
@@ -71,7 +71,13 @@ def compute(size: Size, quick: bool) -> dict[str, Any]:
     def look(step: int, policy: Any) -> None:
         if step in size.looks:
             figures = evaluate(
-                policy, model, tokenizer, held_out, 0, per_prefix=size.per_prefix, max_new_tokens=size.max_new_tokens
+                policy,
+                model,
+                tokenizer,
+                prefixes.held_out,
+                0,
+                per_prefix=size.per_prefix,
+                max_new_tokens=size.max_new_tokens,
             )
             points.append({"step": step, **figures})
 
@@ -82,19 +88,18 @@ def compute(size: Size, quick: bool) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line entry; 2 when there is no model."""
-    args = arguments("sentiment_smollm2", __doc__, argv)
+    args, size = begin("sentiment_smollm2", __doc__, argv, FULL, QUICK, threads=None)
     if not MODEL.is_dir():
         print(f"error: {MODEL} is no folder; make it with: python -m bench.smollm2 {MODEL}", file=sys.stderr)
         return 2
-    quiet()
-    size = QUICK if args.quick else FULL
     figures = cells(args, asdict(size), ["dpo"], lambda _: compute(size, args.quick))["dpo"]
     record(args, "sentiment_smollm2", {**figures, "size": asdict(size)})
     names = ("kl", "reward", "second_opinion", "length")
-    print("| step | KL | reward | second lexicon | tokens | distinct-2 |\n|---|---|---|---|---|---|")
+    rows = []
     for point in figures["points"]:
-        told = " | ".join(f"{point[name]:.2f} ± {point[f'{name}_error']:.2f}" for name in names)
-        print(f"| {point['step']} | {told} | {point['distinct_2']:.2f} |")
+        told = [plus_minus((point[name], point[f"{name}_error"]), 2) for name in names]
+        rows.append([str(point["step"]), *told, f"{point['distinct_2']:.2f}"])
+    print(markdown_table(["step", "KL", "reward", "second lexicon", "tokens", "distinct-2"], rows))
     print(f"errors: over {size.held_out} held-out prefixes, one seed; {figures['seconds']:.0f} s")
     return 0
 

@@ -19,36 +19,26 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from bench.paper.experiment import SEEDS, arguments, cells, mean_and_error, quiet, record
-from bench.paper.review_lm import training_figures
+from bench.paper.experiment import SEEDS, begin, cells, mean_and_error, publish
+from bench.paper.review_lm import experiment_settings, reference
 from bench.paper.reward import SCALE
-from bench.paper.sampling import evaluate
-from bench.paper.sentiment_methods import Task, make_task
-from bench.paper.toy import METHODS, PREFIXES_PER_STEP, Toy, load_toy
+from bench.paper.sentiment_methods import Task
+from bench.paper.text_table import markdown_table, plus_minus
+from bench.paper.toy import METHODS, Toy, ToySize, load_toy
 from dpofast.report.training_plot import frame
 
 
 @dataclass(frozen=True, kw_only=True)
-class Size:
+class Size(ToySize):
     """How much of everything.
 
     Attributes:
-        prefixes: to train on, in each seed.
-        held_out: prefixes of the evaluations.
         steps: of a run, for each method.
         learning_rates: the grid, for each method.
-        beta: of both.
-        seeds: of prefixes, completions, labels and training.
-        max_new_tokens: a completion's length, unless it ends before.
     """
 
-    prefixes: int
-    held_out: int
     steps: dict[str, int]
     learning_rates: dict[str, tuple[float, ...]]
-    beta: float
-    seeds: tuple[int, ...]
-    max_new_tokens: int = 24
 
 
 GRID = (5e-5, 1.5e-4, 5e-4, 1.5e-3, 5e-3)
@@ -80,20 +70,11 @@ class Runs:
         self.prepared = functools.lru_cache(maxsize=1)(self._prepared)
 
     def _prepared(self, seed: int) -> tuple[Toy, Task]:
-        toy = load_toy(self.folder, self.quick, self.size.prefixes, self.size.held_out, seed)
-        task = make_task(
-            toy.model,
-            toy.tokenizer,
-            toy.prefixes,
-            max_new_tokens=self.size.max_new_tokens,
-            steps=1,
-            seed=seed,
-            prefixes_per_step=PREFIXES_PER_STEP,
-        )
-        return toy, task
+        toy = load_toy(self.folder, self.quick, self.size, seed)
+        return toy, toy.task(steps=1)
 
     def names(self) -> list[str]:
-        """Of all cells, seed by seed."""
+        """Names of all cells, seed by seed."""
         runs = [(method, rate) for method in METHODS for rate in self.size.learning_rates[method]]
         return [f"{method}_{rate:g}_{seed}" for seed in self.size.seeds for method, rate in [("reference", 0), *runs]]
 
@@ -101,21 +82,14 @@ class Runs:
         """What sampling.evaluate() says of a run's last policy."""
         method, rate, seed = name.split("_")
         toy, task = self.prepared(int(seed))
-        draws = 2000 + int(seed)
-
-        def evaluated(policy: Any) -> dict[str, float]:
-            return evaluate(
-                policy, toy.model, toy.tokenizer, toy.held_out, draws, max_new_tokens=self.size.max_new_tokens
-            )
-
         if method == "reference":
-            return evaluated(toy.model)
+            return toy.evaluated(toy.model)
         steps = self.size.steps[method]
         found: list[dict[str, float]] = []
 
         def look(step: int, policy: Any) -> None:
             if step == steps:
-                found.append(evaluated(policy))
+                found.append(toy.evaluated(policy))
 
         train = METHODS[method].train
         train(replace(task, steps=steps), self.size.beta, float(rate), look)
@@ -199,41 +173,37 @@ def draw(figures: Mapping[str, Any], png: Path) -> None:
 
 
 def table(figures: Mapping[str, Any]) -> str:
-    """What is printed."""
-    lines = [
-        "| method | | best | median | worst | collapsed |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
+    """The printed tables, in Markdown."""
     labels = {"reward": "reward", "kl": "KL, nats", "objective": "gain − β·KL"}
+    spreads, by_rate = [], []
     for method, of_method in figures["methods"].items():
         for name, label in labels.items():
-            shown = " | ".join(f"{of_method['spread'][name][rank]:.2f}" for rank in ("best", "median", "worst"))
-            collapsed = f"{of_method['collapsed']:.0%} of {len(of_method['runs'])}" if name == "reward" else ""
-            lines.append(f"| {METHODS[method].label if name == 'reward' else ''} | {label} | {shown} | {collapsed} |")
-    lines += ["", "| method | learning rate | reward | KL, nats | gain − β·KL | collapsed |", "| --- " * 6 + "|"]
-    for method, of_method in figures["methods"].items():
+            shown = [f"{of_method['spread'][name][rank]:.2f}" for rank in ("best", "median", "worst")]
+            collapsed = f"{of_method['collapsed']:.0%} of {len(of_method['runs'])}"
+            first = name == "reward"
+            spreads.append([METHODS[method].label if first else "", label, *shown, collapsed if first else ""])
         for row in of_method["by_rate"]:
-            shown = " | ".join(f"{row[name][0]:.2f} ± {row[name][1]:.2f}" for name in labels)
-            lines.append(f"| {METHODS[method].label} | {row['learning_rate']:g} | {shown} | {row['collapsed']} |")
-    reward, error = figures["reference"]["reward"]
-    return "\n".join([*lines, f"π_ref: reward {reward:.2f} ± {error:.2f}"])
+            shown = [plus_minus(row[name], 2) for name in labels]
+            by_rate.append([METHODS[method].label, f"{row['learning_rate']:g}", *shown, str(row["collapsed"])])
+    return "\n".join(
+        [
+            markdown_table(["method", "", "best", "median", "worst", "collapsed"], spreads),
+            "",
+            markdown_table(["method", "learning rate", *labels.values(), "collapsed"], by_rate),
+            f"π_ref: reward {plus_minus(figures['reference']['reward'], 2)}",
+        ]
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line entry."""
-    args = arguments("stability", __doc__, argv)
-    size = QUICK if args.quick else FULL
-    quiet(threads=1)
+    args, size = begin("stability", __doc__, argv, FULL, QUICK)
     folder = args.work / "reference"
     runs = Runs(folder, size, args.quick)
-    load_toy(folder, args.quick, 1, 1, 0)  # learned before its settings are asked for
-    known = training_figures(folder)["settings"]
-    settings = {**asdict(size), "scale": SCALE, "reference": known}
+    reference(folder, args.quick)  # learned before its settings are asked for
+    settings = experiment_settings(folder, size)
     found = cells(args, settings, runs.names(), runs.compute)
-    figures = {**collect(found, size), "size": asdict(size), "pi_ref": known}
-    draw(figures, args.pictures / "stability.png")
-    record(args, "stability", figures)
-    print(table(figures))
+    publish(args, {**collect(found, size), "size": asdict(size), "pi_ref": settings["reference"]}, draw, table)
     return 0
 
 

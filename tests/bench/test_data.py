@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import real_pairs, step, timing
+from bench import real_pairs, record, step, timing
 from bench.cases import PairProfile, RandomProfile, package_folder
 from bench.random_pairs import build_random_pairs, write_model
 
@@ -128,7 +128,7 @@ def test_an_absent_package_is_named_with_its_remedy() -> None:
 def test_a_record_is_one_appended_line(tmp_path: Path) -> None:
     path = tmp_path / "results" / "step.jsonl"
     for seconds in (1.5, 2.5):
-        timing.write_record(
+        record.write_record(
             path, "step", {"seconds": seconds}, command="python -m bench.step", packages=("torch", "no-such-package")
         )
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -141,7 +141,7 @@ def test_a_record_is_one_appended_line(tmp_path: Path) -> None:
 
 def test_a_figure_that_is_not_a_number_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
-        timing.write_record(tmp_path / "x.jsonl", "step", {"seconds": math.nan}, command="", packages=())
+        record.write_record(tmp_path / "x.jsonl", "step", {"seconds": math.nan}, command="", packages=())
     assert not (tmp_path / "x.jsonl").exists()
 
 

@@ -1,4 +1,4 @@
-"""bench/gpu.py without a GPU: every part at toy sizes in the interpreter, and what happens to a part that fails."""
+"""bench.gpu without a GPU: every part at toy sizes in the interpreter, and what happens to a part that fails."""
 
 import json
 import shutil
@@ -7,11 +7,16 @@ import time
 import pytest
 import torch
 
-from bench import gpu, gpu_kernels, gpu_tests, head, tables
-from bench.gpu import Part, finite, main, run_here, text
-from bench.gpu_paths import no_sync
-from bench.gpu_setting import Setting, measure, one_line
-from bench.head import Problem, Truth, gate
+from bench import tables, timing
+from bench.gpu import __main__ as gpu
+from bench.gpu import head as gpu_head
+from bench.gpu import kernels as gpu_kernels
+from bench.gpu import run_tests
+from bench.gpu.__main__ import Part, finite, main, run_here, text
+from bench.gpu.paths import no_sync
+from bench.gpu.setting import Setting, measure, one_line
+from bench.head.problem import MODES, Problem, per_token, plain_logps
+from bench.head.truth import LOGPS_TOLERANCE, Truth, gate
 
 
 @pytest.mark.parametrize("name", gpu.PARTS)
@@ -152,7 +157,7 @@ def test_a_gpu_is_timed_by_its_own_clock(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: said.append(cycles))
-    assert head.timed(lambda: said.append("call"), torch.device("cuda"), calls=3) == pytest.approx(4e-3)
+    assert timing.timed(lambda: said.append("call"), torch.device("cuda"), calls=3) == pytest.approx(4e-3)
     assert said == [2_000_000, "record", "call", "call", "call", "record", "synchronize"]
 
 
@@ -185,16 +190,14 @@ def test_wrong_rows_are_refused():
 
 
 def test_a_kernel_of_ours_that_is_wrong_fails_the_head(monkeypatch):
-    from bench import gpu_head
-
     def off(problem):
-        return head.per_token(problem, lambda h, w: head.plain_logps(h, w, problem.targets) + 1)
+        return per_token(problem, lambda h, w: plain_logps(h, w, problem.targets) + 1)
 
     monkeypatch.setitem(gpu_head.FORWARD_ONLY, "scratch", off)
     setting, figures = Setting.make(dry=True), {}
     with pytest.raises(RuntimeError, match="forward: scratch: logps off by 1.0e"):
         gpu_head.run(setting, figures, lambda: 1e9)
-    assert figures["modes"].keys() == head.MODES.keys()
+    assert figures["modes"].keys() == MODES.keys()
     with pytest.raises(RuntimeError, match="trained: no time left"):
         gpu_head.run(setting, figures, lambda: 0)
 
@@ -202,10 +205,10 @@ def test_a_kernel_of_ours_that_is_wrong_fails_the_head(monkeypatch):
 def test_the_gate_allows_twice_the_devices_own_error():
     problem = Problem.make(12, 8, 50, 3, torch.float32, torch.device("cpu"))
     truth = Truth.of(problem)
-    assert truth.own is None and truth.limit(12) == head.LOGPS_TOLERANCE
+    assert truth.own is None and truth.limit(12) == LOGPS_TOLERANCE
     truth = Truth(truth.logps, truth.grads, own=truth.logps + 1e-2)
-    assert truth.limit(12) == pytest.approx(head.LOGPS_TOLERANCE + 2e-2, rel=1e-3)
-    assert truth.limit(6) == pytest.approx(head.LOGPS_TOLERANCE + 4e-2, rel=1e-3)
+    assert truth.limit(12) == pytest.approx(LOGPS_TOLERANCE + 2e-2, rel=1e-3)
+    assert truth.limit(6) == pytest.approx(LOGPS_TOLERANCE + 4e-2, rel=1e-3)
     assert gate({"logps": 1.5e-2}, torch.bfloat16, truth.limit(12)) == ""
     assert gate({"logps": 1.5e-2}, torch.bfloat16) == "logps off by 1.5e-02"
 
@@ -213,7 +216,7 @@ def test_the_gate_allows_twice_the_devices_own_error():
 @pytest.fixture
 def five_tests(tmp_path):
     """Writes five tests of the same body into a folder with this one's conftest; returns pytest's arguments."""
-    shutil.copy(gpu_tests.ROOT / "tests" / "conftest.py", tmp_path)
+    shutil.copy(run_tests.ROOT / "tests" / "conftest.py", tmp_path)
 
     def write(body):
         lines = "import pytest, time\n@pytest.mark.parametrize('i', range(5))\ndef test_some(i):\n    "
@@ -224,33 +227,33 @@ def five_tests(tmp_path):
 
 
 def test_shards_run_every_test_once(five_tests, capfd):
-    assert gpu_tests.run(five_tests("pass"), 1, 600) == 0
+    assert run_tests.run(five_tests("pass"), 1, 600) == 0
     assert "shard 1/1: 5 passed" in capfd.readouterr().out
-    assert gpu_tests.run(five_tests("assert i != 4"), 2, 600) == 1
+    assert run_tests.run(five_tests("assert i != 4"), 2, 600) == 1
     shown = capfd.readouterr().out
     assert "shard 1/2: 2 passed" in shown and "shard 2/2: 1 failed, 2 passed" in shown and "FAILED with code 1" in shown
-    assert gpu_tests.run([*five_tests("pass"), "--shard", "3/2"], 1, 600) == 1
+    assert run_tests.run([*five_tests("pass"), "--shard", "3/2"], 1, 600) == 1
     assert "--shard: expected I/K with 1 <= I <= K, got '3/2'" in capfd.readouterr().out
 
 
 def test_a_shard_that_hangs_is_killed(five_tests, capfd):
-    assert gpu_tests.run(five_tests("time.sleep(60)"), 1, 3) == 1
+    assert run_tests.run(five_tests("time.sleep(60)"), 1, 3) == 1
     assert "KILLED after 3 s" in capfd.readouterr().out
 
 
 def test_tests_of_the_gpu_need_one(five_tests, capfd, monkeypatch):
-    assert gpu_tests.run(["-m", "gpu", *five_tests("pass")], 1, 600) == 1
+    assert run_tests.run(["-m", "gpu", *five_tests("pass")], 1, 600) == 1
     assert "unset it" in capfd.readouterr().out
     monkeypatch.delenv("TRITON_INTERPRET")
-    assert gpu_tests.run(["-m", "gpu", *five_tests("pass")], 1, 600) == 1
+    assert run_tests.run(["-m", "gpu", *five_tests("pass")], 1, 600) == 1
     assert "-m gpu needs a CUDA device" in capfd.readouterr().out
 
 
 def test_what_is_missing_is_said_in_one_line(monkeypatch):
-    monkeypatch.setattr(gpu_tests, "NEEDED", ("torch", "no_such_a", "no_such_b"))
-    assert "lacks no_such_a, no_such_b: pip install no_such_a no_such_b" in gpu_tests.lacking()
-    monkeypatch.setattr(gpu_tests, "NEEDED", ("torch",))
-    assert "sees no CUDA device" in gpu_tests.lacking() and "\n" not in gpu_tests.lacking()
+    monkeypatch.setattr(run_tests, "NEEDED", ("torch", "no_such_a", "no_such_b"))
+    assert "lacks no_such_a, no_such_b: pip install no_such_a no_such_b" in run_tests.lacking()
+    monkeypatch.setattr(run_tests, "NEEDED", ("torch",))
+    assert "sees no CUDA device" in run_tests.lacking() and "\n" not in run_tests.lacking()
 
 
 def test_a_benchmark_without_a_record_is_said(tmp_path, capsys):

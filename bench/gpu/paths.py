@@ -1,4 +1,4 @@
-"""bench/gpu.py's device paths: none of them waits for the GPU, and a fixed plan can be captured as a CUDA graph."""
+"""The parts "syncs" and "graphs" of bench.gpu: no device path waits for the GPU; CUDA graphs can capture the head."""
 
 import contextlib
 import functools
@@ -10,21 +10,23 @@ import torch
 from torch import Tensor
 
 import dpofast
-from bench import head
-from bench.gpu_setting import Setting, one_line
+from bench.gpu.setting import Setting, one_line
+from bench.head import problem as head
+from bench.head.peers import OURS, dpofast_logprobs
+from bench.head.problem import MODES, Problem
 from dpofast.losses.functional import token_preference_loss
 
 # Of the norm: the same kernels run, but cuBLAS may choose others.
 REPLAY_TOLERANCE = 1e-3
 
 
-def small_problem(setting: Setting) -> head.Problem:
+def small_problem(setting: Setting) -> Problem:
     """The head's problem with an eighth of its targets and vocabulary, so that launches weigh as much as work."""
     n = setting.n // 8 // (2 * setting.pairs) * 2 * setting.pairs or 2 * setting.pairs
-    return head.Problem.make(n, setting.d, setting.v // 8, setting.pairs, setting.dtype, setting.device)
+    return Problem.make(n, setting.d, setting.v // 8, setting.pairs, setting.dtype, setting.device)
 
 
-def device_paths(problem: head.Problem) -> dict[str, Callable[[], Any]]:
+def device_paths(problem: Problem) -> dict[str, Callable[[], Any]]:
     """Every public function, forward and backward, by name."""
     targets = problem.targets[:64]
     logits = torch.randn(len(targets), len(problem.weight), device=targets.device).to(problem.hidden.dtype)
@@ -45,8 +47,8 @@ def device_paths(problem: head.Problem) -> dict[str, Callable[[], Any]]:
         return grad
 
     paths: dict[str, Callable[[], Any]] = {"logprobs": from_logits, "token_preference_loss": from_tokens}
-    for name, make in head.OURS.items():
-        for mode in head.MODES:
+    for name, make in OURS.items():
+        for mode in MODES:
             paths[f"{name}, {mode}"] = functools.partial(head.run, make(problem), problem, mode)
     return paths
 
@@ -106,14 +108,14 @@ def graphs(setting: Setting, figures: dict[str, Any], left: Callable[[], float])
     On the CPU the same calls run twice without a capture.
     """
     problem = small_problem(setting)
-    run = head.dpofast_logprobs(problem)
+    run = dpofast_logprobs(problem)
     other = problem.hidden.flip(0) * 0.5
     figures["plans"] = {}
     for mode in ("forward", "frozen"):
         inputs = problem.hidden.clone()
-        static = head.Problem(hidden=inputs, weight=problem.weight, targets=problem.targets, pairs=problem.pairs)
+        static = Problem(hidden=inputs, weight=problem.weight, targets=problem.targets, pairs=problem.pairs)
 
-        def eager(static: head.Problem = static, mode: str = mode) -> list[Tensor]:
+        def eager(static: Problem = static, mode: str = mode) -> list[Tensor]:
             logps, grads = head.run(run, static, mode)
             return [logps, *grads]
 

@@ -1,4 +1,4 @@
-"""Everything that only a GPU can tell, in one command without network: `make gpu` runs it after the tests of the GPU.
+"""Benchmarks and checks that need a GPU, in one command without network: `make gpu` runs it after the GPU tests.
 
     python -m bench.gpu [--parts rows head ...]    record in bench/results/gpu.jsonl, and in the folder $OUT where set
     python -m bench.gpu --dry                      the same code on the CPU: tiny shapes, interpreted kernels, no record
@@ -12,9 +12,9 @@ Parts:
     graphs   a plan captured as a CUDA graph
     step     a packed training step of a Llama against the padded one
 
-A part is a process of its own with a time limit of its own, since a kernel that reads outside its tensors takes the
-process's GPU context with it. What fails is shown with its exception, what it had measured until then is kept, the
-other parts run, and the exit code is 1. Every floor is measured in the same process as what is compared with it.
+Each part runs in its own process with its own time limit, since an out-of-bounds access in a kernel makes the GPU
+context of its process unusable. When a part fails, its exception is shown, what it measured until then is kept, the
+other parts still run, and the exit code is 1. Every baseline is measured in the same process as its contenders.
 """
 
 import argparse
@@ -23,7 +23,6 @@ import importlib
 import json
 import math
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -36,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.cases import RESULTS
-from bench.timing import write_record
+from bench.record import command_line, write_record
 
 PACKAGES = ("torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy", "dpofast")
 # Between a part's own alarm and the end of its process: it may sit in a call that no alarm interrupts.
@@ -57,28 +56,28 @@ class Part:
 
 
 PARTS = {
-    "rows": Part("gpu_kernels", "rows", "rows_table", 70),
-    "head": Part("gpu_head", "run", "table", 130),
-    "linear": Part("gpu_kernels", "linear", "linear_table", 110),
-    "sigmoid": Part("gpu_kernels", "sigmoid", "sigmoid_table", 30),
-    "syncs": Part("gpu_paths", "syncs", "syncs_table", 40),
-    "graphs": Part("gpu_paths", "graphs", "graphs_table", 40),
-    "step": Part("gpu_step", "run", "table", 80),
+    "rows": Part("kernels", "rows", "rows_table", 70),
+    "head": Part("head", "run", "table", 130),
+    "linear": Part("kernels", "linear", "linear_table", 110),
+    "sigmoid": Part("kernels", "sigmoid", "sigmoid_table", 30),
+    "syncs": Part("paths", "syncs", "syncs_table", 40),
+    "graphs": Part("paths", "graphs", "graphs_table", 40),
+    "step": Part("step", "run", "table", 80),
 }
 
 
 class OutOfTime(BaseException):
-    """A part's alarm. No Exception: a part goes on after those of a peer or a tile."""
+    """Raised by a part's alarm. Not an Exception, because a part continues after an Exception of a peer or a tile."""
 
 
 def function_of(part: Part, name: str) -> Callable[..., Any]:
     """A function of the part's module, imported where it is needed: some parts import transformers."""
-    return getattr(importlib.import_module(f"bench.{part.module}"), name)
+    return getattr(importlib.import_module(f"bench.gpu.{part.module}"), name)
 
 
 def run_here(name: str, dry: bool, limit_s: float) -> dict[str, Any]:
     """Run a part in this process: its figures, and `error` where it failed. An alarm ends it after limit_s."""
-    from bench.gpu_setting import Setting, one_line
+    from bench.gpu.setting import Setting, one_line
 
     end = time.monotonic() + limit_s
 
@@ -104,7 +103,7 @@ def run_here(name: str, dry: bool, limit_s: float) -> dict[str, Any]:
 
 
 def run_child(name: str, dry: bool, limit_s: float) -> dict[str, Any]:
-    """Run a part in a process of its own, whose output is this one's."""
+    """Run a part in its own process, which prints to this process's output. Returns what run_here returns."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
     environment.pop("TRITON_INTERPRET", None)
     if dry:
@@ -124,7 +123,7 @@ def run_child(name: str, dry: bool, limit_s: float) -> dict[str, Any]:
 
 
 def finite(tree: Any) -> Any:
-    """The same with NaN and infinities spelled out: a record refuses them, and a figure may well be one."""
+    """The tree with NaN and infinities as strings, because a record accepts finite numbers only."""
     if isinstance(tree, dict):
         return {key: finite(value) for key, value in tree.items()}
     if isinstance(tree, (list, tuple)):
@@ -198,7 +197,7 @@ def main(arguments: list[str] | None = None) -> int:
     shown = f"{device['name']}\n\n{text(results)}"
     failed = [name for name, result in results.items() if result["error"]]
     if not args.dry:
-        command = shlex.join(["python", "-m", "bench.gpu", *(sys.argv[1:] if arguments is None else arguments)])
+        command = command_line("bench.gpu", arguments)
         record = functools.partial(write_record, args.results, "gpu", command=command, packages=PACKAGES)
         line = json.dumps(record(finite({"gpu": device, "parts": results})))
         if folder := os.environ.get("OUT"):

@@ -1,4 +1,4 @@
-"""What the parts of bench/gpu.py share: shapes for the device at hand, and how calls are timed against each other."""
+"""Shapes and repetitions that the parts of bench.gpu share, chosen for the device, and interleaved timing of calls."""
 
 import itertools
 from collections.abc import Callable
@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 
-from bench.head import timed
-from bench.timing import interleave, spread
+from bench.timing import interleave, spread, timed
 
 # The shapes of the goals need about 50 GiB, most of it for the plain code and the float32 truth.
 LARGE_BYTES = 60 << 30
@@ -19,7 +18,7 @@ class Setting:
     """Shapes and repetitions.
 
     Attributes:
-        n, d, v, pairs: targets, hidden size, vocabulary and pairs of the head (bench/head.py).
+        n, d, v, pairs: targets, hidden size, vocabulary and pairs of the head (bench.head).
         rows: rows of logits that a row kernel gets.
         ragged: a vocabulary that 16 does not divide.
         layers, prompt, response: the model of the training step, and the longest prompt and response of its pairs.

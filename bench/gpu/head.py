@@ -1,7 +1,8 @@
-"""bench/gpu.py's head: every plan and every peer against the bare products, on the shapes of the goals.
+"""The part "head" of bench.gpu: every head plan and every peer against bare products, at the shapes of the goals.
 
-bench/head.py does the work. Forward only, two more of our own stand beside the public function, whichever of them it
-chooses: the tl.dot kernel, whose logits never leave the chip, and the scratch of logits with a row kernel.
+bench.head does the work. In the forward mode, both of the public function's implementations are compared as well,
+whichever it chooses: the tl.dot kernel, which writes no logits to memory, and logits of a few hundred rows at a time
+with a row kernel.
 """
 
 import traceback
@@ -11,8 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import head
-from bench.gpu_setting import Setting, one_line
+from bench.gpu.setting import Setting, one_line
+from bench.head.compare import compare
+from bench.head.floor import FLOOR
+from bench.head.peers import OURS, build
+from bench.head.problem import MODES, Head, Problem, per_token
+from bench.head.table import table as mode_table
+from bench.head.truth import LOGPS_TOLERANCE, Truth
 from dpofast.head.engine.dtypes import accumulate_dtype
 from dpofast.head.engine.matmul import logits_into
 from dpofast.head.engine.plan import SCRATCH_ROWS
@@ -29,12 +35,12 @@ GOALS = {
 }
 
 
-def tl_dot(problem: head.Problem) -> head.Head:
+def tl_dot(problem: Problem) -> Head:
     """The kernel with the product inside, as it is launched without options."""
-    return head.per_token(problem, lambda h, w: linear_logprobs(h, w, problem.targets).logps)
+    return per_token(problem, lambda h, w: linear_logprobs(h, w, problem.targets).logps)
 
 
-def scratch(problem: head.Problem) -> head.Head:
+def scratch(problem: Problem) -> Head:
     """Logits of a few hundred rows at a time, then the row kernel."""
 
     def logps(hidden: Tensor, weight: Tensor) -> Tensor:
@@ -45,33 +51,33 @@ def scratch(problem: head.Problem) -> head.Head:
             values.append(token_logprobs(buffer[: len(h)], targets).logps)
         return torch.cat(values)
 
-    return head.per_token(problem, logps)
+    return per_token(problem, logps)
 
 
 FORWARD_ONLY = {"tl.dot kernel": tl_dot, "scratch": scratch}
 
 
 def run(setting: Setting, figures: dict[str, Any], left: Callable[[], float]) -> None:
-    """Fill figures; what of ours fails is told at the end, when everything else has been measured."""
-    problem = head.Problem.make(setting.n, setting.d, setting.v, setting.pairs, setting.dtype, setting.device)
+    """Fill figures. Failures of dpofast's own contenders are raised at the end, when everything else is measured."""
+    problem = Problem.make(setting.n, setting.d, setting.v, setting.pairs, setting.dtype, setting.device)
     figures["shape"] = {name: getattr(setting, name) for name in ("n", "d", "v", "pairs")}
-    heads, figures["absent"] = head.build(problem, [*head.OURS, *setting.peers])
+    heads, figures["absent"] = build(problem, [*OURS, *setting.peers])
     for name, reason in figures["absent"].items():
         print(f"{name} is not installed here and left out: {reason}", flush=True)
-    truth = head.Truth.of(problem)
+    truth = Truth.of(problem)
     counts = {"token": setting.n, "sequence": 2 * setting.pairs}
-    figures["own_error"] = {name: (truth.limit(count) - head.LOGPS_TOLERANCE) / 2 for name, count in counts.items()}
+    figures["own_error"] = {name: (truth.limit(count) - LOGPS_TOLERANCE) / 2 for name, count in counts.items()}
     ours = {name: make(problem) for name, make in FORWARD_ONLY.items()}
     figures["goals_apply"] = setting.device.type == "cuda"
     figures["modes"] = {}
     wrong = []
-    for mode in head.MODES:
+    for mode in MODES:
         if left() < 15:
             wrong.append(f"{mode}: no time left")
             continue
         contenders = {**heads, **ours} if mode == "forward" else heads
         try:
-            result = head.compare(problem, contenders, truth, mode, setting.rounds)
+            result = compare(problem, contenders, truth, mode, setting.rounds)
         except Exception as error:
             traceback.print_exc()
             wrong.append(f"{mode}: {one_line(error)}")
@@ -85,7 +91,7 @@ def run(setting: Setting, figures: dict[str, Any], left: Callable[[], float]) ->
 
 
 def table(figures: dict[str, Any]) -> str:
-    """The modes of bench/head.py, the floor's rate, and the goals beside what was reached."""
+    """The modes of bench.head, the floor's rate, and the goals beside what was reached."""
     shape = figures["shape"]
     lines = [f"head: N {shape['n']}, D {shape['d']}, V {shape['v']}, {shape['pairs']} pairs"]
     own = figures["own_error"]
@@ -95,10 +101,10 @@ def table(figures: dict[str, Any]) -> str:
     for name, reason in figures["absent"].items():
         lines.append(f"{name} is not installed here and left out: {reason}")
     for mode, result in figures["modes"].items():
-        products = 1 + len(head.MODES[mode])
+        products = 1 + len(MODES[mode])
         flops = products * 2 * shape["n"] * shape["d"] * shape["v"]
-        lines += ["", head.table(mode, result)]
-        lines.append(f"{head.FLOOR} runs at {flops / min(result['floor_s']) / 1e12:.0f} TFLOP/s")
+        lines += ["", mode_table(mode, result)]
+        lines.append(f"{FLOOR} runs at {flops / min(result['floor_s']) / 1e12:.0f} TFLOP/s")
         for (goal_mode, name), goal in GOALS.items():
             if figures["goals_apply"] and goal_mode == mode and name in result["contenders"]:
                 reached = result["contenders"][name]["floors"]

@@ -1,4 +1,4 @@
-"""bench/gpu.py's row kernels as a share of the device's copy bandwidth, the sigmoid loss, and a sweep over tiles.
+"""The parts "rows", "linear" and "sigmoid" of bench.gpu: kernels against copy bandwidth and torch.mm, tile sweeps.
 
 Bytes are those that the task needs: each logit read once and each result written once, whatever the kernel does. The
 copy they are compared with reads and writes 1 GiB in the same rounds.
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from bench.cases import SEED
-from bench.gpu_setting import Setting, measure, one_line
-from bench.head import Problem
+from bench.gpu.setting import Setting, measure, one_line
+from bench.head.problem import Problem
 from dpofast.kernels import linear_logprobs, linear_tiles, preference, row_parts, tiles, token_logprobs
 from dpofast.losses.config import PreferenceLoss
 from dpofast.losses.functional import token_preference_loss

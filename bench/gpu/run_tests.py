@@ -1,7 +1,7 @@
 """The tests that need a GPU, spread over processes, because compiling their kernels is most of the work.
 
-python -m bench.gpu_tests --check    what `make gpu` needs and this environment lacks, in one line
-python -m bench.gpu_tests            every test marked gpu; further arguments go to pytest
+python -m bench.gpu.run_tests --check    what `make gpu` needs and this environment lacks, in one line
+python -m bench.gpu.run_tests            every test marked gpu; further arguments go to pytest
 """
 
 import argparse
@@ -12,7 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 NEEDED = ("torch", "triton", "transformers", "numpy", "pytest", "hypothesis", "setuptools")
 LIMIT_S = 200.0
 # A process compiles on one core, and the tests of large shapes take a few GiB of the GPU.
@@ -20,7 +20,7 @@ MOST_SHARDS, BYTES_PER_SHARD = 8, 8 << 30
 
 
 def lacking() -> str:
-    """What keeps the tests of the GPU from running here, in one line; empty where nothing does."""
+    """What is missing to run the GPU tests in this environment, in one line; empty if nothing is."""
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         return f"{sys.executable} lacks {', '.join(missing)}: pip install {' '.join(missing)}, or name another PYTHON"
@@ -32,10 +32,10 @@ def lacking() -> str:
 
 
 def shards() -> int:
-    """As many processes as cores and the GPU's memory allow."""
+    """The number of test processes that the cores and the GPU's memory allow."""
     import torch
 
-    from bench.timing import device
+    from bench.record import device
 
     cores = device()["cores"]
     memory = torch.cuda.get_device_properties(0).total_memory // BYTES_PER_SHARD
@@ -43,7 +43,7 @@ def shards() -> int:
 
 
 def run(arguments: list[str], count: int, limit_s: float) -> int:
-    """Run pytest in `count` processes, print what the failing ones said and a line for each; 0 when all pass."""
+    """Run pytest in `count` processes; print the failing ones' output and a line for each. Returns 0 if all pass."""
     # Where a test hangs is said before its process is killed.
     options = ["-q", "-p", "no:cacheprovider", "-o", f"faulthandler_timeout={limit_s * 0.8:.0f}", "--durations=3"]
     with tempfile.TemporaryDirectory() as folder:
@@ -73,7 +73,7 @@ def run(arguments: list[str], count: int, limit_s: float) -> int:
 
 def main() -> int:
     """Command line entry; 0 when all tests pass, 1 when one fails, 2 when something is missing here."""
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu_tests", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu.run_tests", description=__doc__.partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="only say what is missing")
     parser.add_argument("--limit", type=float, default=LIMIT_S, help="seconds")
     args, further = parser.parse_known_args()

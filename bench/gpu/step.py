@@ -1,4 +1,4 @@
-"""bench/gpu.py's training step: a Llama of random weights on packed pairs, against the same pairs padded.
+"""The part "step" of bench.gpu: a training step of a random Llama on packed pairs, against the same pairs padded.
 
 Both do one optimizer step (AdamW, fused) on the same pairs with reference log-probs given; the padded one builds
 full logits, a few pairs at a time, as plain PyTorch would. Their log-probs are compared first.
@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from bench.cases import SEED
-from bench.gpu_paths import no_sync
-from bench.gpu_setting import Setting, measure, one_line
-from bench.head import seen
+from bench.gpu.paths import no_sync
+from bench.gpu.setting import Setting, measure, one_line
+from bench.timing import seen
 from dpofast import PreferenceLoss, attach_logprob_head, pack, preference_loss, reference, sequence_logprobs
 from dpofast.model.attach import PackedPreference
 from dpofast.packing.pack import PackedBatch
 
-# Of a token's log-prob in nats, in the mean: a bfloat16 trunk rounds otherwise when it is packed otherwise.
+# Mean difference of a token's log-prob, in nats: a bfloat16 backbone rounds a packed batch differently.
 TOLERANCE = {torch.bfloat16: 5e-2, torch.float32: 1e-4}
 BETA = 0.1
 # Pairs whose full logits exist at the same time in the padded step.
@@ -70,7 +70,7 @@ def packed_step(model: Any, batches: list[PackedBatch], refs: list[Tensor], pair
 
 
 def padded_step(model: Any, batches: list[PackedBatch], refs: list[Tensor], pairs: int) -> Tensor:
-    """The same by padded rows and full logits."""
+    """Gradients of the same loss from padded rows and full logits. Returns the loss."""
     total = torch.zeros((), device=refs[0].device)
     for batch, ref_logps in zip(batches, refs, strict=True):
         logps = padded_logps(model, batch)
@@ -87,7 +87,7 @@ def padded_logps(model: Any, batch: PackedBatch) -> Tensor:
 
 
 def run(setting: Setting, figures: dict[str, Any], left: Callable[[], float]) -> None:
-    """Compare, then time."""
+    """Check that packed and padded log-probs agree, then time both steps and record peak memory and host syncs."""
     model, examples = make_model(setting), make_examples(setting)
     packed = [batch.to(setting.device) for batch in pack(examples, max_tokens=16_384)]
     chunks = [examples[at : at + PADDED_PAIRS] for at in range(0, len(examples), PADDED_PAIRS)]
