@@ -1,8 +1,8 @@
 """A model's forward with fused_lm_head=True, as trl 1.15 and newer call it, on dpofast's engine.
 
-Packed: the batch is unpadded, prompts are shared, only rows that predict a label reach the head, and the values are
-put back where trl reads them. Padded (level "kernel"): the trunk runs as trl's does, and only its labelled rows reach
-the head. The forward lies on a class made for the model, not in a closure, so deepcopy and pickle keep it.
+Packed: the batch is unpadded, prompts are shared, only positions that predict a label reach the LM head, and the values
+are put back where trl reads them. Padded (level "kernel"): the backbone runs as trl's does, and only its labelled
+positions reach the LM head. The forward belongs to a class made for the model, so deepcopy and pickle keep it.
 """
 
 from __future__ import annotations
@@ -25,15 +25,16 @@ from dpofast.common.constants import IGNORE_INDEX
 from dpofast.head.linear_logprobs import linear_logprobs
 from dpofast.head.options import LogprobOutput
 from dpofast.integrations._trl.rows import ROWS_KEY, PackedRows, PaddedRows
-from dpofast.model.attach import attach_logprob_head, detach_logprob_head, logit_options, packed_class
-from dpofast.model.forward import packed_trunk, trunk_of
-from dpofast.model.support import CANARY_TOLERANCE
+from dpofast.model.attach import attach_logprob_head, detach_logprob_head, packed_class
+from dpofast.model.forward import backbone_of, packed_backbone
+from dpofast.model.lm_head import logit_options
+from dpofast.model.support import PARITY_TOLERANCE
 from dpofast.reference import padded_logprobs
 
 LEVELS = ("forward", "kernel")
 # What a model may be given beside its tokens without changing what is computed.
 _NEUTRAL = {"use_cache", "return_dict", "logits_to_keep", "output_hidden_states"}
-_CANARY_TOKENS = 8
+_PARITY_TOKENS = 8
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,8 @@ class FusedOptions:
     """How a patched model computes: level, what happens where it cannot pack, and what trl asked for.
 
     Attributes:
-        level: "forward" (packed) or "kernel" (padded trunk).
-        on_unpackable: "raise", or "kernel": rows that cannot be packed go through the padded trunk.
+        level: "forward" (packed) or "kernel" (padded backbone).
+        on_unpackable: "raise", or "kernel": rows that cannot be packed go through the padded backbone.
         temperature: divides the logits.
         stats: per-token statistics beside the log-probs.
         max_logits_bytes: room for logits, None for the engine's default.
@@ -106,7 +107,7 @@ def fuse(model: Any, options: FusedOptions) -> str | None:
     model.__class__ = _fused_class(plain_class)
     if reason is not None:
         try:
-            _padded_canary(model)
+            _check_padded_parity(model)
         except ValueError:
             unfuse(model)
             raise
@@ -245,7 +246,7 @@ def _count(options: FusedOptions, rows: PaddedRows) -> None:
 
 
 def _unpackable(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], labels: Tensor) -> str | None:
-    """Why this call goes through the padded trunk, or None where it is packed."""
+    """Why this call goes through the padded backbone, or None where it is packed."""
     options: FusedOptions = model._dpofast_fused
     if not hasattr(model, "_unpacked_class"):
         return 'level "kernel" was asked for' if options.level == "kernel" else "the model cannot be packed"
@@ -281,11 +282,11 @@ def _score_packed(
     model: Any, packed: PackedRows, stats: tuple[str, ...], options: FusedOptions, router: bool
 ) -> tuple[LogprobOutput, Tensor | None]:
     """Log-probs and statistics of packed.targets (N,), and the balancing loss over every padded row's tokens."""
-    trunk = packed_trunk(model, packed.batch, **({"output_router_logits": True} if router else {}))
-    hidden = trunk.last_hidden_state[0].index_select(0, packed.logit_rows)
+    output = packed_backbone(model, packed.batch, **({"output_router_logits": True} if router else {}))
+    hidden = output.last_hidden_state[0].index_select(0, packed.logit_rows)
     aux_loss = None
     if router:
-        logits = tuple(layer.index_select(0, packed.attended) for layer in trunk.router_logits)
+        logits = tuple(layer.index_select(0, packed.attended) for layer in output.router_logits)
         aux_loss = _balancing_loss(model, logits, None)
     return _head_scores(model, hidden, packed.targets, stats, options), aux_loss
 
@@ -300,9 +301,9 @@ def _score_padded(
     options: FusedOptions,
     router: bool,
 ) -> tuple[dict[str, Tensor], Tensor | None]:
-    """The trunk on padded rows, the head on its labelled rows."""
+    """(rows, width - 1) grids: the backbone on padded rows, the LM head on labelled positions alone."""
     kwargs = {name: value for name, value in kwargs.items() if name not in _NEUTRAL}
-    trunk = trunk_of(model)(*args, **kwargs, use_cache=False, **({"output_router_logits": True} if router else {}))
+    output = backbone_of(model)(*args, **kwargs, use_cache=False, **({"output_router_logits": True} if router else {}))
     height, width = labels.shape
     if rows is None or rows.shape != (height, width):
         # waits for the device, as trl's own boolean indexing does
@@ -310,10 +311,10 @@ def _score_padded(
     else:
         at = torch.from_numpy(rows.cells()).to(labels.device)
     row, column = at // (width - 1), at % (width - 1)
-    hidden = trunk.last_hidden_state[row, column]
+    hidden = output.last_hidden_state[row, column]
     scores = _head_scores(model, hidden, labels[row, column + 1], stats, options)
     grids = {name: _grid(value, at, (height, width)) for name, value in _per_token(scores)}
-    aux_loss = _balancing_loss(model, trunk.router_logits, kwargs.get("attention_mask")) if router else None
+    aux_loss = _balancing_loss(model, output.router_logits, kwargs.get("attention_mask")) if router else None
     return grids, aux_loss
 
 
@@ -374,14 +375,14 @@ def _balancing_loss(model: Any, router_logits: tuple[Tensor, ...], attention_mas
 
 
 @torch.no_grad()
-def _padded_canary(model: Any) -> None:
+def _check_padded_parity(model: Any) -> None:
     """The padded path against the model's own logits on random ids: an unknown scaling of the logits shows here."""
     name = type(model).__name__
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if type(head) is not torch.nn.Linear:
         raise ValueError(f"{name}: expected a plain nn.Linear head, got {type(head).__name__}")
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, head.weight.shape[0], (1, _CANARY_TOKENS), generator=generator).to(head.weight.device)
+    ids = torch.randint(0, head.weight.shape[0], (1, _PARITY_TOKENS), generator=generator).to(head.weight.device)
     ones = torch.ones_like(ids)
     completion = ones.clone()
     completion[:, 0] = 0
@@ -394,7 +395,7 @@ def _padded_canary(model: Any) -> None:
     finally:
         model.train(training)
     difference = float((ours.double() - theirs.double()).abs().max())
-    if not difference <= CANARY_TOLERANCE[model.dtype]:
+    if not difference <= PARITY_TOLERANCE[model.dtype]:
         raise ValueError(
             f"{name}: log-probs from its hidden states and from its logits differ by {difference:.2g} nats: it scales "
             "its logits in a way that dpofast does not know"

@@ -121,7 +121,7 @@ class PaddedRows:
         """The rows packed, on the device; None where no row has a label. Kept for the next call.
 
         every_token also gives the last token of a row a position, and computes rows without labels: what a loss over
-        all of the trunk's tokens needs (the balancing loss of a mixture of experts).
+        every token of the padded rows needs (the balancing loss of a mixture of experts).
         """
         key = (every_token, device)
         if key not in self._made:
