@@ -74,7 +74,7 @@ def padded_hidden(model: Any, batch: PackedBatch) -> Tensor:
     _check_positions(model, int(lengths.max()))
     bounds, device = batch.cu_targets.tolist(), input_ids.device
     parts, targets = [], []
-    for rows in _groups_of_similar_length(lengths):
+    for rows in similar_lengths(lengths):
         longest = int(lengths[rows[0]])
         index = torch.tensor(rows, device=device)
         output = backbone_of(model)(
@@ -98,7 +98,7 @@ def backbone_of(model: Any) -> Any:
     return backbone
 
 
-def _groups_of_similar_length(lengths: Tensor) -> list[list[int]]:
+def similar_lengths(lengths: Tensor) -> list[list[int]]:
     """Rows in groups, longest first, each at least four fifths as long as the longest of its group."""
     order = lengths.argsort(descending=True, stable=True)
     if torch.distributed.is_available() and torch.distributed.is_initialized():

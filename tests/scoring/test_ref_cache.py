@@ -22,7 +22,7 @@ from dpofast import DPOConfig, DPOTrainer, attach_logprob_head, reference
 from dpofast.data.formats import REF_COLUMNS
 from dpofast.scoring import ref_cache as refcache
 from dpofast.scoring import ref_store as refstore
-from dpofast.scoring.fingerprints import branch_checksums, first_equal, model_checksum
+from dpofast.scoring.fingerprints import first_equal, model_fingerprint, response_fingerprints
 from dpofast.scoring.ref_cache import add_reference_columns
 from dpofast.scoring.score import Forward
 from tests.support.tiny import tiny_dataset, tiny_model, tiny_pairs
@@ -123,7 +123,7 @@ def test_first_equal():
     dataset = Dataset.from_list(
         [dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), row, strict=True)) for row in rows]
     )
-    assert first_equal(branch_checksums(dataset).reshape(-1, 2)).tolist() == [0, 1, 2, 3, 1, 0]
+    assert first_equal(response_fingerprints(dataset).reshape(-1, 2)).tolist() == [0, 1, 2, 3, 1, 0]
 
 
 def changes():
@@ -142,59 +142,59 @@ def changes():
 @pytest.mark.parametrize("change", changes().values(), ids=changes())
 def test_another_model_has_another_checksum(model, change):
     other = copy.deepcopy(model)
-    assert model_checksum(other) == model_checksum(model)
+    assert model_fingerprint(other) == model_fingerprint(model)
     other.config.use_cache = not other.config.use_cache
     other.config.pad_token_id = 7
-    assert model_checksum(other) == model_checksum(model)
+    assert model_fingerprint(other) == model_fingerprint(model)
     change(other)
-    assert model_checksum(other) != model_checksum(model)
+    assert model_fingerprint(other) != model_fingerprint(model)
 
 
 def test_any_weight_of_a_large_tensor_counts():
     model = tiny_model(vocab_size=200_000)  # 25.6 MB: seven pieces
-    before = model_checksum(model)
+    before = model_fingerprint(model)
     model.lm_head.weight.data.view(torch.int32)[-1, -1] ^= 1
-    assert model_checksum(model) != before
-    assert model_checksum(model.to(torch.bfloat16)) != model_checksum(model.to(torch.float16))
+    assert model_fingerprint(model) != before
+    assert model_fingerprint(model.to(torch.bfloat16)) != model_fingerprint(model.to(torch.float16))
 
 
 def test_a_sharded_model_has_the_checksum_of_the_whole_one(tmp_path):
     model = tiny_model()
-    whole = model_checksum(model)
+    whole = model_fingerprint(model)
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         mesh = init_device_mesh("cpu", (1,))
         sharded = distribute_tensor(model.lm_head.weight.detach(), mesh, [Shard(0)])
         model.lm_head.weight = torch.nn.Parameter(sharded)
-        assert model_checksum(model) == whole
+        assert model_fingerprint(model) == whole
     finally:
         dist.destroy_process_group()
 
 
 def test_an_adapter_counts_where_it_is_switched_on():
-    base = model_checksum(tiny_model())
+    base = model_fingerprint(tiny_model())
     lora = LoraConfig(r=2, target_modules="all-linear", modules_to_save=["norm"], task_type="CAUSAL_LM")
     peft = get_peft_model(tiny_model(), lora)
-    active = model_checksum(peft)
+    active = model_fingerprint(peft)
     assert active != base
     with peft.disable_adapter():
-        assert model_checksum(peft) == base
+        assert model_fingerprint(peft) == base
         with torch.no_grad():
             for name, weight in peft.named_parameters():
                 if "lora_B" in name or "modules_to_save" in name:
                     weight.fill_(0.1)
-        assert model_checksum(peft) == base
-    trained = model_checksum(peft)
+        assert model_fingerprint(peft) == base
+    trained = model_fingerprint(peft)
     assert trained not in (base, active)
     # What another adapter holds does not matter as long as it is not in use.
     peft.add_adapter("other", LoraConfig(r=4, target_modules=["q_proj"]))
-    assert model_checksum(peft) == trained
+    assert model_fingerprint(peft) == trained
     peft.set_adapter("other")
-    assert model_checksum(peft) not in (base, active, trained)
+    assert model_fingerprint(peft) not in (base, active, trained)
     peft.set_adapter("default")
-    assert model_checksum(peft) == trained
+    assert model_fingerprint(peft) == trained
     peft.peft_config["default"].lora_alpha = 99
-    assert model_checksum(peft) not in (base, trained)
+    assert model_fingerprint(peft) not in (base, trained)
 
 
 def other_tokens(dataset, model, forward):
