@@ -71,7 +71,7 @@ def attach_logprob_head(model: Any, *, padded: bool = False) -> Any:
             that differ from the model's own; and for packed rows no AttentionInterface, a stateful or hybrid backbone.
     """
     base = base_causal_lm(model)
-    if isinstance(base, _PackedForward):
+    if isinstance(base, PackedForward):
         if base._padded_rows != padded:
             raise ValueError(
                 f"padded: expected {base._padded_rows}, as the head is attached already, got {padded}: detach it first"
@@ -97,7 +97,7 @@ def attach_logprob_head(model: Any, *, padded: bool = False) -> Any:
 def detach_logprob_head(model: Any) -> Any:
     """Undo attach_logprob_head. Returns the model."""
     base = base_causal_lm(model)
-    if isinstance(base, _PackedForward):
+    if isinstance(base, PackedForward):
         padded = base._padded_rows
         base.__class__ = type(base)._unpacked_class
         restore_head(base)
@@ -117,14 +117,14 @@ def sequence_logprobs(output: LogprobOutput, batch: PackedBatch) -> Tensor:
     return segment_sums(output.logps, batch.cu_targets)
 
 
-class _PackedForward:
+class PackedForward:
     """Base of the classes that packed_class makes: models whose forward takes packed batches."""
 
     _unpacked_class: type
     _padded_rows: bool
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # The class is made at run time, so pickle and deepcopy are told how to make it again.
+        """The class is made at run time, so pickle and deepcopy are told how to make it again."""
         return _rebuilt, (self._unpacked_class, self._padded_rows), self.__dict__
 
 
@@ -169,7 +169,7 @@ def packed_class(cls: Any, padded: bool) -> type:
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
     }
-    return type(cls.__name__, (_PackedForward, cls), members)
+    return type(cls.__name__, (PackedForward, cls), members)
 
 
 def _packed_output(

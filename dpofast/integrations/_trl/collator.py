@@ -19,5 +19,7 @@ class RowsCollator(DataCollatorForPreference):  # type: ignore[misc]
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """The padded batch and its PaddedRows."""
         output = super().torch_call(examples)
-        output[ROWS_KEY] = PaddedRows.of(output["input_ids"], output["attention_mask"], output["completion_mask"] != 0)
+        output[ROWS_KEY] = PaddedRows.from_tensors(
+            output["input_ids"], output["attention_mask"], output["completion_mask"] != 0
+        )
         return output

@@ -71,7 +71,7 @@ class PaddedRows:
     _made: dict[tuple[bool, torch.device], PackedRows | None] = field(default_factory=dict)
 
     @staticmethod
-    def of(input_ids: Tensor, attention_mask: Tensor | None, labelled: Tensor) -> PaddedRows:
+    def from_tensors(input_ids: Tensor, attention_mask: Tensor | None, labelled: Tensor) -> PaddedRows:
         """Read the rows of (rows, width) tensors; tensors on a device are copied to the CPU, which waits for it.
 
         Raises:

@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 from dpofast.head.options import STATS
-from dpofast.integrations._trl.forward import SCORING, FusedForward, FusedOptions, Scoring, fuse
+from dpofast.integrations._trl.forward import SCORING, FusedForward, Scoring, fuse
 from dpofast.integrations._trl.logits import ScoredLogits
 from dpofast.integrations._trl.rows import ROWS_KEY
+from dpofast.integrations._trl.scores import FusedOptions
 from dpofast.model.attach import base_causal_lm
 
 TRAINER = "trl.trainer.dpo_trainer"
