@@ -20,8 +20,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from dpofast import DPOConfig, DPOTrainer, attach_logprob_head, reference
 from dpofast.data.formats import REF_COLUMNS
-from dpofast.scoring import ref_cache as refcache
-from dpofast.scoring import ref_store as refstore
+from dpofast.scoring import ref_cache, ref_store
 from dpofast.scoring.fingerprints import first_equal, model_fingerprint, response_fingerprints
 from dpofast.scoring.ref_cache import add_reference_columns
 from dpofast.scoring.score import Forward
@@ -39,18 +38,18 @@ def model():
 @pytest.fixture
 def computed(monkeypatch):
     """The number of rows of every window that the model computes."""
-    rows, plain = [], refcache.response_logps
+    rows, plain = [], ref_cache.response_logps
 
     def counting(table, *args):
         rows.append(len(table))
         return plain(table, *args)
 
-    monkeypatch.setattr(refcache, "response_logps", counting)
+    monkeypatch.setattr(ref_cache, "response_logps", counting)
     return rows
 
 
 def ranks(rank, wait=lambda: None):
-    """One of two, as dpofast.ranks has it."""
+    """One of two, as dpofast.common.ranks has it."""
     return SimpleNamespace(rank=rank, size=2, wait=wait)
 
 
@@ -111,7 +110,7 @@ def test_equal_responses_are_stored_once_and_have_one_number_everywhere(tmp_path
     for row, pair in zip(sums, pairs, strict=True):
         for value, response in zip(row, pair, strict=True):
             assert numbers.setdefault(tuple(response), value) == value
-    sizes = [len(refstore.safetensors.numpy.load(path.read_bytes())["cu_targets"]) - 1 for path in shards_in(tmp_path)]
+    sizes = [len(ref_store.safetensors.numpy.load(path.read_bytes())["cu_targets"]) - 1 for path in shards_in(tmp_path)]
     assert sizes == [3, 2, 2]
 
 
@@ -228,7 +227,7 @@ def test_what_is_stale_is_not_used_and_refused_where_it_is_named(
     assert np.array_equal(columns_of(dataset, model, cache), columns_of(dataset, model, tmp_path))
     assert computed == [5, 5, 3]
     if change is None:
-        monkeypatch.setattr(refcache, "ENGINE_VERSION", refcache.ENGINE_VERSION + 1)
+        monkeypatch.setattr(ref_cache, "ENGINE_VERSION", ref_cache.ENGINE_VERSION + 1)
         asked = dataset, model, FORWARD
     else:
         asked = change(dataset, model, FORWARD)
@@ -375,8 +374,8 @@ def test_the_progress_bar_starts_where_the_last_run_stopped(tmp_path, model, mon
     dataset, bars = tiny_dataset(13), []
     columns_of(dataset, model, tmp_path)
     shards_in(tmp_path)[1].unlink()
-    plain = refcache.tqdm
-    monkeypatch.setattr(refcache, "tqdm", lambda **options: bars.append(plain(**options)) or bars[-1])
+    plain = ref_cache.tqdm
+    monkeypatch.setattr(ref_cache, "tqdm", lambda **options: bars.append(plain(**options)) or bars[-1])
     columns_of(dataset, model, tmp_path, description="reference")
     assert [(bar.initial, bar.total, bar.n) for bar in bars] == [(8, 13, 13)]
     assert "reference" in bars[0].desc
