@@ -21,9 +21,7 @@ class LogprobLinear(nn.Linear):
     forward. A class of the module, not an attribute of the instance: copies and pickles use their own weights.
     """
 
-    def forward(
-        self, input: Tensor, compute: Callable[[Tensor, Tensor, Tensor | None], Any] | None = None
-    ) -> Tensor | tuple[Any, ...]:
+    def forward(self, input: Tensor, compute: Callable[[Tensor, Tensor, Tensor | None], Any] | None = None) -> Any:
         """Logits (..., V) of input (..., D), or the fields of the dataclass compute(input, weight, bias).
 
         The fields come as a tuple: hooks that prepare the backward look for tensors there and not in a dataclass.
@@ -53,6 +51,7 @@ def logprob_head(model: Any) -> Any:
 
 def restore_head(model: Any) -> None:
     """Undo logprob_head, in the copies that a wrapper holds as well."""
+    module: Any
     for module in model.get_output_embeddings().modules():
         if type(module) is LogprobLinear:
             module.__class__ = nn.Linear

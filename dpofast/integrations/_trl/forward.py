@@ -98,8 +98,9 @@ class FusedForward:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """The class is made at run time, so pickle and deepcopy are told how to make it again."""
-        packed = isinstance(self, PackedForward)
-        return _rebuilt, (self._unpacked_class if packed else self._fused_over, packed), self.__dict__
+        if isinstance(self, PackedForward):
+            return _rebuilt, (self._unpacked_class, True), self.__dict__
+        return _rebuilt, (self._fused_over, False), self.__dict__
 
 
 def _rebuilt(plain: Any, packed: bool) -> Any:
