@@ -5,8 +5,11 @@ import pickle
 
 import pytest
 import torch
+import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from dpofast import PreferenceLoss, attach_logprob_head, detach_logprob_head, pack
 from dpofast.model.attach import PackedPreference
@@ -54,6 +57,28 @@ def test_hooks_on_the_head_surround_the_whole_of_it(batch):
     model(packed=batch)
     model(packed=batch, preference=PackedPreference(None, PreferenceLoss(kind="simpo"), 12))
     assert seen == [[torch.Tensor], tuple] * 2
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-tied"])
+def test_a_sharded_head_is_whole_while_it_computes(family, batch, tmp_path):
+    model, sharded = attach_logprob_head(tiny_model(family)), attach_logprob_head(tiny_model(family))
+    expected = model(packed=batch).logps
+    expected.sum().backward()
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        if family == "llama":  # a unit of its own; a tied weight belongs to the whole model's
+            fully_shard(sharded.lm_head, mesh=mesh)
+        fully_shard(sharded, mesh=mesh)
+        logps = sharded(packed=batch).logps
+        logps.sum().backward()
+        assert torch.equal(logps, expected)
+        gradient = sharded.lm_head.weight.grad.full_tensor()
+        torch.testing.assert_close(gradient, model.lm_head.weight.grad)
+        detach_logprob_head(sharded)
+        assert isinstance(sharded.lm_head, FSDPModule) == (family == "llama")
+    finally:
+        dist.destroy_process_group()
 
 
 def test_a_head_that_was_exchanged_after_attaching_is_used(batch):
