@@ -51,10 +51,10 @@ def logprob_head(model: Any) -> Any:
 
 def restore_head(model: Any) -> None:
     """Undo logprob_head, in the copies that a wrapper holds as well."""
-    module: Any
+    plain: Any = nn.Linear
     for module in model.get_output_embeddings().modules():
         if type(module) is LogprobLinear:
-            module.__class__ = nn.Linear
+            module.__class__ = plain
 
 
 def refused_head(model: Any) -> ValueError:
