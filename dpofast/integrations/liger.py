@@ -2,14 +2,15 @@
 
     from dpofast.integrations.liger import LigerFusedLinearDPOLoss      # instead of liger_kernel.chunked_loss
 
-Where it differs from liger's: only labelled rows reach the head (which waits for the device once, to count them);
-label_smoothing counts for "sigmoid" too (conservative DPO), and is refused where a loss has none; a response without
-tokens counts as 0 and not as NaN; cached reference log-probs may stand in for the reference's hidden states and head.
+Differences from liger's: only labelled rows reach the head (counting them is one sync with the device); label_smoothing
+applies to "sigmoid" too (conservative DPO), and is refused where a loss has none; a response without tokens counts as 0
+and not as NaN; cached reference log-probs are accepted instead of the reference's hidden states and head.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,11 +36,57 @@ LOSS_TYPES = (
 )
 _DISCOPOP_TAU = 0.05
 
-Metrics = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+class Metrics(NamedTuple):
+    """What liger returns beside the loss, in its order, all detached.
+
+    Attributes:
+        chosen_logps, rejected_logps: (P,) nats.
+        chosen_logits_mean, rejected_logits_mean: scalars, over all positions, ignored ones included, as liger does.
+        nll_loss: scalar, 0 unless compute_nll_loss asks for it.
+        chosen_rewards, rejected_rewards: (P,).
+    """
+
+    chosen_logps: Tensor
+    rejected_logps: Tensor
+    chosen_logits_mean: Tensor
+    rejected_logits_mean: Tensor
+    nll_loss: Tensor
+    chosen_rewards: Tensor
+    rejected_rewards: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class _Labelled:
+    """The N labelled tokens of target (2·P, T), in row order.
+
+    Attributes:
+        rows: (N,) int64, their indices into the flattened target.
+        targets: (N,) int64.
+        lengths: (2·P,) int64, labelled tokens of each response.
+        cu_targets: (2·P + 1,) int32 on the CPU.
+    """
+
+    rows: Tensor
+    targets: Tensor
+    lengths: Tensor
+    cu_targets: Tensor
+
+    @staticmethod
+    def from_target(target: Tensor, ignore_index: int) -> _Labelled:
+        labelled = target != ignore_index
+        lengths = labelled.sum(1)
+        rows = labelled.flatten().nonzero().squeeze(1)
+        cu_targets = nn.functional.pad(lengths.cumsum(0), (1, 0)).int().cpu()
+        return _Labelled(rows, target.flatten()[rows], lengths, cu_targets)
+
+    def hidden(self, hidden: Tensor) -> Tensor:
+        """(N, D) of hidden (2·P, T, D)."""
+        return hidden.flatten(0, 1).index_select(0, self.rows)
 
 
 class LigerFusedLinearDPOLoss(nn.Module):
-    """The preference loss of stacked chosen and rejected responses, from hidden states and the head."""
+    """The preference loss of stacked chosen and rejected responses, from hidden states and the LM head."""
 
     def __init__(
         self,
@@ -59,13 +106,13 @@ class LigerFusedLinearDPOLoss(nn.Module):
 
         Args:
             ignore_index: the label of tokens that do not count, negative.
-            beta: strength of the pull towards the reference.
+            beta: factor of the log-ratios to the reference.
             alpha: weight of the chosen responses' negative log-likelihood, where compute_nll_loss asks for it.
-            compute_nll_loss: add it.
-            compiled: without effect: nothing is compiled.
-            use_ref_model: False takes 0 for the reference's log-probs.
+            compute_nll_loss: add that term.
+            compiled: no effect: nothing is compiled.
+            use_ref_model: False uses 0 as the reference's log-probs.
             average_log_prob: log-probs per token instead of sums, cached ones included.
-            chunk_size: without effect: chunks are sized by bytes.
+            chunk_size: no effect: chunks are sized by bytes.
             loss_type: one of LOSS_TYPES, each the kind of PreferenceLoss of that name.
             label_smoothing: the probability that a preference is flipped, for the losses that have one.
             discopop_tau: temperature of "discopop".
@@ -96,20 +143,19 @@ class LigerFusedLinearDPOLoss(nn.Module):
         ref_chosen_logps: Tensor | None = None,
         ref_rejected_logps: Tensor | None = None,
     ) -> tuple[Tensor, Metrics]:
-        """The loss, averaged over pairs, and what liger returns beside it.
+        """The loss, averaged over pairs, and liger's metrics.
 
         Args:
             lin_weight: (V, D), the head.
             _input: (2·P, T, D) hidden states, chosen responses first, then rejected ones.
-            target: (2·P, T) int64, the token that each of them predicts, or ignore_index.
+            target: (2·P, T) int64, the token that each position predicts, or ignore_index.
             bias: (V,) or None.
-            ref_input, ref_weight, ref_bias: the same of the reference, without gradient.
-            ref_chosen_logps: (P,) the reference's log-probs, in nats, instead of ref_input and ref_weight.
+            ref_input, ref_weight, ref_bias: the reference's, used without gradient.
+            ref_chosen_logps: (P,) the reference's log-probs, nats, instead of ref_input and ref_weight.
             ref_rejected_logps: (P,).
 
         Returns:
-            loss, and detached: chosen_logps (P,), rejected_logps (P,), the mean logit of chosen and of rejected
-            positions (ignored ones included, as liger does), nll_loss, chosen_rewards (P,), rejected_rewards (P,).
+            The loss, a scalar, and Metrics.
 
         Raises:
             ValueError: shapes that do not fit, a reference that is missing, or given twice.
@@ -119,24 +165,13 @@ class LigerFusedLinearDPOLoss(nn.Module):
                 f"_input (2P, T, D) and target (2P, T): expected chosen and rejected rows of equal number, got "
                 f"{tuple(_input.shape)} and {tuple(target.shape)}"
             )
-        pairs_count = target.shape[0] // 2
-        labelled = target != self.ignore_index
-        lengths = labelled.sum(1)
-        rows = labelled.flatten().nonzero().squeeze(1)
-        targets = target.flatten()[rows]
-        cu_targets = nn.functional.pad(lengths.cumsum(0), (1, 0)).int().cpu()
-        first = torch.arange(pairs_count, dtype=torch.int32)
-        pairs = torch.stack((first, first + pairs_count), dim=1)
-        counts = lengths.clamp(min=1)
+        num_pairs = target.shape[0] // 2
+        labelled = _Labelled.from_target(target, self.ignore_index)
+        targets, cu_targets = labelled.targets, labelled.cu_targets
+        first = torch.arange(num_pairs, dtype=torch.int32)
+        pairs = torch.stack((first, first + num_pairs), dim=1)
 
-        def sequence_logps(token_logps: Tensor) -> Tensor:
-            sums = segment_sums(token_logps, cu_targets)
-            return sums / counts if self.average_log_prob else sums
-
-        def labelled_rows(hidden: Tensor) -> Tensor:
-            return hidden.flatten(0, 1).index_select(0, rows)
-
-        cached = self._cached_reference(ref_chosen_logps, ref_rejected_logps, pairs_count)
+        cached = self._cached_reference(ref_chosen_logps, ref_rejected_logps, num_pairs)
         if cached is not None or not self.use_ref_model:
             if ref_input is not None or ref_weight is not None:
                 raise ValueError("ref_input, ref_weight: expected none beside cached log-probs or use_ref_model=False")
@@ -148,38 +183,44 @@ class LigerFusedLinearDPOLoss(nn.Module):
                     "with use_ref_model=True"
                 )
             with torch.no_grad():
-                ref_hidden = labelled_rows(ref_input)
-                ref_logps = sequence_logps(linear_logprobs(ref_hidden, ref_weight, targets, bias=ref_bias).logps)
+                ref_output = linear_logprobs(labelled.hidden(ref_input), ref_weight, targets, bias=ref_bias)
+                ref_logps = self._sequence_logps(ref_output.logps, labelled)
 
         nll_loss = _input.new_zeros((), dtype=torch.float32)
-        if self.average_log_prob or self.compute_nll_loss:  # what needs the log-probs of tokens
-            token_logps = linear_logprobs(labelled_rows(_input), lin_weight, targets, bias=bias).logps
-            output = preference_loss(sequence_logps(token_logps), pairs, ref_logps, loss=self.loss)
+        if self.average_log_prob or self.compute_nll_loss:  # both need the log-probs of tokens
+            token_logps = linear_logprobs(labelled.hidden(_input), lin_weight, targets, bias=bias).logps
+            logps = self._sequence_logps(token_logps, labelled)
+            output = preference_loss(logps, pairs, ref_logps, loss=self.loss)
             loss = output.loss
             if self.compute_nll_loss:
-                chosen_tokens = int(cu_targets[pairs_count])
+                chosen_tokens = int(cu_targets[num_pairs])
                 nll_loss = -token_logps[:chosen_tokens].sum() / max(chosen_tokens, 1)
                 loss = loss + self.alpha * nll_loss
         else:
-            hidden = labelled_rows(_input)
             output = linear_preference_loss(
-                hidden, lin_weight, targets, cu_targets, pairs, ref_logps, loss=self.loss, bias=bias
+                labelled.hidden(_input), lin_weight, targets, cu_targets, pairs, ref_logps, loss=self.loss, bias=bias
             )
             loss = output.loss
         chosen_mean, rejected_mean = _mean_logits(_input.detach(), lin_weight.detach(), bias).chunk(2)
         chosen_logps, rejected_logps = output.logps.chunk(2)
         chosen_rewards, rejected_rewards = output.rewards.chunk(2)
-        return loss, (
-            chosen_logps,
-            rejected_logps,
-            chosen_mean.mean(),
-            rejected_mean.mean(),
-            nll_loss.detach(),
-            chosen_rewards,
-            rejected_rewards,
+        return loss, Metrics(
+            chosen_logps=chosen_logps,
+            rejected_logps=rejected_logps,
+            chosen_logits_mean=chosen_mean.mean(),
+            rejected_logits_mean=rejected_mean.mean(),
+            nll_loss=nll_loss.detach(),
+            chosen_rewards=chosen_rewards,
+            rejected_rewards=rejected_rewards,
         )
 
+    def _sequence_logps(self, token_logps: Tensor, labelled: _Labelled) -> Tensor:
+        """(2·P,) sums of token_logps (N,) over each response, or means."""
+        sums = segment_sums(token_logps, labelled.cu_targets)
+        return sums / labelled.lengths.clamp(min=1) if self.average_log_prob else sums
+
     def _cached_reference(self, chosen: Tensor | None, rejected: Tensor | None, pairs: int) -> Tensor | None:
+        """(2·P,) float32, detached, from both parts; None where there are none."""
         if chosen is None and rejected is None:
             return None
         if not self.use_ref_model:
@@ -191,6 +232,6 @@ class LigerFusedLinearDPOLoss(nn.Module):
 
 
 def _mean_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """(2P,) means over positions and vocabulary; the mean of the head's rows stands for the head: no logit is built."""
+    """(2·P,) mean logits over positions and vocabulary, from the means of hidden states and of the head's rows."""
     mean = hidden.mean(1, dtype=torch.float32) @ weight.mean(0, dtype=torch.float32)
     return mean if bias is None else mean + bias.detach().mean(dtype=torch.float32)

@@ -4,7 +4,7 @@
     patch_trl()
     trainer = trl.DPOTrainer(...)       # and everything else as before
 
-How trl can be entered depends on its version, and is found by looking for it: trl_seams.py.
+Where trl can be entered depends on its version: _trl/seams.py.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ def patch_trl(*, level: str = "forward", on_unpackable: str = "raise", max_logit
             token reach the head. "kernel": the padded forward stays, and only the head is replaced.
         on_unpackable: what happens where a model or a batch cannot be packed: "raise", or "kernel" (the padded
             forward, with dpofast's head).
-        max_logits_bytes: room for logits, as in linear_logprobs.
+        max_logits_bytes: memory for logits, as in linear_logprobs.
 
     Raises:
-        ValueError: an unknown option, or a trl without a seam that dpofast knows.
+        ValueError: an unknown option, or a trl that dpofast has no way into.
         ModuleNotFoundError: trl is not installed.
     """
     global _patch
@@ -39,14 +39,14 @@ def patch_trl(*, level: str = "forward", on_unpackable: str = "raise", max_logit
         raise ValueError(f"on_unpackable: expected one of {list(_ON_UNPACKABLE)}, got {on_unpackable!r}")
     module = importlib.import_module(TRAINER)
     unpatch_trl()
-    seam, install = find_seam(module)
-    patch = Patch(seam, level, on_unpackable, max_logits_bytes)
-    install(module, patch)
+    seam = find_seam(module)
+    patch = Patch(seam.name, level, on_unpackable, max_logits_bytes)
+    seam.install(module, patch)
     _patch = patch
 
 
 def unpatch_trl() -> None:
-    """Put back what patch_trl replaced; without a patch nothing happens. Trainers built in between stay as they are."""
+    """Restore what patch_trl replaced; without a patch nothing happens. Trainers built in between stay as they are."""
     global _patch
     if _patch is not None:
         _patch.undo()
@@ -54,7 +54,7 @@ def unpatch_trl() -> None:
 
 
 def report() -> str:
-    """Which path is active and why, in a few lines: the seam, the models, and how their forwards went."""
+    """A few lines of text: how trl is patched, which models run packed or why not, and how many forwards did."""
     version = trl_version()
     if _patch is None:
         return f"trl {version}: not patched by dpofast"

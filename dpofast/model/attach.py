@@ -1,15 +1,17 @@
 """Attaches the log-prob head to a causal language model of transformers: model(packed=batch) -> LogprobOutput.
 
-The trunk runs once over a packed row, only the rows that predict a target reach the head, and the logits are never
-built. A model whose layers cannot attend inside a packed row runs over padded rows instead, behind the same interface.
-Every other call of the model (plain logits, generation, saving) is unchanged.
+The backbone runs once over a packed row, only the hidden states that predict a target reach the LM head, and the logits
+are never materialized. A model whose layers cannot attend inside a packed row runs over padded rows instead, behind the
+same interface. Every other call of the model (plain logits, generation, saving) is unchanged.
+
+Attaching exchanges two classes: the model's, for one whose forward knows `packed`, and the head's, for LogprobLinear.
+Weights, their names and the rest of the model stay as they are.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,21 +25,26 @@ from dpofast.losses.config import PreferenceLoss
 from dpofast.losses.functional import PreferenceOutput
 from dpofast.losses.sequences import segment_sums
 from dpofast.model.attention.interface import restore_attention, use_packed_attention
-from dpofast.model.forward import packed_hidden, padded_hidden, trunk_of
-from dpofast.model.support import admit_head, admit_packed, check_numbers
-from dpofast.packing.pack import PackedBatch
+from dpofast.model.forward import backbone_of, packed_hidden, padded_hidden
+from dpofast.model.lm_head import logit_options, logprob_head, restore_head
+from dpofast.model.support import check_head, check_packed, check_parity
+from dpofast.packing.batch import PackedBatch
 
-# FSDP2 looks for a forward's output tensors in pytrees, and gathers weights for backward by hooks on them.
+# FSDP2 looks for the tensors of a module's output in pytrees, and hooks on them gather the weights for the backward.
 for _output in (LogprobOutput, PreferenceOutput):
     register_dataclass(_output)
 
 
 @dataclass(frozen=True)
 class PackedPreference:
-    """What turns model(packed=batch, preference=...) into the whole loss, in one pass over the head.
+    """The preference loss that model(packed=batch, preference=...) computes, in one pass over the LM head.
 
-    ref_logps (S,) float32 on the batch's device, (P, 2) with ld_alpha, or None; num_pairs is what the sum over the
-    batch's pairs is divided by. The others are as in preference_loss.
+    Attributes:
+        ref_logps: (S,) float32 on the batch's device, (P, 2) with ld_alpha, or None.
+        loss: which loss, with its options.
+        num_pairs: what the sum over the batch's pairs is divided by.
+        num_chosen_tokens: as in preference_loss.
+        earlier_rewards: as in preference_loss.
     """
 
     ref_logps: Tensor | None
@@ -51,34 +58,36 @@ def attach_logprob_head(model: Any, *, padded: bool = False) -> Any:
     """Make model(packed=PackedBatch, stats=()) return a LogprobOutput over the batch's N targets. Returns the model.
 
     model(packed=batch, preference=PackedPreference(...)) returns the PreferenceOutput of the batch's pairs instead.
-    With balance=True either holds a mixture of experts' load-balancing loss as aux_loss.
+    balance=True adds a mixture-of-experts model's load-balancing loss to either, as aux_loss.
 
     Args:
         model: a decoder-only transformers model with a language-modelling head. A PEFT model is attached through its
             base model and is called itself.
-        padded: run the trunk over the batch's sequences as padded rows, by the model's own attention: any decoder can,
-            and every sequence computes its prompt again. Equal numbers, more work.
+        padded: run the backbone over the batch's sequences as padded rows, by the model's own attention. Every decoder
+            can, with equal numbers, but each sequence computes its prompt again.
 
     Raises:
         ValueError: a model that cannot run so, by name and with the reason: an encoder, an adapter on the head, numbers
-            that differ from the model's own; and for packed rows no AttentionInterface, a stateful or a hybrid trunk.
+            that differ from the model's own; and for packed rows no AttentionInterface, a stateful or hybrid backbone.
     """
     base = base_causal_lm(model)
-    if isinstance(base, _PackedForward):
+    if isinstance(base, PackedForward):
         if base._padded_rows != padded:
             raise ValueError(
                 f"padded: expected {base._padded_rows}, as the head is attached already, got {padded}: detach it first"
             )
         return model
-    admit_head(base)
+    check_head(base)
     if not padded:
-        admit_packed(base)
+        check_packed(base)
     plain_class: Any = type(base)
     base.__class__ = packed_class(plain_class, padded)
+    # before anything wraps or shards the head: a wrapper takes the class that it meets
+    logprob_head(base)
     if not padded:
         use_packed_attention(base)
     try:
-        check_numbers(base, padded)
+        check_parity(base, padded)
     except Exception:
         detach_logprob_head(model)
         raise
@@ -88,9 +97,10 @@ def attach_logprob_head(model: Any, *, padded: bool = False) -> Any:
 def detach_logprob_head(model: Any) -> Any:
     """Undo attach_logprob_head. Returns the model."""
     base = base_causal_lm(model)
-    if isinstance(base, _PackedForward):
+    if isinstance(base, PackedForward):
         padded = base._padded_rows
         base.__class__ = type(base)._unpacked_class
+        restore_head(base)
         if not padded:
             restore_attention(base)
     return model
@@ -107,14 +117,14 @@ def sequence_logprobs(output: LogprobOutput, batch: PackedBatch) -> Tensor:
     return segment_sums(output.logps, batch.cu_targets)
 
 
-class _PackedForward:
-    """Marks a model class whose forward understands packed batches."""
+class PackedForward:
+    """Base of the classes that packed_class makes: models whose forward takes packed batches."""
 
     _unpacked_class: type
     _padded_rows: bool
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # The class is made at run time, so pickle and deepcopy must be told how to get it again.
+        """The class is made at run time, so pickle and deepcopy are told how to make it again."""
         return _rebuilt, (self._unpacked_class, self._padded_rows), self.__dict__
 
 
@@ -125,7 +135,10 @@ def _rebuilt(cls: type, padded: bool) -> Any:
 
 @functools.cache
 def packed_class(cls: Any, padded: bool) -> type:
-    """A subclass of the model's class, of the same name: forward is looked up through the type, so deepcopy works."""
+    """A subclass of the model's class, of the same name, whose forward takes packed batches.
+
+    A class and not a forward set on the instance, which a deepcopy would share with its original.
+    """
 
     @functools.wraps(cls.forward)  # generate() reads the parameters of forward
     def forward(
@@ -156,7 +169,7 @@ def packed_class(cls: Any, padded: bool) -> type:
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
     }
-    return type(cls.__name__, (_PackedForward, cls), members)
+    return type(cls.__name__, (PackedForward, cls), members)
 
 
 def _packed_output(
@@ -169,14 +182,13 @@ def _packed_output(
 ) -> LogprobOutput | PreferenceOutput:
     if stats and preference is not None:
         raise ValueError(f"stats: expected none beside preference=..., which has no per-token outputs, got {stats}")
-    # On a GPU looking would be a sync; there the embedding's own assert stops.
+    # Reading ids on a GPU would be a sync; there the embedding's own assert stops.
     if batch.input_ids.is_cpu and not torch.compiler.is_compiling():
-        # its number and not its weight's, of which ZeRO-3 leaves nothing here
-        words = trunk_of(model).get_input_embeddings()
+        # num_embeddings and not the weight's rows, of which ZeRO-3 leaves none here
+        words = backbone_of(model).get_input_embeddings()
         largest, vocab = int(batch.input_ids.max()), getattr(words, "num_embeddings", None)
         if vocab is not None and largest >= vocab:
             raise ValueError(f"packed: expected token ids below the model's vocabulary of {vocab}, got {largest}")
-    head = model.get_output_embeddings()
     if model._padded_rows and balance:
         raise ValueError("balance: expected packed rows for a load-balancing loss, and the model runs over padded ones")
     if model._padded_rows:
@@ -185,13 +197,12 @@ def _packed_output(
         hidden, aux_loss = packed_hidden(model, batch, balance=balance)
     options = {"max_logits_bytes": max_logits_bytes, **logit_options(model.config.get_text_config())}
 
-    def output(hidden: Tensor) -> LogprobOutput | PreferenceOutput:
-        weighted = {"bias": head.bias, **options}
+    def compute(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> LogprobOutput | PreferenceOutput:
         if preference is None:
-            return linear_logprobs(hidden, head.weight, batch.targets, stats=stats, **weighted)
+            return linear_logprobs(hidden, weight, batch.targets, bias=bias, stats=stats, **options)
         return linear_preference_loss(
             hidden,
-            head.weight,
+            weight,
             batch.targets,
             batch.cu_targets,
             batch.pairs,
@@ -200,47 +211,19 @@ def _packed_output(
             num_pairs=preference.num_pairs,
             num_chosen_tokens=preference.num_chosen_tokens,
             earlier_rewards=preference.earlier_rewards,
-            **weighted,
+            bias=bias,
+            **options,
         )
 
-    return replace(_as_forward(head, output, hidden), aux_loss=aux_loss)
-
-
-@torch.compiler.disable  # Dynamo cannot follow a forward that is put in place for one call
-def _as_forward(module: Any, compute: Callable[[Tensor], Any], hidden: Tensor) -> Any:
-    """compute(hidden) as the module's forward: a sharded weight is whole only between the hooks around it.
-
-    They look for the output's tensors in tuples, so a dataclass comes out of the module as one.
-    """
-    kinds = []
-
-    def forward(hidden: Tensor) -> tuple[Any, ...]:
-        output = compute(hidden)
-        kinds.append(type(output))
-        return tuple(getattr(output, field.name) for field in fields(output))
-
-    former = module.__dict__.get("forward")
-    module.forward = forward
-    try:
-        values = module(hidden)
-        return kinds[0](*values)
-    finally:
-        del module.forward
-        if former is not None:
-            module.forward = former
-
-
-def logit_options(config: Any) -> dict[str, Any]:
-    """What a family does to its logits, read from its config."""
-    scale = 1.0
-    for name in ("logit_scale", "lm_head_multiplier", "output_multiplier"):  # Cohere, Falcon-H1, Muse Glimmer
-        scale *= getattr(config, name, None) or 1.0
-    scaling = getattr(config, "logits_scaling", None) or 1.0
-    # HyperCLOVA X multiplies by it; Granite and MiniCPM3 divide
-    scale *= scaling if getattr(config, "model_type", None) == "hyperclovax" else 1 / scaling
-    return {"logit_scale": scale, "softcap": getattr(config, "final_logit_softcapping", None)}  # Gemma
+    output_class: Any = LogprobOutput if preference is None else PreferenceOutput
+    return replace(output_class(*logprob_head(model)(hidden, compute=compute)), aux_loss=aux_loss)
 
 
 def base_causal_lm(model: Any) -> Any:
     """The transformers model inside a PEFT wrapper, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def runs_padded(model: Any) -> bool:
+    """Whether an attached model was attached with padded=True."""
+    return base_causal_lm(model)._padded_rows

@@ -1,4 +1,7 @@
-"""A batch's hidden states at the rows that predict a target: the trunk run over its packed row, or over padded rows."""
+"""Runs a model's backbone over a packed batch: hidden states (N, D) at the positions that predict the N targets.
+
+packed_hidden runs the one packed row of T positions; padded_hidden runs S padded rows, for models that cannot pack.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +13,14 @@ from torch import Tensor, nn
 from dpofast.model.attention.layout import PackedLayout
 from dpofast.model.moe import balancing_loss, row_weights
 from dpofast.model.support import cannot_pack
-from dpofast.packing.pack import PackedBatch
+from dpofast.packing.batch import PackedBatch
 
-# Tables of positions may hold a few rows more than positions: OPT's begins with two that it never reads.
+# Position tables may have a few rows more than positions: OPT's begins with two that it never reads.
 _SPARE_POSITIONS = 8
 
 
-def packed_trunk(model: Any, batch: PackedBatch, **options: Any) -> Any:
-    """The trunk's output over the packed row, last_hidden_state (1, T, D); options go to the trunk as they are.
+def packed_backbone(model: Any, batch: PackedBatch, **options: Any) -> Any:
+    """The backbone's output over the packed row, last_hidden_state (1, T, D); options go to the backbone as they are.
 
     Raises:
         ValueError: a sequence longer than the model's table of positions, or attention layers that saw no layout.
@@ -26,10 +29,10 @@ def packed_trunk(model: Any, batch: PackedBatch, **options: Any) -> Any:
     own, prefix = segments.cu_seqlens_q.diff(), segments.prefixes[:, 1] - segments.prefixes[:, 0]
     _check_positions(model, int((own + prefix).max()))
     layout = PackedLayout(segments)
-    output = trunk_of(model)(
+    output = backbone_of(model)(
         input_ids=batch.input_ids[None],
         position_ids=batch.position_ids[None],
-        # transformers returns a four-dimensional mask as it is; without one it would build a (T, T) mask
+        # transformers passes a four-dimensional mask through; without one it would build a (T, T) mask
         attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=batch.input_ids.device),
         use_cache=False,
         packed_layout=layout,
@@ -42,24 +45,24 @@ def packed_trunk(model: Any, batch: PackedBatch, **options: Any) -> Any:
 
 
 def packed_hidden(model: Any, batch: PackedBatch, *, balance: bool = False) -> tuple[Tensor, Tensor | None]:
-    """The trunk's output (N, D) in the order of the batch's targets: T positions are computed, one row.
+    """Hidden states (N, D) in the order of the batch's targets, from one row of T positions.
 
-    With balance also the load-balancing loss of a mixture of experts.
+    With balance also the load-balancing loss of a mixture of experts, a float32 scalar; else None.
     """
-    trunk = packed_trunk(model, batch, **({"output_router_logits": True} if balance else {}))
-    hidden = trunk.last_hidden_state[0].index_select(0, batch.logit_rows)
+    output = packed_backbone(model, batch, **({"output_router_logits": True} if balance else {}))
+    hidden = output.last_hidden_state[0].index_select(0, batch.logit_rows)
     if not balance:
         return hidden, None
     top_k = model.config.get_text_config().num_experts_per_tok
-    return hidden, balancing_loss(trunk.router_logits, top_k, row_weights(batch))
+    return hidden, balancing_loss(output.router_logits, top_k, row_weights(batch))
 
 
 def padded_hidden(model: Any, batch: PackedBatch) -> Tensor:
-    """The same (N, D) from S padded rows, one a sequence, by the model's own attention.
+    """Hidden states (N, D) in the order of the batch's targets, from S padded rows and the model's own attention.
 
     Rows of similar length run together, so that pads stay under a fifth of what is computed; with several processes
-    all rows run in one call, because a sharded trunk must be called equally often on each. Lengths are read back from
-    the device, a sync that the packed row does without.
+    all rows run in one call, because a sharded backbone must be called equally often on each. Reading the lengths back
+    from the device is a sync, which packed_hidden does without.
 
     Raises:
         ValueError: a sequence longer than the model's table of positions.
@@ -71,10 +74,10 @@ def padded_hidden(model: Any, batch: PackedBatch) -> Tensor:
     _check_positions(model, int(lengths.max()))
     bounds, device = batch.cu_targets.tolist(), input_ids.device
     parts, targets = [], []
-    for rows in _similar(lengths):
+    for rows in similar_lengths(lengths):
         longest = int(lengths[rows[0]])
         index = torch.tensor(rows, device=device)
-        output = trunk_of(model)(
+        output = backbone_of(model)(
             input_ids=input_ids[index, :longest], attention_mask=attended[index, :longest], use_cache=False
         )
         flat = predicts[rows, :longest].flatten().nonzero().squeeze(1).to(device)
@@ -83,15 +86,19 @@ def padded_hidden(model: Any, batch: PackedBatch) -> Tensor:
     return torch.cat(parts).index_select(0, torch.tensor(targets).argsort().to(device))
 
 
-def trunk_of(model: Any) -> Any:
-    """What comes before the head. Llama 4's causal model names a base that it does not have, and is then its own."""
-    trunk = model.base_model if model.base_model is not model else getattr(model, "model", None)
-    if trunk is None:
+def backbone_of(model: Any) -> Any:
+    """The model without its LM head: its base_model. Llama 4's names one that it lacks, and its `model` is taken.
+
+    Raises:
+        ValueError: neither is there.
+    """
+    backbone = model.base_model if model.base_model is not model else getattr(model, "model", None)
+    if backbone is None:
         raise ValueError(f"{type(model).__name__}: expected a model whose trunk is its base_model, and it has none")
-    return trunk
+    return backbone
 
 
-def _similar(lengths: Tensor) -> list[list[int]]:
+def similar_lengths(lengths: Tensor) -> list[list[int]]:
     """Rows in groups, longest first, each at least four fifths as long as the longest of its group."""
     order = lengths.argsort(descending=True, stable=True)
     if torch.distributed.is_available() and torch.distributed.is_initialized():

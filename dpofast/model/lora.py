@@ -1,9 +1,9 @@
-"""LoRA's linear layers with as few passes over memory as they need: the same numbers as peft's, but for rounding.
+"""fuse_lora: PEFT's LoRA linear layers with fewer passes over memory; equal to PEFT's up to rounding.
 
-A layer computes y = x·Wᵀ + b + s·(x·Aᵀ)·Bᵀ (arXiv 2106.09685). The two products with A and B are small, and written as
-four operations they read and write arrays of the size of y and x several times over: to scale, to add, and to add up
-gradients. Here both products are added into what W's product has written: forward 2 passes over y instead of 6 beside
-W's own, backward 2 over y and 3 over x instead of 4 and 5.
+A layer computes y = x·Wᵀ + b + s·(x·Aᵀ)·Bᵀ (arXiv 2106.09685). The products with A and B are small, but PEFT's separate
+operations read and write arrays of the size of y and x several times: to scale, to add, and to accumulate gradients.
+Here both products are accumulated into the output of W's product (addmm): beside W's own passes, the forward makes 2
+over y instead of 6, and the backward 2 over y and 3 over x instead of 4 and 5.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from torch.autograd.function import once_differentiable
 
 
 def fuse_lora(model: nn.Module) -> int:
-    """Let LoRA layers over nn.Linear take the short way wherever it is the same; returns how many of them there are.
+    """Make LoRA layers over nn.Linear compute the formula above in one autograd function. Returns how many they are.
 
-    A layer takes peft's own way where there is more to do than the formula above: dropout, DoRA and other variants,
-    several or merged or disabled adapters, a bias of the adapter, weights of several dtypes, parts with hooks or with a
-    forward of their own (ZeRO-3, offloading). The short way gives first derivatives only and no torch.func transforms,
-    and hooks on all modules see the layer but not its parts.
+    A layer still runs PEFT's forward wherever there is more to compute than the formula: dropout, DoRA and other
+    variants, several or merged or disabled adapters, a bias of the adapter, weights of several dtypes, submodules with
+    hooks or a forward of their own (ZeRO-3, offloading). The fused function has first derivatives only, no torch.func
+    transforms, and hooks on all modules see the layer but not its submodules.
     """
     layers = [module for module in model.modules() if type(module) is Linear and type(module.base_layer) is nn.Linear]
     for layer in layers:
@@ -32,7 +32,7 @@ def fuse_lora(model: nn.Module) -> int:
 
 
 class FusedLoraLinear(Linear):
-    """A peft LoRA layer that fuse_lora() has taken over; parameters and their names stay as they are."""
+    """PEFT's LoRA layer with a fused forward; parameters and their names are unchanged."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
@@ -53,7 +53,7 @@ class FusedLoraLinear(Linear):
         return y.view(*x.shape[:-1], base.out_features)
 
     def _only_adapter(self) -> str | None:
-        """The adapter, where there is one and nothing beside the formula."""
+        """The adapter's name, where one is active and the layer is the formula above."""
         active = [name for name in self.active_adapters if name in self.lora_A]
         if len(active) != 1 or self.disable_adapters or self.merged or self.fan_in_fan_out:
             return None
@@ -67,7 +67,7 @@ class FusedLoraLinear(Linear):
 
 
 def _hooked(module: nn.Module) -> bool:
-    """Whether somebody wants to see its calls: ZeRO-3 and offloading bring the weights then."""
+    """Whether its calls must not be bypassed: ZeRO-3 and offloading load weights in hooks or in a forward set on it."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return any(hooks) or "forward" in vars(module)
 

@@ -1,9 +1,9 @@
 """The load-balancing loss of mixtures of experts over packed rows (Switch Transformer, arXiv 2101.03961, eq. 4-6).
 
-A prompt that several responses share is one run of rows here and one a response in a padded batch. So that sharing does
-not change what is balanced, each row counts as often as a padded batch of the same pairs would hold it. (A response's
-last token has no position here, and does not count.) The loss is of a micro-batch, not of the step: it is not linear in
-the tokens, so it depends on how a step is cut, as it does in every trainer.
+A shared prompt is one run of rows here, and one for each of its responses in a padded batch. So that sharing does not
+change the loss, each row is weighted by how often a padded batch of the same pairs would contain it. (A response's last
+token has no position here, and does not count.) The loss is computed per micro-batch and is not linear in the tokens,
+so it depends on how a step is split into micro-batches, as in every trainer.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dpofast.packing.batch import PackedBatch
 
 
 def balancing_coefficient(model_config: Any, coefficient: float | None) -> float:
-    """The weight of the balancing loss: as given, or the model's own; 0 for a model without experts.
+    """The weight of the balancing loss: `coefficient`, or where it is None the model's own; 0 without experts.
 
     Raises:
         ValueError: a weight for a model that returns no router logits.
@@ -38,10 +38,10 @@ def balancing_loss(router_logits: tuple[Tensor, ...], top_k: int, weights: Tenso
     Args:
         router_logits: (T, num_experts) of every layer with experts.
         top_k: experts that a token is sent to.
-        weights: (T,) float32, how often each row counts.
+        weights: (T,) float32, how often each row counts (row_weights).
 
     Returns:
-        A scalar, float32; top_k where all experts get the same.
+        A scalar, float32; top_k where the experts are balanced.
     """
     experts = router_logits[0].shape[-1]
     chosen = weights.new_zeros(experts)
@@ -56,13 +56,13 @@ def balancing_loss(router_logits: tuple[Tensor, ...], top_k: int, weights: Tenso
 
 
 def row_weights(batch: PackedBatch) -> Tensor:
-    """(T,) float32 on the batch's device: in how many rows of a padded batch of the same pairs each position stands."""
+    """(T,) float32 on the batch's device: how many rows of a padded batch of the same pairs contain each position."""
     device = batch.logit_rows.device
     uses = torch.bincount(batch.pairs.flatten().long(), minlength=batch.num_sequences).float()
     of_target = uses.repeat_interleave(batch.cu_targets.diff().long()).to(device, non_blocking=True)
-    # A response's own rows each predict once; its prompt's last row predicts once for each of its responses.
+    # Each row of a response predicts one target; a prompt's last row predicts one for each of its responses.
     weights = torch.zeros(batch.num_tokens, device=device).index_add(0, batch.logit_rows, of_target)
-    # What predicts nothing is the prompt up to there: it takes the weight of the next row that does.
+    # The prompt's other rows predict none: they take the weight of the next row that does.
     rows = torch.arange(batch.num_tokens, device=device)
     following = torch.where(weights > 0, rows, batch.num_tokens).flip(0).cummin(0).values.flip(0)
     return weights[following]

@@ -1,8 +1,8 @@
-"""Which models may carry the log-prob head, packed or padded: refused by name what would compute wrong numbers.
+"""Which models can run packed or padded with the log-prob head; what would compute wrong numbers is refused by name.
 
-Many models run under a packed layout without an exception and come out wrong: their attention never asks for the
-layout (Bloom, MPT, GPT-J), or asks for it in some layers (hybrids), or has a state that runs along the row (Mamba). So
-every rule here has a second one behind it: the numbers themselves, on a few random ids.
+Many models run under a packed layout without an exception and come out wrong: their attention never reads the layout
+(Bloom, MPT, GPT-J), or some layers' does not (hybrids), or a state runs along the row (Mamba). Rules on a model's class
+and config refuse the known ones; a parity check of log-probs on a few random ids refuses the others.
 """
 
 from __future__ import annotations
@@ -12,17 +12,22 @@ from typing import Any
 import torch
 from torch import nn
 
+from dpofast.model.lm_head import refused_head
 from dpofast.packing.pack import pack
 from dpofast.reference import padded_logprobs
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
-_CANARY_PROMPT, _CANARY_RESPONSES = 5, (4, 6)
-# Largest |packed − padded| log-prob of the canary; a wrong mask or a missing logit scale is off by 0.1 and more.
-CANARY_TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-3, torch.float16: 5e-2, torch.bfloat16: 3e-1}
+_PARITY_PROMPT, _PARITY_RESPONSES = 5, (4, 6)
+# Largest |packed − padded| log-prob in the parity check, nats; a wrong mask or a missing logit scale is off by 0.1.
+PARITY_TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-3, torch.float16: 5e-2, torch.bfloat16: 3e-1}
 
 
-def admit_head(model: Any) -> None:
-    """Refuse a model whose logits are not one plain linear map of its trunk's output."""
+def check_head(model: Any) -> None:
+    """Refuse a model whose logits are not one plain linear map of its backbone's output.
+
+    Raises:
+        ValueError: no decoder of text, or a head that is no nn.Linear.
+    """
     name = type(model).__name__
     config = getattr(model, "config", None)
     if config is None or not hasattr(model, "get_output_embeddings"):
@@ -35,14 +40,20 @@ def admit_head(model: Any) -> None:
         raise ValueError(f"{name}: expected a text-only model; load its language model alone")
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear:
+        raise refused_head(model)
+    if "forward" in vars(head):  # bound to nn.Linear's forward, so that LogprobLinear's would never run
         raise ValueError(
-            f"{name}: expected a plain nn.Linear head, got {type(head).__name__}: leave the head out of the adapter's "
-            "target_modules and unquantized"
+            f"{name}: expected a head whose forward is its class's, got one with a forward set on the module, as "
+            "accelerate's hooks for several devices do: load the model on one device"
         )
 
 
-def admit_packed(model: Any) -> None:
-    """Refuse a model whose layers do not all attend through transformers' AttentionInterface."""
+def check_packed(model: Any) -> None:
+    """Refuse a model whose layers do not all attend through transformers' AttentionInterface.
+
+    Raises:
+        ValueError: as cannot_pack, with the reason.
+    """
     if getattr(model, "_is_stateful", False):
         raise cannot_pack(model, "it carries a state from token to token, across the branches of a packed row")
     foreign = set(getattr(model.config, "layer_types", None) or _LAYER_TYPES) - _LAYER_TYPES
@@ -54,7 +65,7 @@ def admit_packed(model: Any) -> None:
 
 
 def cannot_pack(model: Any, reason: object) -> ValueError:
-    """The refusal of a model by name, with the reason and the way on."""
+    """The exception for a model that cannot run packed: its name, the reason, and what to do instead."""
     return ValueError(
         f"{type(model).__name__} cannot run packed: {reason}. Padded rows do without: "
         "attach_logprob_head(model, padded=True), DPOConfig(padded=True), or --padded true"
@@ -62,10 +73,16 @@ def cannot_pack(model: Any, reason: object) -> ValueError:
 
 
 @torch.no_grad()
-def check_numbers(model: Any, padded: bool) -> None:
-    """model(packed=...) against the model's own padded logits: the one test that an unknown twist cannot pass."""
+def check_parity(model: Any, padded: bool) -> None:
+    """Compare model(packed=...) with log-probs from the model's own padded logits, on a few random ids.
+
+    It finds what no rule names: an attention that ignores the layout, an unknown scaling of the logits.
+
+    Raises:
+        ValueError: log-probs that are not finite or that differ by more than PARITY_TOLERANCE.
+    """
     generator = torch.Generator().manual_seed(0)
-    lengths = (_CANARY_PROMPT, *_CANARY_RESPONSES)
+    lengths = (_PARITY_PROMPT, *_PARITY_RESPONSES)
     prompt, chosen, rejected = (
         torch.randint(0, model.config.vocab_size, (length,), generator=generator).numpy() for length in lengths
     )
@@ -86,9 +103,9 @@ def check_numbers(model: Any, padded: bool) -> None:
             "its weights"
         )
     difference = float((ours - truth).abs().max())
-    if difference <= CANARY_TOLERANCE[model.dtype]:
+    if difference <= PARITY_TOLERANCE[model.dtype]:
         return
-    apart = f"differ by {difference:.2g} nats, more than {CANARY_TOLERANCE[model.dtype]}"
+    apart = f"differ by {difference:.2g} nats, more than {PARITY_TOLERANCE[model.dtype]}"
     if not padded:
         raise cannot_pack(model, f"packed and padded log-probs of the same tokens {apart}")
     raise ValueError(

@@ -1,1 +1,9 @@
-"""Forward-only passes: scores, reference log-probs and their cache."""
+"""Forward-only passes: log-probs and rewards of pairs, and the cache of reference log-probs.
+
+score         Forward, response_logps, score_rows: the forward-only pass
+responses     ResponseLogps, its result: log-probs of every response token
+score_file    score files that survive a kill
+ref_cache     add_reference_columns: reference log-probs, read from the cache or computed
+ref_store     the cache's files
+fingerprints  hashes of a model and of token ids, which say what a cache belongs to
+"""

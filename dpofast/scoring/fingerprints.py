@@ -1,4 +1,4 @@
-"""Checksums of what a model's numbers depend on: its weights, and the token ids it is asked about."""
+"""Fingerprints (BLAKE2b) of what log-probs depend on: the model's weights and settings, and the token ids."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from dpofast.data.arrow import spans, windows
 from dpofast.data.formats import ID_COLUMNS
 from dpofast.model.attach import base_causal_lm
 
-# blake2b runs at 1 GB/s a thread and without Python's lock; pieces are the same on every machine.
-_PIECE_BYTES = 1 << 22
-# Where PEFT's wrappers keep the layer they stand for.
+# blake2b hashes 1 GB/s a thread, outside of Python's lock. The digest depends on this size: keep it.
+_CHUNK_BYTES = 1 << 22
+# The attributes in which PEFT's wrappers hold the layer that they wrap.
 _PLAIN = ("base_layer", "original_module")
 _ROWS = 1024
-# Settings that do not change a number: names, paths, and what generation reads.
+# Settings that change no log-prob: names, paths, and what only generation reads.
 _NO_EFFECT = {
     *("_name_or_path", "name_or_path", "base_model_name_or_path", "revision", "transformers_version"),
     *("architectures", "use_cache", "dtype", "torch_dtype", "inference_mode"),
 }
 
 
-def model_checksum(model: Any) -> str:
+def model_fingerprint(model: Any) -> str:
     """64 hex digits over the model's class, settings, parameters and buffers: about a second for 0.5 GB on one core.
 
-    Of a PEFT model's adapters those count that are switched on, with their settings: inside `disable_adapter()` it has
-    the checksum of its base model. A sharded tensor is gathered, so that all ranks must call this together, and agree.
+    Of a PEFT model only the active adapters count, with their settings: inside `disable_adapter()` its fingerprint is
+    that of its base model. Sharded tensors are gathered, a collective: all ranks call this together, and agree.
     """
     base = base_causal_lm(model)
     settings = {
@@ -46,18 +46,18 @@ def model_checksum(model: Any) -> str:
     with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as pool:
         for name, tensor in _weights(model):
             total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            for digest in pool.map(_piece_digest, _pieces(tensor)):
+            for digest in pool.map(_chunk_digest, _chunks(tensor)):
                 total.update(digest)
     return total.hexdigest()
 
 
 def _adapters(model: Any) -> list[str]:
-    """Names of the adapters that are switched on."""
+    """Names of the active adapters."""
     return sorted({name for active in _wrappers(model).values() for name in active})
 
 
 def _wrappers(model: Any) -> dict[str, list[str]]:
-    """By the names of PEFT's wrappers around layers, the adapters that each of them uses now."""
+    """The adapters that each of PEFT's wrappers around layers uses now, by the wrapper's name."""
     return {
         f"{name}.": [] if module.disable_adapters else list(module.active_adapters)
         for name, module in model.named_modules()
@@ -66,7 +66,7 @@ def _wrappers(model: Any) -> dict[str, list[str]]:
 
 
 def _weights(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """The parameters and buffers in use, by the names they have without PEFT."""
+    """The parameters and buffers in use, under the names that they have without PEFT."""
     wrappers = _wrappers(model)
     for named in (model.named_parameters(), model.named_buffers()):
         for name, tensor in named:
@@ -79,18 +79,18 @@ def _weights(model: Any) -> Iterator[tuple[str, Tensor]]:
                 yield name.removeprefix("base_model.model."), tensor.detach()
 
 
-def _pieces(tensor: Any) -> list[Tensor]:
+def _chunks(tensor: Any) -> list[Tensor]:
     whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # a DTensor's
     flat = whole.contiguous().reshape(-1)
-    return list(flat.split(max(1, _PIECE_BYTES // flat.element_size()))) if flat.numel() else []
+    return list(flat.split(max(1, _CHUNK_BYTES // flat.element_size()))) if flat.numel() else []
 
 
-def _piece_digest(piece: Tensor) -> bytes:
-    return hashlib.blake2b(piece.cpu().view(torch.uint8).numpy().data, digest_size=32).digest()
+def _chunk_digest(chunk: Tensor) -> bytes:
+    return hashlib.blake2b(chunk.cpu().view(torch.uint8).numpy().data, digest_size=32).digest()
 
 
 def _plain(settings: Any) -> Any:
-    """As JSON can hold it, in an order that does not change, without what has no effect."""
+    """Settings as JSON can hold them, in a fixed order, without those in _NO_EFFECT."""
     if isinstance(settings, dict):
         kept = {str(name): value for name, value in settings.items() if name not in _NO_EFFECT}
         return {name: _plain(value) for name, value in kept.items() if not name.endswith("_token_id")}
@@ -101,8 +101,8 @@ def _plain(settings: Any) -> Any:
     return settings if isinstance(settings, (str, int, float, bool, type(None))) else str(settings)
 
 
-def branch_checksums(dataset: Dataset) -> np.ndarray:
-    """(n, 2, 2) uint64: 128 bits over each row's prompt with chosen, and with rejected response. 32 bytes a row."""
+def response_fingerprints(dataset: Dataset) -> np.ndarray:
+    """(n, 2, 2) uint64: 128 bits of each row's prompt with its chosen response, and with its rejected response."""
     digests = np.empty((len(dataset), 2, 16), np.uint8)
     row = 0
     for table in windows(dataset, ID_COLUMNS, spans(len(dataset), _ROWS)):
@@ -113,7 +113,7 @@ def branch_checksums(dataset: Dataset) -> np.ndarray:
         (prompts, starts), *sides = columns
         for i in range(len(table)):
             prompt = prompts[starts[i] : starts[i + 1]]
-            # The length tells where the prompt ends.
+            # The length in front marks where the prompt ends.
             common = hashlib.blake2b(len(prompt).to_bytes(8, "little"), digest_size=16)
             common.update(prompt)
             for side, (tokens, bounds) in enumerate(sides):
@@ -124,10 +124,10 @@ def branch_checksums(dataset: Dataset) -> np.ndarray:
     return digests.view(np.uint64)
 
 
-def first_equal(checksums: np.ndarray) -> np.ndarray:
-    """For each of m rows (m, 2) uint64 the index of the first row that equals it: (m,) int64."""
-    order = np.lexsort(checksums.T)  # stable: equal rows stay in order
-    in_order = checksums[order]
+def first_equal(fingerprints: np.ndarray) -> np.ndarray:
+    """The index of the first row that equals each of the m rows (m, 2) uint64: (m,) int64."""
+    order = np.lexsort(fingerprints.T)  # stable: equal rows stay in order
+    in_order = fingerprints[order]
     new = np.ones(len(order), bool)
     new[1:] = (in_order[1:] != in_order[:-1]).any(1)
     first = np.empty(len(order), np.int64)

@@ -1,16 +1,16 @@
-"""Reference log-probs on disk: a folder that a killed run can go on with, and in which no damage is read as good.
+"""Reference log-probs on disk: a folder of shards that a killed run resumes from and that detects damaged files.
 
-    <key>/manifest.json                                    what the numbers belong to: tokens, model, dtype, version
-    <key>/0000000000-0000000256.<checksum>.safetensors     one shard: rows 0 to 255
+    <key>/manifest.json                                    what the log-probs belong to: tokens, model, dtype, version
+    <key>/0000000000-0000000256.<fingerprint>.safetensors  one shard: rows 0 to 255
         logps       (N,) float32     every response token, nats
         cu_targets  (S + 1,) int32   response s owns logps[cu_targets[s]:cu_targets[s + 1]]
         pairs       (rows, 2) int32  chosen and rejected response of every row
 
-<key> is a checksum of the manifest's identity, so other tokens, weights or dtypes simply have another folder, and runs
-that differ in beta or loss share one. A shard is written aside, flushed to the disk and renamed: it stands there whole
-or not at all. Its name holds a checksum of its content, keyed by the identity: a flipped byte, a short file and a shard
-of another cache all fail it. Such a shard is removed with a warning that names it, and its rows are
-computed again. The manifest is for people, and for a folder that is named as a cache itself: it must match then.
+<key> is a fingerprint of the manifest's identity: other tokens, weights or dtypes have another folder, and runs that
+differ in beta or loss share one. A shard is written to a temporary file, flushed and renamed, so that a file under its
+name is whole. Its name holds a fingerprint of its content, keyed by the identity: a flipped byte, a truncated file or a
+shard of another cache does not match, is removed with a warning that names it, and its rows are computed again. The
+manifest is for people to read, and is compared where a cache itself is named and not the folder above it.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ import safetensors.numpy
 import torch
 
 from dpofast.common.atomic_files import put
-from dpofast.scoring.score import ResponseLogps
+from dpofast.scoring.responses import ResponseLogps
 
-_ARRAYS = ("logps", "cu_targets", "pairs")
+_ARRAYS = ("logps", "cu_targets", "pairs")  # the fields of ResponseLogps, and the names in a shard
 _MANIFEST, _SUFFIX, _ASIDE = "manifest.json", ".safetensors", ".tmp-"
 _FORMAT = "dpofast reference log-probs, format 1"
-# Writing a shard takes seconds: what has lain aside for an hour was left by a killed run.
+# Writing a shard takes seconds: a temporary file of an hour ago was left by a killed run.
 _ABANDONED_SECONDS = 3600.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Identity:
-    """What reference log-probs belong to.
+    """What reference log-probs belong to; the names are those in manifest.json.
 
     Attributes:
-        tokens: a checksum over the token ids of all rows.
-        model: a checksum over the reference model.
-        dtype: how it computes: device, autocast, packed or padded.
-        version: of dpofast.
+        tokens: fingerprint of the token ids of all rows.
+        model: fingerprint of the reference model.
+        dtype: how it computes: dtype, device, autocast, packed or padded rows.
+        version: of the engine's numerics and of dpofast.
     """
 
     tokens: str
@@ -56,7 +56,7 @@ class Identity:
 
     @property
     def key(self) -> str:
-        """32 hex digits."""
+        """The cache's folder name: 32 hex digits."""
         return hashlib.blake2b(json.dumps(asdict(self), sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
@@ -64,29 +64,30 @@ class ReferenceStore:
     """The shards of one identity. Several processes may read and write the same folder at once."""
 
     def __init__(self, root: str | os.PathLike[str], identity: Identity) -> None:
-        """Look into `root`: a folder of caches, or one cache (a folder with a manifest). Nothing is written yet.
+        """Find the cache in `root`: a folder of caches, or one cache (a folder with a manifest). Writes nothing.
 
         Raises:
             ValueError: root is a cache of another identity, or its manifest is damaged.
         """
         self.identity = identity
         root = Path(root).expanduser()
-        named = (root / _MANIFEST).exists()
-        self.folder = root if named else root / identity.key
-        if named:
-            self._check_named()
-        self._ready = False
+        is_cache = (root / _MANIFEST).exists()
+        self.folder = root if is_cache else root / identity.key
+        if is_cache:
+            self._check_manifest()
+        self._prepared = False
         self.refresh()
 
     def refresh(self) -> None:
-        """Look again for the shards that other processes have written."""
+        """List the shards again: other processes may have written some."""
         self._shards: dict[str, list[Path]] = {}
         if self.folder.is_dir():
             for path in sorted(self.folder.glob(f"*{_SUFFIX}")):
-                self._shards.setdefault(path.name.partition(".")[0], []).append(path)
+                rows, _, _ = path.name.partition(".")
+                self._shards.setdefault(rows, []).append(path)
 
     def read(self, start: int, stop: int) -> ResponseLogps | None:
-        """The shard of these rows, or None where there is none that is whole: with a warning if one is damaged."""
+        """The shard of rows start to stop − 1, or None where there is none that is whole; warns of damaged ones."""
         for path in self._shards.get(_rows(start, stop), []):
             try:
                 content = path.read_bytes()
@@ -97,24 +98,24 @@ class ReferenceStore:
                 continue
             if path.name == self._name(start, stop, content):
                 shard = safetensors.numpy.load(content)
-                return ResponseLogps(*(torch.from_numpy(shard[name]) for name in _ARRAYS))
+                return ResponseLogps(**{name: torch.from_numpy(shard[name]) for name in _ARRAYS})
             self._warn(f"{path}: damaged, its checksum does not match", start, stop)
             with contextlib.suppress(OSError):
                 path.unlink()
         return None
 
     def write(self, start: int, stop: int, shard: ResponseLogps) -> None:
-        """Store the shard of these rows.
+        """Store the shard of rows start to stop − 1.
 
         Raises:
             OSError: it cannot be written; nothing that looks like a shard is left.
         """
-        if not self._ready:
+        if not self._prepared:
             self._prepare()
         content = safetensors.numpy.save({name: getattr(shard, name).numpy() for name in _ARRAYS})
         _write_whole(self.folder / self._name(start, stop, content), content)
 
-    def _check_named(self) -> None:
+    def _check_manifest(self) -> None:
         way_on = "name the folder above it, where every reference has a cache of its own, or another folder"
         recorded = _read_manifest(self.folder)
         if recorded is None:
@@ -128,7 +129,7 @@ class ReferenceStore:
             )
 
     def _prepare(self) -> None:
-        """Make the folder and its manifest, and remove what killed runs have left aside."""
+        """Make the folder and its manifest, and remove the temporary files of killed runs."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for path in self.folder.glob(f"{_ASIDE}*"):
             with contextlib.suppress(OSError):  # its writer, or another cleaner, was faster
@@ -137,11 +138,11 @@ class ReferenceStore:
         manifest = {"format": _FORMAT, **asdict(self.identity)}
         if _read_manifest(self.folder) != manifest:
             _write_whole(self.folder / _MANIFEST, json.dumps(manifest, indent=1).encode() + b"\n")
-        self._ready = True
+        self._prepared = True
 
     def _name(self, start: int, stop: int, content: bytes) -> str:
-        checksum = hashlib.blake2b(content, digest_size=16, key=self.identity.key.encode()).hexdigest()
-        return f"{_rows(start, stop)}.{checksum}{_SUFFIX}"
+        fingerprint = hashlib.blake2b(content, digest_size=16, key=self.identity.key.encode()).hexdigest()
+        return f"{_rows(start, stop)}.{fingerprint}{_SUFFIX}"
 
     @staticmethod
     def _warn(message: str, start: int, stop: int) -> None:
@@ -149,11 +150,12 @@ class ReferenceStore:
 
 
 def _rows(start: int, stop: int) -> str:
+    """How a shard's name begins."""
     return f"{start:010d}-{stop:010d}"
 
 
 def _read_manifest(folder: Path) -> dict[str, str] | None:
-    """What it says, or None where there is none, or none that can be read."""
+    """The manifest, or None where there is none or it cannot be read."""
     try:
         manifest = json.loads((folder / _MANIFEST).read_bytes())
     except (OSError, ValueError):
@@ -162,7 +164,7 @@ def _read_manifest(folder: Path) -> dict[str, str] | None:
 
 
 def _write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that, whenever the machine stops, it is there whole or not at all."""
+    """Write a file through a temporary one, so that under its name it is whole or not there."""
     aside = path.with_name(_ASIDE + uuid.uuid4().hex)
     try:
         aside.write_bytes(content)

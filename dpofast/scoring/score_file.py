@@ -1,8 +1,8 @@
-"""Scores on disk: a partial file that survives a kill at any moment, and the whole file that follows from it.
+"""Score files: a partial file from which a killed run resumes (PartialScores), and the final file (write_scored).
 
-The partial file is JSON lines: first what decides the numbers, then one line of scores a pair. A line that a kill cut
-short is dropped, and scoring goes on at a window's border, so that the numbers are those of an uninterrupted run to the
-last bit. The whole file is written beside its place, and renamed there when it is complete and on the disk.
+The partial file is JSON lines: a header with what decides the scores (model, data, options), then one line of scores a
+pair. After a kill, scoring resumes at a multiple of WINDOW pairs, so that the scores are bitwise those of an
+uninterrupted run. The final file is written under a temporary name, flushed, and renamed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dpofast.data.formats import REF_COLUMNS
 from dpofast.scoring.score import WINDOW
 
 Row = dict[str, Any]
-# Whatever of these a source has is of an earlier scoring: it is replaced, or left out.
+# The columns of scores. Where a source has some, they are of an earlier scoring, and are replaced or left out.
 SCORES = (
     *("chosen_logps", "rejected_logps", *REF_COLUMNS, "chosen_tokens", "rejected_tokens"),
     *("chosen_rewards", "rejected_rewards", "margins"),
@@ -33,23 +33,23 @@ SCORES = (
 
 
 class PartialScores:
-    """The partial file at `path`; identity is what must be equal for a run to go on with it (JSON values)."""
+    """The partial file at `path`; a run resumes from it only if `identity` (JSON values) is equal to its header's."""
 
     def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
-        """Touch nothing yet."""
+        """Read and write nothing yet."""
         self.path = path
         self._header = json.dumps({"scored": identity}, sort_keys=True).encode() + b"\n"
 
     def resume(self, *, overwrite: bool) -> int:
-        """How many pairs are scored already; the file ends there afterwards, or is new.
+        """Truncate the file to whole windows, or begin a new one. Returns how many pairs it holds.
 
         Raises:
-            ValueError: it is of another run, and overwrite is off.
+            ValueError: its header has another identity, and overwrite is off.
         """
         if self.path.exists():
             with self.path.open("r+b") as file:
                 if file.readline() == self._header:
-                    return self._cut(file)
+                    return self._truncate(file)
             if not overwrite:
                 raise ValueError(
                     f"{self.path} holds scores of another model, other data or other options: remove it, or pass "
@@ -60,7 +60,8 @@ class PartialScores:
         return 0
 
     @staticmethod
-    def _cut(file: BinaryIO) -> int:
+    def _truncate(file: BinaryIO) -> int:
+        """Cut what follows the last whole window, from behind the header. Returns the pairs that are left."""
         end = position = file.tell()
         count = whole = 0
         for line in file:
@@ -72,7 +73,7 @@ class PartialScores:
         return whole
 
     def append(self, scores: Iterable[Mapping[str, Any]]) -> None:
-        """Write the scores, window by window, each on the disk before the next begins."""
+        """Append the scores, flushed to the disk after every window."""
         rows = iter(scores)
         with self.path.open("ab") as file:
             while window := list(islice(rows, WINDOW)):
@@ -81,7 +82,7 @@ class PartialScores:
                 os.fsync(file.fileno())
 
     def __iter__(self) -> Iterator[Row]:
-        """The scores, in order."""
+        """The scores of each pair, in order."""
         with self.path.open("rb") as file:
             file.readline()
             yield from map(json.loads, file)
@@ -89,9 +90,11 @@ class PartialScores:
 
 @dataclass(frozen=True)
 class SourceRows:
-    """The rows of the data as they stand in their source: numbered as in the scores, and by windows.
+    """The rows of the source, with all their columns.
 
-    schema: their Arrow schema, or None where rows are JSON and have none.
+    Attributes:
+        windows: iterates over lists of (number, row), where number is the score's "row".
+        schema: their Arrow schema, or None for JSON rows, which have none.
     """
 
     windows: Callable[[], Iterator[list[tuple[int, Row]]]]
@@ -99,9 +102,9 @@ class SourceRows:
 
 
 def source_rows(source: str, dataset: Dataset) -> SourceRows:
-    """The rows of what load_preferences loaded, with all their columns.
+    """The rows of a source that load_preferences has loaded as `dataset`.
 
-    JSON lines are read again: the dataset has only the columns that make a pair.
+    Files are read again: the dataset has only the columns that make a pair.
     """
     path = Path(source)
     if path.is_file() and path.suffix in (".jsonl", ".json"):
@@ -125,7 +128,7 @@ def _json_windows(path: Path) -> Iterator[list[tuple[int, Row]]]:
             for number, line in window:
                 try:
                     rows.append((number, json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))))
-                except ValueError:  # a bad line, which was skipped: it has no scores
+                except ValueError:  # an invalid line was skipped when loading, and has no scores
                     continue
             yield rows
 
@@ -138,18 +141,17 @@ def _parquet_windows(path: Path) -> Iterator[list[tuple[int, Row]]]:
 
 
 def write_scored(output: Path, source: SourceRows, partial: PartialScores) -> None:
-    """Write the rows that have scores, with them, and remove the partial file.
+    """Write the rows that have scores, with their scores, and remove the partial file.
 
     Args:
-        output: a .jsonl file, or a .parquet file: then rows that are JSON get the columns that any of them has, and
-            null where one has none.
+        output: a .jsonl file, or a .parquet file, in which JSON rows get the columns that any of them has, with nulls.
         source: the rows.
-        partial: the scores of those that could be used, in the same order.
+        partial: the scores of the rows that could be used, in the same order.
 
     Raises:
-        ValueError: rows that have no place in a Parquet file, with the reason.
+        ValueError: rows that cannot be stored as Parquet, with the reason.
     """
-    # Hidden, and of no suffix that a reader takes.
+    # Hidden, and without a suffix that readers look for.
     aside = output.with_name(f".{output.name}.writing")
     write = _write_parquet if output.suffix == ".parquet" else _write_jsonl
     try:
@@ -161,6 +163,7 @@ def write_scored(output: Path, source: SourceRows, partial: PartialScores) -> No
 
 
 def _joined(source: SourceRows, partial: PartialScores) -> Iterator[list[Row]]:
+    """The source's rows that have scores, joined with them, by windows."""
     scores = iter(partial)
     score = next(scores, None)
     for window in source.windows():
@@ -177,7 +180,7 @@ def _joined(source: SourceRows, partial: PartialScores) -> Iterator[list[Row]]:
 def _write_jsonl(path: Path, source: SourceRows, partial: PartialScores) -> None:
     with path.open("w", encoding="utf-8") as file:
         for rows in _joined(source, partial):
-            # Values that JSON does not know (dates, from Parquet) are written as text.
+            # Values that JSON has no type for (dates, from Parquet) are written as text.
             file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
 
 
@@ -198,7 +201,7 @@ def _write_parquet(path: Path, source: SourceRows, partial: PartialScores) -> No
 
 
 def weights_of(model: str | None) -> list[Any]:
-    """What tells a model's weights from others without reading them: name, size and time of the files of its folder."""
+    """What identifies a model's weights without reading them: name, size and mtime of the files of its folder."""
     folder = Path(model) if model else None
     if folder is None or not folder.is_dir():
         return [model]

@@ -1,6 +1,6 @@
 """trl 1.16's own DPOTrainer._compute_loss against the packed model: loss, gradients and logged metrics, 1e-5 float32.
 
-Known differences, each tested below or against reference.py in test_losses.py:
+Known differences, each tested below or against reference.py in tests/losses/test_kinds.py:
 - trl's "sigmoid" ignores label_smoothing; here it is honoured (conservative DPO), so parity is at 0.
 - "sft" with f_divergence_type is accepted by trl and changes nothing; here it is refused.
 - use_weighting multiplies in place in trl, which stops "sft" in forward and "hinge" in backward; here both work.

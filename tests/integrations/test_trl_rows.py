@@ -45,7 +45,7 @@ def seen_by(packed, row):
 @given(any_rows(), st.booleans())
 def test_every_label_is_predicted_from_its_own_row(rows, every_token):
     input_ids, mask, labelled = padded(rows)
-    padded_rows = PaddedRows.of(input_ids, mask, labelled)
+    padded_rows = PaddedRows.from_tensors(input_ids, mask, labelled)
     packed = padded_rows.packed(CPU, every_token=every_token)
     labelled[:, 0] = False
     labelled &= mask != 0
@@ -70,7 +70,7 @@ def test_every_label_is_predicted_from_its_own_row(rows, every_token):
 
 
 def test_shared_prompts_and_equal_rows_are_computed_once():
-    rows = PaddedRows.of(*padded([([5, 6, 7, 8], 2), ([5, 6, 7, 8], 2), ([5, 6, 9], 2), ([4, 6, 9], 2)]))
+    rows = PaddedRows.from_tensors(*padded([([5, 6, 7, 8], 2), ([5, 6, 7, 8], 2), ([5, 6, 9], 2), ([4, 6, 9], 2)]))
     packed = rows.packed(CPU)
     assert packed.batch.num_tokens == 3 + 0 + 2 and len(packed.targets) == 4
     assert rows.unshared_pairs() == 1
@@ -78,7 +78,7 @@ def test_shared_prompts_and_equal_rows_are_computed_once():
 
 
 def test_rows_travel_to_another_process():
-    rows = pickle.loads(pickle.dumps(PaddedRows.of(*padded([([5, 6, 7], 1), ([5, 8], 1)]))))
+    rows = pickle.loads(pickle.dumps(PaddedRows.from_tensors(*padded([([5, 6, 7], 1), ([5, 8], 1)]))))
     assert rows.packed(CPU).targets.tolist() == [6, 7, 8]
     assert not hasattr(rows, "to")
     assert np.array_equal(rows.cells(), [0, 1, 2])
@@ -87,10 +87,10 @@ def test_rows_travel_to_another_process():
 def test_what_cannot_be_read_is_refused():
     input_ids, mask, labelled = padded([([5, 6, 7], 1), ([5, 8], 1)])
     with pytest.raises(ValueError, match="expected equal shapes"):
-        PaddedRows.of(input_ids, mask[:, :2], labelled)
+        PaddedRows.from_tensors(input_ids, mask[:, :2], labelled)
     with pytest.raises(ValueError, match="padded on the right"):
-        PaddedRows.of(input_ids, mask.flip(1), labelled)
+        PaddedRows.from_tensors(input_ids, mask.flip(1), labelled)
     with pytest.raises(ValueError, match="at least one token"):
-        PaddedRows.of(input_ids, torch.zeros_like(mask), labelled)
+        PaddedRows.from_tensors(input_ids, torch.zeros_like(mask), labelled)
     with pytest.raises(ValueError, match="padded on the right"):
-        PaddedRows.of(input_ids, torch.tensor([[1, 0, 1], [1, 1, 0]]), labelled)
+        PaddedRows.from_tensors(input_ids, torch.tensor([[1, 0, 1], [1, 1, 0]]), labelled)

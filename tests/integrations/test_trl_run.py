@@ -53,7 +53,7 @@ def test_prompts_cut_from_the_left(tmp_path):
     options = {"max_length": 7, "truncation_mode": "keep_end", "max_steps": 8}
     plain = train(tmp_path / "plain", patched=False, **options)
     fast = train(tmp_path / "fast", patched=True, **options)
-    # trl up to 0.28 counts one position too many in these metrics: trl_logits.py
+    # trl up to 0.28 counts one position too many in these metrics: _trl/logits.py
     assert_same_run(plain, fast, apart=("logits/",) if hasattr(trl.DPOTrainer, "concatenated_forward") else ())
     calls = fast[0].model._dpofast_fused.calls
     assert calls["packed"] == 16 and calls["pairs packed without sharing, because their prompts differ"] > 0

@@ -8,7 +8,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
 from dpofast import PreferenceLoss, attach_logprob_head, detach_logprob_head, pack, reference
 from dpofast.model.attach import PackedPreference
-from dpofast.model.forward import _similar
+from dpofast.model.forward import similar_lengths
 from tests.support.families import PACKED, REFUSED, family_model
 from tests.support.tiny import VOCAB, tiny_pairs
 
@@ -143,9 +143,9 @@ def test_padded_rows_of_similar_length_run_together():
 
 def test_rows_are_grouped_by_length_in_one_process_only(monkeypatch):
     lengths = torch.tensor([10, 3, 9, 8, 7, 10])
-    assert _similar(lengths) == [[0, 5, 2, 3], [4], [1]]
+    assert similar_lengths(lengths) == [[0, 5, 2, 3], [4], [1]]
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    assert _similar(lengths) == [[0, 5, 2, 3, 4, 1]]
+    assert similar_lengths(lengths) == [[0, 5, 2, 3, 4, 1]]
 
 
 def experts_chosen(model, call):

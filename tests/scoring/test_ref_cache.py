@@ -20,9 +20,8 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from dpofast import DPOConfig, DPOTrainer, attach_logprob_head, reference
 from dpofast.data.formats import REF_COLUMNS
-from dpofast.scoring import ref_cache as refcache
-from dpofast.scoring import ref_store as refstore
-from dpofast.scoring.fingerprints import branch_checksums, first_equal, model_checksum
+from dpofast.scoring import ref_cache, ref_store
+from dpofast.scoring.fingerprints import first_equal, model_fingerprint, response_fingerprints
 from dpofast.scoring.ref_cache import add_reference_columns
 from dpofast.scoring.score import Forward
 from tests.support.tiny import tiny_dataset, tiny_model, tiny_pairs
@@ -39,18 +38,18 @@ def model():
 @pytest.fixture
 def computed(monkeypatch):
     """The number of rows of every window that the model computes."""
-    rows, plain = [], refcache.response_logps
+    rows, plain = [], ref_cache.response_logps
 
     def counting(table, *args):
         rows.append(len(table))
         return plain(table, *args)
 
-    monkeypatch.setattr(refcache, "response_logps", counting)
+    monkeypatch.setattr(ref_cache, "response_logps", counting)
     return rows
 
 
 def ranks(rank, wait=lambda: None):
-    """One of two, as dpofast.ranks has it."""
+    """One of two, as dpofast.common.ranks has it."""
     return SimpleNamespace(rank=rank, size=2, wait=wait)
 
 
@@ -111,7 +110,7 @@ def test_equal_responses_are_stored_once_and_have_one_number_everywhere(tmp_path
     for row, pair in zip(sums, pairs, strict=True):
         for value, response in zip(row, pair, strict=True):
             assert numbers.setdefault(tuple(response), value) == value
-    sizes = [len(refstore.safetensors.numpy.load(path.read_bytes())["cu_targets"]) - 1 for path in shards_in(tmp_path)]
+    sizes = [len(ref_store.safetensors.numpy.load(path.read_bytes())["cu_targets"]) - 1 for path in shards_in(tmp_path)]
     assert sizes == [3, 2, 2]
 
 
@@ -123,7 +122,7 @@ def test_first_equal():
     dataset = Dataset.from_list(
         [dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), row, strict=True)) for row in rows]
     )
-    assert first_equal(branch_checksums(dataset).reshape(-1, 2)).tolist() == [0, 1, 2, 3, 1, 0]
+    assert first_equal(response_fingerprints(dataset).reshape(-1, 2)).tolist() == [0, 1, 2, 3, 1, 0]
 
 
 def changes():
@@ -142,59 +141,59 @@ def changes():
 @pytest.mark.parametrize("change", changes().values(), ids=changes())
 def test_another_model_has_another_checksum(model, change):
     other = copy.deepcopy(model)
-    assert model_checksum(other) == model_checksum(model)
+    assert model_fingerprint(other) == model_fingerprint(model)
     other.config.use_cache = not other.config.use_cache
     other.config.pad_token_id = 7
-    assert model_checksum(other) == model_checksum(model)
+    assert model_fingerprint(other) == model_fingerprint(model)
     change(other)
-    assert model_checksum(other) != model_checksum(model)
+    assert model_fingerprint(other) != model_fingerprint(model)
 
 
 def test_any_weight_of_a_large_tensor_counts():
     model = tiny_model(vocab_size=200_000)  # 25.6 MB: seven pieces
-    before = model_checksum(model)
+    before = model_fingerprint(model)
     model.lm_head.weight.data.view(torch.int32)[-1, -1] ^= 1
-    assert model_checksum(model) != before
-    assert model_checksum(model.to(torch.bfloat16)) != model_checksum(model.to(torch.float16))
+    assert model_fingerprint(model) != before
+    assert model_fingerprint(model.to(torch.bfloat16)) != model_fingerprint(model.to(torch.float16))
 
 
 def test_a_sharded_model_has_the_checksum_of_the_whole_one(tmp_path):
     model = tiny_model()
-    whole = model_checksum(model)
+    whole = model_fingerprint(model)
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         mesh = init_device_mesh("cpu", (1,))
         sharded = distribute_tensor(model.lm_head.weight.detach(), mesh, [Shard(0)])
         model.lm_head.weight = torch.nn.Parameter(sharded)
-        assert model_checksum(model) == whole
+        assert model_fingerprint(model) == whole
     finally:
         dist.destroy_process_group()
 
 
 def test_an_adapter_counts_where_it_is_switched_on():
-    base = model_checksum(tiny_model())
+    base = model_fingerprint(tiny_model())
     lora = LoraConfig(r=2, target_modules="all-linear", modules_to_save=["norm"], task_type="CAUSAL_LM")
     peft = get_peft_model(tiny_model(), lora)
-    active = model_checksum(peft)
+    active = model_fingerprint(peft)
     assert active != base
     with peft.disable_adapter():
-        assert model_checksum(peft) == base
+        assert model_fingerprint(peft) == base
         with torch.no_grad():
             for name, weight in peft.named_parameters():
                 if "lora_B" in name or "modules_to_save" in name:
                     weight.fill_(0.1)
-        assert model_checksum(peft) == base
-    trained = model_checksum(peft)
+        assert model_fingerprint(peft) == base
+    trained = model_fingerprint(peft)
     assert trained not in (base, active)
     # What another adapter holds does not matter as long as it is not in use.
     peft.add_adapter("other", LoraConfig(r=4, target_modules=["q_proj"]))
-    assert model_checksum(peft) == trained
+    assert model_fingerprint(peft) == trained
     peft.set_adapter("other")
-    assert model_checksum(peft) not in (base, active, trained)
+    assert model_fingerprint(peft) not in (base, active, trained)
     peft.set_adapter("default")
-    assert model_checksum(peft) == trained
+    assert model_fingerprint(peft) == trained
     peft.peft_config["default"].lora_alpha = 99
-    assert model_checksum(peft) not in (base, trained)
+    assert model_fingerprint(peft) not in (base, trained)
 
 
 def other_tokens(dataset, model, forward):
@@ -228,7 +227,7 @@ def test_what_is_stale_is_not_used_and_refused_where_it_is_named(
     assert np.array_equal(columns_of(dataset, model, cache), columns_of(dataset, model, tmp_path))
     assert computed == [5, 5, 3]
     if change is None:
-        monkeypatch.setattr(refcache, "ENGINE_VERSION", refcache.ENGINE_VERSION + 1)
+        monkeypatch.setattr(ref_cache, "ENGINE_VERSION", ref_cache.ENGINE_VERSION + 1)
         asked = dataset, model, FORWARD
     else:
         asked = change(dataset, model, FORWARD)
@@ -375,8 +374,8 @@ def test_the_progress_bar_starts_where_the_last_run_stopped(tmp_path, model, mon
     dataset, bars = tiny_dataset(13), []
     columns_of(dataset, model, tmp_path)
     shards_in(tmp_path)[1].unlink()
-    plain = refcache.tqdm
-    monkeypatch.setattr(refcache, "tqdm", lambda **options: bars.append(plain(**options)) or bars[-1])
+    plain = ref_cache.tqdm
+    monkeypatch.setattr(ref_cache, "tqdm", lambda **options: bars.append(plain(**options)) or bars[-1])
     columns_of(dataset, model, tmp_path, description="reference")
     assert [(bar.initial, bar.total, bar.n) for bar in bars] == [(8, 13, 13)]
     assert "reference" in bars[0].desc

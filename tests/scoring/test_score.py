@@ -9,7 +9,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 
 from dpofast import DPOConfig, DPOTrainer, attach_logprob_head, reference
-from dpofast.scoring import score as scoring
+from dpofast.scoring import score
 from dpofast.scoring.score import Forward, response_logps, score_rows
 from tests.support.tiny import tiny_dataset, tiny_model, tiny_pairs
 
@@ -132,7 +132,7 @@ def test_it_streams_and_leaves_the_mode_alone(models):
 
 def test_a_failing_model_is_left_in_its_mode(models, monkeypatch):
     models[0].train()
-    monkeypatch.setattr(scoring, "pack", lambda *args, **options: [None])
+    monkeypatch.setattr(score, "pack", lambda *args, **options: [None])
     with pytest.raises(AttributeError):
         next(score_rows(tiny_pairs(2), models[0], **OPTIONS))
     assert models[0].training

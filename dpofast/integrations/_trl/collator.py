@@ -1,7 +1,7 @@
-"""trl's collator for preference pairs, which also says on the CPU what the padded rows hold.
+"""trl's collator for preference pairs, which also reads the padded rows (PaddedRows) while they are on the CPU.
 
-Reading the rows from tensors on a device would wait for the device at every step. A module of its own, so that
-workers that load data can unpickle it.
+Reading them later from tensors on a device would be a sync at every step. The class has a module of its own, so that
+data-loading workers can unpickle it.
 """
 
 from __future__ import annotations
@@ -19,5 +19,7 @@ class RowsCollator(DataCollatorForPreference):  # type: ignore[misc]
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """The padded batch and its PaddedRows."""
         output = super().torch_call(examples)
-        output[ROWS_KEY] = PaddedRows.of(output["input_ids"], output["attention_mask"], output["completion_mask"] != 0)
+        output[ROWS_KEY] = PaddedRows.from_tensors(
+            output["input_ids"], output["attention_mask"], output["completion_mask"] != 0
+        )
         return output

@@ -1,9 +1,9 @@
-"""What trl before 1.15 gets for a model's logits: per-token values, under the operations that its trainer applies.
+"""ScoredLogits: what trl before 1.15 gets in place of a model's logits: per-token values, without the vocabulary.
 
-There trl computes losses and metrics from full logits. ScoredLogits stands for them without building them: slicing,
-chunking and masking act on the values per token, and what trl reads of the vocabulary (log-probs, entropy, mean,
-arg max, log-sum-exp) is one of those values. trl's own code stays in charge of every loss and metric. Anything else
-that is asked of it raises by name.
+There trl computes losses and metrics from full logits. ScoredLogits supports the operations that its trainer applies to
+them: slicing, chunking and masking act on the per-token values, and what trl reads of the vocabulary (log-probs,
+entropy, mean, arg max, log-sum-exp) is one of those values. trl's own code computes every loss and metric. Any other
+operation raises an error that names it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dpofast.common.constants import IGNORE_INDEX
 
 @dataclass
 class ScoredOutput(ModelOutput):
-    """A model's output whose logits are ScoredLogits. log_probs is there so that DDP finds a tensor in it."""
+    """A model's output whose logits are ScoredLogits; log_probs is a field of it so that DDP finds a tensor."""
 
     loss: Tensor | None = None
     logits: Any = None
@@ -40,7 +40,7 @@ class ScoredLogits:
     """
 
     def __init__(self, values: dict[str, Tensor], vocab: int, scale: float = 1.0) -> None:
-        """See the class."""
+        """Keep the values as they are."""
         self.values, self.vocab, self.scale = values, vocab, scale
 
     def _each(self, function: Callable[[Tensor], Tensor], scale: float | None = None) -> ScoredLogits:
@@ -64,20 +64,20 @@ class ScoredLogits:
 
     @property
     def device(self) -> torch.device:
-        """Where the values lie."""
+        """The values' device."""
         return self.values["labels"].device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Log-probs are float32 whatever the model's dtype is."""
+        """float32, the log-probs' dtype, whatever the model's is."""
         return self.values["log_probs"].dtype
 
     def size(self, dim: int) -> int:
-        """As of a tensor."""
+        """As Tensor.size."""
         return self.shape[dim]
 
     def __getitem__(self, index: Any) -> ScoredLogits:
-        """Rows and positions by slices or a mask; the vocabulary as a whole."""
+        """Index rows and positions, by slices or a mask; the vocabulary only as a whole."""
         if isinstance(index, tuple) and Ellipsis in [part for part in index if not isinstance(part, Tensor)]:
             if index[-1] != slice(None):
                 raise ValueError("patch_trl(): a part of the vocabulary was asked of logits that are never built")
@@ -85,7 +85,7 @@ class ScoredLogits:
         return self._each(lambda value: value[index])
 
     def contiguous(self) -> ScoredLogits:
-        """The same."""
+        """Itself."""
         return self
 
     def detach(self) -> ScoredLogits:
@@ -101,13 +101,13 @@ class ScoredLogits:
         return tuple(ScoredLogits({name: part[i] for name, part in parts.items()}, self.vocab) for i in range(count))
 
     def __rmul__(self, scale: float) -> ScoredLogits:
-        """Remembered for logsumexp."""
+        """Multiply the scale, which logsumexp reads."""
         return self._each(lambda value: value, scale=self.scale * scale)
 
     # ---- what reads the vocabulary ----------------------------------------------------------------------------------
 
     def mean(self, dim: int | None = None) -> Tensor:
-        """Over the vocabulary (dim -1), NaN where nothing was scored; or over everything that was scored.
+        """Mean over the vocabulary (dim -1), NaN where nothing was scored; or over everything that was scored.
 
         trl up to 0.28 also counts a row's last position where a response without its prompt is cut from the left.
         """
@@ -129,12 +129,12 @@ class ScoredLogits:
         return torch.where((labels == IGNORE_INDEX) | (labels == index), log_probs, torch.nan)
 
     def entropy(self) -> Tensor:
-        """Of the next-token distribution, 0 where nothing is scored."""
+        """Entropy of the next-token distribution, nats, 0 where nothing is scored."""
         return self._value("entropy", "entropy")
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """The functions of torch that trl calls on logits."""
+        """Dispatch the functions of torch that trl calls on logits."""
         name = getattr(function, "__name__", str(function))
         if name not in _FUNCTIONS:
             raise ValueError(
@@ -148,12 +148,12 @@ def _flatten(logits: ScoredLogits, start_dim: int = 0, end_dim: int = 1) -> Scor
 
 
 def _log_softmax(logits: ScoredLogits, dim: int = -1, **_: Any) -> ScoredLogits:
-    """The same up to a constant a row."""
+    """The argument: ScoredLogits are logits up to a constant a row."""
     return logits
 
 
 def _logsumexp(logits: ScoredLogits, dim: int = -1) -> Tensor:
-    """Of log-probs: log Σ p = 0, and log Σ p² of them doubled."""
+    """Of log-probs: log Σ p = 0, and where they are multiplied by 2, log Σ p²."""
     if logits.scale == 1.0:
         return torch.zeros_like(logits.values["log_probs"])
     if logits.scale != 2.0:
@@ -164,11 +164,11 @@ def _logsumexp(logits: ScoredLogits, dim: int = -1) -> Tensor:
 def _cross_entropy(
     logits: ScoredLogits, labels: Tensor, *_: Any, ignore_index: int = IGNORE_INDEX, reduction: str = "mean", **__: Any
 ) -> Tensor:
-    """The mean over labels that are not ignored."""
+    """Mean negative log-prob of the labels that are not ignored."""
     if reduction != "mean":
         raise ValueError(f"patch_trl(): cross_entropy of logits that are never built: reduction {reduction!r}")
-    kept = labels != ignore_index
-    return -logits.log_softmax_at(labels).masked_fill(~kept, 0.0).sum() / kept.sum()
+    counted = labels != ignore_index
+    return -logits.log_softmax_at(labels).masked_fill(~counted, 0.0).sum() / counted.sum()
 
 
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
@@ -182,7 +182,10 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
 def scored_output(
     grids: dict[str, Tensor], labels: Tensor, aux_loss: Tensor | None, vocab: int, keep: int | None
 ) -> ScoredOutput:
-    """From (rows, width - 1) grids and labels (rows, width); keep is trl's logits_to_keep: the last positions alone."""
+    """The output for (rows, width - 1) grids and labels (rows, width), nats.
+
+    keep is trl's logits_to_keep: only that many last positions; None or 0 means all.
+    """
     values = {name: F.pad(grid, (0, 1)) for name, grid in grids.items()}
     values["labels"] = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).to(values["log_probs"].device)
     logits = ScoredLogits(values, vocab)

@@ -1,8 +1,8 @@
-"""trl's padded rows -> a packed batch, and the way back to trl's (rows, width - 1) grid of next-token values.
+"""PaddedRows: trl's padded rows, packed, with the indices that lead back to trl's (rows, width - 1) next-token grid.
 
-A row is a prompt, a response whose tokens are labelled, and padding on the right. Rows with the same prompt share it,
-equal rows are computed once, and rows whose prompts differ (truncated from the left, by different lengths) stay apart.
-A row without labels (a prompt that fills max_length) is not computed at all. Everything here happens on the CPU.
+A row is a prompt, a response whose tokens are labelled, and padding on the right. Rows with equal prompts share the
+prompt, equal rows are computed once, and rows whose prompts differ (truncated from the left, by different lengths)
+share nothing. A row without labels (a prompt that fills max_length) is not computed. Everything here runs on the CPU.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpofast.packing.pack import PackedBatch, pack
+from dpofast.packing.batch import PackedBatch
+from dpofast.packing.pack import pack
 
-# The key under which the collator hands the rows to the model, beside the padded tensors.
+# The key under which the collator passes the rows to the model, beside the padded tensors.
 ROWS_KEY = "dpofast_rows"
 
 
@@ -25,11 +26,11 @@ class PackedRows:
 
     Attributes:
         batch: the distinct (prompt, response) sequences of the rows.
-        logit_rows: (N,) int64, the packed rows that predict a label; each distinct one once.
-        targets: (N,) int64.
-        source: (M,) int64 into the N targets, one for each label of the grid.
-        cells: (M,) int64 into the flattened grid.
-        attended: (A,) int64, the packed row of every token of every padded row, or None unless asked for.
+        logit_rows: (N,) int64, the packed rows that predict a label, each distinct one once.
+        targets: (N,) int64, the labels that they predict.
+        source: (M,) int64, for each label of the grid its index into the N targets.
+        cells: (M,) int64, for each label its index into the flattened grid.
+        attended: (A,) int64, the packed row of every token of every padded row; None unless it was asked for.
     """
 
     batch: PackedBatch
@@ -40,7 +41,7 @@ class PackedRows:
     attended: Tensor | None
 
     def to(self, device: torch.device) -> PackedRows:
-        """A copy on the device; from page-locked memory, so that the device is not waited for."""
+        """A copy on the device, through page-locked memory, so that the copy is asynchronous."""
 
         def move(tensor: Tensor) -> Tensor:
             return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
@@ -55,9 +56,9 @@ class PackedRows:
 
 @dataclass(frozen=True, eq=False)
 class PaddedRows:
-    """What a padded batch of `shape` (rows, width) holds: made on the CPU, by the collator where it can be.
+    """The tokens and labels of a padded batch, on the CPU; read by the collator where possible.
 
-    It has no `to`, so that accelerate leaves it where it is.
+    It has no method `to`, so that accelerate leaves it on the CPU.
 
     Attributes:
         shape: rows and width of the padded batch.
@@ -71,7 +72,7 @@ class PaddedRows:
     _made: dict[tuple[bool, torch.device], PackedRows | None] = field(default_factory=dict)
 
     @staticmethod
-    def of(input_ids: Tensor, attention_mask: Tensor | None, labelled: Tensor) -> PaddedRows:
+    def from_tensors(input_ids: Tensor, attention_mask: Tensor | None, labelled: Tensor) -> PaddedRows:
         """Read the rows of (rows, width) tensors; tensors on a device are copied to the CPU, which waits for it.
 
         Raises:
@@ -118,10 +119,10 @@ class PaddedRows:
         )
 
     def packed(self, device: torch.device, *, every_token: bool = False) -> PackedRows | None:
-        """The rows packed, on the device; None where no row has a label. Kept for the next call.
+        """The packed rows on the device, or None where no row has a label. Computed once for each device.
 
         every_token also gives the last token of a row a position, and computes rows without labels: what a loss over
-        all of the trunk's tokens needs (the balancing loss of a mixture of experts).
+        every token of the padded rows needs (the balancing loss of a mixture of experts).
         """
         key = (every_token, device)
         if key not in self._made:
@@ -170,16 +171,17 @@ class PaddedRows:
         )
 
     def _example(self, members: list[list[int]], every_token: bool) -> dict[str, object]:
-        """One prompt with its distinct responses as `pack` reads it; pairs only tie the branches together."""
+        """One prompt with its distinct responses, as `pack` reads it; the pairs are there to name every branch."""
         prompt = self._prompt(members[0][0])
         branches = [self.ids[rows[0]][len(prompt) :] for rows in members]
-        if every_token:  # a branch's last token gets no position, so a token follows it that nobody asks for
+        if every_token:  # pack gives a branch's last token no position: append one more token
             branches = [np.append(branch, 0) for branch in branches]
-        if len(branches) == 1:  # pack wants pairs of different branches; one of a single token costs no position
+        if len(branches) == 1:  # pack needs pairs of different branches; one of a single token takes no position
             branches.append(np.array([int(np.array_equal(branches[0], [0]))]))
         return {"prompt_ids": prompt, "branches": branches, "pairs": [(0, k) for k in range(1, len(branches))]}
 
     def _attended(self, batch: PackedBatch, begins: np.ndarray) -> np.ndarray:
+        """PackedRows.attended; begins (rows,) is each row's first target in the batch."""
         logit_rows = batch.logit_rows.numpy()
         parts = []
         for row, begin in enumerate(begins):

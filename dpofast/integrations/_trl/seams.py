@@ -1,10 +1,10 @@
-"""How trl's DPOTrainer can be entered, version by version: finding the seam, and replacing names there.
+"""Where trl's DPOTrainer can be entered, version by version: find_seam finds the place, and Patch replaces names there.
 
 | seam                 | trl          | what is replaced in trl.trainer.dpo_trainer                                 |
 |----------------------|--------------|-----------------------------------------------------------------------------|
 | fused_lm_head        | 1.15 and on  | add_fused_lm_head, DataCollatorForPreference                                |
 | compute_loss         | 0.29 to 1.14 | DPOTrainer._compute_loss, compute_ref_log_probs: models called inside them  |
-|                      |              | answer with ScoredLogits (trl_logits.py); the functions that read log-probs |
+|                      |              | return ScoredLogits (logits.py); the functions that read log-probs          |
 | concatenated_forward | 0.19 to 0.28 | DPOTrainer.concatenated_forward, the same way                               |
 """
 
@@ -17,21 +17,22 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dpofast.head.options import STATS
-from dpofast.integrations._trl.forward import SCORING, FusedForward, FusedOptions, Scoring, fuse
+from dpofast.integrations._trl.forward import SCORING, FusedForward, Scoring, fuse
 from dpofast.integrations._trl.logits import ScoredLogits
 from dpofast.integrations._trl.rows import ROWS_KEY
+from dpofast.integrations._trl.scores import FusedOptions
 from dpofast.model.attach import base_causal_lm
 
 TRAINER = "trl.trainer.dpo_trainer"
 _HEAD_PARAMETERS = {"model", "temperature", "cast_lm_head_to_fp32", "outputs"}
 _OUTPUT_FIELDS = {"loss", "log_probs", *STATS, "label_mask", "aux_loss"}
-# The functions of trl that turn logits into per-token values, and what they are of ScoredLogits.
+# The functions of trl that turn logits into per-token values, and what replaces them for ScoredLogits.
 _READERS: dict[str, Callable[..., Any]] = {
     "selective_log_softmax": lambda logits, index, *_, **__: logits.log_softmax_at(index),
     "entropy_from_logits": lambda logits, *_, **__: logits.entropy(),
@@ -42,9 +43,25 @@ _READERS: dict[str, Callable[..., Any]] = {
 }
 
 
+class Replaced(NamedTuple):
+    """A name that was replaced, and what it was."""
+
+    owner: Any
+    name: str
+    value: Any
+
+
 @dataclass
 class Patch:
-    """What is patched now: the seam, the options, and how to undo it."""
+    """A patch in place: where, with which options, what it replaced, and what has run through it.
+
+    Attributes:
+        seam: a name from the table above.
+        level, on_unpackable, max_logits_bytes: as in patch_trl.
+        calls: how many forwards ran packed, how many padded and why.
+        models: a line for each fused model: its name, and packed or why padded.
+        replaced: in order of replacement.
+    """
 
     seam: str
     level: str
@@ -52,20 +69,20 @@ class Patch:
     max_logits_bytes: int | None
     calls: Counter[str] = field(default_factory=Counter)
     models: list[str] = field(default_factory=list)
-    former: list[tuple[Any, str, Any]] = field(default_factory=list)
+    replaced: list[Replaced] = field(default_factory=list)
 
     def replace(self, owner: Any, name: str, value: Any) -> None:
         """Set owner.name, and remember what it was."""
-        self.former.append((owner, name, owner.__dict__[name]))
+        self.replaced.append(Replaced(owner, name, owner.__dict__[name]))
         setattr(owner, name, value)
 
     def undo(self) -> None:
-        """Put back all that was replaced."""
-        for owner, name, value in reversed(self.former):
+        """Restore all that was replaced."""
+        for owner, name, value in reversed(self.replaced):
             setattr(owner, name, value)
 
     def fuse(self, model: Any, **options: Any) -> None:
-        """Give a model its forward, and note which it got."""
+        """Fuse a model with the patch's options and these, and note whether it runs packed or padded."""
         name = type(model).__name__
         shared = FusedOptions(
             self.level, self.on_unpackable, max_logits_bytes=self.max_logits_bytes, calls=self.calls, **options
@@ -75,23 +92,30 @@ class Patch:
 
 
 def trl_version() -> str:
-    """As installed."""
+    """The installed version of trl, for messages."""
     try:
         return importlib.metadata.version("trl")
     except importlib.metadata.PackageNotFoundError:
         return "(not installed)"
 
 
-def find_seam(module: Any) -> tuple[str, Callable[[Any, Patch], None]]:
-    """The way into this trl, by capability: its name, and what installs a patch there.
+class Seam(NamedTuple):
+    """A way into trl: its name in the table above, and install(module, patch), which replaces names there."""
+
+    name: str
+    install: Callable[[Any, Patch], None]
+
+
+def find_seam(module: Any) -> Seam:
+    """The way into the installed trl, found by what its trainer's module has and not by its version.
 
     Raises:
-        ValueError: none that is known, by what was looked for and found.
+        ValueError: no known one; the message names what was looked for and what is there.
     """
     trainer = getattr(module, "DPOTrainer", None)
     if hasattr(module, "add_fused_lm_head"):
         _check_fused_head(module)
-        return "fused_lm_head", _install_fused_head
+        return Seam("fused_lm_head", _install_fused_head)
     for name, parameters, install in (
         ("_compute_loss", ["self", "model", "inputs", "return_outputs"], _install_compute_loss),
         ("concatenated_forward", ["self", "model", "batch", "is_ref_model"], _install_concatenated_forward),
@@ -99,7 +123,7 @@ def find_seam(module: Any) -> tuple[str, Callable[[Any, Patch], None]]:
         method = getattr(trainer, name, None)
         if method is not None and list(inspect.signature(method).parameters) == parameters:
             if hasattr(module, "selective_log_softmax"):
-                return name.removeprefix("_"), install
+                return Seam(name.removeprefix("_"), install)
     methods = sorted(name for name in vars(trainer or object) if "loss" in name or "forward" in name)
     raise ValueError(
         f"trl {trl_version()}: {TRAINER} has none of the seams that dpofast knows (add_fused_lm_head, "
@@ -185,7 +209,7 @@ def _install_compute_loss(module: Any, patch: Patch) -> None:
 def _install_concatenated_forward(module: Any, patch: Patch) -> None:
     trainer_class = module.DPOTrainer
     forward = trainer_class.concatenated_forward
-    # the mean is taken of the reference's logits too
+    # trl takes the mean of the reference's logits too
     always = ("mean_logits",)
 
     @functools.wraps(forward)
@@ -201,7 +225,7 @@ def _install_concatenated_forward(module: Any, patch: Patch) -> None:
             columns = torch.arange(input_ids.shape[1], device=input_ids.device)
             return (columns >= first[:, None]) & (mask != 0)
 
-        # a weight is computed of the reference as well
+        # trl computes a weight for the reference as well
         weights = ("log_sum_sq_probs",) if self.use_weighting else ()
         with _scoring(self, patch, (), labelled, None, always + weights):
             return forward(self, model, batch, is_ref_model)
@@ -211,7 +235,7 @@ def _install_concatenated_forward(module: Any, patch: Patch) -> None:
 
 
 def _install_readers(module: Any, patch: Patch, stats: tuple[str, ...]) -> None:
-    """The functions that read logits, and models that are fused before accelerate wraps their forward."""
+    """Replace the functions that read logits, and fuse models before accelerate wraps their forward."""
     trainer_class = module.DPOTrainer
     construct = trainer_class.__init__
 
@@ -259,7 +283,7 @@ def _scoring(
 
 
 def _fuse_models(trainer: Any, patch: Patch, stats: tuple[str, ...]) -> None:
-    """Fuse the policy and the reference, where they are not yet."""
+    """Fuse the policy and the reference, unless this patch has done so already."""
     weights = ("log_sum_sq_probs",) if stats and trainer.use_weighting else ()
     for model in (trainer.model, trainer.ref_model):
         if model is not None:
@@ -270,7 +294,7 @@ def _fuse_models(trainer: Any, patch: Patch, stats: tuple[str, ...]) -> None:
 
 @contextmanager
 def _fused_when_prepared(patch: Patch) -> Iterator[None]:
-    """Fuse the reference that a trainer prepares: mixed precision binds the forward that a model has then."""
+    """Fuse models before accelerate prepares them: under mixed precision it binds the forward that they have then."""
     from accelerate import Accelerator
 
     prepare = Accelerator.prepare_model

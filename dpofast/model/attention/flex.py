@@ -1,7 +1,7 @@
-"""Packed attention by FlexAttention: softcap, sinks and any head size on CUDA, and no K/V row is gathered.
+"""Packed attention by FlexAttention: softcap, sinks and any head size on CUDA, without gathering K/V rows.
 
-The row's own rules (same segment and not later, or a row of the segment's prefix) become a mask function, and the
-128×128 blocks that hold any visible pair, counted here from the segments on the CPU, are all that the kernel visits.
+The rule of visibility (same segment and not later, or a row of the segment's prefix) becomes a mask function. The
+kernel visits only the 128×128 blocks with a visible pair, which are computed here from the segments on the CPU.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from dpofast.model.attention.layout import AttentionOptions, PackedLayout
-from dpofast.packing.pack import Segments
+from dpofast.packing.batch import Segments
 
 _BLOCK = 128
-# Compiled forms of one model: windows × softcaps × with and without gradient × fixed and changing lengths.
+# Compiled variants of one model: windows × softcaps × with and without gradient × fixed and changing lengths.
 _VARIANTS = 64
-# torch's flex kernels multiply tiles of at least so many columns.
+# torch's flex kernels multiply tiles of at least 16 columns.
 _MIN_HEAD_DIM = 16
 
 
@@ -57,14 +57,14 @@ def flex_attention_packed(
         return result.transpose(1, 2)
     attended, aux = result
     # Σ exp(s) / (Σ exp(s) + exp(sink)), in float32 as the log-sum-exp is
-    kept = torch.sigmoid(aux.lse - options.sinks.float()[:, None])
-    attended = (attended * kept[..., None]).to(value.dtype)
+    weight = torch.sigmoid(aux.lse - options.sinks.float()[:, None])
+    attended = (attended * weight[..., None]).to(value.dtype)
     return attended.transpose(1, 2)
 
 
 @functools.cache
 def _compiled() -> Callable[..., Any]:
-    # fullgraph: past the limit of recompilations torch would otherwise run it uncompiled, in T × T memory, and not say
+    # fullgraph: past the recompilation limit torch would otherwise run it uncompiled, in T × T memory, without a word
     compiled: Any = torch.compile(flex_attention, fullgraph=True)
 
     def run(*inputs: Tensor, **options: Any) -> Any:
@@ -83,16 +83,16 @@ def _softcapped(softcap: float) -> Callable[..., Tensor]:
 
 
 def block_mask(segments: Segments, window: int | None, device: torch.device) -> BlockMask:
-    """The segments as FlexAttention's BlockMask over one packed row of T positions."""
+    """FlexAttention's BlockMask of the segments over one packed row of T positions."""
     rows = int(segments.cu_seqlens_q[-1])
     some, full = _blocks(segments, window)
-    per_row = [_by_row(part, device) for part in (some & ~full, full)]
-    (partial_counts, partial), (full_counts, whole) = per_row
+    partial_counts, partial_columns = _by_row(some & ~full, device)
+    full_counts, full_columns = _by_row(full, device)
     return BlockMask.from_kv_blocks(
         partial_counts,
-        partial,
+        partial_columns,
         full_counts,
-        whole,
+        full_columns,
         BLOCK_SIZE=_BLOCK,
         mask_mod=_visible(segments, window, device),
         seq_lengths=(rows, rows),
@@ -109,17 +109,17 @@ def _visible(segments: Segments, window: int | None, device: torch.device) -> Ca
         prefix = (key >= low[row]) & (key < high[row])
         if window is None:
             return own | prefix
-        # Between two rows of a segment lie as many positions as rows; from its start on, the prefix's end comes before.
+        # Rows of a segment are as far apart as their positions; its first row follows the prefix's last position.
         return (own & (row - key < window)) | (prefix & (row - start[row] + high[row] - key < window))
 
     return mask_mod
 
 
 def _blocks(segments: Segments, window: int | None) -> tuple[Tensor, Tensor]:
-    """(blocks, blocks) bool each: some query of the block sees some key of it; every query sees every key."""
+    """Two (blocks, blocks) bool: some query of the block sees some key of it; every query sees every key."""
     bounds, (low, high) = segments.cu_seqlens_q.long(), segments.prefixes.long().unbind(1)
     start, stop, rows = bounds[:-1], bounds[1:], int(bounds[-1])
-    # One item for each segment and each block of queries that it has rows in
+    # One item a segment and block of queries in which it has rows
     touched = (stop - 1) // _BLOCK - start // _BLOCK + 1
     segment = torch.arange(len(start)).repeat_interleave(touched)
     block = (start // _BLOCK - touched.cumsum(0) + touched)[segment] + torch.arange(len(segment))
@@ -133,7 +133,7 @@ def _blocks(segments: Segments, window: int | None) -> tuple[Tensor, Tensor]:
         return (end[:, None].minimum(edges + _BLOCK) - begin[:, None].maximum(edges)).clamp(min=0)
 
     def seen(earliest: Tensor, latest: Tensor) -> Tensor:
-        """The keys not before the window of row earliest, and not after row latest, by blocks."""
+        """The keys of each block from the window of row `earliest` up to row `latest`: (items, blocks)."""
         own = overlap(start.maximum(earliest - reach + 1), latest + 1)
         return own + overlap(low.maximum(high + earliest - start - reach + 1), high)
 
@@ -146,7 +146,7 @@ def _blocks(segments: Segments, window: int | None) -> tuple[Tensor, Tensor]:
 
 
 def _by_row(blocks: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The number of marked blocks of every row, (1, 1, R) int32, and their columns first, (1, 1, R, C) int32."""
+    """Of every row of blocks the number marked, (1, 1, R) int32, and all columns, marked first, (1, 1, R, C) int32."""
     columns = blocks.int().argsort(dim=1, descending=True, stable=True)
     counts = blocks.sum(dim=1)
     return tuple(part.int().to(device, non_blocking=True)[None, None] for part in (counts, columns))  # type: ignore[return-value]

@@ -1,8 +1,8 @@
-"""Lets every branch of a packed row see its prompt and nothing else, in transformers' models.
+"""Packed attention in transformers' models: registered with AttentionInterface, by a backend chosen for each layer.
 
-It reaches them through AttentionInterface under a name that contains the model's former implementation. A call without
-a layout (plain logits, generation) is handed to that former implementation unchanged; a call with one goes to the first
-of three backends that can run it (attention_layout.py says what they compute):
+It is registered under a name that contains the model's former implementation. A call without a layout (plain logits,
+generation) is passed to that implementation unchanged; a call with one goes to the first of three backends that can run
+it (layout.py says what they compute):
 
     varlen    FlashAttention over all segments at once: 16-bit on NVIDIA GPUs, without softcap and sinks
     flex      FlexAttention on CUDA where varlen cannot
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,18 +30,25 @@ _PREFIX = "dpofast_"
 _BACKENDS = {"varlen": varlen_attention, "flex": flex_attention_packed, "sdpa": sdpa_attention}
 
 
-def choose_attention(query: Tensor, value: Tensor, options: AttentionOptions) -> tuple[str, str]:
-    """The backend that attends from query (1, H, T, Dh) to value (1, H_kv, T, Dv), and why: both for people to read."""
+class BackendChoice(NamedTuple):
+    """A key of _BACKENDS, and in words why it was chosen."""
+
+    backend: str
+    reason: str
+
+
+def choose_attention(query: Tensor, value: Tensor, options: AttentionOptions) -> BackendChoice:
+    """The fastest backend that can attend from query (1, H, T, Dh) to values (1, H_kv, T, Dv), and why."""
     refusal = varlen_refusal(query, value, options)
     if refusal is None:
-        return "varlen", "FlashAttention over all segments at once"
+        return BackendChoice("varlen", "FlashAttention over all segments at once")
     capped = options.softcap is not None or options.sinks is not None
     if query.dtype in (torch.float16, torch.bfloat16) or capped:
         flex = flex_refusal(query, value, options)
         if flex is None:
-            return "flex", f"not varlen: {refusal}"
+            return BackendChoice("flex", f"not varlen: {refusal}")
         refusal += f"; not flex: {flex}"
-    return "sdpa", f"segment by segment; not varlen: {refusal}"
+    return BackendChoice("sdpa", f"segment by segment; not varlen: {refusal}")
 
 
 def attention_report(device: torch.device) -> dict[str, str]:
@@ -59,7 +66,7 @@ def attention_report(device: torch.device) -> dict[str, str]:
 
 
 def use_packed_attention(model: Any) -> None:
-    """Let the model's attention understand layouts; its implementation for every other call stays what it was."""
+    """Make the model's attention take packed layouts; calls without one run its own implementation as before."""
     former = model.config._attn_implementation
     if former.startswith(_PREFIX):
         return
@@ -90,7 +97,7 @@ def _attention_over(former: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
             return plain(module, query, key, value, attention_mask, *args, **options)
         if options.get("position_bias") is not None:
             raise ValueError(f"{type(module).__name__}: packed attention has no position_bias, which this model needs")
-        return _seen(
+        return _counted(
             query,
             key,
             value,
@@ -107,8 +114,8 @@ def _attention_over(former: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
     return attention
 
 
-@torch.compiler.disable  # a layout is another one for every batch, and a compiled layer would be traced for each
-def _seen(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, options: AttentionOptions) -> Tensor:
+@torch.compiler.disable  # every batch has another layout, and a compiled layer would be traced again for each
+def _counted(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, options: AttentionOptions) -> Tensor:
     layout.calls += 1
     return packed_attention(query, key, value, layout, options)
 
@@ -124,10 +131,10 @@ def packed_attention(
     kind = query.device.type
     if torch.is_autocast_enabled(kind) and query.dtype != torch.float64:
         query, key, value = (tensor.to(torch.get_autocast_dtype(kind)) for tensor in (query, key, value))
-    backend, _ = choose_attention(query, value, options)
-    return _BACKENDS[backend](query, key, value, layout, options)
+    choice = choose_attention(query, value, options)
+    return _BACKENDS[choice.backend](query, key, value, layout, options)
 
 
 def _eager_attention_of(module: nn.Module) -> Callable[..., Any] | None:
-    """The eager function that the model's own file defines: transformers does not keep it in its registry."""
+    """The eager attention function in the model's own file, which is not in transformers' registry."""
     return getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)

@@ -1,8 +1,8 @@
-"""Packed attention segment by segment: runs everywhere, in every dtype, with every option.
+"""Packed attention segment by segment: every device, dtype and option.
 
-PyTorch's scaled_dot_product_attention where it can; it has no softcap and no sinks, so a layer with one of them takes
-the softmax written out here. That one builds scores, so it goes over the queries in chunks that bound them, and
-computes them again in the backward rather than keeping them.
+It calls PyTorch's scaled_dot_product_attention, or for layers with softcap or sinks, which that has not, a softmax
+written out here. The latter materializes scores: it runs over chunks of queries that bound their size, and recomputes
+the scores in the backward.
 """
 
 from __future__ import annotations
@@ -15,14 +15,20 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from dpofast.model.attention.layout import AttentionOptions, PackedLayout
-from dpofast.packing.pack import Segments
+from dpofast.packing.batch import Segments
 
-# Largest block of float32 scores (all heads) that the written-out softmax builds at once.
+# Largest block of float32 scores (all heads) that the written-out softmax materializes at once.
 _SCORE_BYTES = 32 << 20
 
 
 class _Pieces:
-    """Where K/V rows are cut, at every segment bound and every prefix end, and which pieces a segment sees."""
+    """K/V rows cut at every segment bound and every prefix end, and the pieces that each segment sees.
+
+    Attributes:
+        query_sizes: rows of each segment.
+        sizes: rows of each piece.
+        seen: the indices of the pieces that each segment sees, in order of position.
+    """
 
     def __init__(self, segments: Segments) -> None:
         bounds = segments.cu_seqlens_q.tolist()
@@ -72,7 +78,7 @@ def _attend_sdpa(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, options:
 def _mask(query: Tensor, keys: int, layout: PackedLayout, window: int | None) -> Tensor | None:
     """(queries, keys) in query's dtype, −inf where a query sees no key; None where SDPA's causal mask is the same.
 
-    Additive, because SDPA would turn a boolean mask into one at every call.
+    Additive, because SDPA would convert a boolean mask into an additive one at every call.
     """
     queries = query.shape[2]
     if queries == keys and (window is None or window >= keys):
@@ -86,14 +92,14 @@ def _mask(query: Tensor, keys: int, layout: PackedLayout, window: int | None) ->
 
 
 def _visible(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
-    """(queries, keys) bool, aligned at the bottom right."""
+    """(queries, keys) bool: which keys each query sees, causally, aligned at the bottom right."""
     position = torch.arange(keys, device=device)
     distance = position[keys - queries :, None] - position
     return distance >= 0 if window is None else (distance >= 0) & (distance < window)
 
 
 def _attend_softmax(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, options: AttentionOptions) -> Tensor:
-    """The softmax written out, over chunks of queries; each sees only the keys from its first to its last visible."""
+    """The written-out softmax over chunks of queries, each with the keys from its first to its last visible one."""
     queries, keys = q.shape[2], k.shape[2]
     rows = max(1, _SCORE_BYTES // (4 * q.shape[1] * keys))
     if rows >= queries:
@@ -115,7 +121,7 @@ def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, options: AttentionOption
     batch, heads, queries, width = q.shape
     kv_heads, keys = k.shape[1:3]
     scaling = width**-0.5 if options.scaling is None else options.scaling
-    # The query heads of one K/V head are rows of one product: K and V are not repeated.
+    # The query heads of one K/V head are rows of one matmul, so that K and V are not repeated.
     grouped = q.reshape(batch, kv_heads, -1, width)
     scores = (grouped @ k.transpose(2, 3)).view(batch, heads, queries, keys) * scaling
     if scores.dtype != torch.float64:

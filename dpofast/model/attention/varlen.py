@@ -1,7 +1,7 @@
 """Packed attention by torch.nn.attention.varlen: FlashAttention over all segments at once, 16-bit on CUDA.
 
-Segment g's queries are consecutive rows; its keys, the prompt's rows and its own, are gathered by index, so that a
-prompt's K/V rows stand in memory once for each branch that reads them.
+A segment's queries are consecutive rows. Its keys, the prompt's rows and its own, are gathered by index: a prompt's K/V
+rows are copied for each branch that reads them.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
 from dpofast.model.attention.layout import AttentionOptions, PackedLayout
-from dpofast.packing.pack import Segments
+from dpofast.packing.batch import Segments
 
 _MAX_HEAD_DIM = 256
 _PARAMETERS = inspect.signature(varlen_attn).parameters
-# Releases without this argument want K and V repeated.
+# torch releases without this argument need K and V repeated for the query heads.
 _HAS_GQA = "enable_gqa" in _PARAMETERS
 
 
@@ -29,7 +29,7 @@ def varlen_refusal(query: Tensor, value: Tensor, options: AttentionOptions) -> s
         "it needs 16-bit numbers": query.dtype not in (torch.float16, torch.bfloat16),
         "this torch's varlen_attn has no scale and window_size": not {"scale", "window_size"} <= _PARAMETERS.keys(),
         "it has no softcap": options.softcap is not None,
-        # Its log-sum-exp, which sinks could be made from, has no gradient.
+        # Sinks could be computed from its log-sum-exp, but that has no gradient.
         "it has no sinks": options.sinks is not None,
         "it has no dropout": options.dropout > 0,
         "it needs values as wide as queries": query.shape[-1] != value.shape[-1],
@@ -43,7 +43,13 @@ def varlen_refusal(query: Tensor, value: Tensor, options: AttentionOptions) -> s
 
 
 class _Sequences:
-    """The segments as varlen_attn takes them; key_rows is None where every key is the row it stands in."""
+    """The segments in the form of varlen_attn's arguments.
+
+    Attributes:
+        max_q, max_k: queries and keys of the longest segment.
+        cu_seqlens_q, cu_seqlens_k: (G + 1,) int32 on the device.
+        key_rows: the K/V row of every key, or None where keys are the rows themselves (no shared prompt).
+    """
 
     def __init__(self, segments: Segments, device: torch.device) -> None:
         cu_seqlens_k = segments.cu_seqlens_k()
@@ -86,5 +92,5 @@ def varlen_attention(
 
 
 def _keys_to_the_left(window: int | None, max_k: int) -> int:
-    """A window of W holds the query's own key and W − 1 before it; −1 (all) also where no segment is longer."""
+    """varlen_attn's left window size: a window of W is the query's own key and W − 1 before it; −1 means all."""
     return -1 if window is None or window >= max_k else window - 1
