@@ -230,7 +230,7 @@ def step_loader(
 
 
 def first_examples(dataset: Dataset, positions: int, *, share_prompts: bool) -> StepExamples:
-    """The first pairs of a token-level dataset that have at least so many positions together, as a step by themselves."""
+    """The first pairs of a token-level dataset with at least so many positions together, as a step by themselves."""
     examples = StepExamples()
     prompt, *responses = ID_COLUMNS
     counted = [prompt, *responses] if share_prompts else [prompt, prompt, *responses]
