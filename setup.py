@@ -81,7 +81,7 @@ setup(
     install_requires=[
         "torch>=2.11",
         'triton>=3.6; platform_system == "Linux"',
-        "transformers>=5.17",
+        "transformers>=5.17,<5.24",
         "accelerate>=1.2",
         "datasets>=4.7",
         "jinja2>=3.1",

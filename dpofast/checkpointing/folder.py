@@ -24,7 +24,7 @@ from typing import Any
 from dpofast.common.atomic_files import sync
 
 MANIFEST = "manifest.json"
-_FORMAT = 1
+_FORMAT = 2  # 2: LogWindow.state_dict() in progress*.pt
 _ASIDE = ".tmp-"
 _NAME = re.compile(r"checkpoint-(\d+)")
 
@@ -112,8 +112,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest = json.loads(raw)
         del manifest["checksum"]
         if raw == _serialized(manifest):
-            if manifest["format"] > _FORMAT:
-                raise DamagedCheckpoint(f"{folder}: was written by a newer dpofast: install that to resume from it")
+            if manifest["format"] != _FORMAT:
+                age = "a newer" if manifest["format"] > _FORMAT else "an older"
+                raise DamagedCheckpoint(f"{folder}: was written by {age} dpofast: install that to resume from it")
             return manifest
     except (ValueError, TypeError, KeyError) as error:
         if isinstance(error, DamagedCheckpoint):

@@ -1,24 +1,44 @@
-"""Flags and YAML files to dataclasses, for the commands: what cannot be meant is refused, and said how to write."""
+"""Parse flags and YAML files into dataclasses; unknown, repeated and misspelled options are refused with advice."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from transformers import HfArgumentParser
 
 
-def parse(classes: tuple[Any, ...], argv: Sequence[str], *, prog: str, description: str) -> tuple[Any, ...]:
-    """One object of each dataclass, from flags, or from --config file.yaml with flags on top of it.
+def parse(
+    classes: tuple[Any, ...],
+    argv: Sequence[str],
+    *,
+    prog: str,
+    description: str,
+    help_groups: Mapping[str, Sequence[str]] | None = None,
+    help_end: str = "",
+) -> tuple[Any, ...]:
+    """Returns one object of each dataclass, from flags, or from --config file.yaml with flags on top of it.
+
+    Args:
+        classes: dataclasses whose fields are the options.
+        argv: the flags.
+        prog: the command's name in messages.
+        description: what --help begins with.
+        help_groups: the options that --help shows, by the title of their group; --help_all then shows all. Default: all
+            options in --help.
+        help_end: what --help with groups ends with.
 
     Raises:
         ValueError: an unknown, missing or repeated flag, a value of the wrong type, a file that is not such a mapping.
     """
     # Unabbreviated: the file is looked for by its whole name, so a shortened --config would be taken and not read.
     parser = _Parser(classes, prog=prog, description=description, allow_abbrev=False)
+    if help_groups is not None:
+        parser.group_help(help_groups, help_end)
     parser.add_argument("--config", help="A YAML file of the same names; flags win over it.")
     given = list(argv)
     parser.refuse_repeated(given)
@@ -36,8 +56,38 @@ def parse(classes: tuple[Any, ...], argv: Sequence[str], *, prog: str, descripti
 
 
 class _Parser(HfArgumentParser):
+    _groups: Mapping[str, Sequence[str]] | None = None
+
+    def group_help(self, groups: Mapping[str, Sequence[str]], end: str) -> None:
+        """Let --help show these groups only, and --help_all everything."""
+        self._groups, self._end = groups, end
+        self.usage = f"{self.prog} --model MODEL --data DATA [options]"
+        self.add_argument("--help_all", "--help-all", action=_HelpAll, help="Show every option and exit.")
+
+    def format_help(self) -> str:
+        """The groups of group_help(), or every option."""
+        if self._groups is None:
+            return super().format_help()
+        formatter = _GroupFormatter(prog=self.prog, max_help_position=36)
+        formatter.add_usage(self.usage, self._actions, self._mutually_exclusive_groups)
+        formatter.add_text(self.description)
+        first: dict[str, argparse.Action] = {}
+        for action in self._actions:  # --no_x, of the same dest, comes after --x
+            first.setdefault(action.dest, action)
+        for title, names in self._groups.items():
+            formatter.start_section(title)
+            formatter.add_arguments([first[name] for name in names])
+            formatter.end_section()
+        formatter.add_text(self._end)
+        return formatter.format_help()
+
+    def format_all(self) -> str:
+        """Every option."""
+        return super().format_help()
+
     def error(self, message: str) -> NoReturn:  # argparse would print some hundred flags in front of it
-        raise ValueError(f"{message}; `{self.prog} --help` lists every option")
+        flag = "--help" if self._groups is None else "--help_all"
+        raise ValueError(f"{message}; `{self.prog} {flag}` lists every option")
 
     def refuse_repeated(self, argv: Sequence[str]) -> None:
         """argparse keeps the last of two equal flags, in silence."""
@@ -53,8 +103,34 @@ class _Parser(HfArgumentParser):
             seen[action.dest] = word
 
 
+class _HelpAll(argparse.Action):
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str | None = None) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, help=help)
+
+    def __call__(self, parser: Any, *_: Any) -> None:
+        print(parser.format_all())
+        parser.exit()
+
+
+class _GroupFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """One spelling of an option, a short placeholder for its value, and its default where it has one."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if action.nargs == "?":  # a switch
+            return action.option_strings[0]
+        value = {int: "N", float: "X"}.get(action.type, "TEXT")  # type: ignore[arg-type]
+        return f"{action.option_strings[0]} {value}{' ...' if action.nargs == '+' else ''}"
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None:
+            return action.help
+        if isinstance(action.default, list):
+            return f"{action.help} (default: {' '.join(map(str, action.default))})"
+        return super()._get_help_string(action)
+
+
 def _yaml_flags(path: str) -> list[str]:
-    """The file's mapping as command-line flags, so that file and flags pass through one parser."""
+    """Returns the file's mapping as command-line flags, so that file and flags pass through one parser."""
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -86,10 +162,9 @@ def _yaml_flags(path: str) -> list[str]:
 
 
 def quiet(interactive: bool) -> None:
-    """Leave standard error to what a user can do something about.
+    """Silence the FutureWarnings of libraries and, unless interactive, their progress bars.
 
-    Libraries tell each other's authors of coming changes there; and where nobody sees their bars move, in a log file,
-    each of them is a line of rubbish.
+    Users can do nothing about the former; the latter would fill a log file with lines.
     """
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
     if interactive:

@@ -1,4 +1,4 @@
-"""`dpofast train`: a model or an adapter from preference pairs, with metrics.jsonl, training.png and report.html."""
+"""`dpofast train`: train a model or an adapter on preference pairs; writes metrics.jsonl, training.png, report.html."""
 
 from __future__ import annotations
 
@@ -10,7 +10,37 @@ from typing import Any
 
 from dpofast.cli.arguments import parse, quiet
 from dpofast.cli.load_models import Loading, is_adapter, load_model, load_tokenizer, lora, named, one_line
-from dpofast.training.trainer import DPOConfig, DPOTrainer
+from dpofast.training.config import DPOConfig
+from dpofast.training.trainer import DPOTrainer
+
+# What --help shows: first what nearly every run sets, then every other option of dpofast itself.
+HELP_GROUPS = {
+    "main options": (
+        *("model", "data", "eval_data", "output_dir", "loss_type", "beta", "learning_rate"),
+        *("per_device_train_batch_size", "num_train_epochs", "lora_r"),
+    ),
+    "loss": (
+        *("loss_weights", "label_smoothing", "f_divergence_type", "f_alpha_divergence_coef", "ld_alpha"),
+        *("use_weighting", "rpo_alpha", "ipo_average", "bco_delta", "discopop_tau", "simpo_gamma", "cpo_alpha"),
+        "router_aux_loss_coef",
+    ),
+    "reference": (
+        *("ref_model", "precompute_ref_log_probs", "ref_cache_dir"),
+        *("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"),
+    ),
+    "memory and packing": ("max_tokens", "share_prompts", "padded", "max_logits_bytes"),
+    "data": ("split", "eval_split", "max_length", "truncation_mode", "on_bad_row", "dataset_num_proc"),
+    "adapter and quantization": ("lora_alpha", "load_in_4bit", "dtype", "disable_dropout", "trust_remote_code"),
+    "run and report": (
+        *("config", "resume_from_checkpoint", "early_stopping_patience"),
+        *("logging_steps", "token_statistics", "html_report"),
+    ),
+}
+HELP_END = (
+    "A switch whose default is True is turned off by --no_NAME. Every option of transformers.TrainingArguments works "
+    "too (optimizer, schedule, bf16, gradient_checkpointing, evaluation, checkpoints, seed, logging, FSDP): `dpofast "
+    "train --help_all` lists them."
+)
 
 
 @dataclass
@@ -56,7 +86,14 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         ValueError: an option, a model or data that cannot be used; nothing has been written then.
     """
-    train, config = parse((TrainArguments, DPOConfig), argv, prog="dpofast train", description=__doc__)
+    train, config = parse(
+        (TrainArguments, DPOConfig),
+        argv,
+        prog="dpofast train",
+        description=__doc__,
+        help_groups=HELP_GROUPS,
+        help_end=HELP_END,
+    )
     interactive = sys.stderr.isatty()
     quiet(interactive)
     config.disable_tqdm = config.disable_tqdm or not interactive

@@ -64,6 +64,14 @@ class MetricSums:
         for name, total in other._sums.items():
             self.add(name, total, other._weights[name])
 
+    def state_dict(self) -> dict[str, Any]:
+        """Returns sums (tensors) and weights by metric, which load_state_dict() restores."""
+        return {"sums": dict(self._sums), "weights": dict(self._weights)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Replace the sums by those that state_dict() returned."""
+        self._sums, self._weights = dict(state["sums"]), dict(state["weights"])
+
     def means(self, ranks: Ranks | None = None) -> dict[str, float]:
         """Every metric's sum divided by its weight, as floats: one device-to-host transfer.
 

@@ -1,4 +1,4 @@
-"""DPOConfig: what transformers' TrainingArguments does not know about a DPO run."""
+"""DPOConfig: transformers' TrainingArguments plus the options of a DPO run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dpofast.training.sampler import SAMPLING_STRATEGIES
 
 @dataclass
 class DPOConfig(TrainingArguments):
-    """TrainingArguments and what DPO adds; the names are TRL's where TRL has one.
+    """TrainingArguments plus the options of DPO, under TRL's names where TRL has the same option.
 
     Pairs per optimizer step = per_device_train_batch_size × gradient_accumulation_steps; max_tokens alone decides how
     many of them run at once.
@@ -23,6 +23,9 @@ class DPOConfig(TrainingArguments):
 
     learning_rate: float = field(default=1e-6, metadata={"help": "The initial learning rate of AdamW."})
     logging_steps: float = field(default=10, metadata={"help": "Log every so many optimizer steps."})
+    resume_from_checkpoint: str | None = field(
+        default=None, metadata={"help": "The checkpoint to resume: its folder, or latest: the newest of output_dir."}
+    )
     loss_type: list[str] = field(
         default_factory=lambda: ["sigmoid"],
         metadata={"help": f"The preference loss, or several, which are added up: {', '.join(KINDS)}."},
@@ -120,7 +123,11 @@ class DPOConfig(TrainingArguments):
     dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenize the data."})
 
     def __post_init__(self) -> None:
-        """Check what TrainingArguments does not know."""
+        """Check the values.
+
+        Raises:
+            ValueError: an option out of range, or options that exclude each other.
+        """
         # Without it accelerate divides the data over CPU ranks, and synchronizes nothing.
         if not torch.accelerator.is_available():
             self.use_cpu = True
@@ -187,7 +194,7 @@ class DPOConfig(TrainingArguments):
             raise ValueError(f"sync_ref_model: loss_type {self.loss_type} has no reference")
 
     def preference_loss(self) -> PreferenceLoss:
-        """The loss that these arguments describe; ValueError where they describe none."""
+        """Returns the loss that these arguments describe; ValueError where an option is not one of that loss."""
         kinds = tuple(self.loss_type)
         weights = None if self.loss_weights is None else tuple(self.loss_weights)
         shared = {f.name for f in fields(PreferenceLoss) if f.init} - {"kind", "weights"}

@@ -1,15 +1,15 @@
-"""Losses that couple all pairs of an optimizer step, when the step takes several micro-batches.
+"""Losses that couple all pairs of an optimizer step, when the step has several micro-batches.
 
-The log-probs of the whole step come first, without gradients. They give the loss, and every token's coefficient; then
-each micro-batch runs again, and the gradient of coefficient · log-prob is its exact share. One forward more than a
-separable loss, and as little memory.
+The log-probs of all micro-batches are computed first, without gradients. They determine the loss and the coefficient
+d(loss)/d(log-prob) of every token. Then each micro-batch runs again, and the gradient of Σ coefficient · log-prob is
+exactly its share of the step's gradient. This costs one more forward than a separable loss, and no more memory.
 """
 
 from __future__ import annotations
 
 from dataclasses import fields
 from itertools import accumulate, chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -25,14 +25,34 @@ from dpofast.losses.functional import PreferenceOutput
 from dpofast.losses.sequences import Tokens
 
 
-def step_outputs(
+class CoupledShare(NamedTuple):
+    """A micro-batch's part of a coupled loss.
+
+    Attributes:
+        output: its losses, log-probs and rewards within the whole step, without gradients.
+        coefficients: (N,) d(the step's loss)/d(token log-prob).
+    """
+
+    output: PreferenceOutput
+    coefficients: Tensor
+
+
+def coupled_shares(
     tokens: list[Tokens],
     pairs: list[Tensor],
     ref_logps: list[Tensor | None],
     loss: PreferenceLoss,
     totals: StepTotals,
-) -> list[tuple[PreferenceOutput, Tensor]]:
-    """Each micro-batch's output within the whole step, and its coefficients (N,): d(step's loss)/d(token log-prob)."""
+) -> list[CoupledShare]:
+    """The shares of all micro-batches of a step, in their order.
+
+    Args:
+        tokens: log-probs (N,) of each micro-batch, nats.
+        pairs: (P, 2) of each, numbers of its own sequences.
+        ref_logps: (S,) of each, with ld_alpha (P, 2); None where the loss has no reference.
+        loss: the preference loss.
+        totals: counts over the whole step.
+    """
     sizes = [len(part.logps) for part in tokens]
     sequences = [len(part.cu_targets) - 1 for part in tokens]
     rows_before, sequences_before = ([0, *accumulate(counts)][:-1] for counts in (sizes, sequences))
@@ -58,7 +78,7 @@ def step_outputs(
         strict=True,
     )
     return [
-        (PreferenceOutput(losses.sum() / totals.num_pairs, losses, logps, rewards), coefficients)
+        CoupledShare(PreferenceOutput(losses.sum() / totals.num_pairs, losses, logps, rewards), coefficients)
         for losses, logps, rewards, coefficients in parts
     ]
 
@@ -70,7 +90,11 @@ def gathered(
     ref_logps: list[Tensor | None],
     device: torch.device,
 ) -> tuple[tuple[list[Tokens], list[Tensor], list[Tensor | None]], int]:
-    """step_outputs' first arguments for the micro-batches of all ranks, and where this rank's begin among them."""
+    """Gather the micro-batches of all ranks. A collective.
+
+    Returns:
+        coupled_shares' first three arguments, and the number of the first micro-batch of this rank among them.
+    """
     if ranks.size == 1:
         return (tokens, pairs, ref_logps), 0
     plain = [tuple(_moved(getattr(part, field.name), "cpu") for field in fields(part)) for part in tokens]
@@ -89,18 +113,21 @@ def _moved(value: Any, device: torch.device | str) -> Any:
 
 
 class RunningRewards(TrainerCallback, ExportableState):
-    """Sum and number of all rewards of a run: a callback, so that Trainer writes them into its checkpoints."""
+    """Sum and number of all rewards of a run, for bco_delta="running_mean".
+
+    A callback, so that Trainer writes them into its checkpoints.
+    """
 
     def __init__(self) -> None:
-        """Start at none."""
+        """Start with a sum and a number of 0."""
         self.sums: Tensor | list[float] = [0.0, 0.0]
 
     def tensor(self, device: torch.device) -> Tensor:
-        """(2,) float64."""
+        """Returns sum and number: (2,) float64."""
         return torch.as_tensor(self.sums, dtype=torch.float64, device=device)
 
     def add(self, rewards: Tensor) -> None:
-        """Add a step's rewards, of any shape; with several ranks a collective that adds everyone's."""
+        """Add a step's rewards, of any shape, of all ranks. A collective."""
         count = rewards.new_full((), rewards.numel(), dtype=torch.float64)
         added = torch.stack([rewards.double().sum(), count])
         if dist.is_available() and dist.is_initialized():
@@ -108,6 +135,6 @@ class RunningRewards(TrainerCallback, ExportableState):
         self.sums = self.tensor(rewards.device) + added
 
     def state(self) -> dict[str, dict[str, list[float]]]:
-        """What a checkpoint keeps."""
+        """Returns what a checkpoint stores, in the form of transformers' ExportableState."""
         sums = self.sums.tolist() if isinstance(self.sums, Tensor) else self.sums
         return {"args": {}, "attributes": {"sums": sums}}

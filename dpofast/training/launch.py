@@ -1,18 +1,35 @@
-"""What the trainer refuses of devices, processes and launchers before it begins."""
+"""What the trainer refuses of devices, processes and launchers, and the arguments as it uses them."""
 
 from __future__ import annotations
 
+import copy
 import os
 from typing import Any
 
 import torch.distributed as dist
 
-from dpofast.checkpointing.fsdp import check_sharding
 from dpofast.training.config import DPOConfig
+from dpofast.training.fsdp import check_sharding
+
+
+def own_arguments(args: DPOConfig | None) -> DPOConfig:
+    """Returns a checked copy of the trainer's arguments, with gradient accumulation folded into the batch size.
+
+    The trainer divides a step into micro-batches itself, so transformers' Trainer sees one batch a step.
+
+    Raises:
+        ValueError: what check_topology refuses.
+    """
+    args = DPOConfig(output_dir="dpofast-output") if args is None else copy.copy(args)
+    check_topology(args)
+    args.per_device_train_batch_size *= args.gradient_accumulation_steps
+    args.gradient_accumulation_steps = 1
+    args.dataloader_pin_memory = False  # batches are numpy arrays until they are packed
+    return args
 
 
 def check_topology(args: Any) -> None:
-    """Look at the trainer's arguments and at the environment of a launcher.
+    """Check the trainer's arguments against the processes and the environment of a launcher.
 
     Raises:
         ValueError: no DPOConfig, or one made for another number of processes; several GPUs in one process; accelerate's
@@ -33,3 +50,31 @@ def check_topology(args: Any) -> None:
             "batch; set torch_compile, which compiles its layers"
         )
     check_sharding(args)
+
+
+def check_options_of_sharded(args: DPOConfig) -> None:
+    """Refuse options that need a model which is whole on every rank; for FSDP and DeepSpeed.
+
+    Raises:
+        ValueError: torch_compile, sync_ref_model or max_tokens="auto".
+    """
+    if args.torch_compile:
+        raise ValueError("torch_compile: expected a model that is whole on every rank, and this one is sharded")
+    if args.sync_ref_model:
+        raise ValueError("sync_ref_model: expected a policy that is whole on every rank, and this one is sharded")
+    if args.max_tokens == "auto":
+        raise ValueError("max_tokens: 'auto' cannot probe a model that is sharded later; give a number")
+
+
+def check_pairs_per_step(num_pairs: int, args: DPOConfig, num_ranks: int) -> None:
+    """Refuse dataloader_drop_last where it would leave no step.
+
+    Raises:
+        ValueError: fewer pairs than a step has.
+    """
+    step = args.per_device_train_batch_size * num_ranks
+    if args.dataloader_drop_last and num_pairs < step:
+        raise ValueError(
+            f"dataloader_drop_last: {num_pairs} pairs are fewer than the {step} of a step, so nothing would be "
+            "trained: leave it off, or set a smaller per_device_train_batch_size"
+        )

@@ -1,4 +1,4 @@
-"""What a training run logs between two logs, summed over its steps and, when it is read, over its ranks."""
+"""Metrics accumulated between two training logs: over steps here, and over ranks when they are read."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ class LogWindow:
     """Metrics since the last read.
 
     Attributes:
-        sums: of the pairs' metrics; a step adds to them.
+        sums: sums of the pairs' metrics, to which every step adds.
         num_tokens: positions computed since the start of the run, on all ranks, as of the last read.
         last_tokens: positions of the last step on this rank.
         last_targets: response tokens of the last step on this rank.
     """
 
     def __init__(self) -> None:
-        """Start at none."""
+        """Start with no step."""
         self.num_tokens = 0
         self.last_tokens = self.last_targets = 0
         self._restart()
@@ -41,17 +41,27 @@ class LogWindow:
         if batches:
             self._counts.update({"shares": 1, **work_avoided(examples, batches)})  # type: ignore[dict-item]
 
-    def state(self) -> dict[str, Any]:
-        """Tensors and plain values, for a checkpoint."""
-        return {**vars(self), "sums": vars(self.sums), "_counts": dict(self._counts)}
+    def state_dict(self) -> dict[str, Any]:
+        """Returns tensors and plain values that load_state_dict() restores."""
+        return {
+            "num_tokens": self.num_tokens,
+            "last_tokens": self.last_tokens,
+            "last_targets": self.last_targets,
+            "metrics": self.sums.state_dict(),
+            "counts": dict(self._counts),
+            "seconds": self._seconds,
+        }
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Go on with a state()."""
-        vars(self.sums).update(state["sums"])
-        vars(self).update({**state, "sums": self.sums, "_counts": Counter(state["_counts"])})
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what state_dict() returned."""
+        self.num_tokens, self.last_tokens, self.last_targets = (
+            state[name] for name in ("num_tokens", "last_tokens", "last_targets")
+        )
+        self.sums.load_state_dict(state["metrics"])
+        self._counts, self._seconds = Counter(state["counts"]), state["seconds"]
 
     def read(self, ranks: Ranks) -> dict[str, float]:
-        """The means since the last read; num_tokens counts from the start. A collective."""
+        """Returns means over the pairs since the last read, and num_tokens since the start; restarts. A collective."""
         metrics = self.sums.means(ranks)
         everyone = ranks.gather((dict(self._counts), self._seconds))
         counts: Counter[str] = sum((Counter(theirs) for theirs, _ in everyone), Counter())

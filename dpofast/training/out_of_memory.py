@@ -1,4 +1,4 @@
-"""Memory of a training step: what an out-of-memory error is, and how many packed positions fit a device."""
+"""Memory of a training step: recognize and recover from out-of-memory errors, and find max_tokens by measuring."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -14,23 +14,59 @@ from dpofast.common.memory import peak_resident, restart_peak_resident
 from dpofast.common.ranks import Ranks
 from dpofast.packing.batch import PackedBatch
 
+# max_tokens: large enough for full GEMM speed; on a CPU a pass without gradients is fastest where its activations stay
+# in cache. More than _AUTO_TOKENS_GPU makes nothing faster.
+_MAX_TOKENS_GPU, _MAX_TOKENS_CPU, _FORWARD_TOKENS_CPU, _AUTO_TOKENS_GPU = 16384, 2048, 1024, 65536
 # Of the memory that is free: the allocator's fragments and the longest rows of later steps need room too.
 _USED_SHARE = 0.85
 _CPU_MESSAGE = "DefaultCPUAllocator"
 SAVE_MEMORY = "set gradient_checkpointing, a smaller max_length or max_logits_bytes, bf16, or train a LoRA adapter"
 
 _logger = logging.getLogger(__name__)
+_T = TypeVar("_T")
 
 
-class StepOutOfMemory(RuntimeError):
-    """A step did not fit; nothing of it has reached the weights."""
+def token_limits(max_tokens: int | str | None, device: torch.device) -> tuple[int, int]:
+    """Packed positions of a micro-batch in training, and in a pass without gradients; "auto" begins with the default.
+
+    Args:
+        max_tokens: DPOConfig's.
+        device: where the model runs.
+    """
+    on_cpu = device.type == "cpu"
+    default = _MAX_TOKENS_CPU if on_cpu else _MAX_TOKENS_GPU
+    training = max_tokens if isinstance(max_tokens, int) else default
+    return training, min(training, _FORWARD_TOKENS_CPU) if on_cpu else training
+
+
+def largest_auto(device: torch.device) -> int:
+    """The largest max_tokens that "auto" chooses."""
+    return _MAX_TOKENS_CPU if device.type == "cpu" else _AUTO_TOKENS_GPU
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """A device's or the CPU allocator's error for memory that is not there."""
+    """Whether an error is that of a device's or of the CPU's allocator for memory that is not free."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
         isinstance(error, RuntimeError) and _CPU_MESSAGE in str(error)
     )
+
+
+def unless_out_of_memory(run: Callable[[], _T], *, recoverable: bool) -> _T | None:
+    """Returns run()'s result, or None where memory ran out.
+
+    The error's traceback refers to the frames of run() and so to the graph in them; both are released on return, so
+    that torch.cuda.empty_cache() has something to free.
+
+    Args:
+        run: what may run out of memory.
+        recoverable: False raises the error.
+    """
+    try:
+        return run()
+    except (RuntimeError, MemoryError) as error:
+        if not (recoverable and is_out_of_memory(error)):
+            raise
+    return None
 
 
 def free_bytes(device: torch.device) -> int:
@@ -50,7 +86,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def peak_bytes(device: torch.device, run: Callable[[], Any]) -> int:
-    """What run() allocates at its peak, beyond what is there before: exact on CUDA, by resident pages on a CPU."""
+    """Returns the peak of what run() allocates, in bytes: from the allocator on CUDA, from resident pages on a CPU."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -62,14 +98,16 @@ def peak_bytes(device: torch.device, run: Callable[[], Any]) -> int:
 
 
 def probe_max_tokens(probe: Callable[[int], int], device: torch.device, cap: int, *, kept: int = 0) -> int:
-    """Positions of a micro-batch that fit: the line through the peaks of two, at the memory that is free.
+    """Returns how many packed positions of a micro-batch fit into free memory.
+
+    Peak memory is measured at two sizes; the line through both is solved for the memory that is free.
 
     Args:
         probe: runs a micro-batch of about so many positions and returns how many they were; fewer where there is no
             more data.
         device: whose memory is asked.
         cap: the most to answer.
-        kept: bytes that a running training keeps besides: optimizer states.
+        kept: bytes that training will allocate besides, for optimizer states.
 
     Raises:
         ValueError: there is no room for anything, or a device whose memory cannot be asked.
@@ -98,10 +136,10 @@ def probe_max_tokens(probe: Callable[[int], int], device: torch.device, cap: int
 
 
 def halved_max_tokens(max_tokens: int, batches: Sequence[PackedBatch], ranks: Ranks, step: int) -> int:
-    """The budget with which a step that did not fit is done again: half of what its largest micro-batch took.
+    """Returns the max_tokens to repeat a step with that ran out of memory: half of its largest micro-batch.
 
     Raises:
-        RuntimeError: there was one pair at a time already.
+        RuntimeError: every micro-batch had one pair already.
     """
     several = ranks.largest(max((batch.num_pairs for batch in batches), default=0)) > 1
     positions = int(ranks.largest(max((batch.num_tokens for batch in batches), default=0)))
@@ -115,7 +153,7 @@ def halved_max_tokens(max_tokens: int, batches: Sequence[PackedBatch], ranks: Ra
 
 
 def random_states(device: torch.device) -> tuple[torch.Tensor, ...]:
-    """The generators that a step draws from, so that it can be done again."""
+    """Returns the states of the random generators that a step draws from, so that the step can be repeated."""
     states = (torch.get_rng_state(),)
     return (*states, torch.cuda.get_rng_state(device)) if device.type == "cuda" else states
 

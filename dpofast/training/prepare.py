@@ -1,31 +1,38 @@
-"""What the trainer does to the models it is given before it begins."""
+"""Models and datasets as the trainer uses them: loaded, adapted, with the log-prob head attached; tokenized."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
+from datasets import Dataset
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from dpofast.checkpointing.fsdp import check_whole
+from dpofast.data.load import tokenize_preferences
 from dpofast.head.engine.plan import HeadPlan
 from dpofast.model.attach import attach_logprob_head
 from dpofast.training.config import DPOConfig
+from dpofast.training.fsdp import check_whole
 
 
-def prepared_model(
-    model: Any, ref_model: Any, args: DPOConfig, processing_class: Any, peft_config: Any
-) -> tuple[Any, Any]:
-    """Load what is a name, add the adapter, set dropout to 0, attach the log-prob head to both models, compile.
+class Models(NamedTuple):
+    """The model to train, and its tokenizer or None where there is none beside the model."""
 
-    Returns:
-        The model to train and its tokenizer, None where there is none beside the model.
+    policy: Any
+    tokenizer: Any
+
+
+def prepare_models(model: Any, ref_model: Any, args: DPOConfig, processing_class: Any, peft_config: Any) -> Models:
+    """Load the model where it is a name, add the adapter, disable dropout, attach the log-prob head, compile layers.
+
+    All but loading and the adapter is done to ref_model too, in place.
 
     Raises:
-        ValueError: a reference that does not fit the model or the loss, weights that are sharded already, a budget
-            below one row of logits, or a model without layers to compile.
+        ValueError: a reference that does not fit the model or the loss, weights that are sharded already,
+            max_logits_bytes below one row of logits, or a model without layers to compile.
     """
     if ref_model is not None and ref_model is model:
         raise ValueError("ref_model: expected another model than `model`, or None for the model as it is now")
@@ -62,16 +69,61 @@ def prepared_model(
         )
     if args.max_logits_bytes is not None:  # refused here and not in the first step
         HeadPlan.make(1, model.get_output_embeddings().weight, args.max_logits_bytes, keep=True)
-    return model, processing_class
+    args.torch_compile_backend = None  # done; accelerate would compile the whole model
+    return Models(model, processing_class)
+
+
+class PreferenceData:
+    """Tokenizes the datasets of a run.
+
+    Args:
+        args: the trainer's.
+        tokenizer: of the policy, or None for data that is token ids.
+        vocab_size: of the policy, an upper bound of token ids.
+
+    Attributes:
+        reports: the DataReport of every dataset by its name ("train", "eval").
+    """
+
+    def __init__(self, args: DPOConfig, tokenizer: Any, vocab_size: int) -> None:
+        """Keep the options of tokenize_preferences."""
+        self.reports: dict[str, Any] = {}
+        self._options = {
+            "tokenizer": tokenizer,
+            "max_length": args.max_length,
+            "truncation_mode": args.truncation_mode,
+            "on_bad_row": args.on_bad_row,
+            "num_proc": args.dataset_num_proc,
+            "vocab_size": vocab_size,
+        }
+
+    def tokenized(self, dataset: Dataset, name: str) -> Dataset:
+        """Returns the token-level dataset, in numpy format.
+
+        Raises:
+            ValueError: no datasets.Dataset, or rows that cannot be used (DataError).
+        """
+        if not isinstance(dataset, Dataset):
+            raise ValueError(f"{name}_dataset: expected a datasets.Dataset, got {type(dataset).__name__}")
+        source = dataset.info.dataset_name or f"{name} data"
+        tokens, self.reports[name] = tokenize_preferences(dataset, source=source, **self._options)
+        return tokens.with_format("numpy")
+
+
+def each_eval_dataset(prepare: Callable[[Dataset, str], Dataset], dataset: Any) -> Any:
+    """Returns the prepared eval_dataset: a dataset, a dict of several (named "eval <key>"), or None."""
+    if isinstance(dataset, dict):
+        return {name: prepare(part, f"eval {name}") for name, part in dataset.items()}
+    return None if dataset is None else prepare(dataset, "eval")
 
 
 def vocabulary(model: Any) -> int:
-    """Rows of the embedding."""
+    """Returns the number of rows of the input embedding."""
     return model.get_input_embeddings().weight.shape[0]
 
 
 def _compile_layers(model: nn.Module, args: DPOConfig) -> None:
-    """In place, each of its own: they are alike, so that one is traced, and what packs lies outside of them."""
+    """Compile every layer in place. Layers are alike, so one of them is traced; packing stays outside of them."""
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
         raise ValueError(

@@ -1,36 +1,45 @@
-"""Which model gives the reference log-probs of a run."""
+"""The reference model of a run: which model it is, its log-probs before training, and its updates in training."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import os
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import nn
 from transformers import TrainerCallback
+
+from dpofast.common.ranks import Ranks
+from dpofast.data.formats import REF_COLUMNS
+from dpofast.scoring.ref_cache import CACHE_FOLDER, add_reference_columns
+from dpofast.scoring.score import Forward
+from dpofast.training.config import DPOConfig
+from dpofast.training.fsdp import cast_parameters, parameters_in
 
 ADAPTER = "reference"
 MOVING_OPTIONS = ("ref_model_mixup_alpha", "ref_model_sync_steps")
 
 
 class ReferenceModel:
-    """The reference of a run: one of these, fixed when the trainer is built.
+    """The model that gives the reference log-probs of a run, chosen once when the trainer is built.
 
-    A model of its own; the trained model without its adapter, where a peft_config was given; a frozen copy of the
-    adapter that a PEFT model came with, named "reference", beside the trained one; a frozen copy of the whole model;
-    or, where all log-probs are computed before training, the trained model itself as long as it is untouched.
+    It is, in this order: the ref_model that was passed; the policy without its adapter, where the trainer added one
+    (peft_config); in a live reference a frozen copy, of the adapter that a PEFT model came with (named "reference",
+    beside the trained one) or else of the whole policy; otherwise the policy itself, before its first step.
 
     Args:
         policy: the model that will train.
-        ref_model: a model of its own, or None.
+        ref_model: a separate reference, or None.
         new_adapter: the policy's adapter is new, so that its base model is the reference.
-        live: it is asked while the policy trains.
+        live: reference log-probs are computed in the training step, and not all of them before training.
     """
 
     def __init__(self, policy: Any, ref_model: Any, *, new_adapter: bool, live: bool) -> None:
-        """Copy what must be kept from training."""
+        """Copy and freeze what training would change."""
         self.model = ref_model
         self.adapter = self.released = False
         self.without_adapter = ref_model is None and new_adapter
@@ -45,17 +54,17 @@ class ReferenceModel:
 
     @property
     def is_policy(self) -> bool:
-        """The trained model itself stands in, which holds until its first step."""
+        """Whether the policy itself is the reference, which ends with its first step."""
         return self.model is None and not (self.without_adapter or self.adapter or self.released)
 
     def release(self) -> None:
-        """Drop a model of its own: every log-prob is known."""
+        """Free a separate reference model after all log-probs were computed."""
         self.released = self.model is not None
         self.model = None
 
     @contextlib.contextmanager
     def of(self, policy: Any) -> Iterator[Any]:
-        """Yield the model to call; inside, the policy may be without its adapter, or with the reference's."""
+        """Yields the model to call; inside, the policy's adapter may be disabled or replaced by the reference's."""
         if self.model is not None:
             yield self.model
         elif self.without_adapter:
@@ -72,11 +81,83 @@ class ReferenceModel:
             yield policy
 
 
+def make_reference(
+    policy: Any, ref_model: Any, args: DPOConfig, dtype: torch.dtype | None, *, new_adapter: bool
+) -> ReferenceModel:
+    """Returns the reference of a run, on its device.
+
+    Args:
+        policy: the model that will train.
+        ref_model: a separate reference, or None.
+        args: the trainer's.
+        dtype: of forward_dtype(): a separate reference gets parameters like a sharded policy's.
+        new_adapter: as ReferenceModel's.
+
+    Raises:
+        ValueError: sync_ref_model for a reference that is the base model under the adapter.
+    """
+    live = args.preference_loss().needs_reference and not args.precompute_ref_log_probs
+    reference = ReferenceModel(policy, ref_model, new_adapter=new_adapter, live=live)
+    if reference.model is not None:
+        reference.model.to(args.device)
+        cast_parameters(reference.model, dtype)
+    elif args.sync_ref_model:
+        raise ValueError(
+            "sync_ref_model: the reference is the base model under the adapter, which does not move; train all "
+            "weights, or give a ref_model"
+        )
+    return reference
+
+
+def with_reference_columns(
+    dataset: Dataset,
+    name: str,
+    reference: ReferenceModel,
+    policy: Any,
+    args: DPOConfig,
+    *,
+    forward: Forward,
+    dtype: torch.dtype | None,
+    ranks: Ranks,
+) -> Dataset:
+    """Returns a tokenized dataset with reference log-probs (nats), read from the cache where they are in it.
+
+    Args:
+        dataset: tokens; returned as it is where it has the columns already.
+        name: of the dataset, for messages.
+        reference: the reference of the run.
+        policy: the model that will train.
+        args: the trainer's.
+        forward: how the forwards run.
+        dtype: of forward_dtype(), so that reference log-probs are rounded as the policy's.
+        ranks: the processes that share the pass.
+    """
+    if set(REF_COLUMNS) <= set(dataset.column_names):
+        return dataset
+    shown = not args.disable_tqdm and ranks.rank == 0
+    with reference.of(policy) as model, on_device(model, args.device), parameters_in(model, dtype):
+        return add_reference_columns(
+            dataset,
+            model,
+            forward,
+            cache_dir=args.ref_cache_dir or os.path.join(args.output_dir, CACHE_FOLDER),
+            ld_alpha=args.ld_alpha,
+            description=f"reference log-probs, {name}" if shown else None,
+            ranks=ranks,
+        )
+
+
 class MovingReference(TrainerCallback):
-    """TR-DPO's soft update (arXiv 2404.09656, eq. 3): reference ← α·policy + (1 − α)·reference, every few steps."""
+    """TR-DPO's soft update (arXiv 2404.09656, eq. 3): reference ← α·policy + (1 − α)·reference, every few steps.
+
+    Args:
+        ref_model: changed in place.
+        alpha: the policy's share, in (0, 1].
+        steps: optimizer steps between two updates.
+    """
 
     def __init__(self, ref_model: nn.Module, alpha: float, steps: int) -> None:
-        """ref_model is changed in place."""
+        """Keep the three."""
         self.ref_model, self.alpha, self.steps = ref_model, alpha, steps
 
     @torch.no_grad()
@@ -90,7 +171,7 @@ class MovingReference(TrainerCallback):
 
 @contextlib.contextmanager
 def on_device(model: Any, device: torch.device) -> Iterator[None]:
-    """Inside, the model is there, whole: FSDP and DeepSpeed take one that still waits on the CPU.
+    """Inside, the whole model is on the device; FSDP and DeepSpeed otherwise leave it on the CPU until training begins.
 
     Raises:
         ValueError: a model that DeepSpeed's ZeRO-3 has partitioned already.
@@ -111,12 +192,12 @@ def on_device(model: Any, device: torch.device) -> Iterator[None]:
 
 
 def is_peft(model: Any) -> bool:
-    """A model with a PEFT adapter."""
+    """Whether the model has a PEFT adapter."""
     return hasattr(unwrapped(model), "disable_adapter")
 
 
 def unwrapped(model: Any) -> Any:
-    """The model inside DistributedDataParallel, or the model itself."""
+    """Returns the model inside DistributedDataParallel, or the model itself."""
     return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
 

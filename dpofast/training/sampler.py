@@ -202,18 +202,19 @@ def step_loader(
     ranks: Ranks,
     args: TrainingArguments,
     *,
-    strategy: str,
-    seed: int = 0,
-    drop_last: bool = False,
+    training: bool,
 ) -> StepLoader:
-    """A loader of StepExamples: this rank's share of each step of pairs_per_rank · ranks.size pairs."""
+    """A loader of StepExamples: this rank's share of each step of pairs_per_rank · ranks.size pairs.
+
+    In training in the order and with the dataloader_drop_last of args, in evaluation all pairs in the dataset's order.
+    """
     lengths = PairLengths.of(dataset) if ranks.size > 1 else None
     sampler = StepSampler(
         len(dataset),
         pairs_per_rank * ranks.size,
-        strategy=strategy,
-        seed=seed,
-        drop_last=drop_last,
+        strategy=args.train_sampling_strategy if training else "sequential",
+        seed=args.seed if args.data_seed is None else args.data_seed,
+        drop_last=training and args.dataloader_drop_last,
         lengths=lengths,
         rank=ranks.rank,
         num_ranks=ranks.size,
@@ -226,6 +227,20 @@ def step_loader(
         persistent_workers=args.dataloader_persistent_workers,
         prefetch_factor=args.dataloader_prefetch_factor,
     )
+
+
+def first_examples(dataset: Dataset, positions: int, *, share_prompts: bool) -> StepExamples:
+    """The first pairs of a token-level dataset with at least so many positions together, as a step by themselves."""
+    examples = StepExamples()
+    prompt, *responses = ID_COLUMNS
+    counted = [prompt, *responses] if share_prompts else [prompt, prompt, *responses]
+    for example in dataset:
+        examples.append(example)
+        positions -= sum(len(example[name]) for name in counted)
+        if positions <= 0:
+            break
+    examples.num_pairs = examples.num_chosen_tokens = len(examples)
+    return examples
 
 
 def _as_it_is(step: Any) -> Any:

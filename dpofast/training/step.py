@@ -1,103 +1,297 @@
-"""Forward and backward of an optimizer step's micro-batches, on one process or on several."""
+"""One optimizer step: forward and backward of its micro-batches, on one process or on several.
+
+Training and evaluation run the same forward. The loss of each micro-batch is its share of the whole step's loss (a sum
+over pairs divided by the pairs of all ranks), so the sum of the micro-batches' gradients is the gradient of the step.
+"""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from dpofast.evaluation.metrics import MetricSums
+from dpofast.common.ranks import Ranks
+from dpofast.data.formats import ID_COLUMNS, REF_COLUMNS
+from dpofast.evaluation.metrics import TOKEN_STATISTICS, MetricSums
 from dpofast.losses.coefficients import StepTotals
-from dpofast.losses.functional import PreferenceOutput
-from dpofast.packing.pack import PackedBatch
-from dpofast.training.out_of_memory import StepOutOfMemory, is_out_of_memory
-from dpofast.training.preference_step import PreferenceStep
+from dpofast.losses.config import PreferenceLoss
+from dpofast.losses.functional import PreferenceOutput, token_preference_loss
+from dpofast.losses.sequences import Tokens
+from dpofast.model.attach import PackedPreference
+from dpofast.packing.pack import PackedBatch, pack
+from dpofast.scoring.ref_cache import reference_logps
+from dpofast.training.coupled import CoupledShare, coupled_shares, gathered
+from dpofast.training.fsdp import is_sharded, without_sync
+from dpofast.training.out_of_memory import unless_out_of_memory
+from dpofast.training.ref_model import ReferenceModel, unwrapped
+
+# What a rank without pairs runs while the others run a micro-batch: their forwards or gradients are collectives.
+_IDLE_EXAMPLE = {"prompt_ids": [0], "chosen_ids": [0], "rejected_ids": [0, 0]}
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """What all steps of a run share.
+
+    Attributes:
+        loss: the preference loss.
+        reference: the model that computes reference log-probs in the step; None where every batch brings them.
+        ranks: the processes that share a step.
+        accelerator: accelerate's, which wrapped the model. Its autocast is entered explicitly: accelerate applies it to
+            the wrapped policy only, and the reference must round in the same way.
+        device: where batches are.
+        max_logits_bytes: the LM head's memory limit, or None for the default.
+        token_statistics: also compute entropy, mean logits and accuracy per token, at the cost of more memory.
+        balancing: weight of a mixture of experts' load-balancing loss, 0 for none.
+    """
+
+    loss: PreferenceLoss
+    reference: ReferenceModel | None
+    ranks: Ranks
+    accelerator: Any
+    device: torch.device
+    max_logits_bytes: int | None = None
+    token_statistics: bool = False
+    balancing: float = 0.0
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """losses (P,) and rewards (P, 2) of each micro-batch of this rank, in the order they ran, and the metrics."""
+
+    losses: list[Tensor]
+    rewards: list[Tensor]
+    sums: MetricSums
 
 
 class OptimizerStep:
-    """Runs micro-batches through the wrapped model, and gradients through accelerate.
+    """The micro-batches of one optimizer step on this rank; the whole step with run(), or by forward() and backward().
 
     Args:
-        forward: from micro-batches to losses.
-        accelerator: of the trainer; it knows how the model is wrapped.
+        settings: what all steps of the run share.
+        model: the policy, as accelerate wrapped it.
+        batches: this rank's micro-batches. They are padded with None so that every rank runs the same number of
+            forwards (FSDP and DeepSpeed need it), and at least one (DDP needs it).
+        totals: counts over all micro-batches of all ranks.
+        sums: the metrics that forward() adds to; default: new ones.
     """
 
-    def __init__(self, forward: PreferenceStep, accelerator: Any) -> None:
-        """Remember both."""
-        self.forward, self.accelerator = forward, accelerator
-        self.ranks = forward.ranks
+    def __init__(
+        self,
+        settings: StepSettings,
+        model: nn.Module,
+        batches: Sequence[PackedBatch],
+        totals: StepTotals,
+        sums: MetricSums | None = None,
+    ) -> None:
+        """Pad the micro-batches; a collective where the model is sharded."""
+        self.settings, self.model, self.totals = settings, model, totals
+        self.sums = MetricSums() if sums is None else sums
+        ranks = settings.ranks
+        self._is_sharded = is_sharded(settings.accelerator)
+        count = int(ranks.largest(len(batches))) if self._is_sharded else max(len(batches), 1)
+        self._num_batches = len(batches)
+        self.batches: list[PackedBatch | None] = [*batches, *[None] * (count - len(batches))]
+        self._is_joint = settings.loss.coupled and (count > 1 or ranks.size > 1)
+        self._options = {"balance": settings.balancing != 0, "max_logits_bytes": settings.max_logits_bytes}
 
-    @property
-    def is_sharded(self) -> bool:
-        """A forward is a collective: FSDP, DeepSpeed."""
-        plugins = ("fsdp_plugin", "deepspeed_plugin")
-        return any(getattr(self.accelerator.state, name, None) is not None for name in plugins)
+    def run(self) -> StepResult | None:
+        """Forward and backward of all micro-batches; gradients are accumulated in the parameters.
 
-    def with_idle(self, batches: Sequence[PackedBatch]) -> list[PackedBatch | None]:
-        """None for every micro-batch that this rank has fewer than others, where all must call the model as often."""
-        count = int(self.ranks.largest(len(batches))) if self.is_sharded else max(len(batches), 1)
-        return [*batches, *[None] * (count - len(batches))]
+        Ranks synchronize gradients in the last backward only, and agree before it that none of them ran out of memory.
 
-    def run(
-        self, model: nn.Module, batches: Sequence[PackedBatch], totals: StepTotals
-    ) -> tuple[list[Tensor], list[Tensor], MetricSums]:
-        """Losses (P,) and rewards (P, 2) of each micro-batch, and the metrics; gradients are added up on the way.
-
-        Ranks synchronize their gradients in the last backward only, and agree before it that all of them came so far.
+        Returns:
+            None on all ranks where one of them ran out of memory before gradients were synchronized. The model then
+            has partial gradients, and no graph of the attempt is alive any more.
 
         Raises:
-            StepOutOfMemory: on all ranks, where one of them had no room and nothing was synchronized yet.
+            RuntimeError: out of memory where other ranks wait, inside a sharded forward or for gradients.
         """
-        sums = MetricSums()
-        parts = self.with_idle(batches)
-        outputs = self.forward.outputs(model, parts, totals, sums)
-        done: list[PreferenceOutput] = []
+        ranks, done = self.settings.ranks, list[PreferenceOutput]()
         # Elsewhere the other ranks would wait in the middle of a forward.
-        recoverable = self.ranks.size == 1 or not (self.is_sharded or self.forward.loss.coupled)
-        failed = False
-        try:
-            with self._without_sync(model):
-                for _ in parts[:-1]:
-                    done.append(self._backward(next(outputs)))
-            last = next(outputs)
-        except (RuntimeError, MemoryError) as error:
-            if not (recoverable and is_out_of_memory(error)):
-                raise
-            failed = True
-        if self.ranks.largest(failed):
-            if self.ranks.size > 1:
+        recoverable = ranks.size == 1 or not (self._is_sharded or self.settings.loss.coupled)
+        last = unless_out_of_memory(lambda: self._all_but_the_last_backward(done), recoverable=recoverable)
+        if ranks.largest(last is None) or last is None:
+            last = None  # frees the graph of a rank that had memory
+            if ranks.size > 1:
                 # DDP waits for the backward of a forward that it saw, and would take the next one's gradients for it.
-                self._backward(self.forward.idle(model))
-            raise StepOutOfMemory
-        try:
-            done.append(self._backward(last))
-        except (RuntimeError, MemoryError) as error:
-            if self.ranks.size > 1 or not is_out_of_memory(error):
-                raise
-            raise StepOutOfMemory from None
-        pairs = zip(done, batches, strict=False)  # idle ones stand last
-        rewards = [output.of_pairs("rewards", batch.pairs) for output, batch in pairs]
-        return [output.losses for output in done], rewards, sums
+                self.backward(self._idle())
+            return None
+        # The other ranks wait inside this backward for the gradients of this one.
+        ended = unless_out_of_memory(partial(self.backward, last), recoverable=ranks.size == 1)
+        if ended is None:
+            return None
+        done.append(ended)
+        pairs = zip(done[: self._num_batches], self.batches, strict=False)  # those of None stand last
+        rewards = [output.of_pairs("rewards", batch.pairs) for output, batch in pairs if batch is not None]
+        return StepResult([output.losses for output in done], rewards, self.sums)
 
-    @contextlib.contextmanager
-    def _without_sync(self, model: nn.Module) -> Iterator[None]:
-        """Backwards inside add up gradients of this rank alone, and do not step DeepSpeed's engine.
+    def _all_but_the_last_backward(self, done: list[PreferenceOutput]) -> PreferenceOutput:
+        """The loop over micro-batches; returns the output whose backward synchronizes gradients."""
+        with without_sync(self.settings.accelerator, self.model):
+            *others, last = zip(self.batches, self.shares(), strict=True)
+            for batch, share in others:
+                done.append(self.backward(self.forward(batch, share)))
+        return self.forward(*last)
 
-        Under FSDP2 these are whole; accelerate's option sync_each_batch keeps a shard, and exchanges each time.
+    def forward(self, batch: PackedBatch | None, share: CoupledShare | None = None) -> PreferenceOutput:
+        """Loss and metrics of a micro-batch; None gives a zero loss from forwards like those of the other ranks.
+
+        Args:
+            batch: one of self.batches.
+            share: the entry of shares() that belongs to it.
         """
-        state = self.accelerator.gradient_state
-        state._set_sync_gradients(False)
-        each = self.is_sharded and state.plugin_kwargs.get("sync_each_batch", False)
-        try:
-            with contextlib.nullcontext() if each else self.accelerator.no_sync(model):
-                yield
-        finally:
-            state._set_sync_gradients(True)
+        if batch is None:
+            if not self._is_joint:
+                return self._idle()
+            # As many forwards as a micro-batch takes here: one of the policy, or in evaluation none.
+            zero = torch.zeros((), device=self.settings.device)
+            return self._idle(with_reference=False) if torch.is_grad_enabled() else _empty_output(zero)
+        output = self._separable(batch) if share is None else self._coupled(batch, share)
+        loss, count = self.settings.loss, len(output.losses)
+        if (aux_loss := output.aux_loss) is not None:
+            balancing = self.settings.balancing * count / self.totals.num_pairs
+            output = replace(output, loss=output.loss + balancing * aux_loss)
+            self.sums.add("aux_loss", aux_loss.detach() * count, count)
+        with_reference = batch.ref_logps is not None or loss.needs_reference
+        self.sums.add_pairs(output, batch, loss.beta, with_reference=with_reference)
+        return output
 
-    def _backward(self, output: PreferenceOutput) -> PreferenceOutput:
-        """Returns the output without its graph. Gradients are averaged over ranks, and the step's loss is a sum."""
-        self.accelerator.backward(output.loss * self.ranks.size if self.ranks.size > 1 else output.loss)
-        return replace(output, loss=output.loss.detach())
+    def backward(self, output: PreferenceOutput) -> PreferenceOutput:
+        """Accumulate the gradients of output.loss; returns the output without its graph.
+
+        DDP, FSDP and DeepSpeed average gradients over ranks, and the loss of a step is a sum over them: hence · ranks.
+        """
+        ranks = self.settings.ranks
+        self.settings.accelerator.backward(output.loss * ranks.size if ranks.size > 1 else output.loss)
+        return replace(output, loss=output.loss.detach(), aux_loss=None)
+
+    def shares(self) -> Sequence[CoupledShare | None]:
+        """What forward() needs of the whole step for each micro-batch: None each, unless the loss couples them.
+
+        A loss that couples the pairs of several micro-batches needs the log-probs of all of them, on all ranks, before
+        the first gradient: a pass without gradients, and one more pass in forward().
+        """
+        if not self._is_joint:
+            return [None] * len(self.batches)
+        settings = self.settings
+        devices = [settings.device] if settings.device.type == "cuda" else []
+        own = [batch for batch in self.batches if batch is not None]
+        # Both passes over a micro-batch draw the same dropout.
+        with torch.random.fork_rng(devices), torch.no_grad(), settings.accelerator.autocast():
+            tokens = [self._tokens(batch)[0] for batch in own]
+            references = [self.reference_logps(batch) for batch in own]
+            for _ in range(len(self.batches) - len(own)):
+                self._idle()
+        everyone, first = gathered(settings.ranks, tokens, [batch.pairs for batch in own], references, settings.device)
+        shares = coupled_shares(*everyone, settings.loss, self.totals)[first : first + len(own)]
+        return [*shares, *[None] * (len(self.batches) - len(own))]
+
+    def _separable(self, batch: PackedBatch) -> PreferenceOutput:
+        """One forward: the loss needs nothing of the other micro-batches but their counts."""
+        settings, totals = self.settings, self.totals
+        step = {name: getattr(totals, name) for name in ("num_pairs", "num_chosen_tokens", "earlier_rewards")}
+        with settings.accelerator.autocast():
+            ref_logps = self.reference_logps(batch)
+            if not settings.token_statistics:
+                preference = PackedPreference(ref_logps, settings.loss, **step)
+                return self.model(packed=batch, preference=preference, **self._options)
+            tokens, aux_loss = self._tokens(batch)
+            output = token_preference_loss(
+                tokens.logps,
+                batch.cu_targets,
+                batch.pairs,
+                ref_logps,
+                loss=settings.loss,
+                log_sum_sq_probs=tokens.log_sum_sq,
+                **step,
+            )
+            return replace(output, aux_loss=aux_loss)
+
+    def _coupled(self, batch: PackedBatch, share: CoupledShare) -> PreferenceOutput:
+        """The second forward: its gradient is that of the step's loss, whose value is known from shares()."""
+        if not torch.is_grad_enabled():
+            return share.output
+        with self.settings.accelerator.autocast():
+            scored = self.model(packed=batch, **self._options)
+        return replace(share.output, loss=(scored.logps * share.coefficients).sum(), aux_loss=scored.aux_loss)
+
+    def _tokens(self, batch: PackedBatch) -> tuple[Tokens, Tensor | None]:
+        """Log-probs and statistics per token, and the load-balancing loss."""
+        stats: tuple[str, ...] = TOKEN_STATISTICS if self.settings.token_statistics else ()
+        stats += ("log_sum_sq_probs",) if self.settings.loss.use_weighting else ()
+        output = self.model(packed=batch, stats=stats, **self._options)
+        if self.settings.token_statistics:
+            self.sums.add_tokens(output, batch)
+        return Tokens(output.logps, batch.cu_targets, None, output.log_sum_sq_probs), output.aux_loss
+
+    def reference_logps(self, batch: PackedBatch) -> Tensor | None:
+        """(S,), with ld_alpha (P, 2), nats; None where the loss has no reference and the data brought none.
+
+        Raises:
+            ValueError: the batch brings none, and there is no reference model in the step.
+        """
+        settings = self.settings
+        if batch.ref_logps is not None or not settings.loss.needs_reference:
+            return batch.ref_logps
+        if settings.reference is None:
+            raise ValueError(
+                f"expected the columns {REF_COLUMNS} that the reference log-probs were written to, and the "
+                "batch has none: pass the dataset to DPOTrainer's constructor"
+            )
+        with settings.reference.of(unwrapped(self.model)) as asked:
+            training = asked.training
+            asked.eval()
+            try:
+                return reference_logps(asked, batch, settings.max_logits_bytes, settings.loss.ld_alpha)
+            finally:
+                asked.train(training)
+
+    def _idle(self, *, with_reference: bool = True) -> PreferenceOutput:
+        """A differentiable zero from the forwards of a micro-batch: what a rank runs while others have pairs."""
+        settings = self.settings
+        batch = pack([_IDLE_EXAMPLE], share_prompts=True)[0].to(settings.device)
+        with settings.accelerator.autocast():
+            if with_reference and settings.reference is not None:
+                self.reference_logps(batch)
+            return _empty_output(self.model(packed=batch, max_logits_bytes=settings.max_logits_bytes).logps.sum() * 0.0)
+
+
+def micro_batches(
+    examples: Sequence[Mapping[str, Any]], max_tokens: int | None, *, share_prompts: bool, ref_logps_by_pair: bool
+) -> list[PackedBatch]:
+    """Pack a rank's examples of a step.
+
+    Args:
+        examples: with token ids, and reference log-probs where they were computed.
+        max_tokens: most packed positions of a micro-batch; None packs all into one.
+        share_prompts: run a prompt once for all its responses.
+        ref_logps_by_pair: ref_logps become (P, 2) instead of (S,): with ld_alpha the number of a response differs from
+            pair to pair.
+    """
+    if not (ref_logps_by_pair and len(examples) > 0 and REF_COLUMNS[0] in examples[0]):
+        return pack(examples, max_tokens, share_prompts=share_prompts)
+    columns = torch.tensor([[float(example[name]) for name in REF_COLUMNS] for example in examples])
+    tokens = [{name: example[name] for name in ID_COLUMNS} for example in examples]
+    batches = pack(tokens, max_tokens, share_prompts=share_prompts)
+    return [replace(batch, ref_logps=columns[batch.pair_examples]) for batch in batches]
+
+
+def rows_not_finite(examples: Sequence[Any], batches: Sequence[PackedBatch], losses: Sequence[Tensor]) -> list[int]:
+    """The dataset rows of this rank's pairs whose loss is not finite; losses (P,) of each micro-batch."""
+    return [
+        int(examples[int(example)]["row"])
+        for batch, pair_losses in zip(batches, losses[: len(batches)], strict=True)
+        for example, value in zip(batch.pair_examples, pair_losses.tolist(), strict=True)
+        if not math.isfinite(value)
+    ]
+
+
+def _empty_output(zero: Tensor) -> PreferenceOutput:
+    empty = zero.detach().new_empty(0)
+    return PreferenceOutput(zero, empty, empty, empty)

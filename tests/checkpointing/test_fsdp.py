@@ -7,7 +7,8 @@ import torch
 from accelerate.utils import DistributedType
 
 from dpofast import DPOConfig, DPOTrainer
-from dpofast.checkpointing.fsdp import cast_parameters, check_sharding, load_weights, parameters_in
+from dpofast.checkpointing.fsdp import load_weights
+from dpofast.training.fsdp import cast_parameters, check_sharding, parameters_in
 from tests.support.tiny import tiny_dataset, tiny_model, tiny_tokenizer
 
 

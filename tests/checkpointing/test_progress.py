@@ -9,9 +9,21 @@ from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from dpofast.checkpointing.folder import verify
+from dpofast.checkpointing.folder import DamagedCheckpoint, verify
 from dpofast.checkpointing.trainer import CheckpointedTrainer
 from tests.support.tiny_training import SAVING, losses_of, make_trainer
+
+
+def test_a_checkpoint_of_an_older_format_is_refused_by_name(tmp_path, monkeypatch):
+    with monkeypatch.context() as older:
+        older.setattr("dpofast.checkpointing.folder._FORMAT", 1)
+        make_trainer(tmp_path, **{**SAVING, "max_steps": 2}).train()
+    with pytest.raises(ValueError, match=r"none is whole; .*checkpoint-2: was written by an older dpofast: install"):
+        make_trainer(tmp_path, **SAVING).train(resume_from_checkpoint="latest")
+    with pytest.raises(
+        DamagedCheckpoint, match="checkpoint-2: was written by an older dpofast: install that to resume"
+    ):
+        make_trainer(tmp_path, **SAVING).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
 class Counter(TrainerCallback, ExportableState):

@@ -373,7 +373,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_reference_pass(tm
     def refused(*_, **__):
         raise AssertionError("a reference was computed")
 
-    monkeypatch.setattr("dpofast.training.trainer.add_reference_columns", refused)
+    monkeypatch.setattr("dpofast.training.ref_model.add_reference_columns", refused)
     file = tmp_path / "file"
     file.write_text("")
     with pytest.raises(ValueError, match=r"output_dir: \S+file/out cannot be written to: Not a directory"):

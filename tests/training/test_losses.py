@@ -65,8 +65,8 @@ def test_a_loss_without_reference_never_computes_one(tmp_path, monkeypatch):
     def refused(*_, **__):
         raise AssertionError("a reference was computed")
 
-    monkeypatch.setattr("dpofast.training.trainer.add_reference_columns", refused)
-    monkeypatch.setattr("dpofast.training.preference_step.reference_logps", refused)
+    monkeypatch.setattr("dpofast.training.ref_model.add_reference_columns", refused)
+    monkeypatch.setattr("dpofast.training.step.reference_logps", refused)
     for precompute in (True, False):
         trainer = make_trainer(tmp_path, loss_type="simpo", precompute_ref_log_probs=precompute)
         trainer.train()

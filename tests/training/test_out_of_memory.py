@@ -1,8 +1,10 @@
 """Steps that do not fit into memory, and max_tokens that is found by probing."""
 
+import gc
 import logging
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -47,6 +49,39 @@ def test_the_last_backward_may_run_out_of_memory_too(tmp_path, monkeypatch):
     expected = make_trainer(tmp_path, **SGD)
     expected.train()
     torch.testing.assert_close(weights_of(trainer), weights_of(expected), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("where", ["forward", "last backward"])
+def test_no_graph_of_the_failed_attempt_is_alive_when_its_memory_is_given_back(tmp_path, monkeypatch, where):
+    model, alive = tiny_model(), []
+    if where == "forward":
+        RunsOutOfMemory(model, most=25, rank=0)
+    layer = model.model.layers[0]
+    layer.register_forward_hook(lambda module, args, output: alive.append(weakref.ref(output)))
+    trainer = make_trainer(tmp_path, model=model, max_tokens=40, **SGD)
+    if where == "last backward":
+        backward = trainer.accelerator.backward
+
+        def too_large(loss):
+            if trainer.max_tokens == 40 and loss is not None:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            backward(loss)
+
+        monkeypatch.setattr(trainer.accelerator, "backward", too_large)
+    halved, seen = out_of_memory.halved_max_tokens, []
+
+    def given_back(*args):
+        seen.append([ref for ref in alive if ref() is not None])
+        return halved(*args)
+
+    alive.clear()  # of the reference pass
+    monkeypatch.setattr("dpofast.training.trainer.halved_max_tokens", given_back)
+    gc.disable()
+    try:
+        trainer.train()
+    finally:
+        gc.enable()
+    assert alive and seen and not any(seen)
 
 
 def test_one_pair_that_does_not_fit_stops(tmp_path):

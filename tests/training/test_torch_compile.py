@@ -59,7 +59,7 @@ def test_graphs_grow_neither_with_layers_nor_with_batches(tmp_path):
 
 def test_what_cannot_be_compiled_is_refused(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("dpofast.training.step.OptimizerStep.is_sharded", True)
+        patch.setattr("dpofast.training.trainer.is_sharded", lambda accelerator: True)
         with pytest.raises(ValueError, match="torch_compile: expected a model that is whole on every rank"):
             make_trainer(tmp_path, **EAGER)
     monkeypatch.setattr("dpofast.training.prepare.GradientCheckpointingLayer", nn.Bilinear)

@@ -1,0 +1,127 @@
+"""Sharded training (FSDP2, DeepSpeed): what is refused, when gradients are synchronized, and FSDP2's precision.
+
+accelerate shards the model when training begins. Its defaults for mixed precision round what enters and leaves every
+sharded module to 16 bits, log-probs and the reference's among them; forward_dtype() turns that off.
+dpofast.checkpointing.fsdp writes and reads checkpoints of such a model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType
+from torch import nn
+
+from dpofast.checkpointing.fsdp import first_shard
+
+
+def is_sharded(accelerator: Any) -> bool:
+    """Whether accelerate trains with FSDP or DeepSpeed, so that every forward of the model is a collective."""
+    plugins = ("fsdp_plugin", "deepspeed_plugin")
+    return any(getattr(accelerator.state, name, None) is not None for name in plugins)
+
+
+@contextlib.contextmanager
+def without_sync(accelerator: Any, model: nn.Module) -> Iterator[None]:
+    """Inside, backward() accumulates gradients on this rank alone, and does not step DeepSpeed's engine.
+
+    FSDP2 keeps unsharded gradients meanwhile. With accelerate's option sync_each_batch it keeps a shard and exchanges
+    gradients in every backward instead.
+    """
+    state = accelerator.gradient_state
+    state._set_sync_gradients(False)
+    each = is_sharded(accelerator) and state.plugin_kwargs.get("sync_each_batch", False)
+    try:
+        with contextlib.nullcontext() if each else accelerator.no_sync(model):
+            yield
+    finally:
+        state._set_sync_gradients(True)
+
+
+def check_sharding(args: Any) -> None:
+    """Check the FSDP options of a TrainingArguments and the device.
+
+    Raises:
+        ValueError: FSDP on the CPU, where accelerate would train with DDP and not say so; FSDP1; sharded checkpoints.
+    """
+    launched = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"  # accelerate launch --use_fsdp
+    if not (args.fsdp or launched):
+        return
+    if args.distributed_state.distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU):
+        raise ValueError(
+            f"fsdp: expected several GPUs under a launcher (torchrun), got {args.device}, {args.world_size} processes: "
+            "accelerate does not shard there and would train whole copies without a word; leave fsdp out for DDP"
+        )
+    config = args.fsdp_config or {}
+    version = int(config.get("version", 2) if args.fsdp else os.environ.get("FSDP_VERSION", 1))
+    if version != 2:
+        raise ValueError(f'fsdp_config: expected version 2 (FSDP2), got {version}: set {{"version": 2}}')
+    kind = config.get("state_dict_type") if args.fsdp else os.environ.get("FSDP_STATE_DICT_TYPE", "SHARDED_STATE_DICT")
+    if kind not in (None, "FULL_STATE_DICT"):
+        raise ValueError(
+            f"fsdp_config: state_dict_type: expected FULL_STATE_DICT, got {kind}, which leaves pickled shards and no "
+            "model: weights are written whole, as safetensors"
+        )
+
+
+def check_whole(model: nn.Module, name: str) -> None:
+    """Check that every rank holds the whole model.
+
+    Raises:
+        ValueError: a weight is sharded already: the trainer would give the ranks that share it different pairs.
+    """
+    if (shard := first_shard(model)) is not None:
+        key, weight = shard
+        raise ValueError(
+            f"{name}: expected whole weights, got {key} sharded over {weight.device_mesh.size()} devices: FSDP2 "
+            "shards in train(), by the option fsdp; tensor parallelism needs a loop of your own, in which "
+            "linear_logprobs takes a head that is split by its vocabulary"
+        )
+
+
+def forward_dtype(accelerator: Any) -> torch.dtype | None:
+    """Returns the dtype in which FSDP2 gathers the policy's weights under mixed precision, else None.
+
+    Also sets accelerate's FSDP policy so that weights are gathered and multiplied in this dtype, master weights,
+    gradients and their sums over ranks stay in float32, and inputs and outputs of a module are not rounded: log-probs
+    are float32.
+    """
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    policy = getattr(plugin, "mixed_precision_policy", None)
+    if plugin is None or policy is None or policy.param_dtype is None:
+        return None
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    plugin.mixed_precision_policy = MixedPrecisionPolicy(
+        param_dtype=policy.param_dtype, reduce_dtype=torch.float32, output_dtype=None, cast_forward_inputs=False
+    )
+    return policy.param_dtype
+
+
+def cast_parameters(model: nn.Module, dtype: torch.dtype | None) -> None:
+    """Convert a model's floating-point parameters, in place, to the dtype of forward_dtype(); buffers stay.
+
+    None does nothing. A reference model is converted so that it multiplies the same rounded weights as the policy.
+    """
+    for parameter in model.parameters() if dtype is not None else ():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+
+
+@contextlib.contextmanager
+def parameters_in(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
+    """Inside, the model's parameters are those of cast_parameters(); the originals are kept and restored at the end.
+
+    The reference pass must round as the policy's forward does, so that at step 0 every margin is 0.
+    """
+    masters = [(parameter, parameter.data) for parameter in model.parameters()]
+    try:
+        cast_parameters(model, dtype)
+        yield
+    finally:
+        for parameter, data in masters:
+            parameter.data = data
