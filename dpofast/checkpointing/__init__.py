@@ -1,1 +1,1 @@
-"""Whole checkpoints and exact resume, for any transformers.Trainer."""
+"""Atomic checkpoints and exact resume, for any transformers.Trainer."""

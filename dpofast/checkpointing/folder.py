@@ -1,10 +1,10 @@
-"""Checkpoint folders that are whole or not there: written aside, checksummed, renamed.
+"""Checkpoint folders that are complete or absent: written to a staging folder, checksummed, then renamed.
 
     output_dir/.tmp-checkpoint-40    being written, or left behind by a run that was killed: never read
     output_dir/checkpoint-40         all of its files are on disk, and manifest.json names each with size and SHA-256
 
-The manifest is written last and checks itself, so a folder with a missing, cut or changed file is told from a whole one
-before anything of it is loaded. Files that others add later (a note, an uploader's cache) are not looked at.
+The manifest is written last and contains its own checksum, so a folder with a missing, truncated or changed file is
+recognized before anything of it is loaded. Files that are added later (a note, an uploader's cache) are ignored.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 
 
 class DamagedCheckpoint(ValueError):
-    """A checkpoint that training cannot go on from: the message names the folder, the file and what is wrong."""
+    """A checkpoint that cannot be resumed: the message names the folder, the file and what is wrong."""
 
 
 def staging_folder(folder: Path) -> Path:
-    """Where a checkpoint is written before it is whole: beside it, so that a rename moves it."""
+    """Returns the folder in which a checkpoint is written: beside it, so that a rename moves it."""
     return folder.with_name(f"{_ASIDE}{folder.name}")
 
 
 def seal(staged: Path, folder: Path, facts: dict[str, Any]) -> None:
-    """Put everything in `staged` on disk, then a manifest with the facts (JSON values), and rename it to `folder`.
+    """Sync everything in `staged` to disk, write a manifest with the facts (JSON values), and rename it to `folder`.
 
-    A folder of that name (one that was found damaged, say) makes way.
+    An existing folder of that name, a damaged checkpoint for example, is replaced.
 
     Raises:
         OSError: the disk is full, or cannot be written to.
@@ -67,10 +67,10 @@ def seal(staged: Path, folder: Path, facts: dict[str, Any]) -> None:
 
 
 def verify(folder: str | Path) -> dict[str, Any]:
-    """Check that every file of a checkpoint is what was written; returns its manifest.
+    """Check that every file of a checkpoint is unchanged; returns its manifest.
 
     Raises:
-        DamagedCheckpoint: a file is missing, cut or changed, or there is no manifest.
+        DamagedCheckpoint: a file is missing, truncated or changed, or there is no manifest.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
@@ -95,10 +95,10 @@ def verify(folder: str | Path) -> dict[str, Any]:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """A checkpoint's manifest, which checks itself; its files are not looked at.
+    """Returns a checkpoint's manifest after comparing it with its own checksum; other files are not read.
 
     Raises:
-        DamagedCheckpoint: there is none, or it is not what was written.
+        DamagedCheckpoint: it is missing, changed, or of a format that this version does not read.
     """
     try:
         raw = (folder / MANIFEST).read_bytes()
@@ -123,10 +123,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def verify_resumable(folder: str | Path) -> dict[str, Any]:
-    """Check that a checkpoint is whole, and that training can go on from it; returns its manifest.
+    """Check that a checkpoint is complete and has all that resuming needs; returns its manifest.
 
     Raises:
-        DamagedCheckpoint: it is not, or cannot.
+        DamagedCheckpoint: it is damaged, has pickled weights, or was written with save_only_model.
     """
     manifest = verify(folder)
     if any(_is_pickled_weights(path.name) for path in Path(folder).iterdir()):
@@ -140,10 +140,10 @@ def verify_resumable(folder: str | Path) -> dict[str, Any]:
 
 
 def resolve_checkpoint(resume: Any, output_dir: str | Path) -> Path:
-    """Find the checkpoint to resume from: a folder, or True or "latest" for the newest whole one of output_dir.
+    """Returns the checkpoint to resume: a folder, or for True or "latest" the newest complete one of output_dir.
 
     Raises:
-        DamagedCheckpoint: the named one is not whole. The message names the newest that is.
+        DamagedCheckpoint: the named one cannot be resumed. The message names the newest that can.
         ValueError: there is none, or the name is no folder.
     """
     if resume is True or str(resume).lower() in ("latest", "true"):
@@ -174,7 +174,7 @@ def resolve_checkpoint(resume: Any, output_dir: str | Path) -> Path:
 
 
 def newest_whole(output_dir: str | Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that can be resumed, or None, and what is wrong with each newer one."""
+    """Returns the newest checkpoint that can be resumed, or None, and what is wrong with each newer one."""
     damaged = []
     for folder in reversed(checkpoints(output_dir)):
         try:
@@ -187,13 +187,13 @@ def newest_whole(output_dir: str | Path) -> tuple[Path | None, list[str]]:
 
 
 def where_to_go_on(output_dir: str | Path) -> str:
-    """For the message of a run that ends: its newest whole checkpoint."""
+    """Returns half a sentence for an error message: which checkpoint of the run can be resumed."""
     newest, _ = newest_whole(output_dir)
     return "there is no checkpoint to resume" if newest is None else f"{newest} is the last checkpoint"
 
 
 def checkpoints(output_dir: str | Path) -> list[Path]:
-    """The folders checkpoint-N, whole or not, by step."""
+    """Returns the folders checkpoint-N, complete or not, sorted by step."""
     found = Path(output_dir).glob("checkpoint-*")
     return sorted((path for path in found if path.is_dir() and _NAME.fullmatch(path.name)), key=_step)
 
@@ -201,7 +201,7 @@ def checkpoints(output_dir: str | Path) -> list[Path]:
 def rotate(output_dir: Path, limit: int | None, keep: Collection[Path]) -> None:
     """Delete the oldest checkpoints down to `limit`, never those in `keep`, the first of which was just written.
 
-    Those of later steps belong to a run that was taken back, and go first.
+    Checkpoints of later steps are left over from before a resume, and are deleted first.
     """
     if limit is None or limit <= 0:
         return
@@ -216,13 +216,13 @@ def rotate(output_dir: Path, limit: int | None, keep: Collection[Path]) -> None:
 
 
 def remove_leftovers(output_dir: str | Path) -> None:
-    """Remove what killed runs left half written or half deleted."""
+    """Remove staging folders and half-deleted checkpoints of killed runs."""
     for path in Path(output_dir).glob(f"{_ASIDE}*checkpoint-*"):
         shutil.rmtree(path, ignore_errors=True)
 
 
 def check_writable(output_dir: str | Path) -> None:
-    """Refuse a folder that cannot be written to, or not be made; leaves nothing behind.
+    """Check that a folder can be created and written to; leaves nothing behind.
 
     Raises:
         ValueError: with the reason.
@@ -239,7 +239,7 @@ def check_writable(output_dir: str | Path) -> None:
 
 
 def _serialized(manifest: dict[str, Any]) -> bytes:
-    """JSON in one way of several, with a checksum of all of it but itself: equal bytes or damaged."""
+    """Returns canonical JSON with a checksum over the rest, so that a manifest can be compared byte by byte."""
     checksum = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
     return json.dumps({**manifest, "checksum": checksum}, indent=1, sort_keys=True).encode()
 

@@ -1,7 +1,7 @@
-"""What must be equal in the run that wrote a checkpoint and the one that resumes it, as values to store and compare.
+"""The identity of a run: what must be equal in the run that wrote a checkpoint and the one that resumes it.
 
-Data, tokenizers and models are told apart by checksums; options by their values. An optimizer's state and a schedule
-come from the checkpoint whatever the new run says, so an option that differs would be ignored in silence.
+Data, tokenizers and models are compared by fingerprints, options by their values. The states of optimizer and schedule
+come from the checkpoint whatever the options of the resuming run say, so a changed option would silently do nothing.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ _WAYS = {
 
 
 def options_identity(args: Any) -> dict[str, Any]:
-    """Of a TrainingArguments: what decides about a step, and the length of the run."""
+    """Returns the options of a TrainingArguments that determine a step, and the length of the run."""
     pairs = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     return {"examples per step": pairs, **{name: getattr(args, name) for name in (*_OPTIONS, *_LENGTH)}}
 
 
 def parameters_identity(model: nn.Module) -> dict[str, Any]:
-    """Names, shapes and dtypes of what is trained, and a checksum of what is not."""
+    """Returns names, shapes and dtypes of trained parameters, and a fingerprint of frozen ones."""
     named = list(model.named_parameters())
     trained = {
         name: f"{str(p.dtype).removeprefix('torch.')} {'×'.join(map(str, p.shape))}"
@@ -50,11 +50,11 @@ def parameters_identity(model: nn.Module) -> dict[str, Any]:
         if p.requires_grad
     }
     frozen = [(name, p) for name, p in named if not p.requires_grad]
-    return {_PARAMETERS: trained, **({"frozen weights": weights_checksum(frozen)} if frozen else {})}
+    return {_PARAMETERS: trained, **({"frozen weights": weights_fingerprint(frozen)} if frozen else {})}
 
 
-def weights_checksum(parameters: Iterable[tuple[str, Tensor]]) -> str:
-    """Of 64 values of each tensor, all over it: training moves nearly all values, so these tell two models apart."""
+def weights_fingerprint(parameters: Iterable[tuple[str, Tensor]]) -> str:
+    """Returns a hash over 64 evenly spaced values of each tensor: training changes nearly all values."""
     digest = _digest()
     for name, parameter in parameters:
         flat = parameter.detach().reshape(-1)
@@ -64,14 +64,14 @@ def weights_checksum(parameters: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def reference_identity(model: nn.Module, ref_model: nn.Module | None) -> dict[str, str]:
-    """Of the reference that training begins with; an adapter's base model is part of parameters_identity already."""
+    """Returns the fingerprint of the first reference; an adapter's base model is in parameters_identity already."""
     if ref_model is None and hasattr(model, "disable_adapter"):
         return {}
-    return {"reference weights": weights_checksum((ref_model or model).named_parameters())}
+    return {"reference weights": weights_fingerprint((ref_model or model).named_parameters())}
 
 
 def tokenizer_identity(tokenizer: Any) -> str:
-    """Of its vocabulary, added tokens included."""
+    """Returns size and fingerprint of the vocabulary, added tokens included."""
     digest = _digest()
     vocab = tokenizer.get_vocab()
     digest.update(json.dumps(sorted(vocab.items(), key=lambda item: item[1])).encode())
@@ -79,9 +79,9 @@ def tokenizer_identity(tokenizer: Any) -> str:
 
 
 def dataset_identity(dataset: Any, columns: Sequence[str] | None = None) -> str:
-    """Number of rows and, of a datasets.Dataset, a checksum over the values of its columns (None: all), in order.
+    """Returns the number of rows and, for a datasets.Dataset, a fingerprint of the values of its columns (None: all).
 
-    A dict of datasets has the identity of each.
+    For a dict of datasets, the identity of each.
     """
     if isinstance(dataset, dict):
         return ", ".join(f"{name}: {dataset_identity(part, columns)}" for name, part in dataset.items())
@@ -96,10 +96,10 @@ def dataset_identity(dataset: Any, columns: Sequence[str] | None = None) -> str:
 
 
 def check_same_run(then: Mapping[str, Any], now: Mapping[str, Any], folder: Any) -> bool:
-    """Compare two identities (what only one has is left out); returns whether the run's length is the same.
+    """Compare two identities in the entries that both have; returns whether the run's length is the same.
 
     Raises:
-        ValueError: with every difference: its name, its value then and now, and what to do.
+        ValueError: they differ; the message has each name, its value then and now, and what to do.
     """
     now = json.loads(json.dumps(now, default=str))
     different = [name for name in now if name in then and then[name] != now[name]]
@@ -132,7 +132,7 @@ def _difference(name: str, then: Any, now: Any) -> str:
 
 
 def _update(digest: Any, array: pa.Array) -> None:
-    """Add values, not their layout: the same rows may lie in another integer width or other chunks."""
+    """Add values independent of their layout: equal rows may have other integer widths or chunks."""
     kind = array.type
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
         _update(digest, array.value_lengths())

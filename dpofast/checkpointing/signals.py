@@ -1,4 +1,4 @@
-"""SIGTERM (preemption) and SIGINT (Ctrl-C) as a wish that a training loop looks at when a step is done."""
+"""Record SIGTERM (preemption) and SIGINT (Ctrl-C) so that a training loop can stop after a complete step."""
 
 from __future__ import annotations
 
@@ -10,22 +10,25 @@ from typing import Any
 
 
 class TrainingInterrupted(KeyboardInterrupt):
-    """Training stopped on a signal after a whole step; the message names its checkpoint."""
+    """Training stopped on a signal after a complete step; the message names its checkpoint."""
 
 
 class Interruption:
-    """While entered, the first signal is noted and the second one does what it would have done without.
+    """Context manager that records the first signal; the second one has its usual effect.
 
-    Outside the main thread, where Python allows no handlers, it notes nothing; an ignored signal stays ignored.
+    Outside the main thread, where Python allows no handlers, nothing is recorded. An ignored signal stays ignored.
+
+    Attributes:
+        signal: the recorded signal, or None.
     """
 
     def __init__(self) -> None:
-        """Note nothing yet."""
+        """Record nothing yet."""
         self.signal: signal.Signals | None = None
         self._former: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Interruption:
-        """Take over both signals."""
+        """Install the handlers."""
         self.signal, self._process = None, os.getpid()
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
@@ -34,7 +37,7 @@ class Interruption:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Give them back."""
+        """Restore the former handlers."""
         while self._former:
             signal.signal(*self._former.popitem())
 

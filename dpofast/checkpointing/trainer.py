@@ -1,14 +1,14 @@
-"""CheckpointedTrainer: transformers' Trainer with checkpoints that survive anything, and an exact resume.
+"""CheckpointedTrainer: transformers' Trainer with atomic checkpoints and an exact resume.
 
-Killed at any moment and resumed, a run ends with the same weights and logs the same losses, to the last bit, as one
-that was left alone (same machine, same number of threads): a checkpoint is whole or not there (checkpoint_folder.py),
-holds what Trainer leaves out (sums between two logs, callbacks' counters), and is refused by another run
-(run_identity.py).
+A run that is killed at any moment and resumed ends with the same weights and logs the same losses, bit for bit, as an
+uninterrupted one (same machine, same number of threads). A checkpoint folder appears complete or not at all
+(folder.py), stores what Trainer leaves out (the sums between two logs, callbacks' counters), and is refused by a run
+with other data, options or weights (identity.py).
 
-A save that fails (a full disk, say) is reported and leaves the run going: the next save is tried as usual, and once
-more when training ends. Only if that fails too does train() raise OSError, after it has written the weights alone where
-they fit. SIGTERM and SIGINT end the step, write a checkpoint and stop; an evaluation that is due runs first, because
-the resumed run would not make up for it.
+A save that fails, on a full disk for example, is reported and training continues: the next save is tried as usual, and
+once more when training ends. If that fails too, train() writes the weights alone if they fit and raises OSError.
+SIGTERM and SIGINT let the step end, write a checkpoint and stop. An evaluation that is due runs first, because the
+resumed run would skip it.
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ from dpofast.common.ranks import Ranks
 
 
 class CheckpointedTrainer(Trainer):
-    """A Trainer whose checkpoints are whole or not there, and resumed exactly or not at all.
+    """A Trainer that writes checkpoints atomically, and resumes them exactly or refuses to.
+
+    A subclass stores its own state by progress_state() and load_progress_state(), or save_more() and load_more().
 
     Args:
         model: as Trainer's.
@@ -81,9 +83,9 @@ class CheckpointedTrainer(Trainer):
         self._interruption = Interruption()
 
     def run_identity(self) -> dict[str, Any]:
-        """What a resumed run must share with the one that wrote its checkpoint: names and JSON values.
+        """Returns what a resumed run must have in common with the one that wrote its checkpoint: names and JSON values.
 
-        Looked at as training begins, before weights are loaded; a subclass adds what is its own.
+        Called when training begins, before weights are loaded; a subclass adds its own.
         """
         identity = {**options_identity(self.args), **parameters_identity(self.model)}
         if hasattr(self.processing_class, "get_vocab"):
@@ -95,11 +97,11 @@ class CheckpointedTrainer(Trainer):
         return identity
 
     def progress_state(self) -> dict[str, Any]:
-        """What else this rank must go on with: tensors and plain values; a subclass adds its own."""
+        """Returns further state of this rank to store in checkpoints, tensors and plain values; for a subclass."""
         return {}
 
     def load_progress_state(self, state: dict[str, Any]) -> None:
-        """Go on with what progress_state() gave, tensors on args.device."""
+        """Restore the state returned by progress_state(); its tensors are on args.device."""
 
     def save_more(self, folder: str) -> None:
         """Write what is too large for progress_state() into a checkpoint; called on every rank, for a subclass."""
@@ -115,13 +117,13 @@ class CheckpointedTrainer(Trainer):
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> Any:
-        """Train, or go on from a checkpoint: its folder, or True or "latest" for the newest whole one of output_dir.
+        """Train, or resume a checkpoint: its folder, or True or "latest" for the newest complete one of output_dir.
 
         Raises:
-            DamagedCheckpoint: the named checkpoint is not whole; nothing was loaded.
+            DamagedCheckpoint: the named checkpoint is damaged, incomplete or of another format; nothing was loaded.
             ValueError: there is no checkpoint, or it was written by another run (data, options, number of processes);
                 or FSDP has sharded the model already, in a train() before this one.
-            OSError: the last state could not be written, see the module.
+            OSError: the last state could not be written (see the module).
             TrainingInterrupted: SIGTERM or SIGINT came, and a checkpoint was written.
         """
         if self.is_fsdp_enabled and first_shard(self.model) is not None:
@@ -142,7 +144,7 @@ class CheckpointedTrainer(Trainer):
                 raise
 
     def _prepare(self, resume: str | bool | None) -> str | None:
-        """Refuse what cannot be resumed before anything is loaded; returns the folder to resume from."""
+        """Check what is to be resumed before anything is loaded; returns the folder to resume from."""
         if not self.args.should_save:
             return None
         self._identity = self.run_identity()
@@ -157,7 +159,7 @@ class CheckpointedTrainer(Trainer):
                 f"states of its own, and these are {self.args.world_size}: start as many as then"
             )
         self._same_length = check_same_run(manifest["run"], self._identity, folder)
-        # what this part of the run does without, its next checkpoints remember all the same
+        # keep entries that this part of the run does not have, such as data of an evaluation that is left out
         self._identity = {**manifest["run"], **self._identity}
         return str(folder)
 
@@ -173,7 +175,7 @@ class CheckpointedTrainer(Trainer):
     def _maybe_log_save_evaluate(
         self, tr_loss: Any, grad_norm: Any, model: Any, trial: Any, *args: Any, **kwargs: Any
     ) -> None:
-        """Save after everything that belongs to a step: Trainer calls this after each, and again at an epoch's end."""
+        """Save after logging and evaluating: Trainer calls this after each step, and again at the end of an epoch."""
         step, control = self.state.global_step, self.control
         again, self._ended_step = step == self._ended_step, step
         ends_epoch = (
@@ -221,7 +223,7 @@ class CheckpointedTrainer(Trainer):
     # ---- writing ----------------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Write aside, every rank its files; seal; and only then delete old ones."""
+        """Write all ranks' files to a staging folder, rename it when complete, then delete old checkpoints."""
         step, run_dir = self.state.global_step, Path(self._get_output_dir(trial))
         folder = run_dir / f"checkpoint-{step}"
         staged = staging_folder(folder)
@@ -293,14 +295,14 @@ class CheckpointedTrainer(Trainer):
             warnings.warn(f"{self._unsaved}{lost}. Training goes on, and the next save is tried", stacklevel=2)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Trainer's, where a full disk is an OSError, and weights that are not finite a ValueError."""
+        """Like Trainer's; raises OSError on a full disk, and ValueError for weights that are not finite."""
         if not _internal_call:
             self._together(self._check_finite)
         with _write_errors():
             super().save_model(output_dir, _internal_call)
 
     def _check_finite(self) -> None:
-        """A gradient that overflowed leaves no other trace where the next loss is of no step."""
+        """Raise ValueError for weights that are not finite: after the last step no loss would show an overflow."""
         for name, weight in self.model.named_parameters():
             own = weight.to_local() if hasattr(weight, "to_local") else weight
             if weight.requires_grad and not own.isfinite().all():
@@ -359,7 +361,7 @@ class CheckpointedTrainer(Trainer):
         self.load_more(folder)
 
     def _load_callback_state(self) -> None:
-        """Callbacks go on with their counters, even without restore_callback_states_from_checkpoint; options stay."""
+        """Restore callbacks' counters, even without restore_callback_states_from_checkpoint; their options stay."""
         found = defaultdict(list)
         for callback in self.callback_handler.callbacks:
             found[type(callback).__name__].append(callback)
@@ -378,7 +380,7 @@ class CheckpointedTrainer(Trainer):
     # ---- ranks ------------------------------------------------------------------------------------------------------
 
     def _together(self, part: Callable[[], Any]) -> Any:
-        """Run on every rank; what fails on one is raised on all, so that none waits. Returns the first result."""
+        """Run on every rank; an error on one is raised on all, so that none waits. Returns the first result."""
         problem, result = None, None
         try:
             with _write_errors():
@@ -394,7 +396,7 @@ class CheckpointedTrainer(Trainer):
 
 @contextlib.contextmanager
 def _write_errors() -> Iterator[None]:
-    """Writers that are not Python's own have their own words for a full disk."""
+    """Turn the errors of safetensors' and torch's writers into OSError."""
     try:
         yield
     except SafetensorError as error:

@@ -118,7 +118,7 @@ class _GroupFormatter(argparse.ArgumentDefaultsHelpFormatter):
     def _format_action_invocation(self, action: argparse.Action) -> str:
         if action.nargs == "?":  # a switch
             return action.option_strings[0]
-        value = {int: "N", float: "X"}.get(action.type, "TEXT")  # type: ignore[arg-type]
+        value = "N" if action.type is int else "X" if action.type is float else "TEXT"
         return f"{action.option_strings[0]} {value}{' ...' if action.nargs == '+' else ''}"
 
     def _get_help_string(self, action: argparse.Action) -> str | None:

@@ -1,7 +1,7 @@
-"""`dpofast eval`: does a checkpoint's implicit reward prefer the chosen response, or merely the longer one?
+"""`dpofast eval`: accuracy and margins of a checkpoint's implicit reward, and how they depend on response length.
 
 The implicit reward of a response is beta · (policy − reference log-prob); with --no_reference, beta · policy log-prob.
-dpofast.pair_statistics says how the intervals and the length-balanced accuracy are defined.
+dpofast.evaluation.statistics defines the intervals and the length-balanced accuracy are computed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from dpofast.losses.functional import preference_loss
 
 @dataclass(kw_only=True)
 class EvalArguments(ScoringArguments):
-    """What to evaluate, and how to show it."""
+    """Options of `dpofast eval`."""
 
     loss_type: str = field(default="sigmoid", metadata={"help": "The loss to report: a kind of dpofast train's."})
     output: str = field(default="table", metadata={"help": "What is printed: table or json."})
@@ -65,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _table(rows: Iterable[Mapping[str, Any]], arguments: EvalArguments) -> PairTable:
-    """All rows' numbers: 64 bytes a pair."""
+    """The numbers of all rows, 64 bytes a pair."""
     reference = ("ref_chosen_logps", "ref_rejected_logps")
     names = ("row", "chosen_logps", "rejected_logps", "chosen_tokens", "rejected_tokens")
     values = np.array([[row[name] for name in names] + [row.get(name, 0.0) for name in reference] for row in rows])
@@ -87,7 +87,7 @@ def _table(rows: Iterable[Mapping[str, Any]], arguments: EvalArguments) -> PairT
 
 
 def evaluation(pairs: PairTable) -> tuple[dict[str, Estimate], LengthStatistics]:
-    """What is reported of pairs: estimates by name, and what the reward has to do with length."""
+    """Returns the reported estimates by name, and the statistics of reward and length."""
     length = length_statistics(pairs)
     balanced = Estimate(
         length.accuracy_balanced,

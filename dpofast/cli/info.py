@@ -1,4 +1,4 @@
-"""`dpofast info`: what is installed, and which path is used."""
+"""`dpofast info`: print installed versions, and which kernels and attention run on this machine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dpofast.model.attention.interface import attention_report
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print it, and return 0."""
+    """Print, and return 0."""
     argparse.ArgumentParser(prog="dpofast info", description=__doc__).parse_args(argv)
     print(f"dpofast      {metadata.version('dpofast') if _installed('dpofast') else 'source checkout'}")
     print(f"python       {platform.python_version()} on {platform.machine()}")

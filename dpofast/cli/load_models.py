@@ -1,4 +1,4 @@
-"""Models and tokenizers as the commands load them: safetensors only, and no code of the model's own unless asked.
+"""Load models and tokenizers for the commands: safetensors only, and no code of the model's own unless asked.
 
 A folder that holds a LoRA adapter is its base model with the adapter on it.
 """
@@ -31,7 +31,7 @@ class Loading:
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool) -> Any:
-    """The tokenizer beside a model; an adapter folder without one has its base model's.
+    """Returns the tokenizer of a model; for an adapter's folder without one, that of its base model.
 
     Raises:
         ValueError: none can be loaded, with the reason.
@@ -48,7 +48,7 @@ def load_tokenizer(name: str, *, trust_remote_code: bool) -> Any:
 
 
 def load_model(name: str, loading: Loading) -> Any:
-    """A causal language model, from a folder, a hub name, or an adapter's folder (then a PEFT model).
+    """Returns a causal language model from a folder or hub name, or a PEFT model from an adapter's folder.
 
     Raises:
         ValueError: it is none, its weights are no safetensors, or they cannot be read, with the reason.
@@ -89,12 +89,12 @@ def _with_adapter(folder: str, loading: Loading) -> Any:
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a folder holds a PEFT adapter (and no whole model)."""
+    """Whether a folder contains a PEFT adapter."""
     return (Path(name) / _ADAPTER).is_file()
 
 
 def base_of(folder: str) -> str:
-    """The base model that an adapter's folder names.
+    """Returns the name of the base model from an adapter's folder.
 
     Raises:
         ValueError: it names none.
@@ -110,7 +110,7 @@ def base_of(folder: str) -> str:
 
 
 def _refuse_pickles(name: str, pickles: str, weights: str) -> None:
-    """A pickle runs whatever code its author put in: weights come as safetensors, or not at all."""
+    """Raise ValueError for pickled weights: reading a pickle runs the code in it."""
     folder = Path(name)
     if folder.is_dir() and any(folder.glob(pickles)) and not any(folder.glob(weights)):
         found = ", ".join(sorted(path.name for path in folder.glob(pickles)))
@@ -127,7 +127,7 @@ def _refuse_pickles(name: str, pickles: str, weights: str) -> None:
 
 
 def lora(rank: int, alpha: int | None) -> Any:
-    """peft's LoraConfig on every linear layer but the head, its alpha 16 if None is given; or None for rank 0.
+    """Returns peft's LoraConfig on every linear layer but the LM head, with alpha 16 for None; or None for rank 0.
 
     Raises:
         ValueError: a rank below 0, an alpha below 1 or without a rank, or no peft.
@@ -150,7 +150,7 @@ def lora(rank: int, alpha: int | None) -> Any:
 
 
 def four_bits(dtype: torch.dtype) -> Any:
-    """transformers' BitsAndBytesConfig of QLoRA (arXiv 2305.14314): NF4, double quantization, products in `dtype`.
+    """Returns transformers' BitsAndBytesConfig of QLoRA (arXiv 2305.14314): NF4, double quantization, compute in dtype.
 
     Raises:
         ValueError: bitsandbytes is not installed.
@@ -172,16 +172,16 @@ def four_bits(dtype: torch.dtype) -> Any:
 
 
 def device() -> torch.device:
-    """Where models run: the accelerator, or the CPU."""
+    """Returns where models run: the accelerator, or the CPU."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return accelerator or torch.device("cpu")
 
 
 def named(model: str) -> str:
-    """The model in a message: a name that is no folder is looked for on the hub."""
+    """Returns how a message names a model: one that is no folder is looked for on the hub."""
     return model if Path(model).is_dir() else f"{model} (no such folder, so a hub name)"
 
 
 def one_line(error: BaseException) -> str:
-    """An exception's message without line breaks."""
+    """Returns an exception's message without line breaks, at most 400 characters."""
     return " ".join(str(error).split())[:400] or type(error).__name__

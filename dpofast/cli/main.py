@@ -1,7 +1,7 @@
 """The command line: dpofast train | eval | score | demo | info.
 
-Whatever is wrong with what the user gave (a file, a row, a model, an option) ends in one message on stderr and exit
-code 2, before anything is written.
+An error in the user's input (a file, a row, a model, an option) gives one message on stderr and exit code 2, before
+anything is written.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ commands:
   info    what is installed and which path is used
 """
 
-# The module of a command is imported when it is asked for: torch alone takes seconds.
+# The module of a command is imported only when it runs: torch alone takes seconds.
 _COMMANDS = {
     "train": "dpofast.cli.train",
     "eval": "dpofast.cli.evaluate",

@@ -1,9 +1,9 @@
-"""`dpofast score`: a preference file with log-probs and implicit rewards added to every row.
+"""`dpofast score`: add log-probs and implicit rewards to every row of a preference file.
 
 Columns that are added: chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps (trl's names; nats, summed
 over the response), chosen_tokens, rejected_tokens, chosen_rewards, rejected_rewards (beta times policy minus reference)
-and margins. The output appears whole or not at all; what a killed run has scored lies beside it in OUTPUT.partial, and
-the same command goes on from there.
+and margins. The output appears complete or not at all. A killed run leaves its scores in OUTPUT.partial, and the same
+command resumes from it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dpofast.scoring.score_file import PartialScores, source_rows, weights_of, w
 
 @dataclass(kw_only=True)
 class ScoreArguments(ScoringArguments):
-    """What to score, and where it goes."""
+    """Options of `dpofast score`."""
 
     output: str = field(metadata={"help": "The file to write: .jsonl or .parquet."})
     overwrite: bool = field(default=False, metadata={"help": "Write over an output that exists."})

@@ -1,4 +1,4 @@
-"""What `dpofast eval` and `dpofast score` share: their options, and the scored pairs."""
+"""Options, loading and the scoring loop that `dpofast eval` and `dpofast score` share."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _MAX_TOKENS_GPU, _MAX_TOKENS_CPU = 16384, 1024
 
 @dataclass(kw_only=True)
 class ScoringArguments:
-    """Which model scores which pairs, against which reference."""
+    """Options of both commands: the model, the pairs and the reference."""
 
     model: str = field(metadata={"help": "A checkpoint: a folder or hub name, or the folder of a LoRA adapter."})
     data: str = field(
@@ -70,7 +70,7 @@ class ScoringArguments:
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """The data as loaded and as tokens, what became of its rows; the policy, and the reference or None for no model."""
+    """Data as loaded and as tokens, the report on its rows; the policy, and the reference or None without a model."""
 
     dataset: Dataset
     tokens: Dataset
@@ -80,7 +80,7 @@ class Prepared:
 
 
 def prepare(arguments: ScoringArguments) -> Prepared:
-    """Load everything, in the order of what is cheapest to refuse.
+    """Load data, tokenizer and models; what is cheap to check comes first.
 
     Raises:
         ValueError: data, a tokenizer or a model that cannot be used, or no reference where one is needed.
@@ -131,7 +131,7 @@ def _models(arguments: ScoringArguments) -> tuple[Any, Any]:
 def scored(
     arguments: ScoringArguments, prepared: Prepared, *, start: int = 0, ld_alpha: float | None = None
 ) -> Iterator[dict[str, Any]]:
-    """score_rows over the data from pair `start` on, with a bar on a terminal.
+    """Yields score_rows of the data from pair `start` on, with a progress bar on a terminal.
 
     Raises:
         FloatingPointError: a log-prob that is not finite, with its row.

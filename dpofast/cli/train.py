@@ -45,7 +45,7 @@ HELP_END = (
 
 @dataclass
 class TrainArguments:
-    """What to train and on what; everything else is a DPOConfig (every transformers.TrainingArguments flag)."""
+    """Options of `dpofast train` beside those of DPOConfig, which has every transformers.TrainingArguments option."""
 
     model: str = field(metadata={"help": "A folder or hub name that AutoModelForCausalLM loads (safetensors only)."})
     data: str = field(
@@ -113,7 +113,7 @@ def main(argv: Sequence[str]) -> int:
 
     from dpofast.data.load import load_preferences
 
-    # Input is looked at in the order of what is cheapest to refuse; nothing is written before all of it was accepted.
+    # What is cheap to check comes first; nothing is written before all input was accepted.
     tokenizer = load_tokenizer(train.model, trust_remote_code=train.trust_remote_code)
     train_data = load_preferences(train.data, split=train.split, on_bad_row=config.on_bad_row)
     eval_data = None
@@ -188,7 +188,7 @@ def _early_stopping(train: TrainArguments, config: DPOConfig) -> list[Any]:
 
 
 def _checked_output(config: Any) -> str | None:
-    """Refuse an output folder that is not empty, unless its run is resumed; returns the checkpoint to resume from.
+    """Check that the output folder is empty or its run is resumed; returns the checkpoint to resume from.
 
     Files of an earlier run would mix with this one's: an adapter left beside full weights is loaded with them.
     """

@@ -1,4 +1,4 @@
-"""Warnings in plain words, and what to try: functions of a run's logs and of its held-out pairs.
+"""Diagnose a run from its logs and its held-out pairs: warnings, and what to try.
 
 Each check looks for one thing, has its thresholds as constants here, and returns a Finding or None. Logs are
 Trainer's log_history: mappings with `step`, training logs with `loss`, evaluations with `eval_loss`.
@@ -42,7 +42,7 @@ SATURATED_ACCURACY, SATURATED_MARGIN = 0.98, 4.6
 
 @dataclass(frozen=True)
 class Finding:
-    """name: of the check; title: what was found; text: the numbers, and what they mean; advice: what to try."""
+    """A warning: the check's name, a title, a text with the numbers and what they mean, and advice on what to try."""
 
     name: str
     title: str
@@ -52,7 +52,7 @@ class Finding:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What the checks see of a run.
+    """The data of a run that the checks use.
 
     history: the logs, in order; pairs: the last evaluation's, or None; with_reference: whether rewards are against a
     reference; per_token: whether the loss compares log-probs per token; beta, learning_rate, epochs: of the settings;
@@ -75,7 +75,7 @@ class Run:
     length: LengthStatistics | None = field(init=False)
 
     def __post_init__(self) -> None:
-        """Find the rewards that the loss compares, and look at length once."""
+        """Derive the compared rewards and the length statistics."""
         compared = self.pairs
         if compared is not None and self.per_token:
             compared = replace(compared, rewards=compared.rewards / compared.lengths)
@@ -84,15 +84,15 @@ class Run:
         object.__setattr__(self, "length", length_statistics(compared) if enough and compared else None)
 
     def trained(self, name: str = "loss") -> list[tuple[int, float]]:
-        """(step, value) of the training logs that have a finite value of this name."""
+        """Returns (step, value) of the training logs that have a finite value of this name."""
         return _series(self.history, "loss", name)
 
     def held_out(self, name: str = "loss") -> list[tuple[int, float]]:
-        """The same of the evaluations; names without their prefix."""
+        """Returns the same of the evaluations; the name is without their prefix."""
         return _series(self.history, f"{self.prefix}_loss", f"{self.prefix}_{name}")
 
     def last(self, name: str) -> float | None:
-        """The last held-out value; without evaluations the mean of the last fifth of the training logs."""
+        """Returns the last held-out value; without evaluations the mean of the last fifth of the training logs."""
         if values := self.held_out(name):
             return values[-1][1]
         trained = self.trained(name)
@@ -113,7 +113,7 @@ def _mean(values: Sequence[tuple[int, float]]) -> float:
 
 
 def diagnose(run: Run) -> list[Finding]:
-    """Every warning that the run gives cause for, in the order of CHECKS."""
+    """Returns the warnings of all CHECKS, in their order."""
     return [warning for check in CHECKS if (warning := check(run)) is not None]
 
 

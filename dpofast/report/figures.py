@@ -1,4 +1,4 @@
-"""The pictures of report.html: each an SVG drawn from a run's logs, or from the pairs of its last evaluation."""
+"""The figures of report.html, as SVG, drawn from a run's logs and from the pairs of its last evaluation."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ _STYLE: Any = {
     "ytick.color": "#4b5563",
     "svg.fonttype": "path",
 }
-# Points of a scatter that a page still scrolls well with; of more pairs some are drawn.
+# More points of a scatter plot would make the page slow; of more pairs an even selection is drawn.
 _MOST_DOTS = 1500
 
 
 @dataclass(frozen=True)
 class Picture:
-    """section: where it belongs; title; caption: how to read it; svg: its text."""
+    """A figure: the section of the page it belongs to, title, caption (how to read it), and its SVG text."""
 
     section: str
     title: str
@@ -41,7 +41,7 @@ class Picture:
 
 
 def pictures(run: Run) -> list[Picture]:
-    """All pictures that the run has numbers for."""
+    """Returns all figures that the run has data for."""
     return list(_pictures(run))
 
 

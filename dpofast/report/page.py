@@ -1,7 +1,7 @@
-"""report.html: one page about a run, to read in any browser, with nothing loaded from elsewhere.
+"""Write report.html: a self-contained page about a run.
 
-Plots, warnings in plain words (diagnosis.py), the best and the worst held-out pairs, settings, data and throughput.
-What comes from data (prompts, responses, file names) is escaped.
+It has plots (figures.py), warnings (diagnosis.py), the held-out pairs with the largest and smallest margins, settings,
+data and throughput. Text that comes from data (prompts, responses, file names) is escaped.
 """
 
 from __future__ import annotations
@@ -40,14 +40,19 @@ _MAIN_SETTINGS = (
 
 
 class ReportCallback(TrainerCallback):
-    """Writes report.html when training ends: trainer.add_callback(ReportCallback(trainer, "report.html"))."""
+    """Writes report.html when training ends: trainer.add_callback(ReportCallback(trainer, "report.html")).
+
+    Args:
+        trainer: the DPOTrainer to report on.
+        path: the file to write.
+    """
 
     def __init__(self, trainer: Any, path: str | os.PathLike[str]) -> None:
-        """Take the DPOTrainer that it reports on, and where the page goes."""
+        """Keep both."""
         self.trainer, self.path = trainer, Path(path)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Write the page, on the first process. If that fails the run goes on to its end: it is worth more."""
+        """Write the page on the first process; an error becomes a warning, so that the run ends as usual."""
         if not state.is_world_process_zero:
             return
         try:
@@ -58,7 +63,11 @@ class ReportCallback(TrainerCallback):
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What the page says beside plots and warnings."""
+    """The title, the numbers and the tables of the page.
+
+    title: the model's name; cards: (label, value, note) of each number at the top; data: rows of the table
+    about the run; settings: every option by name.
+    """
 
     title: str
     cards: Sequence[tuple[str, str, str]]
@@ -86,7 +95,13 @@ def write_report(trainer: Any, path: str | os.PathLike[str]) -> Path:
 
 
 def run_of(trainer: Any, prefix: str, records: PairRecords | None) -> Run:
-    """What diagnosis.py looks at."""
+    """Returns the input of diagnosis.py and figures.py.
+
+    Args:
+        trainer: a DPOTrainer.
+        prefix: of the evaluation's metrics, "eval".
+        records: of the last evaluation's pairs, or None.
+    """
     args, report = trainer.args, trainer.data_reports.get("train")
     return Run(
         history=trainer.state.log_history,
@@ -103,7 +118,7 @@ def run_of(trainer: Any, prefix: str, records: PairRecords | None) -> Run:
 
 
 def facts_of(trainer: Any, run: Run) -> Facts:
-    """The numbers at the top, and the tables at the bottom."""
+    """Returns the numbers at the top of the page and the tables at its end."""
     model = getattr(trainer.model.config, "name_or_path", "") or type(trainer.model).__name__
     parameters = list(trainer.model.parameters())
     trained = sum(p.numel() for p in parameters if p.requires_grad)
@@ -122,7 +137,7 @@ def facts_of(trainer: Any, run: Run) -> Facts:
 
 
 def _cards(run: Run) -> list[tuple[str, str, str]]:
-    """(label, value, note): held-out numbers, or those of training where nothing was held out."""
+    """(label, value, note) of each number: held-out ones, or those of training without an evaluation."""
     where = "held-out" if run.held_out() else "training"
     cards = []
     for label, name, form in (
@@ -149,7 +164,7 @@ def _cards(run: Run) -> list[tuple[str, str, str]]:
 
 
 def _settings(args: Any) -> dict[str, Any]:
-    """Every option as to_dict gives it, which hides tokens."""
+    """Every option, from to_dict, which hides access tokens."""
     return {name: value for name, value in args.to_dict().items() if not name.startswith("_")}
 
 
@@ -186,7 +201,7 @@ def _text(tokenizer: Any, ids: Iterable[int]) -> str:
 
 
 def render(run: Run, facts: Facts, pairs: str) -> str:
-    """The page as text."""
+    """Returns the page as HTML text; pairs is the HTML of the held-out pairs."""
     shown = pictures(run)
     settings = facts.settings
     main = [(name, settings[name]) for name in _MAIN_SETTINGS if name in settings]

@@ -1,4 +1,4 @@
-"""What a run shows and keeps while it trains: a progress bar or plain lines, and one JSON line a log."""
+"""Trainer callbacks that show progress (a bar, or plain lines) and append every log to a JSON lines file."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ _SHOWN = {
 
 
 def follow(trainer: Trainer, metrics: str | Path | None = None, *, title: str = "training") -> None:
-    """Show a trainer's progress here and append its logs to a file.
+    """Show a trainer's progress on standard output and append its logs to a file.
 
     Args:
-        trainer: any transformers.Trainer; its own bar (or printer of logs) is taken off.
+        trainer: any transformers.Trainer; its own progress bar or log printer is removed.
         metrics: the JSON lines file, or None for no file.
-        title: what stands before the bar.
+        title: shown before the bar.
     """
     for theirs in (TqdmCallback, PrinterCallback):
         trainer.remove_callback(theirs)
@@ -45,10 +45,15 @@ def follow(trainer: Trainer, metrics: str | Path | None = None, *, title: str = 
 
 
 class ProgressCallback(TrainerCallback):
-    """Loss, accuracy, margin, tokens per second, peak memory, time left: a bar on a terminal, elsewhere lines."""
+    """Shows loss, accuracy, margin, tokens per second, peak memory and time left; a bar on a terminal, else lines.
+
+    Args:
+        title: shown before the bar.
+        console: where to print; default: standard output.
+    """
 
     def __init__(self, title: str = "training", console: Console | None = None) -> None:
-        """Show under a title, on a console of your own or standard output."""
+        """Keep both; the bar is made when training begins."""
         self.title = title
         self.console = console or Console()
         self._bar: Progress | None = None
@@ -72,7 +77,7 @@ class ProgressCallback(TrainerCallback):
             self._bar.update(self._task, completed=state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
-        """Show the values: of training beside the bar, of an evaluation (or without a terminal) as a line."""
+        """Show a training log beside the bar; an evaluation, or any log without a terminal, as a line."""
         held_out = "eval_loss" in (logs or {})
         values = _values(logs or {}, prefix="eval_" if held_out else "")
         if not values or not state.is_world_process_zero:
@@ -88,7 +93,7 @@ class ProgressCallback(TrainerCallback):
             self.console.print(f"{step}  {'held-out: ' * held_out}{values}", highlight=False, soft_wrap=True)
 
     def _left(self, state: Any) -> str:
-        """The time left at the pace so far, evaluations included."""
+        """The time left at the speed so far, evaluations included."""
         started, first = self._begin
         done = state.global_step - first
         if done <= 0 or state.global_step >= state.max_steps:
@@ -107,15 +112,18 @@ class ProgressCallback(TrainerCallback):
 class JsonlCallback(TrainerCallback):
     """Appends every log to a file as one JSON line with its step; a value that is not finite is written as null.
 
-    A line that does not fit on the disk is left out with a warning: it is no reason to lose a run.
+    On a full disk the line is left out with a warning, and training continues.
+
+    Args:
+        path: the file; its folders are made when training begins.
     """
 
     def __init__(self, path: str | Path) -> None:
-        """Write to a path whose folders are made when training begins."""
+        """Keep the path."""
         self.path = Path(path)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start anew, or after the resumed step: what an interrupted run logged beyond it is trained again."""
+        """Empty the file, or when resuming keep the lines up to the resumed step: later steps are trained again."""
         if not state.is_world_process_zero:
             return
         kept = []
@@ -140,7 +148,7 @@ class JsonlCallback(TrainerCallback):
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The entries of a JsonlCallback's file. A last line that a crash cut short is left out.
+    """Returns the entries of a JsonlCallback's file; an incomplete last line is ignored.
 
     Raises:
         ValueError: a line elsewhere that is not JSON, with its number.

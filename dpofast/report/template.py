@@ -1,4 +1,4 @@
-"""The frame of report.html: its style, and where report.py puts what it has to say."""
+"""The HTML and CSS template of report.html, filled in by page.py."""
 
 from string import Template
 

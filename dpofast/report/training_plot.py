@@ -1,4 +1,4 @@
-"""The picture of a run: loss, accuracy, margin and rewards over steps, from its metrics.jsonl."""
+"""Plot loss, accuracy, margin and rewards over steps from a metrics.jsonl, and what all figures share."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def plot_training(metrics: str | Path, png: str | Path) -> None:
     """Draw a run's training values as lines and its held-out values as dashed lines with dots.
 
     Args:
-        metrics: the JSON lines that dpofast.progress.JsonlCallback wrote.
-        png: where the picture goes.
+        metrics: the JSON lines file of dpofast.report.progress.JsonlCallback.
+        png: the file to write.
 
     Raises:
         ValueError: no entry with a loss in the file.
@@ -60,7 +60,7 @@ def plot_training(metrics: str | Path, png: str | Path) -> None:
 
 
 def curve(axes: Axes, entries: Sequence[Mapping[str, Any]], name: str, label: str, **style: Any) -> None:
-    """Draw a metric over steps, if any entry has it as a finite number; of very many points some are left out."""
+    """Draw the finite values of a metric over steps, thinned out evenly to at most 600 points."""
     found = [(entry["step"], entry.get(name)) for entry in entries if "step" in entry]
     points = [(step, value) for step, value in found if isinstance(value, (int, float)) and math.isfinite(value)]
     points = points[:: -(-len(points) // _MOST_POINTS)] if points else []
@@ -69,13 +69,13 @@ def curve(axes: Axes, entries: Sequence[Mapping[str, Any]], name: str, label: st
 
 
 def frame(axes: Axes) -> None:
-    """Grid, and two sides of a frame."""
+    """Draw a grid, and hide the top and right edges of the frame."""
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def finish(axes: Axes) -> None:
-    """Grid, frame and legend."""
+    """Draw grid, frame and, where there are labels, a legend."""
     frame(axes)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False)

@@ -1,4 +1,4 @@
-"""Which pairs make up an optimizer step, the same on every rank, and each rank's even share of them.
+"""Choose the pairs of every optimizer step, equal on all ranks, and divide each step evenly among the ranks.
 
 The order is that of transformers' Trainer (accelerate's seeded random sampler, or the dataset's own), cut into steps of
 a fixed number of pairs whatever the number of ranks. It is a function of seed and epoch alone, so a resumed run needs
@@ -28,7 +28,7 @@ _ROWS = 1024  # of an Arrow table at a time
 
 
 class StepExamples(list[Any]):
-    """This rank's examples of a step, and the whole step's numbers.
+    """This rank's examples of a step, and counts over the whole step.
 
     Attributes:
         num_pairs: pairs of the step, on all ranks.
@@ -41,7 +41,7 @@ class StepExamples(list[Any]):
 
 @dataclass(frozen=True)
 class PairLengths:
-    """What dividing a step needs to know of n pairs.
+    """Lengths of n pairs, from which a step is divided.
 
     Attributes:
         positions: (n,) int64, packed positions of each pair by itself: P + (C − 1) + (R − 1).
@@ -57,7 +57,7 @@ class PairLengths:
 
     @classmethod
     def of(cls, dataset: Dataset) -> PairLengths:
-        """Read them from a token-level dataset, a part of its table at a time."""
+        """Reads them from a token-level dataset, 1024 rows at a time."""
         lengths: dict[str, list[np.ndarray]] = {name: [] for name in ID_COLUMNS}
         keys: list[np.ndarray] = []
         for table in windows(dataset, ID_COLUMNS, spans(len(dataset), _ROWS)):
@@ -143,7 +143,7 @@ class StepSampler(BatchSampler):
             yield order[start : start + self.pairs_per_step]
 
     def __iter__(self) -> Iterator[Any]:
-        """What StepDataset takes: the indices of this rank's share, and those of the whole step."""
+        """Yields what StepDataset takes: the indices of this rank's share, with those of the whole step."""
         for step in self.steps():
             share = step if self.lengths is None else rank_shares(self.lengths, step, self.num_ranks)[self.rank]
             yield _Share(share.tolist(), step)
@@ -163,10 +163,10 @@ class _Share(list[int]):
 
 
 class StepDataset(torch.utils.data.Dataset[Any]):
-    """A token-level dataset that hands out a step's examples with the step's totals."""
+    """A token-level dataset that returns a rank's examples of a step as StepExamples."""
 
     def __init__(self, dataset: Dataset, lengths: PairLengths | None = None) -> None:
-        """Lengths are needed where a rank's share is not the whole step."""
+        """Keep both; lengths are needed where a rank's share is not the whole step."""
         self.dataset, self.lengths = dataset, lengths
 
     def __len__(self) -> int:
@@ -204,7 +204,7 @@ def step_loader(
     *,
     training: bool,
 ) -> StepLoader:
-    """A loader of StepExamples: this rank's share of each step of pairs_per_rank · ranks.size pairs.
+    """Returns a loader of StepExamples: this rank's share of each step of pairs_per_rank · ranks.size pairs.
 
     In training in the order and with the dataloader_drop_last of args, in evaluation all pairs in the dataset's order.
     """
@@ -230,7 +230,7 @@ def step_loader(
 
 
 def first_examples(dataset: Dataset, positions: int, *, share_prompts: bool) -> StepExamples:
-    """The first pairs of a token-level dataset with at least so many positions together, as a step by themselves."""
+    """Returns the first pairs of a token-level dataset that have at least so many positions, as a step of their own."""
     examples = StepExamples()
     prompt, *responses = ID_COLUMNS
     counted = [prompt, *responses] if share_prompts else [prompt, prompt, *responses]
@@ -255,7 +255,7 @@ def _bounds(column: Any) -> np.ndarray:
 
 
 def _keys(tokens: np.ndarray, bounds: Sequence[int] | np.ndarray) -> np.ndarray:
-    """(rows,) uint64, a hash of every row's tokens: the same in every process, which Python's own is not."""
+    """(rows,) uint64, a hash of every row's tokens that is equal in all processes, unlike Python's own."""
     ends = list(bounds)
     digests = [
         hashlib.blake2b(tokens[start:stop].tobytes(), digest_size=8).digest()
