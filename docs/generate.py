@@ -210,8 +210,13 @@ def public_names() -> str:
     """An entry of the API reference for every name of dpofast.__all__, from the module that defines it."""
     import dpofast
 
-    names = [name for name in dpofast.__all__ if name != "__version__"]
-    return "\n\n".join(f"::: {dpofast._MODULES[name]}.{name}" for name in sorted(names, key=str.lower))
+    # Their other methods override transformers' own, and their fields are on the page of flags.
+    constructor_only = ("DPOConfig", "DPOTrainer")
+    entries = []
+    for name in sorted(dpofast._MODULES, key=str.lower):
+        options = "\n    options:\n      members: [__init__]" if name in constructor_only else ""
+        entries.append(f"::: {dpofast._MODULES[name]}.{name}{options}")
+    return "\n\n".join(entries)
 
 
 def worked_example() -> str:
@@ -236,7 +241,7 @@ TEXTS: dict[str, Callable[[], str]] = {
     "public_names": public_names,
     "worked_example": worked_example,
     "evidence": markdown.evidence_table,
-    "steps": markdown.step_table,
+    "steps": markdown.step_tables,
     "head": markdown.head_table,
     "packing": markdown.packing_table,
     "memory": markdown.memory_table,
