@@ -65,6 +65,7 @@ def _step_table(trained: str, where: str, group: list[Record]) -> str:
         "trl's time over it",
         "peak, GiB",
         "of trl's",
+        "positions",
         "GEMM work, GFLOP",
     )
     body = []
@@ -73,7 +74,7 @@ def _step_table(trained: str, where: str, group: list[Record]) -> str:
         base = figures["engines"]["trl"]
         case = f"{_tokens(record)}, {figures['pairs_per_step']}" + (", 3 epochs" if figures.get("epochs") == 3 else "")
         for engine, row in figures["engines"].items():
-            work = row.get("work", {}).get("gemm_gflops")
+            work = row.get("work")
             body.append(
                 (
                     case,
@@ -82,14 +83,16 @@ def _step_table(trained: str, where: str, group: list[Record]) -> str:
                     f"{base['step_s']['median'] / row['step_s']['median']:.1f}x",
                     f"{row['peak_bytes'] / GIB:.1f}",
                     f"{row['peak_bytes'] / base['peak_bytes']:.0%}",
-                    "-" if work is None else f"{work:,.0f}",
+                    "-" if work is None else f"{work['positions']:,.0f}",
+                    "-" if work is None else f"{work['gemm_gflops']:,.0f}",
                 )
             )
             case = ""
     days = sorted({record["date"][:10] for record in group})
     losses = max(record["figures"]["loss_difference"] for record in group)
     title = f"**{trained}**, {where}, {' and '.join(days)}; losses differ by at most {losses:.0e}:"
-    return f"{title}\n\n{rows(header, body)}"
+    commands = "\n".join(dict.fromkeys(record["command"] for record in group))
+    return f"{title}\n\n{rows(header, body)}\n\n```\n{commands}\n```"
 
 
 HEAD_MODES = {"trained": "head trains", "frozen": "head frozen", "forward": "no gradient"}

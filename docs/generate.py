@@ -72,10 +72,21 @@ def inherited_flags() -> str:
 
 
 def kinds() -> str:
-    """The table of losses: reference, options and plan."""
-    from dpofast.losses.kinds import kinds_table
+    """The table of losses: whether each needs a reference, its options, and the plan of a trained head."""
+    from dpofast.losses.kinds import KINDS
 
-    return kinds_table()
+    body = []
+    for name, kind in KINDS.items():
+        options = ["beta"] if name != "sft" else []
+        options += ["label_smoothing"] if kind.smoothing else []
+        options += ["f_divergence_type"] if kind.divergence else []
+        options += kind.options
+        plan = "coupled: keep and recompute" if kind.coupled else "separable: 3 GEMMs"
+        if "bco_delta" in kind.options:
+            plan += "; coupled with `bco_delta='running_mean'`"
+        shown = ", ".join(f"`{option}`" for option in options)
+        body.append((f"`{name}`", "needed" if kind.reference else "not used", shown, plan))
+    return markdown.rows(("kind", "reference", "options", "plan of a trained head"), body)
 
 
 def formulas() -> str:
