@@ -40,6 +40,13 @@ lint: $(INSTALLED)
 	$(BIN)/mypy dpofast
 	$(BIN)/clang-format --dry-run -Werror csrc/*.?pp csrc/*/*.?pp
 
+# The site in build/site, links and all checked; without network once mkdocs is there. What it shows is made from the code.
+.PHONY: docs
+docs: $(INSTALLED)
+	$(BIN)/python -c "import material, mkdocstrings_handlers.python" 2>/dev/null \
+	    || $(BIN)/pip install -c constraints.txt -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 # A million random and damaged inputs through the packer's C++ under AddressSanitizer and UBSan, then fewer of them with
 # several threads under ThreadSanitizer. Needs a compiler, but no .venv.
 fuzz: build/csrc/fuzz build/csrc/fuzz_threads

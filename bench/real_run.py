@@ -1,10 +1,10 @@
-"""Time the README's "A real model on a laptop": dpofast train on SmolLM2 and preference pairs from film reviews.
+"""The run of docs/real_run.md, timed: dpofast train on SmolLM2 and preference pairs from film reviews.
 
     python -m bench.smollm2 build/smollm2
     python -m bench.real_pairs build/reviews
     python -m bench.real_run
 
-Runs the README's command as it stands there, and records its wall time, peak resident memory and held-out metrics
+Runs that page's command as it stands there, and records its wall time, peak resident memory and held-out metrics
 before, during and after training in bench/results/real_run.jsonl.
 """
 

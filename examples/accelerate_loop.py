@@ -1,4 +1,9 @@
-"""A loop on accelerate: any number of processes, mixed precision. dataset: prompt_ids, chosen_ids and rejected_ids."""
+"""A loop on accelerate: any number of processes, mixed precision.
+
+    python examples/accelerate_loop.py
+
+dataset: rows with prompt_ids, chosen_ids and rejected_ids.
+"""
 
 import torch
 from accelerate import Accelerator
@@ -32,3 +37,9 @@ def train(model, ref_model, dataset, *, pairs_per_step=4, learning_rate=0.1):
         optimizer.zero_grad()
         losses.append(float(accelerator.reduce(loss.detach(), "mean")))
     return losses
+
+
+if __name__ == "__main__":
+    from tiny import tiny_examples, tiny_model
+
+    print(train(tiny_model(), tiny_model(), tiny_examples()))

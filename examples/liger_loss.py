@@ -1,5 +1,7 @@
 """Code that calls LigerFusedLinearDPOLoss: the import changes, and the call does not.
 
+    python examples/liger_loss.py
+
 batches: dicts of padded input_ids, attention_mask and completion_mask (2P, L), chosen rows first.
 """
 
@@ -25,5 +27,11 @@ def train(model, ref_model, batches, *, learning_rate=0.1):
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     return losses
+
+
+if __name__ == "__main__":
+    from tiny import tiny_model, tiny_padded
+
+    print(train(tiny_model(), tiny_model(), tiny_padded()))

@@ -1,5 +1,7 @@
 """A module in the manner of Lightning and torchtune: take lightning.LightningModule as the base, and the rest stays.
 
+    python examples/lightning_module.py
+
 It computes reference log-probs once, and then the whole loss in one call: the cheapest path where the head trains.
 """
 
@@ -49,3 +51,9 @@ def train(model, ref_model, examples):
         optimizer.zero_grad()
         losses.append(float(loss.detach()))
     return losses
+
+
+if __name__ == "__main__":
+    from tiny import tiny_examples, tiny_model
+
+    print(train(tiny_model(), tiny_model(), tiny_examples()))

@@ -1,4 +1,9 @@
-"""A plain PyTorch loop. examples: mappings with prompt_ids, chosen_ids and rejected_ids."""
+"""A plain PyTorch loop: packing, log-probs, the loss, and gradients that do not depend on micro-batches.
+
+    python examples/pytorch_loop.py
+
+examples: mappings with prompt_ids, chosen_ids and rejected_ids.
+"""
 
 import torch
 
@@ -26,3 +31,9 @@ def train(model, ref_model, examples, *, pairs_per_step=4, max_tokens=4096, lear
         optimizer.zero_grad()
         losses.append(float(loss_of_step))
     return losses
+
+
+if __name__ == "__main__":
+    from tiny import tiny_examples, tiny_model
+
+    print(train(tiny_model(), tiny_model(), tiny_examples()))

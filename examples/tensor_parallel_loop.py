@@ -1,8 +1,11 @@
 """Tensor parallelism: the plain loop on a Llama whose layers torch splits, and whose head is split by its vocabulary.
 
+    python examples/tensor_parallel_loop.py         # two CPU processes
+
 Every rank of the mesh runs pytorch_loop.train on the same examples; logits of a rank's own words are all it computes.
 """
 
+import torch
 from torch import nn
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -24,3 +27,23 @@ def shard(model, mesh):
     # A parameter alone, and no plan for lm_head: linear_logprobs brings the exchanges that it needs.
     model.lm_head.weight = nn.Parameter(distribute_tensor(model.lm_head.weight.detach(), mesh, [Shard(0)]))
     return model
+
+
+def _rank(rank, folder):
+    from pytorch_loop import train
+    from tiny import tiny_examples, tiny_model
+
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+    mesh = torch.distributed.init_device_mesh("cpu", (2,))
+    losses = train(shard(tiny_model(), mesh), shard(tiny_model(), mesh), tiny_examples())
+    if rank == 0:
+        print(losses)
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(_rank, (folder,), nprocs=2)

@@ -1,4 +1,9 @@
-"""A subclass of transformers.Trainer. train_dataset: rows with prompt_ids, chosen_ids and rejected_ids."""
+"""A subclass of transformers.Trainer, whose compute_loss is packed.
+
+    python examples/transformers_trainer.py
+
+train_dataset: rows with prompt_ids, chosen_ids and rejected_ids.
+"""
 
 import torch
 from transformers import Trainer, TrainingArguments
@@ -46,3 +51,13 @@ def train(model, ref_model, dataset, folder, *, pairs_per_step=4, learning_rate=
     trainer = PreferenceTrainer(model, ref_model, args, dataset)
     trainer.train()
     return [log["loss"] for log in trainer.state.log_history if "loss" in log]
+
+
+if __name__ == "__main__":
+    import tempfile
+
+    from datasets import Dataset
+    from tiny import tiny_examples, tiny_model
+
+    with tempfile.TemporaryDirectory() as folder:
+        print(train(tiny_model(), tiny_model(), Dataset.from_list(tiny_examples()), folder))

@@ -1,6 +1,15 @@
-"""The recipes of the README: each trains the same model on the same pairs in the same order, so all must agree."""
+"""The loops of examples/: each trains the same model on the same pairs in the same order, so all must agree.
 
+Each also runs alone, as `python examples/<name>.py`.
+"""
+
+import ast
 import math
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +31,10 @@ from tests.support.tiny import tiny_model, tiny_pairs
 from tests.support.trl_cases import text_pairs, word_tokenizer
 
 PAIRS_PER_STEP, EOS = 4, 1
+FOLDER = Path(pytorch_loop.__file__).parent
+# Starts processes, which look for its functions in the main module.
+SPAWNS = "tensor_parallel_loop"
+ALONE = sorted({path.stem for path in FOLDER.glob("*.py")} - {"tiny", SPAWNS})
 
 
 def examples():
@@ -104,3 +117,34 @@ def test_tensor_parallel_ranks_do_the_same(loop, tmp_path):
         assert losses == pytest.approx(loop[0], abs=1e-5)
         for key, value in loop[1].state_dict().items():
             torch.testing.assert_close(weights[key], value, atol=1e-5, rtol=1e-4, msg=key)
+
+
+def losses_of(printed):
+    """The list in the last line of an example's output, a loss for each of its three steps."""
+    losses = ast.literal_eval(printed.splitlines()[-1])
+    assert len(losses) == 3 and all(math.isfinite(loss) for loss in losses)
+    return losses
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_an_example_runs_alone(name, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    try:
+        runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
+    finally:
+        unpatch_trl()
+    losses = losses_of(capsys.readouterr().out)
+    if name != "own_loss":
+        assert losses[0] == pytest.approx(math.log(2), abs=1e-5)
+
+
+def test_the_tensor_parallel_example_runs_alone():
+    path = os.pathsep.join([str(FOLDER.parent), os.environ.get("PYTHONPATH", "")])
+    run = subprocess.run(
+        [sys.executable, str(FOLDER / f"{SPAWNS}.py")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+    )
+    assert run.returncode == 0, run.stderr
+    assert losses_of(run.stdout)[0] == pytest.approx(math.log(2), abs=1e-5)

@@ -1,7 +1,6 @@
 """Every kind and modifier against reference.py in float64: values, gradients, extremes; what is refused."""
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -9,11 +8,9 @@ import torch
 from dpofast import PreferenceLoss, preference_loss, reference
 from dpofast.losses.coefficients import StepTotals, pair_terms
 from dpofast.losses.functional import token_preference_loss
-from dpofast.losses.kinds import KINDS, kinds_table
+from dpofast.losses.kinds import KINDS
 from dpofast.losses.sequences import Tokens, pair_logprobs, segment_sums
 from tests.support.losses_cases import LENGTHS, LOSSES, PAIRS, plain_options, problem, reference_sums
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def ours(tokens, cu_targets, pairs, ref_tokens, log_sum_sq, loss, **options):
@@ -172,10 +169,6 @@ def test_ld_alpha_by_hand():
     cu_targets, pairs = torch.tensor([0, 3, 5], dtype=torch.int32), torch.tensor([[0, 1]], dtype=torch.int32)
     sums = pair_logprobs(tokens, cu_targets, pairs, ld_alpha=0.5)
     assert sums.tolist() == [[-1.0 - 2.0 - 0.5 * 3.0, -9.0]]
-
-
-def test_the_readme_shows_the_table_of_kinds():
-    assert kinds_table() in (ROOT / "README.md").read_text("utf-8")
 
 
 @pytest.mark.parametrize(
