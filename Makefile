@@ -46,15 +46,24 @@ fuzz: build/csrc/fuzz build/csrc/fuzz_threads
 	build/csrc/fuzz 1000000
 	build/csrc/fuzz_threads 20000
 
-CORE := $(wildcard csrc/*.cpp)
+# The core is compiled once for each kind of sanitizer, and what exercises it is linked with the objects.
 CHECKED := $(CXX) -std=c++17 -O1 -g -Wall -Wextra -Werror -pthread -fno-omit-frame-pointer
-build/csrc/test: csrc/tests/packing_test.cpp
-build/csrc/fuzz build/csrc/fuzz_threads: csrc/fuzz/packing_fuzz.cpp
-build/csrc/test build/csrc/fuzz: SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all
-build/csrc/fuzz_threads: SANITIZE := -fsanitize=thread
-build/csrc/test build/csrc/fuzz build/csrc/fuzz_threads: $(CORE) $(wildcard csrc/*.hpp)
-	@mkdir -p build/csrc
-	$(CHECKED) $(SANITIZE) $(filter %.cpp,$^) -o $@
+ADDRESS := -fsanitize=address,undefined -fno-sanitize-recover=all
+THREAD := -fsanitize=thread
+CORE := $(patsubst csrc/%.cpp,%.o,$(wildcard csrc/*.cpp))
+HEADERS := $(wildcard csrc/*.hpp)
+build/csrc/test: csrc/tests/packing_test.cpp $(HEADERS) $(CORE:%=build/csrc/address/%)
+	$(CHECKED) $(ADDRESS) $(filter-out %.hpp,$^) -o $@
+build/csrc/fuzz: csrc/fuzz/packing_fuzz.cpp $(HEADERS) $(CORE:%=build/csrc/address/%)
+	$(CHECKED) $(ADDRESS) $(filter-out %.hpp,$^) -o $@
+build/csrc/fuzz_threads: csrc/fuzz/packing_fuzz.cpp $(HEADERS) $(CORE:%=build/csrc/thread/%)
+	$(CHECKED) $(THREAD) $(filter-out %.hpp,$^) -o $@
+build/csrc/address/%.o: csrc/%.cpp $(HEADERS)
+	@mkdir -p $(@D)
+	$(CHECKED) $(ADDRESS) -c $< -o $@
+build/csrc/thread/%.o: csrc/%.cpp $(HEADERS)
+	@mkdir -p $(@D)
+	$(CHECKED) $(THREAD) -c $< -o $@
 
 # What the kernels compile to; the head at SmolLM2's shape, where dpofast must be right before anything is recorded; whole
 # training steps of SmolLM2 itself. Peers that cannot be installed are named in the table; what they require is large and
