@@ -3,13 +3,20 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test lint fuzz bench gpu
+.PHONY: demo test check lint fuzz bench gpu
 
 demo: $(INSTALLED)
 	$(BIN)/dpofast demo --overwrite
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --durations=10
+	$(BIN)/python -m pytest $(TWO) --durations=10
+
+# Two processes; a file's tests stay in one, and conftest.py decides the order of the files.
+TWO := -n 2 --dist loadfile --no-loadscope-reorder
+
+# Before a commit: lint, and the tests that are not marked slow.
+check: lint
+	$(BIN)/python -m pytest $(TWO) -q -m "not slow and not gpu and not deepspeed"
 
 # The kernels with the oldest Triton that is supported; `make test` has the newest. Only triton is another one, and numpy,
 # which Triton 3.6's interpreter needs below 2.4; everything else is .venv's. --no-deps, since a CUDA build of torch pins

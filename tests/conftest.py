@@ -2,11 +2,13 @@
 
     pytest           the CPU alone, kernels in Triton's interpreter, whether or not there is a GPU
     pytest -m gpu    the tests of the GPU alone, kernels compiled for it
+    pytest -m "not slow and not gpu and not deepspeed"    the quick ones (make check)
     pytest -m deepspeed    those that need the package, which is not among the test requirements (make test-deepspeed)
 
 Triton decides once a process whether it compiles or interprets, so the two never share one.
 """
 
+import collections
 import gc
 import os
 import random
@@ -71,8 +73,17 @@ def pytest_ignore_collect(collection_path, config):
 
 @pytest.hookimpl(trylast=True)  # after -m has deselected, and before the first test
 def pytest_collection_modifyitems(config, items):
-    """Keep the tests of one shard. Neighbours share compiled kernels, so a shard is a run of neighbours."""
+    """Put the files that take longest first, so that no process of `make test` ends long after the other.
+
+    With --shard, keep the tests of one shard instead. Neighbours share compiled kernels, so a shard is a run of
+    neighbours.
+    """
     if config.option.shard is None:
+        seconds = collections.Counter()
+        for item in items:
+            for mark in item.iter_markers("slow"):
+                seconds[item.path] = max(seconds[item.path], *mark.args)
+        items.sort(key=lambda item: -seconds[item.path])
         return
     found = re.fullmatch(r"(\d+)/(\d+)", config.option.shard)
     if not found or not 1 <= int(found[1]) <= int(found[2]):

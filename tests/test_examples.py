@@ -21,6 +21,8 @@ from tests.support.rank_processes import free_port
 from tests.support.tiny import tiny_model, tiny_pairs
 from tests.support.trl_cases import text_pairs, word_tokenizer
 
+pytestmark = pytest.mark.slow(30)
+
 PAIRS_PER_STEP, EOS = 4, 1
 
 

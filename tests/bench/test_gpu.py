@@ -13,6 +13,8 @@ from bench.gpu_paths import no_sync
 from bench.gpu_setting import Setting, measure, one_line
 from bench.head import Problem, Truth, gate
 
+pytestmark = pytest.mark.slow(60)
+
 
 @pytest.mark.parametrize("name", gpu.PARTS)
 def test_every_part_runs_dry_and_has_a_table(name):

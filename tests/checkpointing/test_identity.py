@@ -11,6 +11,8 @@ from tests.support import tiny_training
 from tests.support.tiny import tiny_dataset, tiny_model, tiny_pairs, tiny_tokenizer
 from tests.support.tiny_training import SAVING, make_trainer, weights_of
 
+pytestmark = pytest.mark.slow(30)
+
 
 def one_token_changed():
     examples = tiny_pairs()

@@ -13,6 +13,8 @@ from dpofast.checkpointing.folder import verify
 from dpofast.checkpointing.trainer import CheckpointedTrainer
 from tests.support.tiny_training import SAVING, losses_of, make_trainer
 
+pytestmark = pytest.mark.slow(10)
+
 
 class Counter(TrainerCallback, ExportableState):
     def __init__(self, stride=1):

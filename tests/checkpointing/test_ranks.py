@@ -17,6 +17,8 @@ from dpofast.checkpointing.signals import TrainingInterrupted
 from dpofast.checkpointing.trainer import CheckpointedTrainer
 from tests.support.rank_processes import become_rank, free_port
 
+pytestmark = pytest.mark.slow(30)
+
 WORLD = 2
 CASES = {}
 

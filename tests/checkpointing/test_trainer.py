@@ -32,6 +32,8 @@ from dpofast.checkpointing.trainer import CheckpointedTrainer
 from tests.support.tiny import tiny_dataset, tiny_model
 from tests.support.tiny_training import SAVING, make_trainer, weights_of
 
+pytestmark = pytest.mark.slow(40)
+
 
 def flip(path, position):
     content = bytearray(path.read_bytes())

@@ -329,6 +329,7 @@ def test_autocast_casts_once_and_returns_float32(device):
     torch.testing.assert_close(output.detach(), expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow(13)
 def test_the_fused_backend_equals_the_plan_of_a_policy(nan_empty):
     """At step 0 policy and reference are one model: 256 tokens' margin, whatever path each of them takes, is 0."""
     # The interpreter's tl.dot is wrong in bfloat16.

@@ -152,6 +152,7 @@ def test_the_operator_passes_opcheck(needs):
     torch.library.opcheck(linear_preference_op, (*leaves, *rest, *arguments))
 
 
+@pytest.mark.slow(16)
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_torch_compile_without_a_graph_break(backend, device):
     (hidden, weight, bias), *rest = inputs(device=device)

@@ -210,6 +210,7 @@ def test_no_row_is_ever_whole(frozen, device):
     assert peaks[0] == peaks[1]
 
 
+@pytest.mark.slow(45)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("trains", [False, True])
 def test_the_least_budget_suffices(trains, dtype):

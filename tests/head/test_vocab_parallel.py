@@ -35,6 +35,8 @@ from tests.support.distributed_cases import (
     truth_of,
 )
 
+pytestmark = pytest.mark.slow(80)
+
 TIMEOUT = timedelta(seconds=60)
 WORLDS = (2, 4)
 

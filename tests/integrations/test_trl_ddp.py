@@ -7,6 +7,8 @@ from peft import LoraConfig
 from tests.support.rank_processes import become_rank, free_port
 from tests.support.trl_cases import train
 
+pytestmark = pytest.mark.slow(30)
+
 WORLD = 2
 CASES = {
     "all weights": {},

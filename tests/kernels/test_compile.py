@@ -20,6 +20,8 @@ from dpofast.kernels.aot import TARGETS, aot_cases
 from dpofast.kernels.linear_tiles import ARCHITECTURES, linear_tile, takes_descriptors
 from dpofast.kernels.tiles import row_tile
 
+pytestmark = pytest.mark.slow(140)
+
 NVIDIA = [name for name in TARGETS if name.startswith("sm_")]
 
 

@@ -158,6 +158,7 @@ def test_each_target_sees_its_own_history_only(examples, max_tokens, share_promp
                 assert batch.position_ids[history].tolist() == list(range(len(prompt) + i))
 
 
+@pytest.mark.slow(5)
 @examples_and_budget
 @settings(max_examples=200)
 def test_batch_sizes_do_not_depend_on_the_order(examples, max_tokens, share_prompts):
