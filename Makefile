@@ -23,7 +23,7 @@ check: lint
 # its own triton (2.13.0: 3.7.1) and runs these tests with either.
 .PHONY: test-triton36
 test-triton36: build/triton36/.installed
-	build/triton36/bin/python -m pytest tests/test_kernels_*.py
+	build/triton36/bin/python -m pytest tests/kernels
 
 build/triton36/.installed: $(INSTALLED)
 	$(BIN)/python -m venv build/triton36

@@ -1,3 +1,5 @@
+"""bench/paper/cost.py: where a reward is crossed, gains that every run reaches, the clock, and the quick version."""
+
 import json
 import time
 

@@ -1,3 +1,5 @@
+"""bench/paper/rl.py: the RL loop that DPO is compared with, at sizes for tests."""
+
 import copy
 
 import pytest

@@ -1,3 +1,5 @@
+"""bench/paper/stability.py: when a run counts as collapsed, and the quick version as a whole."""
+
 import json
 
 import pytest

@@ -1,4 +1,4 @@
-"""What a checkpoint keeps besides weights: callbacks' counters, a subclass's files, the sums between two logs."""
+"""What a checkpoint holds besides weights: callbacks' counters, a subclass's files, the sums between two logs."""
 
 import shutil
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A reference pass that is killed at any moment goes on and ends with the same numbers. Run by test_refcache.py.
+"""A reference pass that is killed at any moment goes on and ends with the same numbers. Run by test_ref_cache.py.
 
 In a process of its own that has one thread, so that it can fork: every fork is a run.
 """

@@ -1,4 +1,4 @@
-"""Training runs that must come out the same on one rank and on several; run as a process of its own for each rank."""
+"""Training runs that must come out the same on one process and on two ranks, and rank_main(), which runs them."""
 
 import itertools
 import os
