@@ -3,20 +3,27 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test lint fuzz bench gpu
+.PHONY: demo test check lint fuzz bench gpu
 
 demo: $(INSTALLED)
 	$(BIN)/dpofast demo --overwrite
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --durations=10
+	$(BIN)/python -m pytest $(TWO) --durations=10
+
+# Two processes; a file's tests stay in one, and conftest.py decides the order of the files.
+TWO := -n 2 --dist loadfile --no-loadscope-reorder
+
+# Before a commit: lint, and the tests that are not marked slow.
+check: lint
+	$(BIN)/python -m pytest $(TWO) -q -m "not slow and not gpu and not deepspeed"
 
 # The kernels with the oldest Triton that is supported; `make test` has the newest. Only triton is another one, and numpy,
 # which Triton 3.6's interpreter needs below 2.4; everything else is .venv's. --no-deps, since a CUDA build of torch pins
 # its own triton (2.13.0: 3.7.1) and runs these tests with either.
 .PHONY: test-triton36
 test-triton36: build/triton36/.installed
-	build/triton36/bin/python -m pytest tests/test_kernels_*.py
+	build/triton36/bin/python -m pytest tests/kernels
 
 build/triton36/.installed: $(INSTALLED)
 	$(BIN)/python -m venv build/triton36
@@ -53,15 +60,24 @@ fuzz: build/csrc/fuzz build/csrc/fuzz_threads
 	build/csrc/fuzz 1000000
 	build/csrc/fuzz_threads 20000
 
-CORE := $(wildcard csrc/*.cpp)
+# The core is compiled once for each kind of sanitizer, and what exercises it is linked with the objects.
 CHECKED := $(CXX) -std=c++17 -O1 -g -Wall -Wextra -Werror -pthread -fno-omit-frame-pointer
-build/csrc/test: csrc/tests/packing_test.cpp
-build/csrc/fuzz build/csrc/fuzz_threads: csrc/fuzz/packing_fuzz.cpp
-build/csrc/test build/csrc/fuzz: SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all
-build/csrc/fuzz_threads: SANITIZE := -fsanitize=thread
-build/csrc/test build/csrc/fuzz build/csrc/fuzz_threads: $(CORE) $(wildcard csrc/*.hpp)
-	@mkdir -p build/csrc
-	$(CHECKED) $(SANITIZE) $(filter %.cpp,$^) -o $@
+ADDRESS := -fsanitize=address,undefined -fno-sanitize-recover=all
+THREAD := -fsanitize=thread
+CORE := $(patsubst csrc/%.cpp,%.o,$(wildcard csrc/*.cpp))
+HEADERS := $(wildcard csrc/*.hpp)
+build/csrc/test: csrc/tests/packing_test.cpp $(HEADERS) $(CORE:%=build/csrc/address/%)
+	$(CHECKED) $(ADDRESS) $(filter-out %.hpp,$^) -o $@
+build/csrc/fuzz: csrc/fuzz/packing_fuzz.cpp $(HEADERS) $(CORE:%=build/csrc/address/%)
+	$(CHECKED) $(ADDRESS) $(filter-out %.hpp,$^) -o $@
+build/csrc/fuzz_threads: csrc/fuzz/packing_fuzz.cpp $(HEADERS) $(CORE:%=build/csrc/thread/%)
+	$(CHECKED) $(THREAD) $(filter-out %.hpp,$^) -o $@
+build/csrc/address/%.o: csrc/%.cpp $(HEADERS)
+	@mkdir -p $(@D)
+	$(CHECKED) $(ADDRESS) -c $< -o $@
+build/csrc/thread/%.o: csrc/%.cpp $(HEADERS)
+	@mkdir -p $(@D)
+	$(CHECKED) $(THREAD) -c $< -o $@
 
 # What the kernels compile to; the head at SmolLM2's shape, where dpofast must be right before anything is recorded; whole
 # training steps of SmolLM2 itself. Peers that cannot be installed are named in the table; what they require is large and

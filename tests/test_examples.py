@@ -26,9 +26,11 @@ from examples import (
     transformers_trainer,
     trl_trainer,
 )
-from tests.support.rank_processes import free_port
+from tests.support.rank_processes import free_port, run_ranks
 from tests.support.tiny import tiny_model, tiny_pairs
 from tests.support.trl_cases import text_pairs, word_tokenizer
+
+pytestmark = pytest.mark.slow(30)
 
 PAIRS_PER_STEP, EOS = 4, 1
 FOLDER = Path(pytorch_loop.__file__).parent
@@ -110,7 +112,7 @@ def _tensor_parallel(rank, port, folder):
 
 
 def test_tensor_parallel_ranks_do_the_same(loop, tmp_path):
-    torch.multiprocessing.spawn(_tensor_parallel, (free_port(), str(tmp_path)), nprocs=2)
+    run_ranks(_tensor_parallel, (free_port(), str(tmp_path)), 2)
     for rank in range(2):
         losses, sharded, weights = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
         assert sharded == 3 * 7 + 1

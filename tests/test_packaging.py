@@ -57,6 +57,7 @@ def test_logprobs_is_the_function_in_every_order_of_imports(code):
     run_python("-W", "error::ImportWarning", "-c", f"{code}; {check}")
 
 
+@pytest.mark.slow(6)
 def test_transformers_is_unharmed_in_the_repository_root():
     """`kernels` is also a package on PyPI that transformers looks for; the folder kernels/ must not be taken for it."""
     run_python(

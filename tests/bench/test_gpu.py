@@ -18,6 +18,8 @@ from bench.gpu.setting import Setting, measure, one_line
 from bench.head.problem import MODES, Problem, per_token, plain_logps
 from bench.head.truth import LOGPS_TOLERANCE, Truth, gate
 
+pytestmark = pytest.mark.slow(60)
+
 
 @pytest.mark.parametrize("name", gpu.PARTS)
 def test_every_part_runs_dry_and_has_a_table(name):

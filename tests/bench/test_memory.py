@@ -10,6 +10,7 @@ from bench.cases import RandomProfile
 PAIRS, LONGER = 20_000, 100_000
 
 
+@pytest.mark.slow(36)
 def test_a_long_file_takes_no_more_memory_than_a_short_one(monkeypatch):
     short = RandomProfile(prompt_median=30, response_median=20, vocab_size=512, hidden_size=64, layers=1)
     monkeypatch.setattr(memory, "PROFILE", short)

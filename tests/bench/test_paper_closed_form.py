@@ -113,6 +113,7 @@ def test_what_flipped_labels_make_of_a_margin():
     assert smoothed[3] == pytest.approx(np.log(0.68 / 0.32)) and 0 < smoothed[2] < plain[2] < robust[2] == 1
 
 
+@pytest.mark.slow(15)
 def test_the_quick_version_shows_the_theorem(tmp_path, capsys):
     assert closed_form.main(["--quick", "--work", str(tmp_path)]) == 0
     assert (tmp_path / "closed_form.png").stat().st_size > 10_000

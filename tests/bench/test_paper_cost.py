@@ -1,3 +1,5 @@
+"""bench/paper/cost.py: where a reward is crossed, gains that every run reaches, the clock, and the quick version."""
+
 import json
 import time
 
@@ -55,6 +57,7 @@ def test_a_paused_clock_stands_still():
     assert 0.05 <= seconds["wall_seconds"] < 0.2 and seconds["cpu_seconds"] < 0.05
 
 
+@pytest.mark.slow(30)
 def test_the_quick_version_ends_with_figures_that_make_sense(tmp_path, capsys):
     assert cost.main(["--quick", "--work", str(tmp_path)]) == 0
     assert (tmp_path / "cost.png").stat().st_size > 10_000

@@ -38,6 +38,7 @@ def test_responses_are_words_and_an_end():
     assert tokens[-1] == END and set(tokens[:-1]) <= set(words_of(7)) and max(words_of(7)) < VOCABULARY
 
 
+@pytest.mark.slow(50)
 def test_the_quick_version_shows_the_limits_and_the_report_warns_of_exactly_them(tmp_path, capsys):
     assert limits.main(["--quick", "--work", str(tmp_path)]) == 0
     assert (tmp_path / "limits.png").stat().st_size > 10_000

@@ -1,3 +1,5 @@
+"""bench/paper/rl.py: the RL loop that DPO is compared with, at sizes for tests."""
+
 import copy
 
 import pytest
@@ -25,6 +27,7 @@ def run(toy, **options):
     return policy, train_rl(policy, model, tokenizer, train, reward, **options)
 
 
+@pytest.mark.slow(7)
 def test_it_raises_the_reward_and_a_stronger_penalty_keeps_it_nearer(toy):
     model, tokenizer, _, held_out = toy
     before = copy.deepcopy(model.state_dict())

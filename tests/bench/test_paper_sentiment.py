@@ -132,6 +132,7 @@ def test_the_unlikelihood_loss_is_its_formula_over_the_pairs() -> None:
     assert math.isfinite(float(certain))
 
 
+@pytest.mark.slow(40)
 def test_a_quick_run_shows_what_must_hold(one_thread, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     work = tmp_path / "work"
     assert sentiment.main(["--quick", "--work", str(work)]) == 0
@@ -168,6 +169,7 @@ def test_a_quick_run_shows_what_must_hold(one_thread, tmp_path: Path, capsys: py
     assert capsys.readouterr().out == printed
 
 
+@pytest.mark.slow(5)
 def test_the_confirming_run_looks_at_the_same_figures(
     one_thread, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

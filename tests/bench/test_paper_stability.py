@@ -1,3 +1,5 @@
+"""bench/paper/stability.py: when a run counts as collapsed, and the quick version as a whole."""
+
 import json
 
 import pytest
@@ -23,6 +25,7 @@ def test_a_run_has_collapsed_when_it_lost_or_repeats_or_paid_too_much(run, why):
     assert collapse(run, START, beta=0.5) == why
 
 
+@pytest.mark.slow(25)
 def test_the_quick_version_ends_with_figures_that_make_sense(tmp_path, capsys):
     assert stability.main(["--quick", "--work", str(tmp_path)]) == 0
     assert (tmp_path / "stability.png").stat().st_size > 10_000

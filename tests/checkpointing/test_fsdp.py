@@ -1,4 +1,4 @@
-"""What FSDP asks of a run, without ranks; test_trainer_ranks.py trains under it."""
+"""What FSDP asks of a run, tested without ranks; tests/training/test_ranks.py trains under it."""
 
 from types import SimpleNamespace
 

@@ -16,6 +16,8 @@ from transformers.trainer_utils import get_last_checkpoint
 from dpofast.checkpointing.folder import newest_whole, verify
 from tests.support.kill_runs import CASES
 
+pytestmark = pytest.mark.slow(60)
+
 ROOT = Path(__file__).resolve().parents[2]
 KILLED = -9
 

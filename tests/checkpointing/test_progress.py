@@ -1,4 +1,4 @@
-"""What a checkpoint keeps besides weights: callbacks' counters, a subclass's files, the sums between two logs."""
+"""What a checkpoint holds besides weights: callbacks' counters, a subclass's files, the sums between two logs."""
 
 import shutil
 from pathlib import Path
@@ -12,6 +12,8 @@ from transformers.trainer_callback import ExportableState
 from dpofast.checkpointing.folder import DamagedCheckpoint, verify
 from dpofast.checkpointing.trainer import CheckpointedTrainer
 from tests.support.tiny_training import SAVING, losses_of, make_trainer
+
+pytestmark = pytest.mark.slow(10)
 
 
 def test_a_checkpoint_of_an_older_format_is_refused_by_name(tmp_path, monkeypatch):

@@ -8,14 +8,15 @@ import warnings
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import nn
 from transformers import TrainingArguments
 
 from dpofast.checkpointing.folder import DamagedCheckpoint, verify
 from dpofast.checkpointing.signals import TrainingInterrupted
 from dpofast.checkpointing.trainer import CheckpointedTrainer
-from tests.support.rank_processes import become_rank, free_port
+from tests.support.rank_processes import become_rank, free_port, rank_context
+
+pytestmark = pytest.mark.slow(30)
 
 WORLD = 2
 CASES = {}
@@ -148,7 +149,7 @@ def ranks(tmp_path_factory):
     """What each rank wrote, {case: traceback or ''}, and the folder of the cases. Ranks that hang are stopped."""
     folder = tmp_path_factory.mktemp("ranks")
     port = free_port()
-    context = mp.get_context("spawn")
+    context = rank_context()
     processes = [context.Process(target=_rank, args=(rank, port, folder)) for rank in range(WORLD)]
     for process in processes:
         process.start()

@@ -10,6 +10,8 @@ from dpofast import DPOConfig, DPOTrainer, load_preferences
 from dpofast.cli.main import main
 from tests.support.tiny import save_tiny, tiny_tokenizer
 
+pytestmark = pytest.mark.slow(30)
+
 ROWS = [
     {"prompt": f"{i} 4 5", "chosen": " 6 8" + f" {i}" * (i % 3), "rejected": " 7 9" + " 3" * (i % 4)}
     for i in range(10, 40)

@@ -13,6 +13,8 @@ from dpofast.cli.load_models import four_bits
 from dpofast.cli.main import main
 from tests.support.tiny import save_tiny, tiny_model, tiny_tokenizer
 
+pytestmark = pytest.mark.slow(100)
+
 ROWS = [{"prompt": f"{i} 4 5", "chosen": f" 6 {i}", "rejected": " 7 8 9"} for i in range(10, 30)]
 
 

@@ -14,6 +14,8 @@ from dpofast.cli.main import main
 from dpofast.scoring.score import WINDOW
 from tests.support.tiny import save_tiny
 
+pytestmark = pytest.mark.slow(20)
+
 COUNT = 2 * WINDOW + 40
 
 

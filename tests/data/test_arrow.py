@@ -51,6 +51,7 @@ def test_released_pages_do_not_count_and_come_back(dataset):
     assert np.array_equal(first, expected)
 
 
+@pytest.mark.slow(5)
 def test_windows_read_everything_and_leave_little_mapped(dataset):
     (path,) = mapped_files(dataset)
     parts, most = [], 0

@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dpofast.cli import main as cli
 from dpofast.demo import make_data, run, world
 
+pytestmark = pytest.mark.slow(40)
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

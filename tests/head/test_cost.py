@@ -15,6 +15,8 @@ from dpofast.head.engine.make import make_engine
 from dpofast.head.options import STATS, LogitOptions
 from dpofast.losses.config import PreferenceLoss
 
+pytestmark = pytest.mark.slow(100)
+
 M, K, N = 3, 5, 7
 UNIT = 2 * M * K * N
 

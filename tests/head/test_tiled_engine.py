@@ -13,8 +13,10 @@ from dpofast import reference
 from dpofast.head.engine import plan as engine_plan
 from dpofast.head.engine.plan import TilePlan
 from dpofast.head.options import STATS, LogitOptions
+from tests.support.close import named
 from tests.support.row_cases import FLOATS, head_inputs
 
+NAMES = ("hidden", "weight", "bias")
 SOFTCAP = {"softcap": 5.0, "logit_scale": 1.7, "temperature": 0.6}
 
 
@@ -34,7 +36,10 @@ def gradients(function, tensors, upstream):
 
 
 def check(hidden, weight, bias, targets, upstream, tolerance=1e-5, **options):
-    """Log-probs and gradients, head trained and frozen, kept and computed again; statistics."""
+    """Compare log-probs, gradients (head trained and frozen, rows kept and recomputed) and statistics with float64's.
+
+    A failure names which of them differs, and at which budget.
+    """
     tensors = [tensor for tensor in (hidden, weight, bias) if tensor is not None]
 
     def exact(h, w, b=None):
@@ -48,29 +53,29 @@ def check(hidden, weight, bias, targets, upstream, tolerance=1e-5, **options):
             return dpofast.linear_logprobs(h, w, targets, bias=b, max_logits_bytes=budget, **options).logps
 
         with torch.no_grad():
-            assert_close(ours(hidden), truth, tolerance)
-        logps, grads = gradients(ours, tensors, upstream)
-        frozen_logps, frozen_grads = gradients(ours, [hidden], upstream)
-        for values in (logps, frozen_logps):
-            assert_close(values, truth, tolerance)
-        for value, true in zip((*grads, *frozen_grads), (*true_grads, true_grads[0]), strict=True):
-            assert_close(value, true, tolerance)
+            assert_close(ours(hidden), truth, tolerance, name=f"log-probs without gradient in {budget} bytes")
+        for head, leaves in (("trained", tensors), ("frozen", [hidden])):
+            logps, grads = gradients(ours, leaves, upstream)
+            assert_close(logps, truth, tolerance, name=f"log-probs, head {head}, in {budget} bytes")
+            for name, value, true in zip(NAMES, grads, true_grads, strict=False):  # frozen: of hidden alone
+                assert_close(value, true, tolerance, name=f"gradient of {name}, head {head}, in {budget} bytes")
     z = reference.scaled_logits(torch.nn.functional.linear(*[tensor.double() for tensor in tensors]), **options)
     statistics = dpofast.linear_logprobs(hidden, weight, targets, bias=bias, stats=STATS, **options)
     for name, true in reference.token_statistics(z, targets).items():
         value = getattr(statistics, name)
         if name == "is_top1":
-            assert torch.equal(value, true)
+            assert torch.equal(value, true), name
         else:
-            assert_close(value, true, tolerance, z)
+            assert_close(value, true, tolerance, z, name=name)
 
 
-def assert_close(value, true, tolerance, like=None):
+def assert_close(value, true, tolerance, like=None, name="value"):
     """Relative to the largest finite number of `like`, which is true's own where nothing else is given."""
     like = true if like is None else like
     finite = like[like.isfinite()]
     scale = max(1.0, float(finite.abs().max())) if finite.numel() else 1.0
-    torch.testing.assert_close(value.double() / scale, true / scale, atol=tolerance, rtol=tolerance, equal_nan=True)
+    actual, expected = value.double() / scale, true / scale
+    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance, equal_nan=True, msg=named(name))
 
 
 @pytest.mark.parametrize("options", [{}, SOFTCAP], ids=["plain", "softcap"])
@@ -210,6 +215,7 @@ def test_no_row_is_ever_whole(frozen, device):
     assert peaks[0] == peaks[1]
 
 
+@pytest.mark.slow(45)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("trains", [False, True])
 def test_the_least_budget_suffices(trains, dtype):

@@ -1,6 +1,6 @@
 """Vocabulary-parallel heads on gloo ranks: what they exchange, agree on and refuse; distributed_cases has the numbers.
 
-One spawn per world size runs every case on every rank; a test then looks at what the ranks wrote. A rank that waits
+One start per world size runs every case on every rank; a test then looks at what the ranks wrote. A rank that waits
 for another longer than TIMEOUT fails, and with it the case.
 """
 
@@ -16,7 +16,6 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
@@ -34,6 +33,9 @@ from tests.support.distributed_cases import (
     relative_error,
     truth_of,
 )
+from tests.support.rank_processes import rank_context
+
+pytestmark = pytest.mark.slow(80)
 
 TIMEOUT = timedelta(seconds=60)
 WORLDS = (2, 4)
@@ -219,7 +221,7 @@ def _rank(rank, world, folder):
 @functools.cache
 def outcomes(world):
     """What each rank wrote: {case: traceback or ''}. Ranks that never come back are stopped."""
-    context = mp.get_context("spawn")
+    context = rank_context()
     with tempfile.TemporaryDirectory() as folder:
         ranks = [context.Process(target=_rank, args=(rank, world, folder)) for rank in range(world)]
         for process in ranks:

@@ -8,6 +8,8 @@ from dpofast import linear_logprobs
 from dpofast.integrations.liger import LOSS_TYPES, LigerFusedLinearDPOLoss
 from dpofast.losses.kinds import KINDS
 
+pytestmark = pytest.mark.slow(30)
+
 KINDS_HERE = [kind for kind in LOSS_TYPES if kind in KINDS]
 # These have no value at 0, or mean something else there.
 SMOOTHING = {"exo_pair": 1e-2, "robust": 0.2}

@@ -4,8 +4,10 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from tests.support.rank_processes import become_rank, free_port
+from tests.support.rank_processes import become_rank, free_port, run_ranks
 from tests.support.trl_cases import train
+
+pytestmark = pytest.mark.slow(30)
 
 WORLD = 2
 CASES = {
@@ -39,7 +41,7 @@ def rank_main(rank, port, folder, case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_two_ranks_equal_one_process(case, tmp_path):
-    torch.multiprocessing.spawn(rank_main, (free_port(), str(tmp_path), case), nprocs=WORLD)
+    run_ranks(rank_main, (free_port(), str(tmp_path), case), WORLD)
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]
     alone = run(tmp_path / "alone", 2 * WORLD, case)
     assert all(rank["wrapped"] == "DistributedDataParallel" and rank["calls"]["packed"] == 6 for rank in ranks)

@@ -20,6 +20,8 @@ from dpofast.model.attach import PackedPreference
 from tests.support.losses_cases import DIVERGENCES
 from tests.support.tiny import tiny_model, tiny_pairs, tiny_tokenizer
 
+pytestmark = pytest.mark.slow(60)
+
 try:
     import trl
 except ImportError as error:

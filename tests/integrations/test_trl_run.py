@@ -13,6 +13,8 @@ from dpofast.integrations._trl.forward import FusedForward
 from tests.support.tiny import SHAPE, tiny_model
 from tests.support.trl_cases import assert_same_run, text_pairs, train
 
+pytestmark = pytest.mark.slow(30)
+
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
 SETTINGS = {
     "plain": {},

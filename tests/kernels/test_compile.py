@@ -20,6 +20,8 @@ from dpofast.kernels import exp_rows, linear_logprobs, preference, token_logprob
 from dpofast.kernels.linear_tiles import ARCHITECTURES, linear_tile, takes_descriptors
 from dpofast.kernels.tiles import row_tile
 
+pytestmark = pytest.mark.slow(140)
+
 NVIDIA = [name for name in TARGETS if name.startswith("sm_")]
 
 
@@ -48,11 +50,16 @@ def compile_everything():
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory):
+def report():
+    """What compile_everything() returns.
+
+    Triton keeps what it compiled under build/: its key holds the source of a kernel and of all that it calls, the
+    constants, target and options, and the versions of Triton and ptxas. A failure is not kept, and the facts are read
+    anew each time.
+    """
     root = Path(__file__).resolve().parents[2]
-    folder = tmp_path_factory.mktemp("compiled")
     path = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
-    env = {**os.environ, "PYTHONPATH": path, "TRITON_CACHE_DIR": str(folder / "cache")}
+    env = {**os.environ, "PYTHONPATH": path, "TRITON_CACHE_DIR": str(root / "build" / "triton-cache")}
     env.pop("TRITON_INTERPRET", None)
     command = [sys.executable, __file__]
     done = subprocess.run(command, env=env, cwd=root, capture_output=True, text=True, timeout=600)

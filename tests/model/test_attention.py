@@ -290,6 +290,7 @@ def test_autocast_decides_the_dtype():
     assert mixed.dtype == torch.bfloat16
 
 
+@pytest.mark.slow(17)
 def test_flex_compiles_once_for_all_layers_and_batches_of_a_length(monkeypatch):
     compiled = attention_flex._compiled()
     monkeypatch.setattr(attention_flex, "flex_attention", compiled)

@@ -12,6 +12,8 @@ from dpofast.model.forward import similar_lengths
 from tests.support.families import PACKED, REFUSED, family_model
 from tests.support.tiny import VOCAB, tiny_pairs
 
+pytestmark = pytest.mark.slow(60)
+
 
 def groups():
     """Groups of 2 to 6 branches, mixed lengths, one-token prompts and responses; all pairs, or neighbours."""

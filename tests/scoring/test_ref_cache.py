@@ -381,6 +381,7 @@ def test_the_progress_bar_starts_where_the_last_run_stopped(tmp_path, model, mon
     assert "reference" in bars[0].desc
 
 
+@pytest.mark.slow(15)
 def test_a_run_that_is_killed_goes_on(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2]), "OMP_NUM_THREADS": "1"}
     child = subprocess.run(
@@ -406,6 +407,7 @@ def train(output_dir, *, dataset=None, **options):
     return trainer
 
 
+@pytest.mark.slow(7)
 def test_runs_that_share_a_folder_compute_once(tmp_path, computed):
     shared = str(tmp_path / "shared")
     first = train(tmp_path / "a", ref_cache_dir=shared)

@@ -1,6 +1,11 @@
-"""How equal two results of the same kernel must be when they were computed from other strides, dtypes or options."""
+"""Assertions that say which value differs, and how equal two results of the same kernel must be."""
 
 import torch
+
+
+def named(name):
+    """The `msg` of torch.testing.assert_close that puts a name before what differs."""
+    return lambda text: f"{name}: {text}"
 
 
 def assert_same(value, expected, what=""):
@@ -15,6 +20,4 @@ def assert_same(value, expected, what=""):
     rounding = max(2.0**-20, torch.finfo(value.dtype).eps)
     finite = expected[expected.isfinite()].float().abs()
     size = float(finite.max()) if finite.numel() else 0.0
-    torch.testing.assert_close(
-        value, expected, rtol=rounding, atol=rounding * size, equal_nan=True, msg=lambda text: f"{what}: {text}"
-    )
+    torch.testing.assert_close(value, expected, rtol=rounding, atol=rounding * size, equal_nan=True, msg=named(what))

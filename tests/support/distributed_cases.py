@@ -1,4 +1,7 @@
-"""Cases that every rank of test_distributed.py runs: the numbers, against the float64 reference on the joined head."""
+"""Vocabulary-parallel log-probs and gradients against the float64 reference on the joined head, a case a function.
+
+tests/head/test_vocab_parallel.py runs every case on every rank. `case` registers a function in CASES.
+"""
 
 import itertools
 from unittest import mock

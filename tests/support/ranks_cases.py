@@ -1,4 +1,4 @@
-"""Training runs that must come out the same on one rank and on several; run as a process of its own for each rank."""
+"""Training runs that must come out the same on one process and on two ranks, and rank_main(), which runs them."""
 
 import itertools
 import os
@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 
 from dpofast import DPOConfig, DPOTrainer
 from dpofast.losses import kinds as losses
-from tests.support.rank_processes import become_rank, free_port
+from tests.support.rank_processes import become_rank, free_port, run_ranks
 from tests.support.tiny import VOCAB, tiny_dataset, tiny_model, tiny_tokenizer
 
 WORLD = 2
@@ -296,5 +296,5 @@ def rank_main(rank, port, folder, mode):
 
 def on_two_ranks(folder, mode):
     """The results of both ranks."""
-    torch.multiprocessing.spawn(rank_main, (free_port(), str(folder), mode), nprocs=WORLD)
+    run_ranks(rank_main, (free_port(), str(folder), mode), WORLD)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]

@@ -9,6 +9,8 @@ from dpofast.training.coupled import RunningRewards
 from tests.support.tiny import tiny_dataset, tiny_model, tiny_pairs
 from tests.support.tiny_training import losses_of, make_trainer, padded_training, weights_of
 
+pytestmark = pytest.mark.slow(20)
+
 SGD = {"optim": "sgd", "learning_rate": 0.05, "train_sampling_strategy": "sequential", "max_grad_norm": 0.0}
 OPTIONS = {
     "mpo": {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]},

@@ -14,6 +14,8 @@ from tests.support.ranks_cases import RunsOutOfMemory
 from tests.support.tiny import tiny_dataset, tiny_model
 from tests.support.tiny_training import losses_of, make_trainer, weights_of
 
+pytestmark = pytest.mark.slow(15)
+
 SGD = {"optim": "sgd", "learning_rate": 0.1}
 
 

@@ -16,6 +16,8 @@ from tests.support.ranks_cases import (
     train,
 )
 
+pytestmark = pytest.mark.slow(300)
+
 
 @pytest.fixture(scope="module")
 def replicated(tmp_path_factory):

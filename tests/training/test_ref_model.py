@@ -10,6 +10,8 @@ from peft import LoraConfig, get_peft_model
 from tests.support.tiny import tiny_dataset, tiny_model
 from tests.support.tiny_training import losses_of, make_trainer, weights_of
 
+pytestmark = pytest.mark.slow(10)
+
 LORA = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
 
 

@@ -9,6 +9,8 @@ from torch._dynamo.utils import counters
 from tests.support.tiny import tiny_dataset, tiny_model
 from tests.support.tiny_training import losses_of, make_trainer, weights_of
 
+pytestmark = pytest.mark.slow(90)
+
 EAGER = {"torch_compile": True, "torch_compile_backend": "aot_eager"}  # all of the tracing, none of the C++
 SGD = {"optim": "sgd", "learning_rate": 0.1}
 SHORT = {"max_tokens": 40, **SGD}

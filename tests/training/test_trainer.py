@@ -15,6 +15,8 @@ from tests.support.families import family_model
 from tests.support.tiny import VOCAB, tiny_dataset, tiny_model, tiny_pairs
 from tests.support.tiny_training import losses_of, make_trainer, padded_training, weights_of
 
+pytestmark = pytest.mark.slow(80)
+
 
 @pytest.mark.parametrize("padded", [False, True])
 def test_the_step_equals_a_plain_padded_loop(tmp_path, padded):

@@ -1,0 +1,22 @@
+"""The run whose checkpoints the tests of this folder damage, resume and refuse."""
+
+import shutil
+
+import pytest
+
+from tests.support.tiny_training import SAVING, make_trainer, weights_of
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """checkpoint-2, -4 and -6 of a run of six steps, and its weights."""
+    out = tmp_path_factory.mktemp("trained")
+    trainer = make_trainer(out, **SAVING)
+    trainer.train()
+    return out, weights_of(trainer)
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    """A copy of that run's folder, to be damaged."""
+    return shutil.copytree(trained[0], tmp_path / "run")

@@ -1,0 +1,137 @@
+"""What pack() and the C++ packer behind it refuse, each with a message that names the example and the field."""
+
+import numpy as np
+import pytest
+
+from dpofast import _C
+from dpofast.packing.pack import pack
+from tests.support.examples import DESIGN, example, group
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (example([], [1], [2]), r"examples\[1\]: prompt_ids is empty"),
+        (example([1], [], [2]), r"examples\[1\]: chosen_ids is empty"),
+        (example([1], [2], []), r"examples\[1\]: rejected_ids is empty"),
+        (example([1], [2, 3], [2, 3]), r"examples\[1\]: chosen_ids and rejected_ids form a pair but are equal"),
+        (example([1, -5], [2], [3]), r"examples\[1\]: prompt_ids\[1\] is -5; expected a token id of 0 or"),
+        (example([1], [2], [3, 100]), r"examples\[1\]: rejected_ids\[1\] is 100; .* below vocab_size 100"),
+        (example([1], np.array([2**64 - 1], np.uint64), [3]), r"chosen_ids: .*below 2\*\*63, got 18446744073709551615"),
+        (example([1], [2**63], [3]), r"chosen_ids: .*below 2\*\*63, got 9223372036854775808"),
+        (example([1], [2**70], [3]), r"chosen_ids: expected integers, .* of object"),
+        (example([1], [[2]], [3]), r"examples\[1\]: chosen_ids: expected integers, .*got shape \(1, 1\) of int64"),
+        (example([1], [[2], [3, 4]], [3]), r"examples\[1\]: chosen_ids: expected integers, a 1-D array or list; "),
+        (example([1], [2.0], [3]), r"examples\[1\]: chosen_ids: expected integers, .* of float64"),
+        (example([1], [True], [3]), r"examples\[1\]: chosen_ids: expected integers, .* of bool"),
+        (example([1], "abc", [3]), r"examples\[1\]: chosen_ids: expected integers, .*got shape \(\) of <U3"),
+        (example([1], [2, None], [3]), r"examples\[1\]: chosen_ids: expected integers, .* of object"),
+        (example([1], 2, [3]), r"examples\[1\]: chosen_ids: expected integers, .*got shape \(\)"),
+        (example([1], None, [3]), r"examples\[1\]: chosen_ids missing; expected prompt_ids, chosen_ids, rejected_ids"),
+        ({"prompt_ids": [1]}, r"examples\[1\]: chosen_ids, rejected_ids missing; .*; got prompt_ids"),
+        ({"branches": [[1]]}, r"examples\[1\]: prompt_ids, pairs missing"),
+        (DESIGN | {"branches": [[1], [2]], "pairs": [(0, 1)]}, r"examples\[1\]: has both branches and chosen_ids"),
+        ([1, 2, 3], r"examples\[1\]: expected a mapping, got list"),
+        (group([1], [], [(0, 1)]), r"examples\[1\]: branches is empty"),
+        (group([1], 7, [(0, 1)]), r"examples\[1\]: branches: expected a list, got int"),
+        (group([1], [[2], []], [(0, 1)]), r"examples\[1\]: branches\[1\] is empty"),
+        (group([1], [[2], [0.5]], [(0, 1)]), r"examples\[1\]: branches\[1\]: expected integers"),
+        (group([1], [[2], [3]], []), r"examples\[1\]: pairs is empty; expected at least one pair"),
+        (group([1], [[2], [3]], [(0, 2)]), r"examples\[1\]: pairs\[0\] names branch 2; expected 0 to 1"),
+        (group([1], [[2], [3]], [(0, 1), (-1, 0)]), r"examples\[1\]: pairs\[1\] names branch -1; expected 0 to 1"),
+        (group([1], [[2], [3]], [(0, 1), (1, 1)]), r"examples\[1\]: branches\[1\] and branches\[1\] form a pair but"),
+        (group([1], [[2], [3], [2]], [(0, 1), (2, 0)]), r"examples\[1\]: branches\[2\] and branches\[0\] form a pair"),
+        (group([1], [[2], [3], [4]], [(0, 1)]), r"examples\[1\]: no pair uses branches\[2\]"),
+        (group([1], [[2], [3]], [0, 1]), r"examples\[1\]: pairs of \(chosen, rejected\) branch indices: expected"),
+        (group([1], [[2], [3]], [(0, 1, 1)]), r"pairs of .*: expected integers, .* of 2 each, got shape \(1, 3\)"),
+        (group([1], [[2], [3]], [(0.0, 1.0)]), r"pairs of .*: expected integers, .* of float64"),
+    ],
+)
+def test_a_bad_example_is_named(bad, message):
+    with pytest.raises(ValueError, match=message):
+        pack([DESIGN, bad], vocab_size=100)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        ({}, {"ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0}, r"examples\[1\]: has reference log-probs, unlike"),
+        ({"ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0}, {}, r"examples\[1\]: no reference log-probs, unlike"),
+        ({"ref_chosen_logps": -1.0}, {}, r"examples\[0\]: ref_rejected_logps: expected a finite float, got None"),
+        ({"ref_chosen_logps": np.nan, "ref_rejected_logps": -2.0}, {}, r"expected a finite float, got nan"),
+        ({"ref_chosen_logps": [1.0, 2.0], "ref_rejected_logps": -2.0}, {}, r"expected a finite float, got \["),
+    ],
+)
+def test_bad_reference_logps_of_pairs(first, second, message):
+    with pytest.raises(ValueError, match=message):
+        pack([DESIGN | first, DESIGN | second])
+
+
+@pytest.mark.parametrize(
+    ("refs", "message"),
+    [
+        ([-1.0], r"examples\[0\]: ref_logps: expected 2 floats, one a branch, got 1"),
+        (-1.0, r"examples\[0\]: ref_logps: expected a list, got float"),
+        ([-1.0, -np.inf], r"examples\[0\]: ref_logps\[1\]: expected a finite float, got -inf"),
+    ],
+)
+def test_bad_reference_logps_of_groups(refs, message):
+    with pytest.raises(ValueError, match=message):
+        pack([group([1], [[2], [3]], [(0, 1)], ref_logps=refs)])
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, True, "8", 2**63])
+def test_bad_limits(value):
+    with pytest.raises(ValueError, match="max_tokens: expected None or an integer in"):
+        pack([DESIGN], value)
+    with pytest.raises(ValueError, match="max_targets: expected None or an integer in"):
+        pack([DESIGN], max_targets=value)
+    with pytest.raises(ValueError, match="num_threads: expected an integer in"):
+        pack([DESIGN], num_threads=value)
+    with pytest.raises(ValueError, match="vocab_size: expected None or an integer in"):
+        pack([DESIGN], vocab_size=value)
+
+
+def packer(**changes):
+    arrays = {"sequences": [[1], [2], [3]], "branch_counts": [2], "pair_counts": [1], "pairs": [[0, 1]]} | changes
+    sequences = _C.Sequences.from_objects(arrays.pop("sequences"), lambda index: None)
+    return _C.Packer(
+        sequences=sequences,
+        **{name: np.array(value, np.int64) for name, value in arrays.items()},
+        grouped=np.zeros(1, np.uint8),
+        max_tokens=8,
+        max_targets=8,
+        share_prompts=True,
+        vocab_size=_C.UNLIMITED,
+        threads=1,
+    )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sequences": [[1], [2]]},
+        {"sequences": [[1], [2], [3], [4]]},
+        {"sequences": []},
+        {"branch_counts": [3]},
+        {"branch_counts": [-1]},
+        {"branch_counts": [2**62]},
+        {"branch_counts": [1, 1]},
+        {"pair_counts": [2]},
+        {"pair_counts": [0]},
+        {"pair_counts": [-1]},
+        {"pairs": [0, 1, 0]},
+    ],
+)
+def test_the_extension_refuses_arrays_that_do_not_fit_together(changes):
+    assert packer().shapes.tolist() == [[1, 2, 1, 2, 1, 4]]
+    with pytest.raises(ValueError):
+        packer(**changes)
+
+
+def test_the_extension_refuses_buffers_that_are_too_small():
+    longs, ints = np.empty(7, np.int64), np.empty(9, np.int32)
+    packer().fill(longs, ints, threads=1)
+    for small in ((longs[1:], ints), (longs, ints[1:])):
+        with pytest.raises(ValueError, match="longs and ints need 7 and 9 elements"):
+            packer().fill(*small, threads=1)
