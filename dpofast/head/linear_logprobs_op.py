@@ -145,8 +145,7 @@ def _backward_run(
     upstream: Upstream, sums: RowSums, kept: KeptRows, arguments: LinearArguments
 ) -> tuple[Tensor, Tensor, Tensor]:
     hidden = arguments.hidden
-    ignored = arguments.targets == arguments.ignore_index
-    coefficients = row_coefficients(upstream.grad_logps, sums.rescale, ignored)
+    coefficients = row_coefficients(upstream.grad_logps, sums.rescale, arguments.targets == arguments.ignore_index)
     if not arguments.needs.trains:
         dh = torch.empty_like(hidden)
         scale_rows(dh, upstream.products, coefficients)
