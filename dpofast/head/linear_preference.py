@@ -27,9 +27,10 @@ from dpofast.head.engine.tiled_engine import TiledHead
 from dpofast.head.linear_logprobs_op import head_of, joined
 from dpofast.head.options import LogitOptions
 from dpofast.head.validate import autocast_inputs, check_head, check_target_values, check_tensors
-from dpofast.losses.coefficients import PairTerms, StepTotals, pair_terms
+from dpofast.losses.coefficients import PairTerms, pair_terms
 from dpofast.losses.config import PreferenceLoss, checked_loss
 from dpofast.losses.functional import PreferenceOutput
+from dpofast.losses.pairs import StepTotals
 from dpofast.losses.sequences import Tokens, side_indices
 from dpofast.losses.validate import check_pair_names, check_reference
 

@@ -19,8 +19,7 @@ from torch import Tensor
 
 from dpofast.data.arrow import spans, windows
 from dpofast.data.formats import ID_COLUMNS, REF_COLUMNS
-from dpofast.losses.functional import of_pairs
-from dpofast.losses.sequences import pair_logprobs, segment_sums
+from dpofast.losses.sequences import chosen_and_rejected, pair_logprobs, segment_sums
 from dpofast.packing.arguments import at_least_one
 from dpofast.packing.pack import pack
 
@@ -45,7 +44,7 @@ class ResponseLogps:
     def sums(self, ld_alpha: float | None = None) -> Tensor:
         """(P, 2) float32, nats: summed over each response, with ld_alpha as LD-DPO weights its tokens."""
         if ld_alpha is None:
-            return of_pairs(segment_sums(self.logps, self.cu_targets), self.pairs)
+            return chosen_and_rejected(segment_sums(self.logps, self.cu_targets), self.pairs)
         return pair_logprobs(self.logps, self.cu_targets, self.pairs, ld_alpha=ld_alpha)
 
     def lengths(self) -> Tensor:

@@ -19,9 +19,10 @@ from transformers.trainer_callback import ExportableState
 
 from dpofast.common.backend import choose_backend
 from dpofast.common.ranks import Ranks
-from dpofast.losses.coefficients import StepTotals, pair_terms
+from dpofast.losses.coefficients import pair_terms
 from dpofast.losses.config import PreferenceLoss
 from dpofast.losses.functional import PreferenceOutput
+from dpofast.losses.pairs import StepTotals
 from dpofast.losses.sequences import Tokens
 
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from dpofast.common.ranks import Ranks
 from dpofast.data.formats import REF_COLUMNS
 from dpofast.evaluation.metrics import TOKEN_STATISTICS, MetricSums
-from dpofast.losses.coefficients import StepTotals
 from dpofast.losses.config import PreferenceLoss
 from dpofast.losses.functional import PreferenceOutput, token_preference_loss
+from dpofast.losses.pairs import StepTotals
 from dpofast.losses.sequences import Tokens
 from dpofast.model.attach import PackedPreference
 from dpofast.packing.pack import PackedBatch, pack

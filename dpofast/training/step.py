@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from dpofast.evaluation.metrics import MetricSums
-from dpofast.losses.coefficients import StepTotals
 from dpofast.losses.functional import PreferenceOutput
+from dpofast.losses.pairs import StepTotals
 from dpofast.packing.pack import PackedBatch
 from dpofast.training.out_of_memory import StepOutOfMemory, is_out_of_memory
 from dpofast.training.preference_step import PreferenceStep

@@ -34,7 +34,7 @@ from dpofast.data.load import tokenize_preferences
 from dpofast.evaluation.metrics import MetricSums, check_best_metric
 from dpofast.evaluation.pair_records import PairRecords
 from dpofast.evaluation.statistics import length_statistics
-from dpofast.losses.coefficients import StepTotals
+from dpofast.losses.pairs import StepTotals
 from dpofast.model.moe import balancing_coefficient
 from dpofast.packing.pack import PackedBatch, pack
 from dpofast.scoring.ref_cache import CACHE_FOLDER, add_reference_columns

@@ -1,5 +1,6 @@
 """Every kind and modifier against reference.py in float64: values, gradients, extremes; what is refused."""
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -7,9 +8,11 @@ import pytest
 import torch
 
 from dpofast import PreferenceLoss, preference_loss, reference
-from dpofast.losses.coefficients import StepTotals, pair_terms
+from dpofast.losses.coefficients import pair_terms
 from dpofast.losses.functional import token_preference_loss
-from dpofast.losses.kinds import KINDS, kinds_table
+from dpofast.losses.kinds import KINDS
+from dpofast.losses.options import LossOptions
+from dpofast.losses.pairs import StepTotals
 from dpofast.losses.sequences import Tokens, pair_logprobs, segment_sums
 from tests.support.losses_cases import LENGTHS, LOSSES, PAIRS, plain_options, problem, reference_sums
 
@@ -174,8 +177,33 @@ def test_ld_alpha_by_hand():
     assert sums.tolist() == [[-1.0 - 2.0 - 0.5 * 3.0, -9.0]]
 
 
+def readme_table() -> str:
+    """The README's table of kinds, in Markdown: print it to renew the README."""
+    lines = ["| kind | reference | options | plan of a trained head |", "|---|---|---|---|"]
+    for name, kind in KINDS.items():
+        options = ["beta"] if name != "sft" else []
+        options += ["label_smoothing"] if kind.smoothing else []
+        options += ["f_divergence_type"] if kind.divergence else []
+        options += kind.options
+        if kind.coupled:
+            plan = "coupled: keep and recompute"
+        elif "bco_delta" in kind.options:
+            plan = "separable: 3 GEMMs; coupled with `bco_delta='running_mean'`"
+        else:
+            plan = "separable: 3 GEMMs"
+        shown = ", ".join(f"`{option}`" for option in options)
+        lines.append(f"| `{name}` | {'needed' if kind.reference else 'not used'} | {shown} | {plan} |")
+    return "\n".join(lines)
+
+
+def test_preference_loss_has_the_fields_of_loss_options_and_documents_each():
+    names = [field.name for field in dataclasses.fields(LossOptions)]
+    assert [field.name for field in dataclasses.fields(PreferenceLoss)] == [*names, "encoded"]
+    assert [name for name in names if f" {name}: " not in PreferenceLoss.__doc__] == []
+
+
 def test_the_readme_shows_the_table_of_kinds():
-    assert kinds_table() in (ROOT / "README.md").read_text("utf-8")
+    assert readme_table() in (ROOT / "README.md").read_text("utf-8")
 
 
 @pytest.mark.parametrize(
