@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from dpofast._version import __version__
 from dpofast.common.ranks import Ranks
-from dpofast.data.arrow import spans, windows
+from dpofast.data.arrow import chunk_bounds, read_chunks
 from dpofast.data.formats import ID_COLUMNS, REF_COLUMNS
 from dpofast.losses.sequences import pair_logprobs
 from dpofast.model.attach import base_causal_lm, sequence_logprobs
@@ -88,13 +88,13 @@ def add_reference_columns(
     checksums = branch_checksums(dataset)
     store = None if cache_dir is None else ReferenceStore(cache_dir, _identity(checksums, model, forward))
     columns = _Columns(torch.empty(len(dataset), 2, dtype=torch.float32), store, ld_alpha)
-    parts = spans(len(dataset), window)
+    parts = chunk_bounds(len(dataset), window)
     missing = set(columns.read(parts))
     # By their place among all windows: what is missing may look different to a rank that comes later.
     mine = parts[ranks.rank :: ranks.size]
     columns.compute([part for part in mine if part in missing], dataset, model, forward, description)
     if ranks.size > 1:
-        ranks.wait()
+        ranks.barrier()
         others = sorted(missing.difference(mine))
         columns.compute(columns.read(others), dataset, model, forward, description)
     sums = columns.sums
@@ -133,7 +133,7 @@ class _Columns:
         with tqdm(
             total=len(dataset), initial=done, desc=description, disable=description is None or not parts, leave=False
         ) as bar:
-            for part, table in zip(parts, windows(dataset, ID_COLUMNS, parts), strict=True):
+            for part, table in zip(parts, read_chunks(dataset, ID_COLUMNS, parts), strict=True):
                 computed = response_logps(table, model, forward)
                 self._fill(part, computed)
                 self._store(part, computed)

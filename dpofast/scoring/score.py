@@ -17,7 +17,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from dpofast.data.arrow import spans, windows
+from dpofast.data.arrow import chunk_bounds, read_chunks
 from dpofast.data.formats import ID_COLUMNS, REF_COLUMNS
 from dpofast.losses.sequences import chosen_and_rejected, pair_logprobs, segment_sums
 from dpofast.packing.arguments import at_least_one
@@ -187,7 +187,7 @@ def _examples(dataset: Any, window: int) -> Iterator[tuple[Any, dict[str, Any]]]
     beside = (*REF_COLUMNS, "row")
     if isinstance(dataset, Dataset):
         given = [name for name in beside if name in dataset.column_names]
-        for table in windows(dataset, [*ID_COLUMNS, *given], spans(len(dataset), window)):
+        for table in read_chunks(dataset, [*ID_COLUMNS, *given], chunk_bounds(len(dataset), window)):
             yield table.select(ID_COLUMNS), {name: table.column(name).to_pylist() for name in given}
         return
     rows = iter(dataset)

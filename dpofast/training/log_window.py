@@ -53,7 +53,7 @@ class LogWindow:
     def read(self, ranks: Ranks) -> dict[str, float]:
         """The means since the last read; num_tokens counts from the start. A collective."""
         metrics = self.sums.means(ranks)
-        everyone = ranks.gather((dict(self._counts), self._seconds))
+        everyone = ranks.all_gather((dict(self._counts), self._seconds))
         counts: Counter[str] = sum((Counter(theirs) for theirs, _ in everyone), Counter())
         slowest = max(seconds for _, seconds in everyone)
         for name in ("padding_fraction", "shared_fraction"):

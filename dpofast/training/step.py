@@ -38,7 +38,7 @@ class OptimizerStep:
 
     def with_idle(self, batches: Sequence[PackedBatch]) -> list[PackedBatch | None]:
         """None for every micro-batch that this rank has fewer than others, where all must call the model as often."""
-        count = int(self.ranks.largest(len(batches))) if self.is_sharded else max(len(batches), 1)
+        count = int(self.ranks.all_reduce_max(len(batches))) if self.is_sharded else max(len(batches), 1)
         return [*batches, *[None] * (count - len(batches))]
 
     def run(
@@ -67,7 +67,7 @@ class OptimizerStep:
             if not (recoverable and is_out_of_memory(error)):
                 raise
             failed = True
-        if self.ranks.largest(failed):
+        if self.ranks.all_reduce_max(failed):
             if self.ranks.size > 1:
                 # DDP waits for the backward of a forward that it saw, and would take the next one's gradients for it.
                 self._backward(self.forward.idle(model))

@@ -356,7 +356,7 @@ class DPOTrainer(CheckpointedTrainer):
                 self._halve_max_tokens(model, batches)
                 restore_random_states(draws, self.args.device)
         loss = torch.cat(losses).sum()
-        total = self.ranks.total([loss.item()])[0] / inputs.num_pairs
+        total = self.ranks.all_reduce_sum([loss.item()])[0] / inputs.num_pairs
         if not math.isfinite(total):
             self._raise_not_finite(inputs, batches, losses)
         if self._running_rewards is not None:
@@ -382,7 +382,7 @@ class DPOTrainer(CheckpointedTrainer):
             return cap
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         fitting = probe_max_tokens(self._probe, self.args.device, cap, kept=_OPTIMIZER_BYTES * trained)
-        return -int(self.ranks.largest(-fitting))
+        return -int(self.ranks.all_reduce_max(-fitting))
 
     def _probe(self, positions: int) -> int:
         """Forward and backward of a micro-batch of the first rows; returns its positions, and leaves no trace."""
@@ -412,7 +412,7 @@ class DPOTrainer(CheckpointedTrainer):
             for example, value in zip(batch.pair_examples, pair_losses.tolist(), strict=True)
             if not math.isfinite(value)
         ]
-        rows = sorted(row for theirs in self.ranks.gather(own) for row in theirs)
+        rows = sorted(row for theirs in self.ranks.all_gather(own) for row in theirs)
         report = self.data_reports["train"]
         raise FloatingPointError(
             f"{report.source}: the loss of the pairs in {report.unit}s {rows} is not finite at step "
