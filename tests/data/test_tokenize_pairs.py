@@ -5,6 +5,7 @@ The tokenizer is bytes: id = 3 + byte, after <s> 0, </s> 1 and <unk> 2, and one 
 
 import json
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from datasets import Dataset, DatasetDict
