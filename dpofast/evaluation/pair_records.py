@@ -91,7 +91,7 @@ class PairRecords:
         examples = [example for _, part in self._waiting for example in part]
         self._waiting, self._unread = [], 0
         records = np.empty(len(values), _RECORD)
-        for name in _DEVICE_VALUES.names:
+        for name in ("rewards", "logps", "loss"):
             records[name] = values[name]
         records["row"] = [example["row"] for example in examples]
         records["lengths"] = [(len(example["chosen_ids"]), len(example["rejected_ids"])) for example in examples]
