@@ -11,13 +11,16 @@ _MODULES = {
     "DataError": "dpofast.data.load",
     "LogprobOutput": "dpofast.head.options",
     "PackBuffers": "dpofast.packing.pack",
-    "PackedBatch": "dpofast.packing.pack",
+    "PackedBatch": "dpofast.packing.batch",
+    "PackedPreference": "dpofast.model.attach",
     "PackingCollator": "dpofast.packing.collator",
     "PreferenceLoss": "dpofast.losses.config",
     "PreferenceOutput": "dpofast.losses.functional",
     "PromptGroupSampler": "dpofast.packing.collator",
+    "ReportCallback": "dpofast.report.page",
     "attach_logprob_head": "dpofast.model.attach",
     "detach_logprob_head": "dpofast.model.attach",
+    "fuse_lora": "dpofast.model.lora",
     "group_by_prompt": "dpofast.packing.collator",
     "linear_logprobs": "dpofast.head.linear_logprobs",
     "linear_preference_loss": "dpofast.head.linear_preference",
@@ -46,15 +49,18 @@ if TYPE_CHECKING:
     from dpofast.losses.functional import preference_loss as preference_loss
     from dpofast.losses.functional import token_preference_loss as token_preference_loss
     from dpofast.losses.sequences import pair_logprobs as pair_logprobs
+    from dpofast.model.attach import PackedPreference as PackedPreference
     from dpofast.model.attach import attach_logprob_head as attach_logprob_head
     from dpofast.model.attach import detach_logprob_head as detach_logprob_head
     from dpofast.model.attach import sequence_logprobs as sequence_logprobs
+    from dpofast.model.lora import fuse_lora as fuse_lora
+    from dpofast.packing.batch import PackedBatch as PackedBatch
     from dpofast.packing.collator import PackingCollator as PackingCollator
     from dpofast.packing.collator import PromptGroupSampler as PromptGroupSampler
     from dpofast.packing.collator import group_by_prompt as group_by_prompt
     from dpofast.packing.pack import PackBuffers as PackBuffers
-    from dpofast.packing.pack import PackedBatch as PackedBatch
     from dpofast.packing.pack import pack as pack
+    from dpofast.report.page import ReportCallback as ReportCallback
     from dpofast.training.config import DPOConfig as DPOConfig
     from dpofast.training.trainer import DPOTrainer as DPOTrainer
 else:

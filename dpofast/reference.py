@@ -1,7 +1,7 @@
-"""The slow truth: every arrow of the data flow in plain, materializing PyTorch, in any dtype, float64 included.
+"""Reference implementations in plain PyTorch that build full logits, in any dtype, float64 included.
 
-Nothing here is fast and nothing here is clever. Kernels, packing and trainer are tested against these functions, and a
-reader who wants to know what a number means finds its formula here.
+They are slow on purpose: kernels, packing and trainer are tested against them, and they hold the formula of every
+number that dpofast computes.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The direction of imports between packages, read from the source: lazy and TYPE_CHECKING imports count too."""
 
 import ast
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ LAYERS = (
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 MOST_MODULES = 12
+MOST_LINES = 450
 
 
 def module_of(path: Path) -> str:
@@ -69,6 +71,11 @@ def test_a_package_imports_only_from_packages_above_it(module):
         assert LEVEL[other] < LEVEL[own], f"{module} imports {imported}: {own} may not import from {other}"
 
 
+def test_no_module_imports_itself_through_others():
+    graph = {name: imports_of(path) - {name} for name, path in MODULES.items() if name != "dpofast"}
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the cycle
+
+
 def folders():
     return sorted({path.parent for path in PACKAGE.rglob("*.py")})
 
@@ -77,6 +84,13 @@ def folders():
 def test_a_package_has_at_most_twelve_modules(folder):
     modules = [path.name for path in folder.glob("*.py") if not path.name.startswith("__")]
     assert len(modules) <= MOST_MODULES, f"{folder.name} has {len(modules)} modules: {modules}"
+
+
+@pytest.mark.parametrize("folder", ["bench", "csrc", "dpofast", "examples", "kernels", "tests"])
+def test_no_file_is_long(folder):
+    files = [path for suffix in ("py", "cpp", "hpp") for path in (ROOT / folder).rglob(f"*.{suffix}")]
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text("utf-8").splitlines()) for path in files}
+    assert {name: lines for name, lines in lengths.items() if lines > MOST_LINES} == {}
 
 
 def test_every_package_has_a_layer():

@@ -192,7 +192,7 @@ class CheckpointedTrainer(Trainer):
 
     def _stop_is_wished(self) -> bool:
         # a signal may reach one rank alone, or each in another step
-        return bool(self.ranks.largest(self._interruption.signal is not None))
+        return bool(self.ranks.all_reduce_max(self._interruption.signal is not None))
 
     def _stop(self, model: Any, trial: Any) -> None:
         if self._saved_step != self.state.global_step:
@@ -387,7 +387,7 @@ class CheckpointedTrainer(Trainer):
                 result = part()
         except (OSError, ValueError) as error:
             problem = error
-        outcomes = self.ranks.gather((problem, result))
+        outcomes = self.ranks.all_gather((problem, result))
         first = next((theirs for theirs, _ in outcomes if theirs is not None), None)
         if first is not None:
             raise problem or first

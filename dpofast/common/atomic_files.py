@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, whenever the machine stops."""
+"""Write files atomically and durably: after a crash a file is there whole or not at all."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 
 
 def sync(path: Path) -> None:
-    """Wait until a file's bytes, or a folder's names, are on disk."""
-    if os.name != "posix" and path.is_dir():  # there a folder cannot be opened
+    """Fsync a file, or a folder, whose names are then on disk."""
+    if os.name != "posix" and path.is_dir():  # a folder cannot be opened there
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -18,7 +18,7 @@ def sync(path: Path) -> None:
 
 
 def put(aside: Path, path: Path) -> None:
-    """Move a file that was written aside, in the same folder, to its place: first its bytes, then its name."""
+    """Rename `aside`, a finished file in the same folder, to `path`: its bytes are fsynced before, its name after."""
     sync(aside)
     os.replace(aside, path)
     sync(path.parent)

@@ -1,7 +1,7 @@
-"""Backward passes that may be run again but not differentiated: an attempt raises instead of giving a wrong number.
+"""First-order-only backward passes: differentiating them again raises instead of giving a wrong gradient.
 
 torch's own once_differentiable raises only where the incoming gradient requires grad. For
-loss.backward(create_graph=True) it does not, and a gradient penalty would come out as if our gradient were a constant.
+loss.backward(create_graph=True) it does not, and a gradient penalty would treat our gradient as a constant.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _Backward = Callable[..., tuple[Tensor | None, ...]]
 
 
 def no_second_derivative(ctx: Any, *_: Any) -> Any:
-    """The backward of what must not be differentiated: raises RuntimeError."""
+    """Raise RuntimeError: the backward of gradients that cannot be differentiated again."""
     raise RuntimeError(
         "dpofast's log-probs have first derivatives only: use the 'reference' backend where a gradient is "
         "differentiated again (a gradient penalty, a Hessian)"
@@ -38,11 +38,14 @@ class _Constant(torch.autograd.Function):
 
 
 def first_order_only(backward: _Backward) -> _Backward:
-    """Decorate the backward of an autograd.Function that saves what its gradients depend on."""
+    """Decorate the backward of an autograd.Function, which must save the tensors that its gradients depend on.
+
+    The decorated backward returns gradients that raise RuntimeError when they are differentiated.
+    """
 
     @functools.wraps(backward)
     def guarded(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        if not torch.is_grad_enabled():  # no create_graph: nobody can ask for more
+        if not torch.is_grad_enabled():  # no create_graph: there is no second derivative
             return backward(ctx, *upstream)
         sources = [t for t in (*upstream, *ctx.saved_tensors) if t is not None and t.requires_grad]
         with torch.no_grad():
@@ -54,9 +57,9 @@ def first_order_only(backward: _Backward) -> _Backward:
 
 @contextlib.contextmanager
 def recording() -> Iterator[None]:
-    """Autograd records inside, also in the body of a torch.library operator, where it is switched off by dispatch key.
+    """Enable autograd inside, also in the body of a torch.library operator, where a dispatch key switches it off.
 
-    For a loss's derivative on a few numbers, taken at once; nothing that leaves may still hang on the graph.
+    For a derivative that is taken inside the block; tensors that leave it must be detached.
     """
     with torch.inference_mode(False):
         include, exclude = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()

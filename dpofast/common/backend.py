@@ -1,4 +1,4 @@
-"""Which code does the row work of a call: Triton kernels, chunked torch, or the slow reference."""
+"""Choice of the backend, which does the row work of a call: Triton kernels, chunked torch, or the slow reference."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 BACKENDS = ("auto", "triton", "fused", "torch", "reference")
 # GPU architectures (kernels/linear_tiles.py) where "auto" takes the fused kernel for calls without gradient. None yet:
-# on none has it been timed against the GEMM and row kernel that "auto" takes, and compiling cleanly is no speed.
+# on none has it been timed against the GEMM and row kernel that "auto" takes.
 FUSED_BY_DEFAULT: tuple[str, ...] = ()
 
 

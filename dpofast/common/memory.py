@@ -1,4 +1,4 @@
-"""Peak memory of this process."""
+"""Peak memory of this process, in bytes."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import torch
 
 
 def peak_memory() -> tuple[int, str]:
-    """Bytes, and of what: on CUDA the most that tensors held ("GPU"), else the most that was resident ("RAM")."""
+    """Peak bytes and what they are of: CUDA tensors ("GPU") where CUDA is in use, else resident memory ("RAM")."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated(), "GPU"
     return peak_resident(), "RAM"
 
 
 def peak_resident() -> int:
-    """Bytes: the most that was resident."""
+    """Peak resident memory, in bytes."""
     try:
         # ru_maxrss would be the parent's where a process began as a copy of a larger one.
         found = re.search(r"^VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
@@ -32,15 +32,15 @@ def peak_resident() -> int:
 
 
 def restart_peak_resident() -> int:
-    """Lower peak_resident to what is resident now, and return that, in bytes (Linux).
+    """Reset peak_resident to the memory that is resident now, and return that, in bytes (Linux).
 
-    Memory that the C library keeps after it was freed is given back first: what is allocated in it would otherwise not
-    be seen. Between 16 MB blocks of a model that is gone this can be all of a step.
+    Freed memory that the C library still holds is returned to the system first: allocations in it would not raise the
+    peak. After a model was freed that can hide all allocations of a step.
 
     Raises:
         RuntimeError: the system has no /proc/self/clear_refs that this process may write.
     """
-    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # glibc; others give back as they go
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # glibc; other C libraries do it by themselves
         libc.malloc_trim(0)
     try:
         Path("/proc/self/clear_refs").write_text("5")

@@ -1,8 +1,8 @@
-"""Datasets that are read from front to back without holding what was read.
+"""Read a memory-mapped dataset in chunks of rows, and release the pages of each chunk after it was used.
 
-An Arrow file's rows are mapped, not loaded: reading a row makes its pages part of this process until the kernel wants
-them back, so one pass over a large file looks like that much memory, and counts so where a container's limit is
-enforced. Pages that were read are handed back here; the kernel keeps them as its cache and maps them again on touch.
+The rows of an Arrow file are memory-mapped: pages that were read stay resident until the kernel needs the memory, so
+one pass over a large file makes the process look that large, also to a container's memory limit. Released pages stay
+in the kernel's page cache and are mapped again when touched.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
 
 def mapped_files(dataset: Dataset) -> tuple[str, ...]:
-    """The Arrow files that hold a dataset's rows, by the names the kernel has for them; none for one in memory."""
+    """Real paths of the Arrow files that hold a dataset's rows; empty for a dataset in memory."""
     return tuple(sorted({os.path.realpath(file["filename"]) for file in dataset.cache_files}))
 
 
@@ -42,15 +42,15 @@ def release_pages(files: Collection[str]) -> None:
                 _LIBC.madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), ctypes.c_int(mmap.MADV_DONTNEED))
 
 
-def spans(count: int, size: int) -> list[tuple[int, int]]:
-    """(start, stop) of `count` rows, `size` at a time."""
+def chunk_bounds(count: int, size: int) -> list[tuple[int, int]]:
+    """(start, stop) of every chunk of at most `size` rows, out of `count`."""
     return [(start, min(start + size, count)) for start in range(0, count, size)]
 
 
-def windows(dataset: Dataset, columns: Collection[str], parts: Iterable[tuple[int, int]]) -> Iterator[pa.Table]:
-    """The columns' rows from start to stop of each part, as Arrow tables; a table's pages go with the next one."""
+def read_chunks(dataset: Dataset, columns: Collection[str], bounds: Iterable[tuple[int, int]]) -> Iterator[pa.Table]:
+    """The columns of every chunk (start, stop) of rows, as Arrow tables; a table's pages are released with the next."""
     files = mapped_files(dataset)
     rows: Any = dataset.with_format("arrow", columns=list(columns))
-    for start, stop in parts:
+    for start, stop in bounds:
         yield rows[start:stop]
         release_pages(files)

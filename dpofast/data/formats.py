@@ -1,4 +1,4 @@
-"""What a row of preference data must hold: trl's formats, told apart and checked.
+"""Formats of a row of preference data (trl's): which one a row is in, and whether it is valid.
 
     text            chosen, rejected: strings, prompt: a string, or left out where both strings begin with it
     conversations   the same columns as lists of {"role", "content"} turns; tools and chat_template_kwargs may be added

@@ -32,12 +32,11 @@ from dpofast.data.tokenize_pairs import (
     DataReport,
     Skipped,
     check_on_bad_row,
-    example_arrays,
     no_usable_row,
     tokenize_preferences,
 )
 
-__all__ = ["DataError", "DataReport", "Skipped", "example_arrays", "load_preferences", "tokenize_preferences"]
+__all__ = ["DataError", "DataReport", "Skipped", "load_preferences", "tokenize_preferences"]
 
 _FEATURES = {
     "text": Value("string"),
@@ -62,7 +61,7 @@ def load_preferences(
     on_bad_row: str = "raise",
     cache_dir: str | None = None,
 ) -> Dataset:
-    """Load preference data; dpofast.formats says what a row must hold.
+    """Load preference data; dpofast.data.formats says what a row must hold.
 
     Args:
         source: a .jsonl or .json file with one JSON object a line, a .parquet file, a folder written by save_to_disk,
@@ -226,7 +225,7 @@ def _first_kinds(path: Path, skip: bool) -> dict[str, str]:
             bad.setdefault(problem.reason, []).append(number)
     if not bad:
         raise DataError(f"{path}: there are no rows")
-    raise no_usable_row(DataReport.of(str(path), "line", sum(map(len, bad.values())), bad))
+    raise no_usable_row(DataReport.from_bad_rows(str(path), "line", sum(map(len, bad.values())), bad))
 
 
 def _rows(path: Path, kinds: dict[str, str], columns: tuple[str, ...], skip: bool) -> Iterator[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Preference rows to token ids: one prompt that both responses share, and the two responses.
+"""tokenize_preferences: preference rows -> token ids of one prompt, which both responses share, and of each response.
 
     text            tokens(prompt), tokens(prompt + response + EOS)
     conversations   tokens(template(prompt)), tokens(template(prompt + response)); the template writes the end
@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,7 +35,7 @@ LINE, ERROR = "_line", "_error"
 _TRUNCATED, _SHORTENED = "_truncated", "_shortened"
 _WORKING_COLUMNS = [ERROR, _TRUNCATED, _SHORTENED]
 _REPORTED_ROWS = 10
-# datasets caches what map returns under a hash of the encoder, which would know these modules only by name.
+# datasets caches what map returns under a fingerprint of the encoder, which would know these modules only by name.
 _CODE = hashlib.sha256(
     b"".join(Path(file).read_bytes() for file in (__file__, formats.__file__)) + transformers.__version__.encode()
 ).hexdigest()
@@ -51,7 +50,7 @@ class Skipped(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class DataReport:
-    """What became of a dataset's rows, which are numbered by `unit`: "line" from 1 (JSONL), else "row" from 0."""
+    """Counts of kept, skipped and cut rows, which are numbered by `unit`: "line" from 1 (JSONL) or "row" from 0."""
 
     source: str
     unit: str
@@ -64,16 +63,24 @@ class DataReport:
     shortened_prompts: int
 
     @staticmethod
-    def of(source: str, unit: str, rows: int, bad: Mapping[str, Sequence[int]], **counts: int) -> DataReport:
-        """A report on so many rows, from the numbers of those that were left out, by reason."""
+    def from_bad_rows(
+        source: str,
+        unit: str,
+        rows: int,
+        bad: Mapping[str, Sequence[int]],
+        *,
+        truncated: int = 0,
+        shortened_prompts: int = 0,
+    ) -> DataReport:
+        """The report on a source of `rows` rows; `bad` holds the numbers of those left out, by reason."""
         return DataReport(
             source=source,
             unit=unit,
             rows=rows,
             kept=rows - sum(map(len, bad.values())),
             skipped={reason: Skipped(len(numbers), tuple(numbers[:_REPORTED_ROWS])) for reason, numbers in bad.items()},
-            truncated=counts.get("truncated", 0),
-            shortened_prompts=counts.get("shortened_prompts", 0),
+            truncated=truncated,
+            shortened_prompts=shortened_prompts,
         )
 
     def summary(self) -> str:
@@ -91,7 +98,7 @@ class DataReport:
 
 
 def no_usable_row(report: DataReport) -> DataError:
-    """The refusal of data of which nothing is left, with the reasons counted."""
+    """The DataError for data without a usable row: it counts the reasons."""
     return DataError(f"{report.source}: no row can be used\n{report.summary()}")
 
 
@@ -104,7 +111,7 @@ def _shared(ids: Sequence[int], others: Sequence[int]) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class _Encoder:
-    """What datasets.map calls and hashes."""
+    """The function that datasets.map applies, and whose fields make the fingerprint of its cache."""
 
     tokenizer: PreTrainedTokenizerBase | None
     columns: tuple[str, ...]
@@ -216,7 +223,7 @@ class _Encoder:
 
 @dataclass(frozen=True, kw_only=True)
 class _GoodRows:
-    """The same for the pass that leaves bad rows out."""
+    """The function of a second pass of datasets.map, which leaves bad rows out."""
 
     files: tuple[str, ...]
     code: str = _CODE
@@ -238,7 +245,7 @@ def tokenize_preferences(
     vocab_size: int | None = None,
     num_proc: int | None = None,
 ) -> tuple[Dataset, DataReport]:
-    """Turn preference data (the formats of dpofast.formats) into token ids.
+    """Turn preference data (the formats of dpofast.data.formats) into token ids.
 
     A row is bad when a column is missing, null or of the wrong type, a response or the prompt is empty, chosen equals
     rejected, the prompt alone fills max_length, a reference log-prob is not finite, or a token id is impossible.
@@ -347,7 +354,7 @@ def _report(table: pa.Table, source: str, unit: str) -> DataReport:
     rows_by_reason: dict[str, list[int]] = {}
     for reason, row in zip(bad.column(ERROR).to_pylist(), bad.column("row").to_pylist(), strict=True):
         rows_by_reason.setdefault(reason, []).append(row)
-    return DataReport.of(
+    return DataReport.from_bad_rows(
         source,
         unit,
         table.num_rows,
@@ -355,24 +362,3 @@ def _report(table: pa.Table, source: str, unit: str) -> DataReport:
         truncated=pc.sum(table.column(_TRUNCATED)).as_py() or 0,
         shortened_prompts=pc.sum(table.column(_SHORTENED)).as_py() or 0,
     )
-
-
-def example_arrays(table: pa.Table) -> list[dict[str, Any]]:
-    """Turn rows of tokenize_preferences' dataset into examples without a Python object per token.
-
-    Args:
-        table: `dataset.with_format("arrow")[rows]`.
-
-    Returns:
-        One mapping a row: read-only int32 arrays that view the table's memory, and numbers.
-    """
-    columns: dict[str, list[Any]] = {}
-    for name in table.column_names:
-        column = table.column(name).combine_chunks()
-        if pa.types.is_list(column.type):
-            tokens, offsets = column.flatten().to_numpy(), column.offsets.to_numpy()
-            bounds = (offsets - offsets[0]).tolist()
-            columns[name] = [tokens[start:stop] for start, stop in pairwise(bounds)]
-        else:
-            columns[name] = column.to_pylist()
-    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]

@@ -1,9 +1,9 @@
-"""What is logged: TRL's metric names, summed over micro-batches on the device and read back in one transfer.
+"""The logged metrics, under TRL's names: summed over micro-batches on the device and read back in one transfer.
 
 Per pair (means over pairs): rewards/{chosen,rejected,accuracies,margins}, logps/{chosen,rejected}, kl/{chosen,rejected}
 (policy minus reference log-prob per token, nats), lengths/{chosen,rejected} (tokens), displacement (share of pairs
 whose chosen response became less likely than under the reference). A tied margin counts as not accurate. With ld_alpha
-rewards, logps and kl are of the weighted log-probs, like TRL's. An evaluation also has pair_statistics' LENGTH_METRICS.
+rewards, logps and kl are of the weighted log-probs, like TRL's. An evaluation also has LENGTH_METRICS (statistics.py).
 Per token, where the statistics were computed: entropy (nats), logits/{chosen,rejected}, mean_token_accuracy.
 """
 
@@ -80,7 +80,7 @@ class MetricSums:
         totals = torch.stack([total.double() for total in self._sums.values()]).tolist() if self._sums else []
         own = {name: (total, self._weights[name]) for name, total in zip(self._sums, totals, strict=True)}
         joined: dict[str, tuple[float, float]] = {}
-        for theirs in [own] if ranks is None else ranks.gather(own):
+        for theirs in [own] if ranks is None else ranks.all_gather(own):
             for name, (total, weight) in theirs.items():
                 before, weighed = joined.get(name, (0.0, 0.0))
                 joined[name] = (before + total, weighed + weight)

@@ -1,11 +1,10 @@
-"""What an evaluation leaves of every pair: numbers for all of them, and the tokens of the best and the worst few.
+"""PairRecords: the numbers of every pair of an evaluation, and the tokens of the pairs with extreme margins.
 
-Numbers take 64 bytes a pair. Tokens are kept for a handful of pairs only, so that memory does not grow with the text.
+The numbers take 64 bytes a pair. Tokens are kept for a few pairs only, so that memory does not grow with the text.
 """
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,6 +19,9 @@ from dpofast.packing.pack import PackedBatch
 
 # Pairs read back from the device at once: a transfer for each micro-batch would be a sync for each.
 _READ_AT_ONCE = 4096
+# A pair's numbers as they come from the device, and as they are kept; two values are chosen and rejected.
+_DEVICE_VALUES = np.dtype([("rewards", np.float64, 2), ("logps", np.float64, 2), ("loss", np.float64)])
+_RECORD = np.dtype([("row", np.int64), *_DEVICE_VALUES.descr, ("lengths", np.int64, 2)])
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,14 +69,13 @@ class PairRecords:
         """Start empty."""
         self._kept = kept
         self._waiting: list[tuple[Tensor, list[Mapping[str, Any]]]] = []
-        self._parts: list[np.ndarray] = []
+        self._parts: list[np.ndarray] = []  # of _RECORD
         self._count = self._unread = 0
-        # (key, place, pair): heaps whose first item is the next to be left out.
-        self._best: list[tuple[float, int, KeptPair]] = []
-        self._worst: list[tuple[float, int, KeptPair]] = []
+        self._best: list[KeptPair] = []
+        self._worst: list[KeptPair] = []
 
     def add(self, examples: Sequence[Mapping[str, Any]], batch: PackedBatch, output: PreferenceOutput) -> None:
-        """Take a micro-batch of the examples; on a GPU nothing waits for it."""
+        """Record a micro-batch of the examples, without a device sync but for one in _READ_AT_ONCE pairs."""
         logps, rewards = output.of_pairs("logps", batch.pairs), output.of_pairs("rewards", batch.pairs)
         values = torch.cat([rewards.double(), logps.double(), output.losses.double()[:, None]], dim=1)
         self._waiting.append((values.detach(), [examples[i] for i in batch.pair_examples.tolist()]))
@@ -83,37 +84,45 @@ class PairRecords:
             self._read()
 
     def _read(self) -> None:
-        """One transfer for all that waits."""
+        """Read back all micro-batches that wait, in one transfer."""
         if not self._waiting:
             return
-        values = torch.cat([part for part, _ in self._waiting]).cpu().numpy()
+        values = torch.cat([part for part, _ in self._waiting]).cpu().numpy().view(_DEVICE_VALUES)[:, 0]
         examples = [example for _, part in self._waiting for example in part]
         self._waiting, self._unread = [], 0
-        counts = [(example["row"], len(example["chosen_ids"]), len(example["rejected_ids"])) for example in examples]
-        self._parts.append(np.concatenate([values, np.array(counts, np.float64)], axis=1))
-        margins = values[:, 0] - values[:, 1]
+        records = np.empty(len(values), _RECORD)
+        for name in ("rewards", "logps", "loss"):
+            records[name] = values[name]
+        records["row"] = [example["row"] for example in examples]
+        records["lengths"] = [(len(example["chosen_ids"]), len(example["rejected_ids"])) for example in examples]
+        self._parts.append(records)
+        margins = values["rewards"][:, 0] - values["rewards"][:, 1]
         order = np.argsort(margins, kind="stable")
         # NaN sorts last, and is no margin to show
         order = order[np.isfinite(margins[order])]
-        for heap, sign, candidates in ((self._worst, -1.0, order), (self._best, 1.0, order[::-1])):
-            for i in candidates[: self._kept].tolist():
-                pair = KeptPair(self._count + i, float(margins[i]), examples[i])
-                heapq.heappush(heap, (sign * pair.margin, -pair.place, pair))
-                if len(heap) > self._kept:
-                    heapq.heappop(heap)
+        worst, best = (
+            [KeptPair(self._count + i, float(margins[i]), examples[i]) for i in chosen[: self._kept].tolist()]
+            for chosen in (order, order[::-1])
+        )
+        self._keep(worst, best)
         self._count += len(values)
+
+    def _keep(self, worst: list[KeptPair], best: list[KeptPair]) -> None:
+        """Merge candidates into the kept pairs; of equal margins the first stays."""
+        self._worst = sorted([*self._worst, *worst], key=lambda pair: (pair.margin, pair.place))[: self._kept]
+        self._best = sorted([*self._best, *best], key=lambda pair: (-pair.margin, pair.place))[: self._kept]
 
     def table(self) -> PairTable:
         """All pairs so far, in the order they came."""
         self._read()
-        values = np.concatenate(self._parts) if self._parts else np.empty((0, 8))
-        self._parts = [values]
+        records = np.concatenate(self._parts) if self._parts else np.empty(0, _RECORD)
+        self._parts = [records]
         return PairTable(
-            rows=values[:, 5].astype(np.int64),
-            rewards=values[:, 0:2],
-            logps=values[:, 2:4],
-            lengths=values[:, 6:8].astype(np.int64),
-            losses=values[:, 4],
+            rows=records["row"],
+            rewards=records["rewards"],
+            logps=records["logps"],
+            lengths=records["lengths"],
+            losses=records["loss"],
         )
 
     def joined(self, ranks: Ranks) -> PairRecords:
@@ -121,24 +130,20 @@ class PairRecords:
         if ranks.size == 1:
             return self
         self.table()
-        records = PairRecords(self._kept)
-        for values, worst, best in ranks.gather((self._parts[0], self._worst, self._best)):
-            for heap, theirs in ((records._worst, worst), (records._best, best)):
-                for key, place, pair in theirs:
-                    moved = replace(pair, place=pair.place + records._count)
-                    heapq.heappush(heap, (key, place - records._count, moved))
-                    if len(heap) > records._kept:
-                        heapq.heappop(heap)
-            records._parts.append(values)
-            records._count += len(values)
-        return records
+        joined = PairRecords(self._kept)
+        for records, *kept in ranks.all_gather((self._parts[0], self._worst, self._best)):
+            worst, best = ([replace(pair, place=pair.place + joined._count) for pair in pairs] for pairs in kept)
+            joined._keep(worst, best)
+            joined._parts.append(records)
+            joined._count += len(records)
+        return joined
 
     def worst(self) -> list[KeptPair]:
         """The pairs of the smallest margins, the smallest first."""
         self._read()
-        return [pair for *_, pair in sorted(self._worst, reverse=True)]
+        return list(self._worst)
 
     def best(self) -> list[KeptPair]:
         """The pairs of the largest margins, the largest first."""
         self._read()
-        return [pair for *_, pair in sorted(self._best, reverse=True)]
+        return list(self._best)

@@ -21,8 +21,8 @@ from dpofast.head.operators import custom_operator, gradients_of
 from dpofast.head.options import LogitOptions
 from dpofast.head.pair_blocks import PairCall, pair_gradients
 from dpofast.head.validate import check_target_values
-from dpofast.losses.coefficients import StepTotals
 from dpofast.losses.config import PreferenceLoss
+from dpofast.losses.pairs import StepTotals
 
 
 class PreferenceArguments(NamedTuple):

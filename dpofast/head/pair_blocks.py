@@ -26,8 +26,9 @@ from dpofast.head.engine.make import make_engine
 from dpofast.head.engine.passes import accumulate, keep_and_recompute
 from dpofast.head.engine.row_engine import scale_rows
 from dpofast.head.options import LogitOptions
-from dpofast.losses.coefficients import PairTerms, StepTotals, pair_terms
+from dpofast.losses.coefficients import PairTerms, pair_terms
 from dpofast.losses.config import PreferenceLoss
+from dpofast.losses.pairs import StepTotals
 from dpofast.losses.sequences import Tokens, side_indices
 
 

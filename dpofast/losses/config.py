@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 
 from dpofast.losses.divergences import DIVERGENCES
 from dpofast.losses.kinds import KINDS, SMOOTHING_RANGES
+from dpofast.losses.options import LossOptions
 
-# Options that only some kinds read; any other value than the default needs a kind that does.
 _NUMBERS = (
     "beta",
     "label_smoothing",
@@ -21,11 +21,12 @@ _NUMBERS = (
     "simpo_gamma",
     "cpo_alpha",
 )
+# Options that only some kinds read; any other value than the default needs a kind that does.
 _OWN_OPTIONS = ("ipo_average", "bco_delta", "discopop_tau", "simpo_gamma", "cpo_alpha")
 
 
 @dataclass(frozen=True, kw_only=True)
-class PreferenceLoss:
+class PreferenceLoss(LossOptions):
     """Which loss, and its options; validated when built. A mix shares its options: each kind takes those it has.
 
     Args:
@@ -51,20 +52,6 @@ class PreferenceLoss:
         ValueError: an unknown kind, an option outside its range, or one that the kind does not have.
     """
 
-    kind: str | tuple[str, ...] = "sigmoid"
-    weights: tuple[float, ...] | None = None
-    beta: float = 0.1
-    label_smoothing: float = 0.0
-    f_divergence_type: str = "reverse_kl"
-    f_alpha_divergence_coef: float = 0.5
-    ld_alpha: float | None = None
-    use_weighting: bool = False
-    rpo_alpha: float | None = None
-    ipo_average: bool = True
-    bco_delta: str = "zero"
-    discopop_tau: float = 0.05
-    simpo_gamma: float = 0.5
-    cpo_alpha: float = 1.0
     # The same as JSON: what an operator of torch.library, which takes no objects, is told.
     encoded: str = field(init=False, repr=False, compare=False)
 

@@ -1,6 +1,7 @@
-"""The public side of the losses: which loss (PreferenceLoss), and the loss of sequence or token log-probs.
+"""The public loss functions: preference_loss of sequence log-probs, token_preference_loss of token log-probs.
 
-The losses themselves are in losses.py; what leads from tokens to pairs, and the coefficients back, in pair_terms.py.
+Both return a PreferenceOutput. The loss of each kind is in kinds.py, the sums over tokens in sequences.py, the way from
+tokens to pairs and the coefficients back in coefficients.py.
 """
 
 from __future__ import annotations
@@ -13,17 +14,18 @@ from torch import Tensor
 
 from dpofast.common.autograd import first_order_only
 from dpofast.common.backend import choose_backend
-from dpofast.losses.coefficients import StepTotals, pair_losses, pair_terms, pairs_of_tokens, runs_fused
+from dpofast.losses.coefficients import pair_losses, pair_terms, pairs_of_tokens, runs_fused
 from dpofast.losses.config import PreferenceLoss, checked_loss
-from dpofast.losses.kinds import Pairs
-from dpofast.losses.sequences import Tokens, side_indices
+from dpofast.losses.pairs import Pairs, StepTotals
+from dpofast.losses.sequences import Tokens, chosen_and_rejected, side_indices
 from dpofast.losses.validate import check_pairs, check_tokens
 
 
 @dataclass(frozen=True)
 class PreferenceOutput:
-    """loss: scalar, a mean over pairs, or a sum over them divided by num_pairs; losses (P,); logps and rewards (S,).
+    """The loss of P pairs over S sequences, and what is logged of them.
 
+    loss: scalar, a mean over pairs, or a sum over them divided by num_pairs; losses (P,); logps and rewards (S,).
     Only loss is differentiable. rewards = beta·(logp − ref_logp), in nats times beta, without a reference beta·logp.
     With ld_alpha a response's log-prob depends on its partner: logps and rewards are then (P, 2), chosen and rejected.
     aux_loss is a model's own auxiliary loss (mixture-of-experts balancing), differentiable, not in loss, or None.
@@ -36,13 +38,8 @@ class PreferenceOutput:
     aux_loss: Tensor | None = None
 
     def of_pairs(self, name: str, pairs: Tensor) -> Tensor:
-        """logps or rewards, named, of the pairs' chosen and rejected response: (P, 2)."""
-        return of_pairs(getattr(self, name), pairs)
-
-
-def of_pairs(values: Tensor, pairs: Tensor) -> Tensor:
-    """Values (P, 2), or those of pairs (P, 2) out of values (S,)."""
-    return values if values.dim() == 2 else values[side_indices(pairs, values.device)]
+        """logps or rewards (`name`) of every pair's chosen and rejected response: (P, 2)."""
+        return chosen_and_rejected(getattr(self, name), pairs)
 
 
 def preference_loss(
@@ -87,12 +84,15 @@ def preference_loss(
     sides = side_indices(pairs, logps.device)
     ref = torch.zeros_like(logps) if ref_logps is None else ref_logps.to(logps.dtype)
     totals = StepTotals(len(pairs) if num_pairs is None else num_pairs, num_chosen_tokens, earlier_rewards)
-    view = totals.view(logps[sides], ref[sides], lengths[sides] if loss.needs_lengths and lengths is not None else None)
-    return _output(view, loss, totals, logps, loss.beta * (logps - ref))
+    counts = lengths[sides] if loss.needs_lengths and lengths is not None else None
+    values = totals.make_pairs(logps[sides], ref[sides], counts)
+    return _output(values, loss, totals, logps, loss.beta * (logps - ref))
 
 
-def _output(view: Pairs, loss: PreferenceLoss, totals: StepTotals, logps: Tensor, rewards: Tensor) -> PreferenceOutput:
-    losses = pair_losses(view, loss)
+def _output(
+    values: Pairs, loss: PreferenceLoss, totals: StepTotals, logps: Tensor, rewards: Tensor
+) -> PreferenceOutput:
+    losses = pair_losses(values, loss)
     return PreferenceOutput(losses.sum() / totals.num_pairs, losses.detach(), logps.detach(), rewards.detach())
 
 
@@ -132,12 +132,12 @@ def token_preference_loss(
     totals = StepTotals(len(pairs) if num_pairs is None else num_pairs, num_chosen_tokens, earlier_rewards)
     if runs_fused(loss, choose_backend(backend, token_logps.device)):
         return PreferenceOutput(*_Fused.apply(token_logps, tokens, pairs, ref_logps, loss, totals))
-    view, logps, rewards = pairs_of_tokens(tokens, pairs, ref_logps, loss, totals)
-    return _output(view, loss, totals, logps, rewards)
+    values, logps, rewards = pairs_of_tokens(tokens, pairs, ref_logps, loss, totals)
+    return _output(values, loss, totals, logps, rewards)
 
 
 class _Fused(torch.autograd.Function):
-    """kernels/preference.py; its coefficients d(sum of losses)/d(token log-prob) make backward a product."""
+    """token_preference_loss by kernels/preference.py: backward multiplies the coefficients that forward saved."""
 
     @staticmethod
     def forward(  # type: ignore[override]

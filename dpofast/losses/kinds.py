@@ -1,8 +1,9 @@
-"""The losses: one small function a kind, from the log-probs of P pairs to P losses; and the table that finds them.
+"""The loss kinds: one small function each, (Pairs, LossOptions) -> (P,) losses in nats, and KINDS, which names them.
 
-Symbols (nats): w, l are policy minus reference log-prob of the chosen and the rejected response, p_w, p_l the policy's
-alone, n_w, n_l their tokens, ls = log σ. Δ = s(w) − s(l) with the score s of divergences.py. β, ε, τ, γ, λ are the
-options of PreferenceLoss. No derivative is written down: autograd takes it, on tensors of P numbers.
+Symbols (nats): w and l are the log-ratios log(policy/reference) of the chosen and the rejected response, p_w and p_l
+the policy's log-probs alone, n_w and n_l the responses' tokens, ls = log σ. Δ = s(w) − s(l), where s is the score of
+the f-divergence (divergences.py; s(u) = u by default). β = beta, ε = label_smoothing, τ = discopop_tau,
+γ = simpo_gamma, λ = cpo_alpha. Gradients are left to autograd, which differentiates tensors of P numbers.
 
 A kind is separable if a pair's loss depends on that pair alone, and coupled if it depends on all pairs of the call.
 """
@@ -12,105 +13,52 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dpofast.losses.divergences import DIVERGENCES
-
-if TYPE_CHECKING:
-    from dpofast.losses.config import PreferenceLoss
+from dpofast.losses.options import LossOptions
+from dpofast.losses.pairs import Pairs
 
 
-@dataclass(frozen=True)
-class Pairs:
-    """What the losses see of P pairs; tensors are (P,), float32 or float64.
-
-    Attributes:
-        policy_chosen, policy_rejected: p_w and p_l, weighted by ld_alpha where it is set.
-        ref_chosen, ref_rejected: the reference's, or 0 without one.
-        chosen_sum: the chosen response's plain log-prob, which NLL terms take; p_w without ld_alpha.
-        chosen_tokens, rejected_tokens: n_w and n_l, at least 1; NaN where the loss does not need them.
-        nll_scale: pairs over chosen tokens, both of the whole step: makes a mean over tokens out of one over pairs.
-        earlier_rewards: (2,) float64, sum and number of the rewards before this call (bco_pair's running mean).
-        weights: use_weighting's factor of each pair, without gradient, or None.
-    """
-
-    policy_chosen: Tensor
-    policy_rejected: Tensor
-    ref_chosen: Tensor
-    ref_rejected: Tensor
-    chosen_sum: Tensor
-    chosen_tokens: Tensor
-    rejected_tokens: Tensor
-    nll_scale: Tensor
-    earlier_rewards: Tensor | None
-    weights: Tensor | None
-
-    @property
-    def chosen(self) -> Tensor:
-        """w."""
-        return self.policy_chosen - self.ref_chosen
-
-    @property
-    def rejected(self) -> Tensor:
-        """l."""
-        return self.policy_rejected - self.ref_rejected
-
-    def scores(self, loss: PreferenceLoss) -> tuple[Tensor, Tensor]:
-        """s(w) and s(l)."""
-        score = DIVERGENCES[loss.f_divergence_type]
-        alpha = loss.f_alpha_divergence_coef
-        return score(self.chosen, alpha), score(self.rejected, alpha)
-
-    def margin(self, loss: PreferenceLoss) -> Tensor:
-        """βΔ."""
-        chosen, rejected = self.scores(loss)
-        return loss.beta * (chosen - rejected)
-
-    def mean_scores(self, loss: PreferenceLoss) -> Tensor:
-        """s(w)/n_w − s(l)/n_l."""
-        chosen, rejected = self.scores(loss)
-        return chosen / self.chosen_tokens - rejected / self.rejected_tokens
-
-    def chosen_nll(self) -> Tensor:
-        """Minus the chosen response's log-prob per token."""
-        return -self.chosen_sum / self.chosen_tokens
-
-
-def _smoothed(margin: Tensor, loss: PreferenceLoss) -> Tensor:
-    """−(1−ε)·ls(margin) − ε·ls(−margin)."""
+def _smoothed(margin: Tensor, loss: LossOptions) -> Tensor:
+    """−(1−ε)·ls(margin) − ε·ls(−margin): the logistic loss if a preference is flipped with probability ε (cDPO)."""
     if loss.label_smoothing == 0:
         return -F.logsigmoid(margin)
     return -(1 - loss.label_smoothing) * F.logsigmoid(margin) - loss.label_smoothing * F.logsigmoid(-margin)
 
 
-def _sigmoid(x: Pairs, loss: PreferenceLoss) -> Tensor:
-    """DPO, arXiv 2305.18290 eq. 7; with ε > 0 conservative DPO."""
+def _sigmoid(x: Pairs, loss: LossOptions) -> Tensor:
+    """DPO, arXiv 2305.18290 eq. 7: −(1−ε)·ls(βΔ) − ε·ls(−βΔ); with ε > 0 conservative DPO."""
     return _smoothed(x.margin(loss), loss)
 
 
-def _sigmoid_norm(x: Pairs, loss: PreferenceLoss) -> Tensor:
-    """DPO of log-ratios per token."""
+def _sigmoid_norm(x: Pairs, loss: LossOptions) -> Tensor:
+    """Length-normalized DPO: sigmoid with Δ = s(w)/n_w − s(l)/n_l."""
     return _smoothed(loss.beta * x.mean_scores(loss), loss)
 
 
-def _robust(x: Pairs, loss: PreferenceLoss) -> Tensor:
-    """Robust DPO, arXiv 2403.00409: unbiased if a share ε of the preferences is flipped."""
+def _robust(x: Pairs, loss: LossOptions) -> Tensor:
+    """Robust DPO, arXiv 2403.00409: (−(1−ε)·ls(βΔ) + ε·ls(−βΔ))/(1 − 2ε).
+
+    Its expectation is the DPO loss of the clean preferences if a share ε of them is flipped.
+    """
     margin, flipped = x.margin(loss), loss.label_smoothing
     clean = -(1 - flipped) * F.logsigmoid(margin)
     return (clean + flipped * F.logsigmoid(-margin)) / (1 - 2 * flipped)
 
 
-def _hinge(x: Pairs, loss: PreferenceLoss) -> Tensor:
-    """relu(1 − βΔ), as in SLiC, arXiv 2305.10425."""
+def _hinge(x: Pairs, loss: LossOptions) -> Tensor:
+    """The hinge loss of SLiC, arXiv 2305.10425: relu(1 − βΔ)."""
     return F.relu(1 - x.margin(loss))
 
 
-def _ipo(x: Pairs, loss: PreferenceLoss) -> Tensor:
-    """IPO, arXiv 2310.12036 eq. 17, of log-ratios per token (its authors' choice) or summed."""
+def _ipo(x: Pairs, loss: LossOptions) -> Tensor:
+    """IPO, arXiv 2310.12036 eq. 17: (s(w)/n_w − s(l)/n_l − 1/(2β))²; with ipo_average=False (Δ − 1/(2β))².
+
+    The average per token is the authors' choice.
+    """
     if loss.ipo_average:
         difference = x.mean_scores(loss)
     else:
@@ -119,20 +67,23 @@ def _ipo(x: Pairs, loss: PreferenceLoss) -> Tensor:
     return (difference - 1 / (2 * loss.beta)).square()
 
 
-def _exo_pair(x: Pairs, loss: PreferenceLoss) -> Tensor:
-    """EXO, arXiv 2402.00856 eq. 16: the reverse KL divergence from (1−ε, ε)."""
+def _exo_pair(x: Pairs, loss: LossOptions) -> Tensor:
+    """EXO, arXiv 2402.00856 eq. 16: σ(βΔ)·(ls(βΔ) − log(1−ε)) + σ(−βΔ)·(ls(−βΔ) − log ε).
+
+    The KL divergence from the policy's preference (σ(βΔ), σ(−βΔ)) to the label (1−ε, ε).
+    """
     margin, flipped = x.margin(loss), loss.label_smoothing
     right = margin.sigmoid() * (F.logsigmoid(margin) - math.log1p(-flipped))
     return right + (-margin).sigmoid() * (F.logsigmoid(-margin) - math.log(flipped))
 
 
-def _nca_pair(x: Pairs, loss: PreferenceLoss) -> Tensor:
+def _nca_pair(x: Pairs, loss: LossOptions) -> Tensor:
     """NCA, arXiv 2402.05369: −ls(βw) − ½·ls(−βw) − ½·ls(−βl)."""
     chosen, rejected = loss.beta * x.chosen, loss.beta * x.rejected
     return -F.logsigmoid(chosen) - 0.5 * F.logsigmoid(-chosen) - 0.5 * F.logsigmoid(-rejected)
 
 
-def _bco_pair(x: Pairs, loss: PreferenceLoss) -> Tensor:
+def _bco_pair(x: Pairs, loss: LossOptions) -> Tensor:
     """BCO, arXiv 2404.04656: −ls(βw − δ) − ls(−(βl − δ)), δ the mean of all rewards so far, or 0."""
     chosen, rejected = loss.beta * x.chosen, loss.beta * x.rejected
     shift: Tensor | float = 0.0
@@ -143,45 +94,48 @@ def _bco_pair(x: Pairs, loss: PreferenceLoss) -> Tensor:
     return -F.logsigmoid(chosen - shift) - F.logsigmoid(-(rejected - shift))
 
 
-def _sppo_hard(x: Pairs, loss: PreferenceLoss) -> Tensor:
+def _sppo_hard(x: Pairs, loss: LossOptions) -> Tensor:
     """SPPO with hard labels, arXiv 2405.00675: (w − 1/(2β))² + (l + 1/(2β))²."""
     target = 1 / (2 * loss.beta)
     return (x.chosen - target).square() + (x.rejected + target).square()
 
 
-def _cal_dpo(x: Pairs, loss: PreferenceLoss) -> Tensor:
-    """Cal-DPO, arXiv 2412.14516: −ls(w − l) + ½·sppo_hard."""
+def _cal_dpo(x: Pairs, loss: LossOptions) -> Tensor:
+    """Cal-DPO, arXiv 2412.14516: −ls(w − l) + ½·((w − 1/(2β))² + (l + 1/(2β))²)."""
     return -F.logsigmoid(x.chosen - x.rejected) + 0.5 * _sppo_hard(x, loss)
 
 
 def _quantile_differences(upper: Tensor, lower: Tensor) -> Tensor:
-    """Upper minus the value of equal rank in lower, in upper's order."""
+    """upper (P,) minus the value of the same rank in lower (P,), in the order of upper: (P,)."""
     ranks = upper.detach().argsort(stable=True).argsort(stable=True)
     return upper - lower.sort().values[ranks]
 
 
-def _aot(x: Pairs, loss: PreferenceLoss) -> Tensor:
-    """AOT, arXiv 2406.05882: the policy's sorted differences against the reference's."""
+def _aot(x: Pairs, loss: LossOptions) -> Tensor:
+    """AOT, arXiv 2406.05882: sigmoid with the quantile differences sort(p_w − p_l) − sort(r_w − r_l) as Δ.
+
+    r_w and r_l are the reference's log-probs; sorted over all pairs of the call.
+    """
     policy = x.policy_chosen - x.policy_rejected
     return _smoothed(loss.beta * _quantile_differences(policy, x.ref_chosen - x.ref_rejected), loss)
 
 
-def _aot_unpaired(x: Pairs, loss: PreferenceLoss) -> Tensor:
-    """AOT for unpaired data: sorted w against sorted l."""
+def _aot_unpaired(x: Pairs, loss: LossOptions) -> Tensor:
+    """AOT for unpaired data, arXiv 2406.05882: sigmoid with sort(w) − sort(l) as Δ, over all pairs of the call."""
     return _smoothed(loss.beta * _quantile_differences(x.chosen, x.rejected), loss)
 
 
-def _apo_zero(x: Pairs, loss: PreferenceLoss) -> Tensor:
+def _apo_zero(x: Pairs, loss: LossOptions) -> Tensor:
     """APO-zero, arXiv 2408.06266 eq. 7: 1 − σ(βw) + σ(βl)."""
     return (-loss.beta * x.chosen).sigmoid() + (loss.beta * x.rejected).sigmoid()
 
 
-def _apo_down(x: Pairs, loss: PreferenceLoss) -> Tensor:
+def _apo_down(x: Pairs, loss: LossOptions) -> Tensor:
     """APO-down, arXiv 2408.06266 eq. 8: σ(βw) + 1 − σ(β(w − l))."""
     return (loss.beta * x.chosen).sigmoid() + (-loss.beta * (x.chosen - x.rejected)).sigmoid()
 
 
-def _discopop(x: Pairs, loss: PreferenceLoss) -> Tensor:
+def _discopop(x: Pairs, loss: LossOptions) -> Tensor:
     """DiscoPOP, arXiv 2406.08414 eq. 5: −ls(u)(1 − m) + e^(−u)·m with u = βΔ, m = σ(u/τ).
 
     e^(−u)·m is one exponential here: apart they are inf·0 for a pair that is lost by far.
@@ -191,37 +145,40 @@ def _discopop(x: Pairs, loss: PreferenceLoss) -> Tensor:
     return -F.logsigmoid(margin) * (-modulation).sigmoid() + (F.logsigmoid(modulation) - margin).exp()
 
 
-def _sft(x: Pairs, loss: PreferenceLoss) -> Tensor:
-    """Minus the log-prob of the step's chosen tokens, a mean over tokens: the NLL term of a mix."""
+def _sft(x: Pairs, loss: LossOptions) -> Tensor:
+    """Negative log-likelihood of the chosen responses, averaged over all chosen tokens of the step.
+
+    Per pair it is −p_w · (pairs of the step)/(chosen tokens of the step), so that the mean over pairs is that average.
+    """
     return -x.chosen_sum * x.nll_scale
 
 
-def _simpo(x: Pairs, loss: PreferenceLoss) -> Tensor:
+def _simpo(x: Pairs, loss: LossOptions) -> Tensor:
     """SimPO, arXiv 2405.14734: −ls(β(p_w/n_w − p_l/n_l) − γ)."""
     difference = x.policy_chosen / x.chosen_tokens - x.policy_rejected / x.rejected_tokens
     return -F.logsigmoid(loss.beta * difference - loss.simpo_gamma)
 
 
 def _log_odds(mean_logp: Tensor) -> Tensor:
-    """Log of p/(1−p) for p = e^mean_logp, held below 1 by one rounding."""
+    """log(p/(1−p)) for p = e^mean_logp; mean_logp is clamped to at most −eps, since the odds of p = 1 are infinite."""
     below_one = mean_logp.clamp(max=-torch.finfo(mean_logp.dtype).eps)
     return mean_logp - (-torch.expm1(below_one)).log()
 
 
-def _orpo(x: Pairs, loss: PreferenceLoss) -> Tensor:
+def _orpo(x: Pairs, loss: LossOptions) -> Tensor:
     """ORPO, arXiv 2403.07691: −p_w/n_w − λ·ls(log-odds(p_w/n_w) − log-odds(p_l/n_l)), λ = β as in TRL."""
     chosen = _log_odds(x.policy_chosen / x.chosen_tokens)
     rejected = _log_odds(x.policy_rejected / x.rejected_tokens)
     return x.chosen_nll() - loss.beta * F.logsigmoid(chosen - rejected)
 
 
-def _cpo(x: Pairs, loss: PreferenceLoss) -> Tensor:
+def _cpo(x: Pairs, loss: LossOptions) -> Tensor:
     """CPO, arXiv 2401.08417: −ls(β(p_w − p_l)) − λ·p_w/n_w, λ = cpo_alpha."""
     preference = -F.logsigmoid(loss.beta * (x.policy_chosen - x.policy_rejected))
     return preference + loss.cpo_alpha * x.chosen_nll()
 
 
-def _kto_pair(x: Pairs, loss: PreferenceLoss) -> Tensor:
+def _kto_pair(x: Pairs, loss: LossOptions) -> Tensor:
     """KTO on pairs, arXiv 2402.01306: 1 − σ(β(w − KL)) + 1 − σ(β(KL − l)), KL = max(0, mean of all w and l)."""
     divergence = ((x.chosen + x.rejected).mean() / 2).clamp(min=0).detach()
     chosen = (-loss.beta * (x.chosen - divergence)).sigmoid()
@@ -230,21 +187,21 @@ def _kto_pair(x: Pairs, loss: PreferenceLoss) -> Tensor:
 
 @dataclass(frozen=True)
 class Kind:
-    """A loss and what it takes.
+    """A loss function and what it needs.
 
     Attributes:
-        function: (Pairs, PreferenceLoss) -> (P,).
+        function: (Pairs, LossOptions) -> (P,) losses in nats.
         reference: whether it needs reference log-probs.
         coupled: whether a pair's loss depends on the other pairs.
         divergence: whether f_divergence_type changes it.
         lengths: whether it needs n_w and n_l.
         smoothing: the range of label_smoothing, a key of SMOOTHING_RANGES; None if it is not used.
-        options: further fields of PreferenceLoss that it reads.
-        nll: whether it holds an NLL term of the chosen response.
+        options: fields of LossOptions that it reads beside the shared ones.
+        nll: whether it contains an NLL term of the chosen response.
         per_token: whether it compares the responses' log-probs per token.
     """
 
-    function: Callable[[Pairs, PreferenceLoss], Tensor]
+    function: Callable[[Pairs, LossOptions], Tensor]
     reference: bool = True
     coupled: bool = False
     divergence: bool = False
@@ -283,22 +240,3 @@ KINDS: dict[str, Kind] = {
     "orpo": Kind(_orpo, reference=False, lengths=True, nll=True, per_token=True),
     "cpo": Kind(_cpo, reference=False, lengths=True, options=("cpo_alpha",), nll=True),
 }
-
-
-def kinds_table() -> str:
-    """The README's table of kinds, in Markdown."""
-    lines = ["| kind | reference | options | plan of a trained head |", "|---|---|---|---|"]
-    for name, kind in KINDS.items():
-        options = ["beta"] if name != "sft" else []
-        options += ["label_smoothing"] if kind.smoothing else []
-        options += ["f_divergence_type"] if kind.divergence else []
-        options += kind.options
-        if kind.coupled:
-            plan = "coupled: keep and recompute"
-        elif "bco_delta" in kind.options:
-            plan = "separable: 3 GEMMs; coupled with `bco_delta='running_mean'`"
-        else:
-            plan = "separable: 3 GEMMs"
-        shown = ", ".join(f"`{option}`" for option in options)
-        lines.append(f"| `{name}` | {'needed' if kind.reference else 'not used'} | {shown} | {plan} |")
-    return "\n".join(lines)

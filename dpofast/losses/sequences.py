@@ -1,4 +1,4 @@
-"""From token log-probs to sequence log-probs: segment sums, lengths and LD-DPO's weighted sums."""
+"""Token log-probs -> sequence log-probs: segment sums, lengths, and the weighted sums of LD-DPO."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Tokens:
-    """The targets of S sequences.
+    """Log-probs of the N targets of S sequences.
 
     logps (N,) float, nats; cu_targets (S+1,) int32 on the CPU; counted (N,) bool, False where a target was ignored, or
     None if none was; log_sum_sq (N,), log Σp², or None.
@@ -22,11 +22,11 @@ class Tokens:
     log_sum_sq: Tensor | None = None
 
     def is_token(self) -> Tensor:
-        """counted, all of them if it is None."""
+        """(N,) bool: counted, or True for every target where it is None."""
         return torch.ones_like(self.logps, dtype=torch.bool) if self.counted is None else self.counted
 
     def lengths(self) -> Tensor:
-        """(S,) in the dtype of logps: the counted targets of each sequence, at least 1."""
+        """(S,) in the dtype of logps: how many counted targets each sequence has, at least 1."""
         if self.counted is None:
             counts = self.cu_targets.diff().to(self.logps.device, self.logps.dtype, non_blocking=True)
         else:
@@ -34,10 +34,10 @@ class Tokens:
         return counts.clamp(min=1)
 
     def positions(self) -> Tensor:
-        """(N,) int32: how many counted targets of its sequence stand before each target."""
+        """(N,) int32: how many counted targets of the same sequence come before each target."""
         counted = self.is_token().int()
         before = counted.cumsum(0, dtype=torch.int32) - counted
-        # an empty sequence at the end starts where nothing is, and has no target to ask
+        # Padded, since an empty last sequence starts at N.
         starts = self.cu_targets[:-1].long().to(before.device, non_blocking=True)
         padded = torch.nn.functional.pad(before, (0, 1))
         return before - spread(padded[starts], self.cu_targets, len(before))
@@ -46,7 +46,7 @@ class Tokens:
 def segment_sums(token_logps: Tensor, cu_targets: Tensor) -> Tensor:
     """Sums of token_logps (N,) over the sequences of cu_targets (S+1,) int32 on the CPU: (S,), differentiable.
 
-    Added up in float64, so that the order in which a device adds does not show.
+    Accumulated in float64, so that the order in which a device adds does not change the float32 result.
     """
     sums = token_logps.new_zeros(len(cu_targets) - 1, dtype=torch.float64)
     owner = spread(torch.arange(len(sums), device=token_logps.device), cu_targets, len(token_logps))
@@ -54,14 +54,19 @@ def segment_sums(token_logps: Tensor, cu_targets: Tensor) -> Tensor:
 
 
 def spread(values: Tensor, cu_targets: Tensor, num_targets: int) -> Tensor:
-    """values (S,) repeated for every target of its sequence: (N,), without a sync."""
+    """values (S,) repeated for every target of its sequence: (N,), without a device sync."""
     lengths = cu_targets.diff().to(values.device, non_blocking=True)
     return values.repeat_interleave(lengths, output_size=num_targets)
 
 
 def side_indices(pairs: Tensor, device: torch.device) -> Tensor:
-    """pairs as an index: int64 on the device."""
+    """pairs (P, 2) as an index: int64 on the device."""
     return pairs.to(device=device, dtype=torch.int64, non_blocking=True)
+
+
+def chosen_and_rejected(values: Tensor, pairs: Tensor) -> Tensor:
+    """(P, 2): values (S,) of every pair's chosen and rejected sequence; values that are (P, 2) already as they are."""
+    return values if values.dim() == 2 else values[side_indices(pairs, values.device)]
 
 
 def pair_logprobs(

@@ -1,1 +1,9 @@
-"""Examples -> packed batches: the Python side of the C++ packer and planner."""
+"""Examples -> packed micro-batches: the Python side of the C++ packer and planner (csrc/).
+
+- pack: pack and PackBuffers
+- batch: PackedBatch and its Segments, with the layout of a packed row
+- examples: reading mappings, columns, Arrow tables and Datasets for the packer
+- planner: plan, which items share a micro-batch and which micro-batches a rank
+- collator: PackingCollator, group_by_prompt and PromptGroupSampler for a DataLoader
+- arguments: checks of integer arguments
+"""

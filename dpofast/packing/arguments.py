@@ -1,4 +1,4 @@
-"""Arguments of the packer as what its C++ part takes, or a ValueError that names them."""
+"""Checks of the packer's arguments: each returns what the C++ extension takes, or raises a ValueError naming it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dpofast import _C
 
 
 def limit(name: str, value: int | None) -> int:
-    """A bound of 1 or more; None is none.
+    """A bound of 1 or more as an integer; None is unlimited (_C.UNLIMITED).
 
     Raises:
         ValueError: another value.

@@ -1,4 +1,4 @@
-"""One packed micro-batch: every prompt once, every distinct response once, no pad token.
+"""PackedBatch: one packed micro-batch, with every prompt once, every distinct response once and no padding.
 
 A group is one prompt and its distinct responses (branches); a pair names two branches. Prompt [10 11 12], chosen
 [20 21] and rejected [30 31 32] become one row of T = P + (C - 1) + (R - 1) = 6 positions:
@@ -72,7 +72,7 @@ class PackedBatch:
     Attributes:
         input_ids: (T,) int64.
         position_ids: (T,) int64, restarting after the prompt for every branch.
-        logit_rows: (N,) int64, the row of the trunk's output that predicts targets[i].
+        logit_rows: (N,) int64, the row of the backbone's output that predicts targets[i].
         targets: (N,) int64.
         segments: what each row may attend to; stays on the CPU.
         cu_targets: (S + 1,) int32 on the CPU; sequence s owns targets[cu_targets[s]:cu_targets[s + 1]].

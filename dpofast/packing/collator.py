@@ -1,4 +1,4 @@
-"""Packing inside a plain torch DataLoader, and steps that keep the pairs of one prompt together."""
+"""For a torch DataLoader: a collate_fn that packs, and a batch sampler that keeps the pairs of a prompt in one step."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Examples in any form (mappings, numpy columns, an Arrow table, a Dataset) as what the C++ packer reads.
+"""read_examples: mappings, numpy columns, an Arrow table or a Dataset -> FlatExamples for the C++ packer.
 
-Token data is read where it lies: int32 and int64 arrays and Arrow buffers are handed over as pointers, lists are
-unpacked in C++. Only other types are converted first.
+Token ids are read in place: int32 and int64 arrays and Arrow buffers are passed as pointers, lists are unpacked in C++.
+Only other types are converted first.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Preference pairs -> packed micro-batches: every prompt once, every distinct response once, no pad token.
+"""pack: preference pairs -> packed micro-batches, with every prompt once, every distinct response once and no padding.
 
-The layout is packed_batch.py's; the work is done in C++ (csrc/), which reads token ids where they lie (examples.py)
-and writes all arrays of a call into two buffers, one int64 and one int32, of which the batches are views.
+batch.py describes the layout. The C++ extension (csrc/) reads the token ids in place (examples.py) and writes all
+arrays of a call into two buffers, one int64 and one int32; the tensors of the batches are views of them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ REF_LOGPS_TOLERANCE = 1e-3
 
 
 class PackBuffers:
-    """Memory that calls of `pack` share: they write no fresh pages, which cost more than the packing itself.
+    """Memory that calls of `pack` reuse: page faults of fresh memory cost more than the packing itself.
 
     The batches of a call are views of it and hold until the next call with the same buffers.
 
@@ -50,7 +50,7 @@ class PackBuffers:
         self._ints = torch.empty(0, dtype=torch.int32)
 
     def take(self, longs: int, ints: int) -> tuple[Tensor, Tensor]:
-        """So many int64 and int32 elements, with anything in them."""
+        """An int64 and an int32 tensor of so many elements, uninitialized."""
         self._longs, self._ints = self._grown(self._longs, longs), self._grown(self._ints, ints)
         return self._longs[:longs], self._ints[:ints]
 
@@ -118,27 +118,35 @@ def pack(
         _check_refs(flat, flat.refs, packer.canonical)
         ref_logps = torch.from_numpy(flat.refs[packer.sequences].astype(np.float32)).split(sequences.tolist())
 
-    # In the order of csrc/batches.hpp.
-    long_sizes = np.stack((tokens, tokens, targets, targets, pairs), 1)
-    int_sizes = np.stack((segments + 1, 2 * segments, sequences + 1, 2 * pairs), 1)
-    longs, ints = (buffers or PackBuffers()).take(int(long_sizes.sum()), int(int_sizes.sum()))
+    # The elements of every batch's arrays, which lie in each buffer in this order (csrc/batches.hpp).
+    long_sizes = {
+        "input_ids": tokens,
+        "position_ids": tokens,
+        "logit_rows": targets,
+        "targets": targets,
+        "pair_examples": pairs,
+    }
+    int_sizes = {
+        "cu_seqlens_q": segments + 1,
+        "prefixes": 2 * segments,
+        "cu_targets": sequences + 1,
+        "pairs": 2 * pairs,
+    }
+    long_counts, int_counts = (np.stack(list(sizes.values()), 1) for sizes in (long_sizes, int_sizes))
+    longs, ints = (buffers or PackBuffers()).take(int(long_counts.sum()), int(int_counts.sum()))
     packer.fill(longs.numpy(), ints.numpy(), threads)
-    long_parts = iter(longs.split(long_sizes.ravel().tolist()))
-    int_parts = iter(ints.split(int_sizes.ravel().tolist()))
+    long_parts = iter(longs.split(long_counts.ravel().tolist()))
+    int_parts = iter(ints.split(int_counts.ravel().tolist()))
     batches = []
     for index, padded_tokens in enumerate(padded.tolist()):
-        input_ids, position_ids, logit_rows, target_ids, pair_examples = (next(long_parts) for _ in range(5))
-        cu_seqlens_q, prefixes, cu_targets, pair_rows = (next(int_parts) for _ in range(4))
+        long_arrays = {name: next(long_parts) for name in long_sizes}
+        int_arrays = {name: next(int_parts) for name in int_sizes}
         batches.append(
             PackedBatch(
-                input_ids=input_ids,
-                position_ids=position_ids,
-                logit_rows=logit_rows,
-                targets=target_ids,
-                segments=Segments(cu_seqlens_q, prefixes.view(-1, 2)),
-                cu_targets=cu_targets,
-                pairs=pair_rows.view(-1, 2),
-                pair_examples=pair_examples,
+                **long_arrays,
+                segments=Segments(int_arrays["cu_seqlens_q"], int_arrays["prefixes"].view(-1, 2)),
+                cu_targets=int_arrays["cu_targets"],
+                pairs=int_arrays["pairs"].view(-1, 2),
                 ref_logps=None if ref_logps is None else ref_logps[index],
                 padded_tokens=padded_tokens,
             )
@@ -147,7 +155,7 @@ def pack(
 
 
 def _check_refs(flat: FlatExamples, refs: np.ndarray, canonical: np.ndarray) -> None:
-    """Equal branches must agree with the first of them, canonical."""
+    """ValueError if a branch's reference log-prob differs from that of the first equal branch (canonical)."""
     apart = np.abs(refs - refs[canonical]) > REF_LOGPS_TOLERANCE
     if apart.any():
         owners = np.repeat(np.arange(len(flat.grouped)), flat.branch_counts + 1)

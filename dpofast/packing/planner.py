@@ -1,4 +1,4 @@
-"""Which items share a micro-batch, and which micro-batches a rank; on lengths alone, before any token is read."""
+"""plan: assigns items to micro-batches and micro-batches to ranks, by their lengths alone."""
 
 from __future__ import annotations
 
@@ -45,12 +45,6 @@ class Plan:
         if not 0 <= rank < len(self.rank_bounds) - 1:
             raise ValueError(f"rank: expected 0 to {len(self.rank_bounds) - 2}, got {rank}")
         return self.micro_batches[self.rank_bounds[rank] : self.rank_bounds[rank + 1]]
-
-    @property
-    def rank_loads(self) -> np.ndarray:
-        """(R,) int64, the summed lengths of each rank."""
-        ends = np.concatenate(([0], self.loads.cumsum()))[self.rank_bounds]
-        return np.diff(ends)
 
 
 def plan(

@@ -14,7 +14,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from dpofast.data.arrow import spans, windows
+from dpofast.data.arrow import chunk_bounds, read_chunks
 from dpofast.data.formats import ID_COLUMNS
 from dpofast.model.attach import base_causal_lm
 
@@ -105,7 +105,7 @@ def response_fingerprints(dataset: Dataset) -> np.ndarray:
     """(n, 2, 2) uint64: 128 bits of each row's prompt with its chosen response, and with its rejected response."""
     digests = np.empty((len(dataset), 2, 16), np.uint8)
     row = 0
-    for table in windows(dataset, ID_COLUMNS, spans(len(dataset), _ROWS)):
+    for table in read_chunks(dataset, ID_COLUMNS, chunk_bounds(len(dataset), _ROWS)):
         columns = []
         for name in ID_COLUMNS:
             column = table.column(name).combine_chunks()

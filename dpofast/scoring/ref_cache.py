@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from dpofast._version import __version__
 from dpofast.common.ranks import Ranks
-from dpofast.data.arrow import spans, windows
+from dpofast.data.arrow import chunk_bounds, read_chunks
 from dpofast.data.formats import ID_COLUMNS, REF_COLUMNS
 from dpofast.losses.sequences import pair_logprobs
 from dpofast.model.attach import runs_padded, sequence_logprobs
@@ -92,13 +92,13 @@ def add_reference_columns(
     fingerprints = response_fingerprints(dataset)
     store = None if cache_dir is None else ReferenceStore(cache_dir, _identity(fingerprints, model, forward))
     columns = _Columns(torch.empty(len(dataset), 2, dtype=torch.float32), store, ld_alpha)
-    parts = spans(len(dataset), window)
+    parts = chunk_bounds(len(dataset), window)
     missing = set(columns.read(parts))
     # Shares are of all windows, not of the missing ones: a rank that comes later may find fewer of them missing.
     mine = parts[ranks.rank :: ranks.size]
     columns.compute([part for part in mine if part in missing], dataset, model, forward, description)
     if ranks.size > 1:
-        ranks.wait()
+        ranks.barrier()
         others = sorted(missing.difference(mine))
         columns.compute(columns.read(others), dataset, model, forward, description)
     sums = columns.sums
@@ -145,7 +145,7 @@ class _Columns:
         with tqdm(
             total=len(dataset), initial=done, desc=description, disable=description is None or not parts, leave=False
         ) as bar:
-            for (start, stop), table in zip(parts, windows(dataset, ID_COLUMNS, parts), strict=True):
+            for (start, stop), table in zip(parts, read_chunks(dataset, ID_COLUMNS, parts), strict=True):
                 computed = response_logps(table, model, forward)
                 self.sums[start:stop] = computed.sums(self.ld_alpha)
                 self._store(start, stop, computed)

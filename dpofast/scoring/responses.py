@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from dpofast.losses.functional import of_pairs
+from dpofast.losses.functional import chosen_and_rejected
 from dpofast.losses.sequences import pair_logprobs, segment_sums
 
 
@@ -30,7 +30,7 @@ class ResponseLogps:
     def sums(self, ld_alpha: float | None = None) -> Tensor:
         """(P, 2) float32, nats: sums over chosen and rejected response; ld_alpha weights tokens as LD-DPO does."""
         if ld_alpha is None:
-            return of_pairs(segment_sums(self.logps, self.cu_targets), self.pairs)
+            return chosen_and_rejected(segment_sums(self.logps, self.cu_targets), self.pairs)
         return pair_logprobs(self.logps, self.cu_targets, self.pairs, ld_alpha=ld_alpha)
 
     def lengths(self) -> Tensor:

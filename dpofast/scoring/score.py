@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from datasets import Dataset
 
-from dpofast.data.arrow import spans, windows
+from dpofast.data.arrow import chunk_bounds, read_chunks
 from dpofast.data.formats import ID_COLUMNS, REF_COLUMNS
 from dpofast.packing.arguments import at_least_one
 from dpofast.packing.pack import pack
@@ -181,7 +181,7 @@ def _windows(dataset: Any, size: int) -> Iterator[_Window]:
     optional = (*REF_COLUMNS, "row")
     if isinstance(dataset, Dataset):
         given = [name for name in optional if name in dataset.column_names]
-        for table in windows(dataset, [*ID_COLUMNS, *given], spans(len(dataset), size)):
+        for table in read_chunks(dataset, [*ID_COLUMNS, *given], chunk_bounds(len(dataset), size)):
             yield _Window(table.select(ID_COLUMNS), {name: table.column(name).to_pylist() for name in given})
         return
     rows = iter(dataset)

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset
 
 from dpofast.common.atomic_files import put
-from dpofast.data.arrow import spans, windows
+from dpofast.data.arrow import chunk_bounds, read_chunks
 from dpofast.data.formats import REF_COLUMNS
 from dpofast.scoring.score import WINDOW
 
@@ -113,8 +113,8 @@ def source_rows(source: str, dataset: Dataset) -> SourceRows:
         return SourceRows(lambda: _parquet_windows(path), pq.read_schema(path).remove_metadata())
 
     def numbered() -> Iterator[list[tuple[int, Row]]]:
-        parts = spans(len(dataset), WINDOW)
-        for (start, _), table in zip(parts, windows(dataset, dataset.column_names, parts), strict=True):
+        parts = chunk_bounds(len(dataset), WINDOW)
+        for (start, _), table in zip(parts, read_chunks(dataset, dataset.column_names, parts), strict=True):
             yield list(enumerate(table.to_pylist(), start))
 
     return SourceRows(numbered, dataset.features.arrow_schema.remove_metadata())

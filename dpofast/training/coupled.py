@@ -19,9 +19,10 @@ from transformers.trainer_callback import ExportableState
 
 from dpofast.common.backend import choose_backend
 from dpofast.common.ranks import Ranks
-from dpofast.losses.coefficients import StepTotals, pair_terms
+from dpofast.losses.coefficients import pair_terms
 from dpofast.losses.config import PreferenceLoss
 from dpofast.losses.functional import PreferenceOutput
+from dpofast.losses.pairs import StepTotals
 from dpofast.losses.sequences import Tokens
 
 
@@ -98,7 +99,7 @@ def gathered(
     if ranks.size == 1:
         return (tokens, pairs, ref_logps), 0
     plain = [tuple(_moved(getattr(part, field.name), "cpu") for field in fields(part)) for part in tokens]
-    everyone = ranks.gather((plain, pairs, [_moved(ref, "cpu") for ref in ref_logps]))
+    everyone = ranks.all_gather((plain, pairs, [_moved(ref, "cpu") for ref in ref_logps]))
     first = sum(len(theirs[0]) for theirs in everyone[: ranks.rank])
     rows, joined_pairs, references = (list(chain.from_iterable(parts)) for parts in zip(*everyone, strict=True))
     moved = [

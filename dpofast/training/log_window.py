@@ -63,7 +63,7 @@ class LogWindow:
     def read(self, ranks: Ranks) -> dict[str, float]:
         """Returns means over the pairs since the last read, and num_tokens since the start; restarts. A collective."""
         metrics = self.sums.means(ranks)
-        everyone = ranks.gather((dict(self._counts), self._seconds))
+        everyone = ranks.all_gather((dict(self._counts), self._seconds))
         counts: Counter[str] = sum((Counter(theirs) for theirs, _ in everyone), Counter())
         slowest = max(seconds for _, seconds in everyone)
         for name in ("padding_fraction", "shared_fraction"):

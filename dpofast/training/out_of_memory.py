@@ -141,8 +141,8 @@ def halved_max_tokens(max_tokens: int, batches: Sequence[PackedBatch], ranks: Ra
     Raises:
         RuntimeError: every micro-batch had one pair already.
     """
-    several = ranks.largest(max((batch.num_pairs for batch in batches), default=0)) > 1
-    positions = int(ranks.largest(max((batch.num_tokens for batch in batches), default=0)))
+    several = ranks.all_reduce_max(max((batch.num_pairs for batch in batches), default=0)) > 1
+    positions = int(ranks.all_reduce_max(max((batch.num_tokens for batch in batches), default=0)))
     if not several or max_tokens == 1:
         raise RuntimeError(
             f"out of memory at step {step} with one pair of up to {positions} positions at a time: {SAVE_MEMORY}"

@@ -19,7 +19,7 @@ from torch.utils.data import BatchSampler, DataLoader
 from transformers import TrainingArguments
 
 from dpofast.common.ranks import Ranks
-from dpofast.data.arrow import spans, windows
+from dpofast.data.arrow import chunk_bounds, read_chunks
 from dpofast.data.formats import ID_COLUMNS
 from dpofast.packing.planner import plan
 
@@ -60,7 +60,7 @@ class PairLengths:
         """Reads them from a token-level dataset, 1024 rows at a time."""
         lengths: dict[str, list[np.ndarray]] = {name: [] for name in ID_COLUMNS}
         keys: list[np.ndarray] = []
-        for table in windows(dataset, ID_COLUMNS, spans(len(dataset), _ROWS)):
+        for table in read_chunks(dataset, ID_COLUMNS, chunk_bounds(len(dataset), _ROWS)):
             for name in ID_COLUMNS:
                 lengths[name].append(np.diff(_bounds(table[name])))
             prompts = table[ID_COLUMNS[0]].combine_chunks()

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from dpofast.common.ranks import Ranks
 from dpofast.data.formats import ID_COLUMNS, REF_COLUMNS
 from dpofast.evaluation.metrics import TOKEN_STATISTICS, MetricSums
-from dpofast.losses.coefficients import StepTotals
 from dpofast.losses.config import PreferenceLoss
 from dpofast.losses.functional import PreferenceOutput, token_preference_loss
+from dpofast.losses.pairs import StepTotals
 from dpofast.losses.sequences import Tokens
 from dpofast.model.attach import PackedPreference
 from dpofast.packing.pack import PackedBatch, pack
@@ -94,7 +94,7 @@ class OptimizerStep:
         self.sums = MetricSums() if sums is None else sums
         ranks = settings.ranks
         self._is_sharded = is_sharded(settings.accelerator)
-        count = int(ranks.largest(len(batches))) if self._is_sharded else max(len(batches), 1)
+        count = int(ranks.all_reduce_max(len(batches))) if self._is_sharded else max(len(batches), 1)
         self._num_batches = len(batches)
         self.batches: list[PackedBatch | None] = [*batches, *[None] * (count - len(batches))]
         self._is_joint = settings.loss.coupled and (count > 1 or ranks.size > 1)
@@ -116,7 +116,7 @@ class OptimizerStep:
         # Elsewhere the other ranks would wait in the middle of a forward.
         recoverable = ranks.size == 1 or not (self._is_sharded or self.settings.loss.coupled)
         last = unless_out_of_memory(lambda: self._all_but_the_last_backward(done), recoverable=recoverable)
-        if ranks.largest(last is None) or last is None:
+        if ranks.all_reduce_max(last is None) or last is None:
             last = None  # frees the graph of a rank that had memory
             if ranks.size > 1:
                 # DDP waits for the backward of a forward that it saw, and would take the next one's gradients for it.

@@ -31,7 +31,7 @@ from dpofast.data.arrow import mapped_files, release_pages
 from dpofast.data.formats import ID_COLUMNS, REF_COLUMNS
 from dpofast.evaluation.metrics import MetricSums, check_best_metric
 from dpofast.evaluation.pair_records import PairRecords
-from dpofast.losses.coefficients import StepTotals
+from dpofast.losses.pairs import StepTotals
 from dpofast.model.moe import balancing_coefficient
 from dpofast.packing.pack import PackedBatch
 from dpofast.scoring.score import Forward
@@ -301,7 +301,7 @@ class DPOTrainer(CheckpointedTrainer):
             self.optimizer.train()
         batches, result = self._run_until_it_fits(model, inputs)
         loss = torch.cat(result.losses).sum()
-        total = self.ranks.total([loss.item()])[0] / inputs.num_pairs
+        total = self.ranks.all_reduce_sum([loss.item()])[0] / inputs.num_pairs
         if not math.isfinite(total):
             self._raise_not_finite(inputs, batches, result.losses)
         if self._running_rewards is not None:
@@ -331,7 +331,7 @@ class DPOTrainer(CheckpointedTrainer):
             return cap
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         fitting = probe_max_tokens(self._probe, self.args.device, cap, kept=_OPTIMIZER_BYTES * trained)
-        return -int(self.ranks.largest(-fitting))
+        return -int(self.ranks.all_reduce_max(-fitting))
 
     def _probe(self, positions: int) -> int:
         """Forward and backward of a micro-batch of the first rows; returns its positions and restores all state."""
@@ -347,7 +347,7 @@ class DPOTrainer(CheckpointedTrainer):
 
     def _raise_not_finite(self, examples: Any, batches: list[PackedBatch], losses: list[Tensor]) -> NoReturn:
         own = rows_not_finite(examples, batches, losses)
-        rows = sorted(row for theirs in self.ranks.gather(own) for row in theirs)
+        rows = sorted(row for theirs in self.ranks.all_gather(own) for row in theirs)
         report = self.data_reports["train"]
         raise FloatingPointError(
             f"{report.source}: the loss of the pairs in {report.unit}s {rows} is not finite at step "

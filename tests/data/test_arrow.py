@@ -7,7 +7,7 @@ import pytest
 from datasets import Dataset
 
 from dpofast.data import arrow as mapped
-from dpofast.data.arrow import mapped_files, release_pages, spans, windows
+from dpofast.data.arrow import chunk_bounds, mapped_files, read_chunks, release_pages
 
 ROWS = 10_000
 
@@ -34,9 +34,9 @@ def dataset(tmp_path):
     return Dataset.load_from_disk(tmp_path / "link")
 
 
-def test_spans():
-    assert spans(7, 3) == [(0, 3), (3, 6), (6, 7)]
-    assert spans(0, 3) == []
+def test_chunk_bounds():
+    assert chunk_bounds(7, 3) == [(0, 3), (3, 6), (6, 7)]
+    assert chunk_bounds(0, 3) == []
 
 
 def test_released_pages_do_not_count_and_come_back(dataset):
@@ -55,13 +55,13 @@ def test_released_pages_do_not_count_and_come_back(dataset):
 def test_windows_read_everything_and_leave_little_mapped(dataset):
     (path,) = mapped_files(dataset)
     parts, most = [], 0
-    for table in windows(dataset, ["ids"], spans(ROWS, 64)):
+    for table in read_chunks(dataset, ["ids"], chunk_bounds(ROWS, 64)):
         assert table.column_names == ["ids"]
         parts.append(table.column("ids").combine_chunks().flatten().to_numpy().copy())
         most = max(most, resident(path))
     assert np.array_equal(np.concatenate(parts), np.arange(ROWS * 1000))
     assert most < 10_000_000
-    assert [len(table) for table in windows(dataset, ["other"], [(3, 5), (990, 1000)])] == [2, 10]
+    assert [len(table) for table in read_chunks(dataset, ["other"], [(3, 5), (990, 1000)])] == [2, 10]
 
 
 def test_what_was_written_is_never_dropped(tmp_path):

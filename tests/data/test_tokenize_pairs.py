@@ -6,6 +6,7 @@ The tokenizer is bytes: id = 3 + byte, after <s> 0, </s> 1 and <unk> 2, and one 
 import json
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from datasets import Dataset, DatasetDict
 from hypothesis import given, settings
@@ -14,7 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from dpofast.data.formats import split_prompt
-from dpofast.data.load import DataError, Skipped, example_arrays, load_preferences, tokenize_preferences
+from dpofast.data.load import DataError, Skipped, load_preferences, tokenize_preferences
 
 EOS, AB = 1, 259
 TEMPLATE = (
@@ -386,17 +387,16 @@ def test_several_processes():
     assert tokenize(*rows, num_proc=2, on_bad_row="skip") == tokenize(*rows, on_bad_row="skip")
 
 
-def test_example_arrays():
+def test_rows_as_an_arrow_table():
     rows = [{"prompt_ids": [i], "chosen_ids": [i] * (i + 1), "rejected_ids": [9]} for i in range(6)]
     rows = [row | {"ref_chosen_logps": -1.5, "ref_rejected_logps": -2.0} for row in rows]
     encoded, _ = tokenize_preferences(Dataset.from_list(rows), None)
     for picked in ([4, 1, 1], [3], [2, 3, 4], []):
-        examples = example_arrays(encoded.with_format("arrow")[picked])
-        assert [example["chosen_ids"].tolist() for example in examples] == [[i] * (i + 1) for i in picked]
-        assert [example["row"] for example in examples] == picked
-        for example in examples:
-            assert example["prompt_ids"].dtype == np.int32 and not example["prompt_ids"].flags.writeable
-            assert example["ref_chosen_logps"] == -1.5
+        table = encoded.with_format("arrow")[picked]
+        assert table["chosen_ids"].to_pylist() == [[i] * (i + 1) for i in picked]
+        assert table["row"].to_pylist() == picked
+        assert table.schema.field("prompt_ids").type.value_type == pa.int32()
+        assert table["ref_chosen_logps"].to_pylist() == [-1.5] * len(picked)
 
 
 def test_options():

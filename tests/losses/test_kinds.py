@@ -1,14 +1,17 @@
 """Every kind and modifier against reference.py in float64: values, gradients, extremes; what is refused."""
 
+import dataclasses
 import math
 
 import pytest
 import torch
 
 from dpofast import PreferenceLoss, preference_loss, reference
-from dpofast.losses.coefficients import StepTotals, pair_terms
+from dpofast.losses.coefficients import pair_terms
 from dpofast.losses.functional import token_preference_loss
 from dpofast.losses.kinds import KINDS
+from dpofast.losses.options import LossOptions
+from dpofast.losses.pairs import StepTotals
 from dpofast.losses.sequences import Tokens, pair_logprobs, segment_sums
 from tests.support.losses_cases import LENGTHS, LOSSES, PAIRS, plain_options, problem, reference_sums
 
@@ -169,6 +172,12 @@ def test_ld_alpha_by_hand():
     cu_targets, pairs = torch.tensor([0, 3, 5], dtype=torch.int32), torch.tensor([[0, 1]], dtype=torch.int32)
     sums = pair_logprobs(tokens, cu_targets, pairs, ld_alpha=0.5)
     assert sums.tolist() == [[-1.0 - 2.0 - 0.5 * 3.0, -9.0]]
+
+
+def test_preference_loss_has_the_fields_of_loss_options_and_documents_each():
+    names = [field.name for field in dataclasses.fields(LossOptions)]
+    assert [field.name for field in dataclasses.fields(PreferenceLoss)] == [*names, "encoded"]
+    assert [name for name in names if f" {name}: " not in PreferenceLoss.__doc__] == []
 
 
 @pytest.mark.parametrize(

@@ -209,7 +209,7 @@ def train(folder, ranks, *, resumed=False, **options):
             trainer.train()
         again = str(error.value)
     trainer.save_model(f"{folder}/end")
-    trainer.ranks.wait()
+    trainer.ranks.barrier()
     (saved,) = Path(folder, "end").glob("*.safetensors")
     return {
         "logs": logs,
