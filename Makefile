@@ -1,4 +1,4 @@
-# Every target but gpu makes .venv first where it is missing. PYTHON names the interpreter it is made from.
+# Every target but gpu and fuzz makes .venv first where it is missing. PYTHON names the interpreter it is made from.
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
@@ -47,11 +47,12 @@ lint: $(INSTALLED)
 	$(BIN)/mypy dpofast
 	$(BIN)/clang-format --dry-run -Werror csrc/*.?pp csrc/*/*.?pp
 
-# The site in build/site, links and all checked; without network once mkdocs is there. What it shows is made from the code.
+# The site in build/site: what is generated must be fresh, and every link right. Without network once mkdocs is there.
 .PHONY: docs
 docs: $(INSTALLED)
 	$(BIN)/python -c "import material, mkdocstrings_handlers.python" 2>/dev/null \
 	    || $(BIN)/pip install -c constraints.txt -e ".[docs]"
+	$(BIN)/python docs/generate.py --check
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # A million random and damaged inputs through the packer's C++ under AddressSanitizer and UBSan, then fewer of them with

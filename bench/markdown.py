@@ -1,4 +1,4 @@
-"""Tables in Markdown, made from the records of bench/results, for README.md (bench/readme.py) and for the docs.
+"""Tables in Markdown, made from the records of bench/results, for README.md and the docs (docs/generate.py).
 
 Every function reads the records again and returns text; none of them runs a benchmark.
 """

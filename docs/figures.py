@@ -6,10 +6,13 @@ tests/test_layers.py checks.
 
 from __future__ import annotations
 
+import ast
 import functools
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+_LAYERS_FILE = Path(__file__).resolve().parent.parent / "tests" / "test_layers.py"
 FONT = 'font-family="DejaVu Sans, Verdana, sans-serif"'
 PROMPT, CHOSEN, REJECTED, GREY, INK = "#c9d7f0", "#bfe3c5", "#f3c9c4", "#eceff3", "#1f2933"
 
@@ -142,12 +145,14 @@ def _visible(batch: Any) -> list[list[bool]]:
 
 
 def head_engine() -> str:
-    """How hidden states and the head become log-probs and gradients without (N, V) logits."""
+    """How hidden states and the head become log-probs and gradients."""
     drawing = Drawing(880, 400)
-    drawing.text(16, 26, "A trained head, pairs known: three products of 2·N·D·V, no (N, V) tensor", weight="bold")
+    drawing.text(
+        16, 26, "A trained head, pairs known: three products of 2·N·D·V, within max_logits_bytes", weight="bold"
+    )
     drawing.box(20, 60, 110, 200, PROMPT, "hidden\n(N, D)")
     drawing.box(20, 290, 110, 80, GREY, "head W\n(V, D)")
-    drawing.box(200, 60, 190, 74, CHOSEN, "chunk of logits, fp32\nGEMM 1: h·Wᵀ")
+    drawing.box(200, 60, 190, 74, CHOSEN, "chunk of logits, float32\nGEMM 1: h·Wᵀ")
     drawing.box(200, 186, 190, 74, CHOSEN, "E = exp(z − m), e_y − S\nm, S: maximum and sum")
     drawing.box(460, 60, 180, 74, GREY, "log-probs (N,)\nz_y − m − log S")
     drawing.box(460, 186, 180, 74, GREY, "loss of whole pairs\nd loss / d log-prob = g")
@@ -172,8 +177,8 @@ def training_step() -> str:
     drawing.text(
         16, 26, "One optimizer step: the same pairs whatever max_tokens and the number of ranks", weight="bold"
     )
-    drawing.box(20, 60, 130, 110, PROMPT, "a step's pairs\nin the sampler's\norder")
-    drawing.box(210, 60, 130, 110, GREY, "C++ planner:\nmicro-batches of\n≤ max_tokens,\nevenly over ranks")
+    drawing.box(20, 60, 130, 110, PROMPT, "a step's pairs\nin the sampler's\norder, divided\nover ranks")
+    drawing.box(210, 60, 130, 110, GREY, "C++ packer:\na rank's pairs in\nmicro-batches of\n≤ max_tokens")
     for number in range(3):
         drawing.box(400, 50 + number * 46, 150, 38, CHOSEN, f"forward, backward {number + 1}")
         drawing.arrow(340, 115, 398, 69 + number * 46)
@@ -185,13 +190,23 @@ def training_step() -> str:
     return drawing.svg()
 
 
-def layers() -> str:
-    """The packages by layer, from tests/test_layers.py."""
-    from generate import layers as table
+def layer_table() -> tuple[tuple[str, ...], ...]:
+    """The LAYERS of tests/test_layers.py: a package imports only from packages of earlier rows."""
+    for node in ast.parse(_LAYERS_FILE.read_text("utf-8")).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "LAYERS":
+            return ast.literal_eval(node.value)
+    raise ValueError("tests/test_layers.py: expected an assignment to LAYERS")
 
-    rows, drawing = table(), Drawing(760, 60 + 58 * len(table()))
+
+def layers() -> str:
+    """The packages by layer."""
+    rows = layer_table()
+    drawing = Drawing(760, 60 + 58 * len(rows))
     drawing.text(
-        16, 26, "A package imports only from rows above its own (checked by tests/test_layers.py)", weight="bold"
+        16,
+        26,
+        "A package imports only from packages in an earlier row (checked by tests/test_layers.py)",
+        weight="bold",
     )
     for number, names in enumerate(rows):
         width = (720 - 12 * (len(names) - 1)) / len(names)

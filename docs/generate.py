@@ -1,21 +1,31 @@
-"""Text of the docs that is made from the code and from bench/results, so that it cannot become untrue.
+"""Rewrite the text of README.md and docs/ that is made from the code and from bench/results, and the figures.
 
-TEXTS maps the name in a page's `{{ generated: name }}` to a function that returns Markdown. Modules that import torch
-are imported inside the functions: the tests of the docs use the parts that only read source files.
+    python docs/generate.py              # after a change of what they show
+    python docs/generate.py --check      # write nothing; exit code 1 where something is stale (tests/test_docs.py)
+
+A page holds blocks `<!-- generated: name -->` ... `<!-- end of generated -->`; TEXTS maps the name to the function that
+returns the Markdown between them. Figures are docs/figures/<name>.svg, drawn by docs/figures.py.
 """
 
 from __future__ import annotations
 
+import argparse
 import ast
 import dataclasses
 import re
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench import markdown
-
 ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
+
+import figures  # noqa: E402
+
+from bench import markdown  # noqa: E402
+
+_BLOCK = re.compile(r"^<!-- generated: (\w+) -->\n.*?^<!-- end of generated -->$", re.DOTALL | re.MULTILINE)
 
 
 def _cell(text: str) -> str:
@@ -58,17 +68,6 @@ def train_flags() -> str:
     from dpofast.cli.train import TrainArguments
 
     return _flags(list(dataclasses.fields(TrainArguments)))
-
-
-def inherited_flags() -> str:
-    """The names of the flags that come from transformers' TrainingArguments."""
-    import transformers
-    from transformers import TrainingArguments
-
-    own = {field.name for field in own_flags()}
-    names = sorted(field.name for field in dataclasses.fields(TrainingArguments) if field.init)
-    shown = ", ".join(f"`--{name}`" for name in names if name not in own)
-    return f"With transformers {transformers.__version__} these are: {shown}."
 
 
 def kinds() -> str:
@@ -173,19 +172,10 @@ def errors() -> str:
     return "\n\n".join(parts)
 
 
-def layers() -> tuple[tuple[str, ...], ...]:
-    """The LAYERS of tests/test_layers.py: a package imports only from packages of earlier rows."""
-    tree = ast.parse((ROOT / "tests" / "test_layers.py").read_text("utf-8"))
-    for node in tree.body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "LAYERS":
-            return ast.literal_eval(node.value)
-    raise ValueError("tests/test_layers.py: expected an assignment to LAYERS")
-
-
 def packages() -> str:
     """Every module of the package with the first line of its docstring."""
     parts = []
-    for folder in [name for row in layers()[1:] for name in row]:
+    for folder in [name for row in figures.layer_table()[1:] for name in row]:
         files = sorted((ROOT / "dpofast" / folder).rglob("*.py")) or [ROOT / "dpofast" / f"{folder}.py"]
         body = []
         for path in files:
@@ -232,16 +222,13 @@ def public_names() -> str:
 
 def worked_example() -> str:
     """PackedBatch.layout() of the docs' example, and its description."""
-    from figures import example_batch
-
-    batch = example_batch()
+    batch = figures.example_batch()
     return f"```text\n{batch.layout()}\n```\n\n`batch.describe()` says: {batch.describe()}."
 
 
 TEXTS: dict[str, Callable[[], str]] = {
     "flags": flags,
     "train_flags": train_flags,
-    "inherited_flags": inherited_flags,
     "kinds": kinds,
     "formulas": formulas,
     "divergences": divergences,
@@ -251,6 +238,7 @@ TEXTS: dict[str, Callable[[], str]] = {
     "supported": supported,
     "public_names": public_names,
     "worked_example": worked_example,
+    "summary": markdown.summary,
     "evidence": markdown.evidence_table,
     "steps": markdown.step_tables,
     "head": markdown.head_table,
@@ -259,3 +247,52 @@ TEXTS: dict[str, Callable[[], str]] = {
     "real_run": markdown.real_run_table,
     "gpu": markdown.gpu_table,
 }
+
+
+def pages() -> list[Path]:
+    """The Markdown files that may hold blocks."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def refreshed(text: str, name: str) -> str:
+    """A page's text with its blocks made anew; name is the page's, for messages.
+
+    Raises:
+        ValueError: a block that does not end, an end without a block, or a name that is not in TEXTS.
+    """
+    blocks = len(_BLOCK.findall(text))
+    if not blocks == text.count("<!-- generated: ") == text.count("<!-- end of generated -->"):
+        raise ValueError(f"{name}: expected blocks of <!-- generated: name --> and <!-- end of generated -->, in turn")
+
+    def block(match: re.Match[str]) -> str:
+        if match[1] not in TEXTS:
+            raise ValueError(f"{name}: expected a block's name to be one of {sorted(TEXTS)}, got {match[1]!r}")
+        return f"<!-- generated: {match[1]} -->\n\n{TEXTS[match[1]]()}\n\n<!-- end of generated -->"
+
+    return _BLOCK.sub(block, text)
+
+
+def stale() -> dict[Path, str]:
+    """The pages and figures whose text is not what it would be made now, with that text."""
+    fresh = {page: refreshed(page.read_text("utf-8"), page.name) for page in pages()}
+    fresh |= {ROOT / "docs" / "figures" / f"{name}.svg": draw() + "\n" for name, draw in figures.FIGURES.items()}
+    return {path: text for path, text in fresh.items() if not path.exists() or path.read_text("utf-8") != text}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line entry; 0, or 1 for --check where something is stale."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    check = parser.parse_args(arguments).check
+    found = stale()
+    for path, text in found.items():
+        if check:
+            print(f"{path.relative_to(ROOT)} is stale: python docs/generate.py", file=sys.stderr)
+        else:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text, "utf-8")
+    return int(check and bool(found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -3,12 +3,9 @@
 import dataclasses
 import importlib.util
 import re
-import sys
 from pathlib import Path
 
 import pytest
-
-from bench import readme
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -18,19 +15,13 @@ _FILE = re.compile(r"`((?:\.ci|bench|csrc|docs|dpofast|examples|kernels|tests)/[
 _LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 
 
-def load(name):
-    """A module of docs/, which is no package, as its hooks load it."""
-    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def generate():
-    """docs/generate.py."""
-    return load("generate")
+    """docs/generate.py, which belongs to no package."""
+    spec = importlib.util.spec_from_file_location("generate", DOCS / "generate.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def prose(page):
@@ -46,13 +37,12 @@ def heading_ids(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_relative_links_resolve(page):
-    generated = {DOCS / "figures" / f"{name}.svg" for name in load("figures").FIGURES}
     for link in _LINK.findall(prose(page)):
         if re.match(r"[a-z]+:", link):
             continue
         path, _, anchor = link.partition("#")
         target = (page.parent / path).resolve() if path else page
-        assert target.exists() or target in generated, f"{page.name} links to {link}"
+        assert target.exists(), f"{page.name} links to {link}"
         if anchor:
             assert anchor in heading_ids(target), f"{page.name} links to {link}: no such heading"
 
@@ -68,23 +58,47 @@ def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= 200
 
 
-def test_the_readme_is_fresh():
-    text = readme.README.read_text("utf-8")
-    assert readme.refreshed(text) == text, "README.md is stale: python -m bench.readme"
+def test_generated_text_and_figures_are_fresh(generate):
+    stale = [str(path.relative_to(ROOT)) for path in generate.stale()]
+    assert stale == [], "run: python docs/generate.py"
 
 
-def test_a_readme_without_its_markers_is_refused():
-    with pytest.raises(ValueError, match="README.md: expected <!-- summary.* once each"):
-        readme.refreshed("nothing")
+@pytest.mark.parametrize("text", ["<!-- generated: flags -->\n", "<!-- end of generated -->\n"])
+def test_a_block_without_its_other_mark_is_refused(generate, text):
+    with pytest.raises(ValueError, match="page.md: expected blocks of <!-- generated: name --> and"):
+        generate.refreshed(text, "page.md")
 
 
-def test_every_generated_mark_is_known(generate):
-    named = {
-        mark
-        for page in DOCS.glob("*.md")
-        for mark in re.findall(r"\{\{ generated: (\w+) \}\}", page.read_text("utf-8"))
-    }
-    assert named == set(generate.TEXTS)
+def test_a_block_of_an_unknown_name_is_refused(generate):
+    with pytest.raises(ValueError, match="page.md: expected a block's name to be one of .*got 'nothing'"):
+        generate.refreshed("<!-- generated: nothing -->\n<!-- end of generated -->", "page.md")
+
+
+def test_a_block_is_replaced_whole(generate):
+    stale = "before\n<!-- generated: supported -->\nold\n<!-- end of generated -->\nafter"
+    fresh = generate.refreshed(stale, "page.md")
+    assert "old" not in fresh and generate.supported() in fresh
+    assert fresh.startswith("before\n<!--") and fresh.endswith("-->\nafter")
+    assert generate.refreshed(fresh, "page.md") == fresh
+
+
+def test_check_writes_nothing_and_names_what_is_stale(generate, monkeypatch, capsys):
+    page = DOCS / "support.md"
+    before = page.read_text("utf-8")
+    monkeypatch.setattr(generate, "stale", lambda: {page: "other"})
+    assert generate.main(["--check"]) == 1
+    assert "docs/support.md is stale: python docs/generate.py" in capsys.readouterr().err
+    assert page.read_text("utf-8") == before
+    monkeypatch.setattr(generate, "stale", dict)
+    assert generate.main(["--check"]) == 0
+
+
+def test_everything_that_is_generated_is_shown(generate):
+    text = "".join(page.read_text("utf-8") for page in generate.pages())
+    assert set(re.findall(r"^<!-- generated: (\w+) -->$", text, flags=re.MULTILINE)) == set(generate.TEXTS)
+    drawn = set(generate.figures.FIGURES)
+    assert {path.stem for path in (DOCS / "figures").iterdir()} == drawn
+    assert set(re.findall(r"\(figures/(\w+)\.svg\)", text)) == drawn
 
 
 def test_every_page_is_in_the_navigation():
@@ -109,9 +123,9 @@ def test_every_flag_of_dpofast_is_documented(generate):
 def test_every_loss_has_a_formula(generate):
     from dpofast.losses.kinds import KINDS
 
-    formulas = (DOCS / "losses.md").read_text("utf-8")
+    formulas = (DOCS / "losses.md").read_text("utf-8").partition("## Formulas")[2].partition("<!-- generated")[0]
+    assert re.findall(r"^\| `(\w+)` \|", formulas, flags=re.MULTILINE) == list(KINDS)
     for name in KINDS:
-        assert f"\n| `{name}` |" in formulas
         assert f"\n| `{name}` |" in generate.kinds() and f"\n| `{name}` |" in generate.formulas()
 
 
@@ -130,9 +144,7 @@ def test_every_public_name_is_in_the_reference(generate):
     assert entries == set(dpofast.__all__) - {"__version__"}
 
 
-def test_every_layer_is_drawn():
-    load("generate")
-    figures = load("figures")
-    drawing = figures.layers()
-    for names in sys.modules["generate"].layers():
+def test_every_layer_is_drawn(generate):
+    drawing = generate.figures.layers()
+    for names in generate.figures.layer_table():
         assert all(f">{name}<" in drawing for name in names)
