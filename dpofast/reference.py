@@ -225,7 +225,7 @@ def _kind_losses(
         return -chosen_sum / nw - b * ls(torch.log(odds[0]) - torch.log(odds[1]))
     if kind == "cpo":
         return -ls(b * (pw - pl)) - cpo_alpha * chosen_sum / nw
-    raise ValueError(f"kind: expected one of dpofast.losses.KINDS, got {kind!r}")
+    raise ValueError(f"kind: expected one of dpofast.losses.kinds.KINDS, got {kind!r}")
 
 
 def padded_rows(rows: Sequence[tuple[Sequence[int], Sequence[int]]], pad_id: int = 0) -> dict[str, Tensor]:

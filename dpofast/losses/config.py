@@ -30,7 +30,8 @@ class PreferenceLoss(LossOptions):
     """Which loss, and its options; validated when built. A mix shares its options: each kind takes those it has.
 
     Args:
-        kind: one of dpofast.losses.KINDS (formulas there), default "sigmoid" (DPO), or several: their weighted sum.
+        kind: one of dpofast.losses.kinds.KINDS (formulas there), default "sigmoid" (DPO), or several: their weighted
+            sum.
         weights: one for each kind, default 1.
         beta: strength of the pull towards the reference, > 0; for "orpo" the weight of the odds ratio, as in TRL.
         label_smoothing: the probability ε that a preference is flipped: [0, 0.5] for "sigmoid" (conservative DPO),

@@ -4,8 +4,9 @@
     logp = z_y − m − log S      E = exp(z − m), and e_y − S at the target y: that is (p − onehot)·S without cancellation
 
 dlogp/dx = −(logit_scale/temperature)/S ⊙ E (E carries softcap's factor 1 − tanh² itself), so E never needs the incoming
-gradient. On CUDA one Triton program does a row (kernels/token_logprobs.py) and its statistics; on the CPU torch does a
-row of existing logits in place, and those of hidden states and head in tiles of the vocabulary (online_softmax.py).
+gradient. On CUDA one Triton program does a row and its statistics (kernels/exp_rows.py where E has a buffer of its own,
+else kernels/token_logprobs.py); on the CPU torch does a row of existing logits in place, and those of hidden states and
+head in tiles of the vocabulary (online_softmax.py).
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ def kernel_rows(
 ) -> RowResult:
     """Log-probs of raw logits (R, V), float32, by kernels/: contiguous rows.
 
-    exp_out (R, V), of any float dtype and possibly logits itself, receives E; rows of ignored targets receive zeros.
+    exp_out (R, V) receives E, and zeros in rows of ignored targets: logits itself, or a buffer of its own in float32 or
+    bfloat16. RowBuffers allocates it in exp_dtype, which is never float16.
     """
     from dpofast.kernels.exp_rows import exp_rows
     from dpofast.kernels.token_logprobs import token_logprobs
