@@ -27,6 +27,22 @@ def tiny_model():
     )
 
 
+def trainer_options():
+    """Options of TrainingArguments for one pass of plain SGD in the data's order, as the loops without a trainer do."""
+    return {
+        "per_device_train_batch_size": PAIRS_PER_STEP,
+        "num_train_epochs": 1,
+        "train_sampling_strategy": "sequential",
+        "optim": "sgd",
+        "learning_rate": 0.1,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+    }
+
+
 def tiny_examples():
     """Token ids: prompt_ids, chosen_ids and rejected_ids, responses with their end."""
     draw = random.Random(0)

@@ -32,22 +32,8 @@ class PreferenceTrainer(Trainer):
         return (output.loss, output) if return_outputs else output.loss
 
 
-def train(model, ref_model, dataset, folder, *, pairs_per_step=4, learning_rate=0.1):
-    """One pass over the dataset; the loss of every step."""
-    args = TrainingArguments(
-        output_dir=folder,
-        per_device_train_batch_size=pairs_per_step,
-        num_train_epochs=1,
-        train_sampling_strategy="sequential",
-        optim="sgd",
-        learning_rate=learning_rate,
-        lr_scheduler_type="constant",
-        max_grad_norm=0.0,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        remove_unused_columns=False,
-    )
+def train(model, ref_model, dataset, args):
+    """Trains as the TrainingArguments say; the losses that were logged."""
     trainer = PreferenceTrainer(model, ref_model, args, dataset)
     trainer.train()
     return [log["loss"] for log in trainer.state.log_history if "loss" in log]
@@ -57,7 +43,8 @@ if __name__ == "__main__":
     import tempfile
 
     from datasets import Dataset
-    from tiny import tiny_examples, tiny_model
+    from tiny import tiny_examples, tiny_model, trainer_options
 
     with tempfile.TemporaryDirectory() as folder:
-        print(train(tiny_model(), tiny_model(), Dataset.from_list(tiny_examples()), folder))
+        args = TrainingArguments(folder, remove_unused_columns=False, **trainer_options())
+        print(train(tiny_model(), tiny_model(), Dataset.from_list(tiny_examples()), args))

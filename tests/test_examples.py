@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+import trl
 from datasets import Dataset
 
 from dpofast import DPOConfig, DPOTrainer, reference
@@ -26,6 +28,7 @@ from examples import (
     transformers_trainer,
     trl_trainer,
 )
+from examples.tiny import trainer_options
 from tests.support.rank_processes import free_port, run_ranks
 from tests.support.tiny import tiny_model, tiny_pairs
 from tests.support.trl_cases import text_pairs, word_tokenizer
@@ -60,9 +63,14 @@ def padded():
 
 RECIPES = {
     "transformers": lambda model, ref, folder: transformers_trainer.train(
-        model, ref, Dataset.from_list(examples()), folder
+        model,
+        ref,
+        Dataset.from_list(examples()),
+        transformers.TrainingArguments(folder, remove_unused_columns=False, **trainer_options()),
     ),
-    "trl": lambda model, ref, folder: trl_trainer.train(model, ref, as_text(), word_tokenizer(), folder),
+    "trl": lambda model, ref, folder: trl_trainer.train(
+        model, ref, as_text(), word_tokenizer(), trl.DPOConfig(folder, bf16=False, **trainer_options())
+    ),
     "liger": lambda model, ref, folder: liger_loss.train(model, ref, padded()),
     "accelerate": lambda model, ref, folder: accelerate_loop.train(model, ref, examples()),
     "lightning": lambda model, ref, folder: lightning_module.train(model, ref, examples()),
