@@ -109,6 +109,6 @@ def check_parity(model: Any, padded: bool) -> None:
     if not padded:
         raise cannot_pack(model, f"packed and padded log-probs of the same tokens {apart}")
     raise ValueError(
-        f"{type(model).__name__}: log-probs from its trunk and its head {apart}, from those of its own logits: its "
+        f"{type(model).__name__}: log-probs from its backbone and its head {apart}, from those of its own logits: its "
         "forward does more to the logits than dpofast knows of"
     )
