@@ -22,7 +22,7 @@ _PARITY_PROMPT, _PARITY_RESPONSES = 5, (4, 6)
 PARITY_TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-3, torch.float16: 5e-2, torch.bfloat16: 3e-1}
 
 
-def check_head(model: Any) -> None:
+def check_lm_head(model: Any) -> None:
     """Refuse a model whose logits are not one plain linear map of its backbone's output.
 
     Raises:
@@ -109,6 +109,6 @@ def check_parity(model: Any, padded: bool) -> None:
     if not padded:
         raise cannot_pack(model, f"packed and padded log-probs of the same tokens {apart}")
     raise ValueError(
-        f"{type(model).__name__}: log-probs from its trunk and its head {apart}, from those of its own logits: its "
+        f"{type(model).__name__}: log-probs from its backbone and its head {apart}, from those of its own logits: its "
         "forward does more to the logits than dpofast knows of"
     )

@@ -11,7 +11,7 @@ import pytest
 from matplotlib.image import imread
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dpofast.cli import main as cli
+from dpofast.cli.main import main
 from dpofast.demo import make_data, run, world
 
 pytestmark = pytest.mark.slow(40)
@@ -136,6 +136,6 @@ def test_quick_demo_tells_what_it_did_and_wrote(quick):
 
 def test_demo_refuses_a_directory_with_something_in_it(tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
-    assert cli.main(["demo", "--output_dir", str(tmp_path)]) == 2
+    assert main(["demo", "--output_dir", str(tmp_path)]) == 2
     assert f"output_dir: {tmp_path} is not empty; pass --overwrite" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]

@@ -165,7 +165,7 @@ class HeadPlan:
         scratch_rows: rows of logits that are scratch.
         upcast_rows: rows of the weight that are copied in float32 at once, where a product needs that.
         temporary_rows: rows of the vocabulary that the row work copies at once.
-        step: rows that go through the scratch, or straight into the kept rows, at a time.
+        chunk_rows: rows that go through the scratch, or straight into the kept rows, at a time.
         buffers: what the plan allocates; at most max_logits_bytes together.
     """
 
@@ -173,7 +173,7 @@ class HeadPlan:
     scratch_rows: int
     upcast_rows: int
     temporary_rows: int
-    step: int
+    chunk_rows: int
     buffers: tuple[Buffer, ...] = ()
 
     @staticmethod
@@ -225,10 +225,10 @@ class HeadPlan:
             least = [*counted.scratch(1), *fixed]
             raise _too_few_bytes(columns, total_bytes(least), most, least)
 
-        def plan(kept_rows: int, scratch_rows: int, step: int) -> HeadPlan:
-            scratch = counted.scratch(scratch_rows) if scratch_rows else counted.copied(step)
+        def plan(kept_rows: int, scratch_rows: int, chunk_rows: int) -> HeadPlan:
+            scratch = counted.scratch(scratch_rows) if scratch_rows else counted.copied(chunk_rows)
             buffers = (*fixed, *scratch, *(counted.kept(kept_rows) if keep else ()))
-            return HeadPlan(kept_rows, scratch_rows, upcast, temporary, step, buffers)
+            return HeadPlan(kept_rows, scratch_rows, upcast, temporary, chunk_rows, buffers)
 
         affordable = room // scratch_bytes
         if not keep:
