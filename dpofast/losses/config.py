@@ -32,7 +32,8 @@ class PreferenceLoss(LossOptions):
     Args:
         kind: one of dpofast.losses.KINDS (formulas there), default "sigmoid" (DPO), or several: their weighted sum.
         weights: one for each kind, default 1.
-        beta: strength of the pull towards the reference, > 0; for "orpo" the weight of the odds ratio, as in TRL.
+        beta: strength of the implicit KL penalty towards the reference, > 0; for "orpo" the weight of the odds ratio,
+            as in TRL.
         label_smoothing: the probability ε that a preference is flipped: [0, 0.5] for "sigmoid" (conservative DPO),
             "sigmoid_norm", "aot" and "aot_unpaired", [0, 0.5) for "robust", (0, 1) for "exo_pair".
         f_divergence_type: "reverse_kl", "forward_kl", "js_divergence" or "alpha_divergence" (divergences.py).

@@ -31,7 +31,7 @@ from dpofast.report.template import PAGE
 
 # Characters of a prompt or response that are shown; the page must stay readable.
 _MOST_TEXT = 2000
-# Settings that say what was trained; the others stand below, folded.
+# Settings shown first; the others are in a collapsed section below.
 _MAIN_SETTINGS = (
     *("loss_type", "beta", "label_smoothing", "ld_alpha", "rpo_alpha", "learning_rate", "lr_scheduler_type"),
     *("warmup_steps", "num_train_epochs", "max_steps", "per_device_train_batch_size", "max_length", "max_tokens"),
