@@ -15,10 +15,10 @@ PARTS = {"summary": summary, "evidence": evidence_table}
 
 
 def refreshed(text: str) -> str:
-    """The README's text with what stands between each pair of markers made anew.
+    """Return the README's text with the content between each pair of markers regenerated.
 
     Raises:
-        ValueError: a part's markers are not there, once each.
+        ValueError: a marker of a part does not occur exactly once.
     """
     for name, make in PARTS.items():
         begin, end = f"<!-- {name}: python -m bench.readme -->", f"<!-- end of {name} -->"
