@@ -114,7 +114,7 @@ class PreferenceLoss(LossOptions):
             self._refuse("label_smoothing", [kind for kind in KINDS if KINDS[kind].smoothing])
 
     def _check_combinations(self) -> None:
-        """Every option either does something with the kinds or is refused."""
+        """Raise ValueError for an option that has no effect with these kinds."""
         kinds = [KINDS[kind] for kind in self.kinds]
         defaults = {f.name: f.default for f in dataclasses.fields(self)}
         for name in _OWN_OPTIONS:
@@ -178,7 +178,7 @@ class PreferenceLoss(LossOptions):
 
     @staticmethod
     def decode(encoded: str) -> PreferenceLoss:
-        """The loss that `encoded` says."""
+        """Return the PreferenceLoss that `encoded` was made from."""
         return PreferenceLoss(**json.loads(encoded))
 
 

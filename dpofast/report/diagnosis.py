@@ -1,6 +1,6 @@
-"""Diagnose a run from its logs and its held-out pairs: warnings, and what to try.
+"""Diagnose a run from its logs and its held-out pairs: warnings, each with advice.
 
-Each check looks for one thing, has its thresholds as constants here, and returns a Finding or None. Logs are
+Each check tests for one problem, with its thresholds as constants here, and returns a Finding or None. Logs are
 Trainer's log_history: mappings with `step`, training logs with `loss`, evaluations with `eval_loss`.
 """
 
