@@ -1,4 +1,4 @@
-"""bench/paper: π_ref, prefixes, rewards, samples and their divergence, against what can be counted out."""
+"""bench/paper: π_ref, prefixes, rewards, samples and their divergence, compared with enumerated values."""
 
 import itertools
 import math

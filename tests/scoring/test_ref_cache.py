@@ -1,4 +1,4 @@
-"""Cached reference log-probs: the live numbers, computed once, never stale, never damaged, whoever kills the run."""
+"""Cached reference log-probs: equal to live ones, computed once, never stale, and intact after a kill."""
 
 import copy
 import errno
