@@ -240,7 +240,7 @@ def _warnings_html(findings: Sequence[Finding], run: Run) -> str:
 
 
 def _picture_html(picture: Picture) -> str:
-    # As an image of its own: the ids inside one SVG cannot meet those of another.
+    # As a separate image, so that ids in one SVG cannot collide with those of another.
     data = base64.b64encode(picture.svg.encode()).decode()
     return (
         f'<figure><h3>{html.escape(picture.title)}</h3><img alt="{html.escape(picture.title)}" '

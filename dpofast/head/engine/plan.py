@@ -333,7 +333,7 @@ class TilePlan:
         counted = _TileBuffers(vocab, width, weight.dtype, keep, temporaries)
         least = [*counted.logits(1, 1), *counted.copied(1), *counted.tile(1), *counted.temporary(1, 1)]
         least += counted.bias_gradient()
-        # A row of logits, whatever a tile of it would need.
+        # At least one whole row of logits, even if a tile of it would need less.
         least_bytes = max(total_bytes([Buffer("row", 1, vocab, counted.wide)]), total_bytes(least))
         if most < least_bytes:
             raise _too_few_bytes(vocab, least_bytes, most, least)
