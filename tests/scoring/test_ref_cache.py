@@ -50,7 +50,7 @@ def computed(monkeypatch):
 
 def ranks(rank, wait=lambda: None):
     """One of two, as dpofast.common.ranks has it."""
-    return SimpleNamespace(rank=rank, size=2, wait=wait)
+    return SimpleNamespace(rank=rank, size=2, barrier=wait)
 
 
 def columns_of(dataset, model, folder, forward=FORWARD, **options):
