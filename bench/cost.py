@@ -51,7 +51,7 @@ class Cost(TorchDispatchMode):
     Attributes:
         gemms: how often a product (M, K)·(K, N) ran, by (M, K, N), over mm, bmm, addmm, baddbmm, addbmm and their
             in-place, out= and out_dtype forms; one of a batch counts as one.
-        live_bytes: bytes made inside and still alive; goes on being right after the region.
+        live_bytes: bytes allocated inside and still alive; stays correct after the region.
         peak_bytes: the most that live_bytes was inside the region.
     """
 

@@ -2,8 +2,8 @@
 
     python -m bench.old_trl 0.29.0 0.24.0
 
-For each version a virtual environment is made under build/, once. It sees this environment's packages through a path
-file, as .ci/run does, and over them trl itself, and below 0.29 also the libraries of its day. Then
+For each version a virtual environment is created once under build/. It uses this environment's packages through a path
+file, as .ci/run does, and installs over them that version of trl, and below 0.29 also libraries of the same age. Then
 tests/integrations/test_trl_run.py runs in it: whole training runs with and without the patch.
 """
 

@@ -1,4 +1,4 @@
-"""Speed and fullness of the packer on one core, beside trl's collator and trl's pack_dataset.
+"""Speed and fill rate of the packer on one core, compared with trl's collator and trl's pack_dataset.
 
     python -m bench.packing
 

@@ -1,4 +1,4 @@
-// Groups -> micro-batches: which pairs go where, and the arrays of each. Pure C++17, no Python.
+// Groups -> micro-batches: assigns pairs to micro-batches and writes the arrays of each. Pure C++17, no Python.
 #pragma once
 
 #include <cstdint>
@@ -9,10 +9,10 @@
 
 namespace dpofast {
 
-// The pairs of each micro-batch, ascending. A group stays whole when it fits; a pair is never split.
+// Returns the pairs of each micro-batch, ascending. A group that fits is not split; a pair never is.
 std::vector<std::vector<int64_t>> plan_batches(const Groups& groups, const Limits& limits);
 
-// How large the arrays of one micro-batch are.
+// Sizes of the arrays of one micro-batch.
 struct BatchShape {
   int64_t tokens = 0, targets = 0, segments = 0, sequences = 0, pairs = 0;  // T, N, G, S, P
   int64_t padded_tokens = 0;                                                // 2 * P * the longest prompt + response
@@ -23,7 +23,8 @@ struct BatchShape {
   int64_t ints() const { return 3 * segments + 1 + sequences + 1 + 2 * pairs; }
 };
 
-// Everything about the micro-batches but the arrays themselves; borrows the groups, and through them the tokens.
+// Contents of all micro-batches, from which fill() writes their arrays. References the groups, and through them the
+// tokens, without owning them.
 struct Layout {
   const Groups& groups;
   std::vector<BatchShape> shapes;
@@ -32,10 +33,11 @@ struct Layout {
   std::vector<int32_t> sequences;  // (sum of P, 2): the pairs' chosen and rejected sequence in their micro-batch
 };
 
-// Branches group by group, groups and branches in order of first appearance among the pairs.
+// Lays out each micro-batch: branches are grouped by prompt, groups and branches in order of first use by its pairs.
 Layout lay_out(const Groups& groups, const std::vector<std::vector<int64_t>>& plan);
 
-// Writes all micro-batches, one after another: `longs` holds the sum of longs(), `ints` the sum of ints().
+// Writes the arrays of all micro-batches one after another: `longs` has room for the sum of longs(), `ints` for the sum
+// of ints().
 void fill(const Layout& layout, int64_t* longs, int32_t* ints, int64_t threads);
 
 }  // namespace dpofast

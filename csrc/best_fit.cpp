@@ -6,7 +6,7 @@
 namespace dpofast {
 namespace {
 
-// One limit: the sizes of all items, and what a bin holds. `sizes` is empty where nothing is bounded.
+// One limit: the sizes of all items and the capacity of a bin. `sizes` is empty if there is no such limit.
 struct Bound {
   const std::vector<int64_t>& sizes;
   int64_t limit;
@@ -18,7 +18,7 @@ struct Bound {
   }
 };
 
-// The bin of each item. Rooms are kept for the first bound; the second is checked bin by bin.
+// Returns the bin of each item. Free room is indexed for the first bound; the second is checked bin by bin.
 template <typename Rooms>
 std::vector<int64_t> best_fit_in(const Bound& first, const Bound& second, Rooms open) {
   const int64_t count = first.sizes.size();
@@ -44,7 +44,7 @@ std::vector<int64_t> best_fit_in(const Bound& first, const Bound& second, Rooms 
       room = first.limit;
       if (bounded) second_room.push_back(second.limit);
     }
-    // The tightest bin stays the tightest for further items of the same size, until they no longer fit.
+    // The tightest bin remains the tightest for further items of the same size, until they no longer fit.
     do {
       if (bounded) second_room[bin] -= second.sizes[i];
       bin_of[i++] = bin;
@@ -60,7 +60,7 @@ std::vector<int64_t> best_fit_in(const Bound& first, const Bound& second, Rooms 
 Bins best_fit(const Items& items, const Limits& limits) {
   if (items.count() == 0) return {};
   const Bound tokens{items.tokens, limits.tokens}, targets{items.targets, limits.targets};
-  // Rooms under the scarcer bound: bins that it has filled are then never looked at again.
+  // Index the free room of the scarcer bound, so that bins that it has filled are not searched again.
   const bool by_targets = targets.share() > tokens.share();
   const Bound &first = by_targets ? targets : tokens, &second = by_targets ? tokens : targets;
   const bool bits = first.limit <= BitRooms::kMaxCapacity && first.limit / 64 <= items.count();
@@ -74,7 +74,7 @@ Bins best_fit(const Items& items, const Limits& limits) {
 
 int64_t lower_bound(const Items& items, const Limits& limits) {
   const auto needed = [](const std::vector<int64_t>& sizes, int64_t limit) {
-    int64_t sum = 0, large = 0;  // no two items above half of a bin share one
+    int64_t sum = 0, large = 0;  // no two items above half of a bin fit together
     for (const int64_t size : sizes) {
       sum += size;
       large += size > limit / 2;

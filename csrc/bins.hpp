@@ -1,4 +1,4 @@
-// Items and bins: what the planner's parts share, and best-fit, which all of them start from. Pure C++17.
+// Types for items and bins, shared by the planner's files, and the initial bin-packing heuristics. Pure C++17.
 #pragma once
 
 #include <cstdint>
@@ -8,13 +8,13 @@
 
 namespace dpofast {
 
-// What a bin may hold.
+// Capacity of a bin.
 struct Limits {
   int64_t tokens = kUnlimited;
   int64_t targets = kUnlimited;
 };
 
-// Sizes of the items: tokens, all 0 or more; targets likewise, or empty where nothing bounds them.
+// Sizes of the items: tokens, all 0 or more; targets likewise, or empty if there is no limit on targets.
 struct Items {
   std::vector<int64_t> tokens;
   std::vector<int64_t> targets;
@@ -31,17 +31,18 @@ struct Bins {
   std::vector<int64_t> loads;
 };
 
-// Each item into the bin with the least room for it, for items that all fit; best-fit decreasing where they descend.
-// O(n log n); with targets O(n) times the number of bins, since the tightest by one limit need not fit by the other.
+// Puts each item into the bin with the least sufficient room; every item must fit into an empty bin. With descending
+// sizes this is best-fit decreasing. O(n log n); with targets O(n) times the number of bins, since the tightest bin by
+// one limit may not fit by the other.
 Bins best_fit(const Items& items, const Limits& limits);
 
-// Bin after bin: the largest item that fits, again and again, and for the end of the bin, where there is one, an item
-// or a pair that fills it to the last token. Best-fit decreasing leaves 0.03 to 0.12 % of such bins empty, because
-// small items run out; this reaches the lower bound on a million lengths of pairs. Sizes descend, none is above
-// capacity, and capacity is at most BitRooms::kMaxCapacity.
+// Fills one bin after another: repeatedly takes the largest item that fits, and at the end of the bin an item or two
+// items that fill it exactly, if there are such. On a million lengths of pairs this reaches the lower bound, where
+// best-fit decreasing leaves 0.03 to 0.12 % of the space empty, because small items run out. Sizes must descend and not
+// exceed capacity, which is at most BitRooms::kMaxCapacity.
 Bins close_exactly(const std::vector<int64_t>& sizes, int64_t capacity);
 
-// Bins that any packing needs: of the sum, and of the items that are larger than half a bin.
+// Lower bound on the number of bins of any packing, from the sum of sizes and the items larger than half a bin.
 int64_t lower_bound(const Items& items, const Limits& limits);
 
 }  // namespace dpofast

@@ -6,17 +6,17 @@
 namespace dpofast {
 namespace {
 
-// Pairs that are tried for the rest of a bin. Where sizes are dense, the first few hold an exact one.
+// Number of item pairs that are tried to fill the rest of a bin. With dense sizes, one of the first few fits exactly.
 constexpr int kTriedPairs = 16;
 
-// The items left, as stacks by size: `longest - size` takes the place of a room, so that the next larger room is the
+// The items not yet packed, as stacks by size, in a room index keyed by `longest - size`: its next larger key is the
 // next smaller size.
 class Left {
  public:
   Left(const std::vector<int64_t>& sizes, int64_t longest) : longest_(longest), stacks_(longest) {
     for (int64_t i = static_cast<int64_t>(sizes.size()) - 1; i >= 0; --i) stacks_.push(longest - sizes[i], i);
   }
-  // The largest size left of at most `size`, or -1.
+  // The largest remaining size of at most `size`, or -1.
   int64_t at_most(int64_t size) const {
     const int64_t place = size < 0 ? -1 : stacks_.find(std::max<int64_t>(longest_ - size, 0));
     return place < 0 ? -1 : longest_ - place;
@@ -53,8 +53,8 @@ Bins close_exactly(const std::vector<int64_t>& sizes, int64_t capacity) {
       const int64_t size = left.at_most(room);
       if (size < 0) break;
       if (size < room && room <= 2 * size) {
-        // One item more would leave a rest that few items fit. Two of about half the room can fill it to the last
-        // token.
+        // Another single item would leave room that few items fit. Two items of about half the room can fill it
+        // exactly.
         int tried = 0;
         for (int64_t half = left.at_most(room / 2); half >= 0 && room - half <= size && tried < kTriedPairs; ++tried) {
           if (left.has(room - half, half)) {

@@ -1,4 +1,4 @@
-// What every part of the packer throws at bad input, and the bounds that all of them keep.
+// The packer's exception for invalid input, and the size limits common to all its parts.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,7 @@ constexpr int64_t kUnlimited = std::numeric_limits<int64_t>::max();
 // Positions, targets and segment bounds are int32 on the device.
 constexpr int64_t kMaxPositions = std::numeric_limits<int32_t>::max();
 
-// Bad input. `example` is the row it was found in, or -1 where no single row is at fault.
+// Invalid input. `example` is the row it was found in, or -1 if no single row is responsible.
 class PackingError : public std::invalid_argument {
  public:
   PackingError(int64_t example, const std::string& what)
@@ -21,7 +21,7 @@ class PackingError : public std::invalid_argument {
   const int64_t example;
 };
 
-// Refuses a micro-batch that int32 cannot number.
+// Throws PackingError for a micro-batch whose positions or targets exceed int32.
 inline void check_positions(int64_t tokens, int64_t targets) {
   if (tokens <= kMaxPositions && targets <= kMaxPositions) return;
   throw PackingError(-1, "a micro-batch would hold " + std::to_string(tokens) + " tokens and " +

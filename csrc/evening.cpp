@@ -9,7 +9,7 @@
 namespace dpofast {
 namespace {
 
-// Bound on the words that fill_tightly touches: some tens of milliseconds.
+// Limit on the bitset words that fill_tightly processes, which takes tens of milliseconds.
 constexpr int64_t kTightWords = int64_t{1} << 26;
 
 int64_t largest(const Bins& bins) { return *std::max_element(bins.loads.begin(), bins.loads.end()); }
@@ -20,8 +20,8 @@ std::vector<std::vector<int64_t>> members_of(const Bins& bins) {
   return members;
 }
 
-// The subset of `items` (indices into sizes) with the largest sum of at most `room`. A bit for every sum that can be
-// reached; `last` names the item that reached it first, so that a sum's items are found by walking back.
+// Returns the subset of `items` (indices into sizes) with the largest sum of at most `room`. Keeps one bit for every
+// reachable sum; `last` is the item that reached it first, from which the items of a sum are traced back.
 std::vector<int64_t> fullest_subset(const std::vector<int64_t>& sizes, const std::vector<int64_t>& items,
                                     int64_t room) {
   const int64_t words = room / 64 + 1;
@@ -48,7 +48,8 @@ std::vector<int64_t> fullest_subset(const std::vector<int64_t>& sizes, const std
   return subset;
 }
 
-// Bin after bin: the largest item left, and what fills the bin best with it. False where `count` bins do not suffice.
+// Fills one bin after another with the largest remaining item and the subset that fills the rest best. Returns false if
+// `count` bins do not suffice.
 bool fill_tightly(const std::vector<int64_t>& sizes, int64_t capacity, int64_t count, Bins& bins) {
   const int64_t items = sizes.size();
   if (capacity / 64 + 1 > kTightWords / (items * count)) return false;
@@ -73,7 +74,7 @@ bool fill_tightly(const std::vector<int64_t>& sizes, int64_t capacity, int64_t c
   return true;
 }
 
-// `bins`, or another packing into no more bins whose largest load is lower.
+// Returns a packing into no more bins with a lower largest load if one is found, else `bins`.
 Bins lower_largest(const Items& items, const Limits& limits, Bins bins) {
   const int64_t count = bins.loads.size();
   const int64_t total = std::accumulate(bins.loads.begin(), bins.loads.end(), int64_t{0});
@@ -84,7 +85,7 @@ Bins lower_largest(const Items& items, const Limits& limits, Bins bins) {
     exchange(items, spread);
     if (largest(spread) < largest(bins)) bins = std::move(spread);
   }
-  // Best-fit at the least capacity, found by bisection to half a percent, that needs no more bins.
+  // Best-fit with the smallest capacity that needs no more bins, found by bisection to half a percent.
   int64_t low = std::max(longest, (total + count - 1) / count), high = largest(bins);
   while (high - low > low / 200) {
     const int64_t middle = low + (high - low) / 2;
@@ -121,13 +122,14 @@ void exchange(const Items& items, Bins& bins) {
   const std::vector<int64_t>& tokens = items.tokens;
   const int64_t count = bins.loads.size();
   std::vector<std::vector<int64_t>> members = members_of(bins);
-  // Ends by itself, since each turn lowers the largest load or the number of bins that have it; bounded for speed.
+  // Terminates without the bound, since each turn lowers the largest load or the number of bins with that load; the
+  // bound limits the run time.
   for (int64_t turn = 0; turn < 8 * count + 64; ++turn) {
     const int64_t heavy = std::max_element(bins.loads.begin(), bins.loads.end()) - bins.loads.begin();
     const int64_t light = std::min_element(bins.loads.begin(), bins.loads.end()) - bins.loads.begin();
     const int64_t gap = bins.loads[heavy] - bins.loads[light];
     if (gap <= 1) return;
-    // What goes minus what comes back should be half of the gap. Nothing coming back stands for an item of size 0.
+    // The size moved out minus the size moved in should be half the gap. A move without exchange counts as size 0 in.
     int64_t best = gap, goes = -1, comes = -1;
     const auto consider = [&](int64_t out, int64_t back) {
       const int64_t moved = tokens[out] - (back < 0 ? 0 : tokens[back]);
@@ -191,7 +193,7 @@ void split_bins(const Items& items, int64_t count, Bins& bins) {
     const int64_t from = -fullest.top().second;
     fullest.pop();
     std::vector<int64_t> items_there = std::move(members[from]);
-    // Descending sizes into the lighter half.
+    // In descending order of size, each item goes to the lighter half.
     std::sort(items_there.begin(), items_there.end(), [&](int64_t a, int64_t b) {
       return items.tokens[a] != items.tokens[b] ? items.tokens[a] > items.tokens[b] : a < b;
     });

@@ -12,7 +12,7 @@ int64_t* write_range(int64_t* out, int64_t first, int64_t count) {
   return out + count;
 }
 
-// What is known of one micro-batch: its shape, and where its branches and pairs lie in the layout.
+// One micro-batch: its shape, and the offsets of its branches and pairs in the layout.
 struct Part {
   const BatchShape& shape;
   const int64_t* branches;
@@ -48,7 +48,7 @@ void fill_one(const Groups& groups, const Part& part, int64_t* longs, int32_t* i
       ids = copy(prompt, prompt.length, ids);
       positions = write_range(positions, 0, prompt.length);
     }
-    // The last prompt row predicts the first token; the last token predicts nothing and has no row.
+    // The last prompt row predicts the first response token; the last response token has no row.
     *rows++ = prompt_start + prompt.length - 1;
     rows = write_range(rows, ids - first_id, response.length - 1);
     ids = copy(response, response.length - 1, ids);
@@ -74,7 +74,7 @@ Layout lay_out(const Groups& groups, const std::vector<std::vector<int64_t>>& pl
   layout.branches.reserve(groups.branches.size());
   layout.pairs.reserve(groups.pairs.size());
   layout.sequences.reserve(2 * groups.pairs.size());
-  // Of the micro-batch at hand: which group and sequence a group and a branch are.
+  // Indices of groups and branches within the current micro-batch, or -1.
   std::vector<int32_t> local_group(groups.prompts.size(), -1), local_branch(groups.branches.size(), -1);
   std::vector<int64_t> seen_groups;
   for (const std::vector<int64_t>& pairs : plan) {

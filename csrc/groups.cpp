@@ -10,7 +10,7 @@
 namespace dpofast {
 namespace {
 
-// Open addressing over entries that live elsewhere: find_or_add returns the first equal entry, or `entry` itself.
+// Hash index with open addressing over entries stored elsewhere: find_or_add returns the first equal entry, or `entry`.
 class HashIndex {
  public:
   explicit HashIndex(int64_t entries) {
@@ -36,7 +36,7 @@ class HashIndex {
   std::vector<std::pair<uint64_t, int64_t>> slots_;
 };
 
-// What the user calls branch `index` of an example.
+// Name of branch `index` of an example in the user's input, for messages.
 std::string branch_name(const Examples& examples, int64_t example, int64_t index) {
   if (examples.grouped[example]) return "branches[" + std::to_string(index) + "]";
   return index == 0 ? "chosen_ids" : "rejected_ids";
@@ -46,13 +46,13 @@ std::string sequence_name(const Examples& examples, int64_t example, int64_t ind
   return index == 0 ? "prompt_ids" : branch_name(examples, example, index - 1);
 }
 
-// The arrays must describe each other exactly before any of them is followed.
+// Throws PackingError unless the counts match the array lengths. Must run before the counts are used as offsets.
 void check_counts(const Examples& examples) {
   const int64_t count = examples.branch_counts.size;
   if (examples.pair_counts.size != count || examples.grouped.size != count) {
     throw PackingError(-1, "branch_counts, pair_counts and grouped need one entry for each example");
   }
-  // Subtracting from what is left cannot overflow, whatever the counts hold.
+  // Subtracting from the remainder cannot overflow for any counts.
   int64_t sequences_left = examples.sequences.size, pairs_left = examples.pairs.size / 2;
   for (int64_t e = 0; e < count; ++e) {
     const int64_t branches = examples.branch_counts[e], pairs = examples.pair_counts[e];
@@ -67,10 +67,10 @@ void check_counts(const Examples& examples) {
   }
 }
 
-// No tokenizer has more: a larger id is something else, such as a hash, or a number that overflowed.
+// Limit on token ids: no tokenizer has more, so a larger value is an error, such as a hash or an overflow.
 constexpr int64_t kTokenIds = int64_t{1} << 31;
 
-// Names what is wrong with a sequence that is empty or has an id out of range.
+// Throws the PackingError for a sequence that is empty or has an id out of range.
 [[noreturn]] void refuse(const Examples& examples, int64_t example, int64_t index, const Sequence& sequence,
                          int64_t vocab_size) {
   const std::string name = sequence_name(examples, example, index);
@@ -84,7 +84,8 @@ constexpr int64_t kTokenIds = int64_t{1} << 31;
   throw PackingError(example, name + " is empty; a prompt and a response need at least one token each");
 }
 
-// The hash of every sequence, none of them empty or with an id outside [0, vocab_size) or [0, 2**31).
+// Returns the hash of every sequence. Throws PackingError if one is empty or has an id outside [0, vocab_size) or
+// [0, 2**31).
 std::vector<uint64_t> checked_hashes(const Examples& examples, int64_t vocab_size, int64_t threads) {
   vocab_size = std::min(vocab_size, kTokenIds);
   const int64_t count = examples.sequences.size;
@@ -108,7 +109,7 @@ std::vector<uint64_t> checked_hashes(const Examples& examples, int64_t vocab_siz
   return hashes;
 }
 
-// Reads the pairs of one example, whose branch k is unique branch branch_ids[k].
+// Appends the pairs of one example, whose branch k is the distinct branch branch_ids[k].
 void add_pairs(Groups& groups, int64_t example, int64_t first_pair, const std::vector<int64_t>& branch_ids) {
   const Examples& examples = groups.examples;
   const int64_t branches = examples.branch_counts[example];

@@ -1,4 +1,4 @@
-// Examples -> groups: a prompt and its distinct branches. Everything is validated here. Pure C++17, no Python.
+// Examples -> groups of a prompt and its distinct branches. All values are validated here. Pure C++17, no Python.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@
 
 namespace dpofast {
 
-// A borrowed array.
+// A non-owning view of an array.
 template <typename T>
 struct Span {
   const T* data;
@@ -17,8 +17,8 @@ struct Span {
   const T& operator[](int64_t i) const { return data[i]; }
 };
 
-// Examples as flat arrays. An example owns a run of sequences, its prompt first and its branches after it, and a run of
-// pairs that name its branches from 0.
+// Examples as flat arrays. Each example has consecutive sequences, its prompt followed by its branches, and consecutive
+// pairs, which number its branches from 0.
 struct Examples {
   Span<Sequence> sequences;
   Span<int64_t> branch_counts;  // (E,) branches of each example
@@ -38,7 +38,7 @@ struct Pair {
   int64_t example;
 };
 
-// Examples with equal prompts merged into groups and equal responses of a group merged into branches.
+// Groups: examples with equal prompts are merged, and within a group equal responses are one branch.
 struct Groups {
   Examples examples;
   bool share_prompts;
@@ -48,14 +48,15 @@ struct Groups {
   std::vector<Pair> pairs;  // one for each input pair, in input order
 
   int64_t length(int64_t sequence) const { return examples.sequences[sequence].length; }
-  // Positions a group costs once, and each of its branches on top. A branch's last token is only a target.
+  // Positions for a group's prompt, and in addition for each of its branches. A branch's last token is only a target.
   int64_t prompt_cost(int64_t group) const { return share_prompts ? length(prompts[group]) : 0; }
   int64_t branch_cost(const Branch& branch) const {
     return length(branch.sequence) - 1 + (share_prompts ? 0 : length(prompts[branch.group]));
   }
 };
 
-// Validates every value (ids in [0, vocab_size), nothing empty, pairs that name two different branches) and merges.
+// Validates all values (ids in [0, vocab_size), no empty sequence, pairs of two different branches) and merges equal
+// prompts and responses. Throws PackingError.
 Groups group_examples(const Examples& examples, bool share_prompts, int64_t vocab_size, int64_t threads);
 
 }  // namespace dpofast

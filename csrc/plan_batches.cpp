@@ -8,8 +8,8 @@
 namespace dpofast {
 namespace {
 
-// Splits a group that is larger than the limits: appends its units to `units` and sets unit_of_pair.
-// The prompt is paid for once in each unit; connected pairs stay together where they fit, since they share branches.
+// Splits a group that exceeds the limits: appends its units to `units` and sets unit_of_pair. Each unit contains the
+// prompt once; pairs connected by common branches stay together if they fit.
 class GroupSplitter {
  public:
   GroupSplitter(const Groups& groups, const Limits& limits)
@@ -56,7 +56,8 @@ class GroupSplitter {
       const int64_t unit = unit_of_pair[pairs[i]] = first_unit + bins.bin_of[piece_of_pair[i]];
       for (const int64_t branch : {pair.chosen, pair.rejected}) members.emplace_back(unit, branch);
     }
-    // Two pieces of one component may share a branch and land in one unit, which is then smaller than its bin's load.
+    // Two pieces of one component may share a branch and be put into one unit, which is then smaller than the bin's
+    // load.
     std::sort(members.begin(), members.end());
     members.erase(std::unique(members.begin(), members.end()), members.end());
     units.tokens.resize(first_unit + bins.loads.size(), prompt_cost);
@@ -72,8 +73,8 @@ class GroupSplitter {
     int64_t tokens = 0, targets = 0;
   };
 
-  // So that the result does not depend on the order of the examples. A pair's shorter branch leads its key: all pairs
-  // among the longest branches come before a further branch is opened.
+  // Sorts by content, so that the result does not depend on the order of the examples. The key begins with a pair's
+  // shorter branch: all pairs among the longest branches come before any pair with a shorter one.
   void sort_by_content(std::vector<int64_t>& pairs) const {
     using Key = std::pair<int64_t, uint64_t>;
     const auto key = [&](int64_t branch) {
@@ -124,7 +125,7 @@ std::vector<std::vector<int64_t>> plan_batches(const Groups& groups, const Limit
     sizes.targets[branch.group] += groups.length(branch.sequence);
   }
 
-  // A unit is what the global plan may not split: a whole group, or a part of a group that is too large.
+  // A unit is not split by the global plan: a whole group, or a part of a group that is too large.
   Items units;
   std::vector<int64_t> unit_of_group(group_count), unit_of_pair(pair_count);
   std::vector<std::vector<int64_t>> large;

@@ -11,7 +11,7 @@
 namespace dpofast {
 namespace {
 
-// Items in descending order: everything is planned on them, so that the input's order cannot matter.
+// Items in descending order. Planning works on these, so that it does not depend on the input's order.
 struct Sorted {
   std::vector<int64_t> order;
   Items items;
@@ -27,7 +27,7 @@ Sorted take(const Items& items, std::vector<int64_t> order) {
   return sorted;
 }
 
-// Indices by descending tokens; equal ones by descending targets, so that only true equals keep the input's order.
+// Returns indices by descending tokens, ties by descending targets, and items equal in both in the input's order.
 std::vector<int64_t> by_tokens(const Items& items) {
   const int64_t count = items.count();
   const std::vector<int64_t>& tokens = items.tokens;
@@ -48,7 +48,7 @@ std::vector<int64_t> by_tokens(const Items& items) {
   return order;
 }
 
-// The same by the limit that an item takes the larger share of.
+// Returns indices by descending share of a limit, for each item the limit that it uses more of.
 std::vector<int64_t> by_share(const Items& items, const Limits& limits) {
   std::vector<int64_t> order = by_tokens(items);
   if (items.targets.empty()) return order;
@@ -60,7 +60,7 @@ std::vector<int64_t> by_share(const Items& items, const Limits& limits) {
   return order;
 }
 
-// Numbers the bins by descending load and undoes the sorting of the items.
+// Renumbers the bins by descending load and restores the input's order of the items.
 Bins in_input_order(const std::vector<int64_t>& order, const Bins& bins) {
   std::vector<int64_t> by_load(bins.loads.size()), rank(bins.loads.size());
   std::iota(by_load.begin(), by_load.end(), 0);
@@ -74,8 +74,8 @@ Bins in_input_order(const std::vector<int64_t>& order, const Bins& bins) {
   return result;
 }
 
-// best_fit for any number of items: with two limits, in shares of at most kEvenItems that all hold the same mixture of
-// sizes, and so waste a fraction of a bin each.
+// best_fit for any number of items. With two limits, items are divided into parts of at most kEvenItems with the same
+// mixture of sizes, each of which leaves part of one bin unused.
 Bins best_fit_shares(const Items& items, const Limits& limits) {
   const int64_t count = items.count(), shares = (count + kEvenItems - 1) / kEvenItems;
   if (items.targets.empty() || shares <= 1) return best_fit(items, limits);
@@ -94,7 +94,7 @@ Bins best_fit_shares(const Items& items, const Limits& limits) {
   return bins;
 }
 
-// Packs descending items that all fit.
+// Packs items in descending order, each of which fits into a bin.
 Bins pack_fitting(const Items& items, const Limits& limits) {
   if (items.count() <= kEvenItems) return even_out(items, limits, best_fit(items, limits));
   if (!items.targets.empty() || limits.tokens > BitRooms::kMaxCapacity) {
@@ -111,7 +111,7 @@ template <typename Pack>
 Bins pack_sorted(const Items& items, const Limits& limits, Pack pack) {
   const Sorted sorted = take(items, by_share(items, limits));
   const int64_t count = items.count();
-  // Whatever is beyond a limit takes more than the whole of it, and so stands first.
+  // Items beyond a limit have a share above 1 and therefore come first.
   int64_t oversized = 0;
   while (oversized < count && !sorted.items.fits(oversized, limits)) ++oversized;
   if (oversized == 0) return in_input_order(sorted.order, pack(sorted.items, limits));

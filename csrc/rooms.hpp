@@ -1,4 +1,4 @@
-// Open bins by the room left in them: which is the tightest with at least so much?
+// Indexes of open bins by free room, which find the tightest bin with at least a given room.
 #pragma once
 
 #include <cstdint>
@@ -7,12 +7,12 @@
 
 namespace dpofast {
 
-// Rooms in [0, capacity] as stacks of bins, one a room, under a tree of bits: 64 rooms a word, 64 words a word above,
-// up to one word. Finding and changing touch one word a level (three levels up to 262,143), where a balanced tree walks
-// through as many nodes as its bins have digits.
+// For free room in [0, capacity]: one stack of bins per value, and a tree of bits over the occupied values. A word
+// covers 64 values, a word of the next level 64 words, up to a single root. Finding and updating access one word per
+// level (three levels up to 262,143), where a balanced tree visits log2(number of bins) nodes.
 class BitRooms {
  public:
-  // Of the largest capacity this is used for; its bits and stacks take 10 bytes a room.
+  // Largest capacity this is used for; bits and stacks take 10 bytes per unit of capacity.
   static constexpr int64_t kMaxCapacity = int64_t{1} << 24;
 
   explicit BitRooms(int64_t capacity) : top_(capacity + 1, -1) {
@@ -26,7 +26,7 @@ class BitRooms {
   // The least occupied room of at least `room`, or -1.
   int64_t find(int64_t room) const {
     if (room >= static_cast<int64_t>(top_.size())) return -1;
-    // Up until a word holds a bit at or after the place, then down along the first bits.
+    // Go up until a word has a bit at or after the position, then down along the first set bits.
     int64_t place = room;
     for (size_t level = 0; level < levels_.size(); ++level) {
       const int64_t word = place / 64;
@@ -64,7 +64,7 @@ class BitRooms {
     top_[room] = static_cast<int32_t>(bin);
   }
 
-  // Takes out the bin right below `above` (-1: the top one).
+  // Removes the bin directly below `above` (-1: the top one).
   void remove(int64_t room, int64_t above) {
     if (above >= 0) {
       below_[above] = below_[below_[above]];
@@ -85,7 +85,7 @@ class BitRooms {
   std::vector<std::vector<uint64_t>> levels_;
 };
 
-// The same for capacities where a bit a room would be too many: few bins, or huge ones.
+// The same operations for capacities too large for one bit per value, or for few bins.
 class TreeRooms {
  public:
   explicit TreeRooms(int64_t) {}

@@ -1,4 +1,4 @@
-// Token sequences that lie wherever the caller has them, as int32 or int64: read in place, never gathered first.
+// Token sequences in the caller's memory, int32 or int64, read in place without a copy.
 #pragma once
 
 #include <algorithm>
@@ -19,7 +19,7 @@ struct Sequence {
   }
 };
 
-// Calls body with the sequence's tokens under their own type.
+// Calls body with a pointer to the sequence's tokens of their own type.
 template <typename Body>
 auto with_tokens(const Sequence& sequence, Body body) {
   return sequence.wide ? body(static_cast<const int64_t*>(sequence.data))
@@ -31,8 +31,8 @@ inline uint64_t mix(uint64_t hash, uint64_t value) {
   return hash ^ (hash >> 32);
 }
 
-// Whether all tokens lie in [0, limit). The sign bit of `bad` collects what is negative or above limit - 1; without a
-// branch, the loop is vectorized in the tokens' own width.
+// Whether all tokens are in [0, limit). The sign bit of `bad` is set by a token that is negative or above limit - 1;
+// without a branch, the compiler vectorizes the loop in the tokens' own width.
 inline bool in_range(const Sequence& sequence, int64_t limit) {
   return with_tokens(sequence, [&](const auto* tokens) {
     using Token = std::remove_const_t<std::remove_pointer_t<decltype(tokens)>>;
@@ -47,8 +47,8 @@ inline bool in_range(const Sequence& sequence, int64_t limit) {
   });
 }
 
-// A hash of the tokens' values, whatever their type. Four chains of multiplications run side by side, two tokens a
-// link; equality is always checked afterwards, so ids of 2^32 and more may overlap.
+// Hash of the tokens' values, independent of their type. Four chains of multiplications run in parallel, two tokens per
+// multiplication. Equality is always checked afterwards, so ids of 2^32 and more may collide.
 inline uint64_t content_hash(const Sequence& sequence) {
   return with_tokens(sequence, [&](const auto* tokens) {
     const auto word = [&](int64_t i) { return static_cast<uint64_t>(static_cast<int64_t>(tokens[i])); };
@@ -76,7 +76,7 @@ inline bool equal(const Sequence& a, const Sequence& b) {
   return true;
 }
 
-// Appends the first `count` tokens at `out` as int64.
+// Writes the first `count` tokens to `out` as int64 and returns the end.
 inline int64_t* copy(const Sequence& sequence, int64_t count, int64_t* out) {
   if (sequence.wide) {
     std::memcpy(out, sequence.data, count * sizeof(int64_t));

@@ -255,7 +255,7 @@ def pages() -> list[Path]:
 
 
 def refreshed(text: str, name: str) -> str:
-    """A page's text with its blocks made anew; name is the page's, for messages.
+    """A page's text with its blocks regenerated; name is the page's, for messages.
 
     Raises:
         ValueError: a block that does not end, an end without a block, or a name that is not in TEXTS.
@@ -273,7 +273,7 @@ def refreshed(text: str, name: str) -> str:
 
 
 def stale() -> dict[Path, str]:
-    """The pages and figures whose text is not what it would be made now, with that text."""
+    """The pages and figures that differ from what is generated now, with the text that they should have."""
     fresh = {page: refreshed(page.read_text("utf-8"), page.name) for page in pages()}
     fresh |= {ROOT / "docs" / "figures" / f"{name}.svg": draw() + "\n" for name, draw in figures.FIGURES.items()}
     return {path: text for path, text in fresh.items() if not path.exists() or path.read_text("utf-8") != text}

@@ -1,22 +1,22 @@
-"""Log-probabilities of target tokens and the row tile E of their gradient, from one read of the logits.
+"""Log-probabilities of target tokens and the rows E of their gradient, from one read of the logits.
 
-Symbols are those of token_logprobs.py, which has to know m = max z before it can write exp(z − m), and so reads a row
-twice. E and S may share any other shift than m: with c in place of m,
+Symbols are those of token_logprobs.py. That kernel needs m = max z before it can write exp(z − m), so it reads each row
+twice. E and S may be computed with any other shift c in place of m, if both use the same one:
 
     S = Σ exp(z − c),   logp = z_y − c − log S,   E = (exp(z − c) − S · onehot(y)) · (1 − tanh²)
 
-scale by exp(m − c), and dx = −g / S · … · E is what it was. So a row is read once, with a guess c: the larger of the
-target's z and the maximum of the row's first tile. c is never above m. Where m − c turns out to pass ``LIMIT``, the
-row is done again with c = m. With z = 1 3 | 9 5, the target 1 and tiles of two, c = 3; m − c = 6, and E is exp(6)
-times what it is with m.
+Both are scaled by exp(m − c), which cancels in dx = −g / S · … · E. So the kernel reads a row once with a guess c: the
+larger of the target's z and the maximum of the row's first tile, hence never above m. If m − c exceeds ``LIMIT``, the
+row is recomputed with c = m. Example: z = 1 3 | 9 5 with target 1 and tiles of two gives c = 3, m − c = 6, and E is
+exp(6) times its value with m.
 
-In 1,962 rows of SmolLM2 over film reviews that it did not write (V = 49,152) the guess was m in 84 %, and at most 6.7
-below it. Up to LIMIT = 16, exp(z − c) is at most 9e6 and S at most 9e6 · V: nothing nears the range of float32 or
-bfloat16, and z − c is rounded as a number of 16 is, by 1e-6 nats at most. float16 has no room for that, so E is not
-float16 here. E must not overlap the logits, which a second pass would need.
+Measured on 1,962 rows of SmolLM2 over film reviews that it did not write (V = 49,152): the guess equals m in 84 % of
+the rows and is at most 6.7 below it. With m − c up to LIMIT = 16, exp(z − c) is at most 9e6 and S at most 9e6 · V, far
+inside the range of float32 and bfloat16, and z − c has a rounding error of at most 1e-6 nats. These values overflow
+float16, so E is float32 or bfloat16 only. E must not overlap the logits, because a second pass would read them again.
 
 Bytes moved per logit: 4 + 2 for float32 logits and E in bfloat16 (token_logprobs.py: 4 + 4 + 2); 12 in a row that is
-done again.
+recomputed.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from .row_parts import (
 )
 from .tiles import check_tensor
 
-# Nats between the guess and the row's maximum above which a row is done again.
+# Largest allowed distance, in nats, of the guessed shift below the row's maximum; beyond it the row is recomputed.
 LIMIT = tl.constexpr(16.0)
 
 
@@ -62,7 +62,10 @@ def _exp_pass(
     TOP1: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """E without the target's −S, and (m, S, Σ (z − c) e, Σ e², Σ z, first index of m); what is not asked for is 0."""
+    """Write E without the −S of the target entry; return (m, S, Σ (z − c) e, Σ e², Σ z, first index of m).
+
+    Statistics whose flag is off are returned as 0.
+    """
     m = tl.full((BLOCK_V,), LOWEST, tl.float32)
     s = tl.zeros((BLOCK_V,), tl.float32)
     s_shift = tl.zeros((BLOCK_V,), tl.float32)
@@ -94,7 +97,7 @@ def _exp_pass(
                 tl.store(exp_ptr + offs_v.to(tl.int64) * stride_exp_v, out, mask=mask_v)
             else:
                 tl.store(exp_ptr + offs_v.to(tl.int64) * stride_exp_v, out)
-    # Entries that are stored once more, by another thread, are stored after these: the last one of an address stands.
+    # Later stores to the same addresses, by other threads, must come after these stores.
     tl.debug_barrier()
     row_max = tl.max(m, 0)
     first = tl.min(tl.where(m == row_max, first_max, V), 0)
@@ -172,7 +175,7 @@ def _exp_rows_kernel(
             )
         far = row_max - shift > LIMIT
 
-    # S holds a NaN or an infinity of the row, is 0 where all z are −inf, and else at least 1.
+    # S is NaN or inf if the row holds one, 0 if all z are −inf, and at least 1 otherwise.
     whole = in_range & (sum_exp > 0.0) & (sum_exp < float("inf"))
     shift = tl.where(whole, shift, float("nan"))
     log_sum = tl.log(sum_exp)
@@ -206,19 +209,18 @@ def exp_rows(
     ignore_index: int = -100,
     stats: Sequence[str] = (),
 ) -> TokenLogprobs:
-    """:func:`token_logprobs.token_logprobs` with E, from one read of the logits where the guess of the shift is good.
+    """Compute what :func:`token_logprobs.token_logprobs` does with ``exp_out``, usually from one read of the logits.
 
     Args:
-        logits, targets, bias, logit_scale, softcap, temperature, ignore_index, stats: as there.
-        exp_out: (N, V) float32 or bfloat16, any strides, no byte of it shared with the logits: receives E.
+        logits, targets, bias, logit_scale, softcap, temperature, ignore_index, stats: as in token_logprobs.
+        exp_out: (N, V) float32 or bfloat16, any strides, in a storage other than the logits': receives E.
 
     Returns:
-        :class:`TokenLogprobs`; row_max is the shift c, at most LIMIT below the row's largest z, and sum_exp is
-        Σ exp(z − c): what token_logprobs_grad takes, and the S of this E.
+        :class:`TokenLogprobs`. row_max is the shift c, at most LIMIT below the row's largest z, and sum_exp is
+        Σ exp(z − c), the S of this E. token_logprobs_grad accepts both.
 
     Raises:
-        ValueError: a shape, dtype, device, option or name of a statistic is not as there, or E shares the logits'
-            storage.
+        ValueError: a shape, dtype, device, option or name of a statistic is wrong, or E shares the logits' storage.
     """
     check_rows(logits, targets, bias)
     logit_map = scales(logit_scale, softcap, temperature)

@@ -1,20 +1,23 @@
-"""Log-probabilities from hidden states and the head, the logits never leaving the chip. Forward only.
+"""Log-probabilities from hidden states and the LM head without writing logits to memory. Forward only.
 
-For hidden states h (N, D), a head W (V, D) and b (V,), and the maps of the model families as in token_logprobs.py:
+For hidden states h (N, D), LM head W (V, D) and bias b (V,), and logit_scale, softcap and temperature as in
+token_logprobs.py:
 
     x    = h · Wᵀ + b,   z = softcap · tanh(logit_scale · x / softcap) / temperature
     logp = z_y − m − log S,    m = max z,    S = Σ exp(z − m),    lse = m + log S
 
-1. A program takes BLOCK_N rows and one of the splits of the vocabulary. It computes BLOCK_N × BLOCK_V logits by tl.dot
-   in float32 accumulators, folds them into the running (m, S) of each row, and goes on to the next columns. It writes
-   (m, S): 8 bytes a row and split. With two columns a tile, z = 1 3 | 2 5 gives (3, 1.14) and then (5, 1.20).
-2. A program a row merges the splits and computes z_y by a dot product of its own: picking it from the tile would cost
-   registers that the tile needs, and 4·N·D bytes are little.
+1. First kernel: a program handles BLOCK_N rows and one split of the vocabulary. It computes BLOCK_N × BLOCK_V logits by
+   tl.dot in float32 accumulators, accumulates them into the running (m, S) of each row, and advances to the next
+   columns. It writes (m, S): 8 bytes per row and split. With two columns per tile, z = 1 3 | 2 5 gives (3, 1.14), then
+   (5, 1.20).
+2. Second kernel: one program per row merges the splits and computes z_y by a separate dot product. Selecting z_y inside
+   the tile would take registers that the tile needs, and the 4·N·D bytes read here are few.
 
-float32 is multiplied as it is (ieee; the default of tl.dot on NVIDIA is TF32). bfloat16 and float16 products are exact
-in float32. Everything after the dot is float32; nothing else is rounded. Equal inputs give equal bits: no atomics, and
-the splits follow from the shapes and the device. Bytes: from L2, every row tile reads W once; from memory, the row
-tiles that run at the same time share W, and their hidden states stay in L2.
+float32 inputs are multiplied in full float32 (ieee; the default of tl.dot on NVIDIA is TF32). bfloat16 and float16
+products are exact in float32. Everything after the dot is float32; nothing else is rounded. Equal inputs give
+bit-identical results: there are no atomics, and the number of splits depends on the shapes and the device only. Bytes:
+each row tile reads all of W from L2; row tiles that run at the same time share the reads of W from memory, and their
+hidden states stay in L2.
 """
 
 from __future__ import annotations
@@ -30,9 +33,9 @@ from .linear_tiles import LinearTile, architecture_of, linear_tile, takes_descri
 from .row_parts import FLOAT_DTYPES, LOWEST, scaled_logits, scales
 from .tiles import COMPILE_OPTIONS, check_tensor, launch_guard
 
-# Where the device does not tell (XPU): an H100's.
+# L2 size to assume where the device does not report one (XPU): that of an H100.
 _CACHE_BYTES = 50 << 20
-# Lanes of the target's dot product: 16 bytes a thread and step in 16 bits.
+# Lanes of the target's dot product: each thread loads 16 bytes per step of 16-bit inputs.
 BLOCK_TARGET = 1024
 TARGET_WARPS = 4
 
@@ -72,7 +75,7 @@ def _fold_tile(
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """(m, S) after the columns [first_v, first_v + BLOCK_V); only a MASKED tile may reach past V."""
+    """Return (m, S) updated with columns [first_v, first_v + BLOCK_V). Only a MASKED tile may reach past V."""
     offs_v = first_v + tl.arange(0, BLOCK_V)
     acc = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
     if DESCRIPTORS:
@@ -82,7 +85,7 @@ def _fold_tile(
             w = weight.load([first_v, first_d])
             acc = tl.dot(h, w.T, acc, input_precision="ieee")
     else:
-        # Rows past N and columns past V read the last one again: loads without a mask, and results that nobody uses.
+        # Rows past N and columns past V reread the last one, so that loads need no mask; their results are unused.
         rows_n = tl.minimum(first_n + tl.arange(0, BLOCK_N), N - 1).to(tl.int64)
         rows_v = (tl.minimum(offs_v, V - 1) if MASKED else offs_v).to(tl.int64)
         offs_d = tl.arange(0, BLOCK_D)
@@ -143,8 +146,8 @@ def _linear_logprobs_kernel(
 
     m = tl.full((BLOCK_N,), LOWEST, tl.float32)
     s = tl.zeros((BLOCK_N,), tl.float32)
-    # Flattened, the loads of the next tile run during the epilogue of this one; with pointers Triton would give up
-    # the pipeline altogether.
+    # With a flattened loop the loads of the next tile overlap the epilogue of this one. Without descriptors, flattening
+    # would make Triton drop the software pipeline.
     for first_v in tl.range(begin, full, BLOCK_V, flatten=DESCRIPTORS):
         m, s = _fold_tile(
             m,
@@ -242,15 +245,15 @@ def _merge_splits_kernel(
 
     offs_s = tl.arange(0, BLOCK_S)
     mask_s = offs_s < splits
-    # A split without columns left (LOWEST, 0).
+    # A split that had no columns wrote (LOWEST, 0).
     m = tl.load(row_max_ptr + row * splits + offs_s, mask=mask_s, other=LOWEST)
     s = tl.load(sum_exp_ptr + row * splits + offs_s, mask=mask_s, other=0.0)
     row_max = tl.max(m, 0)
     sum_exp = tl.sum(s * tl.exp(m - row_max), 0)
-    # Triton's maximum drops NaN, the sums do not; S is 0 where all z are −inf, else at least 1.
+    # tl.max ignores NaN but the sums propagate it; S is 0 where all z are −inf, else at least 1.
     row_max = tl.where(in_range & (sum_exp > 0.0), row_max, float("nan"))
     log_sum = tl.log(sum_exp)
-    # z_y was summed in another order than in the tile, so where p is near 1 it may pass lse by a rounding.
+    # z_y is summed in another order than in the tile, so near p = 1 rounding may make it exceed lse.
     logp = z_target - row_max - log_sum
     tl.store(logps_ptr + row, tl.where(logp > 0.0, 0.0, logp))
     tl.store(lse_ptr + row, row_max + log_sum)
@@ -271,15 +274,15 @@ def _check(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, bi
 
 
 def _describable(tensor: torch.Tensor) -> bool:
-    """Whether bulk copies can read these rows: 16-byte aligned, and not on top of each other."""
+    """Whether tensor descriptors can read these rows: each starts 16-byte aligned and they do not overlap."""
     stride = tensor.stride(0)
     return tensor.data_ptr() % 16 == 0 and stride * tensor.element_size() % 16 == 0 and stride >= tensor.shape[1]
 
 
 def _default_splits(hidden: torch.Tensor, vocab_size: int, tile: LinearTile) -> int:
-    """vocab_splits for the device of ``hidden``; 1 in the interpreter, which runs one program after the other.
+    """vocab_splits for the device of ``hidden``; 1 in the interpreter, which runs programs sequentially.
 
-    A program's 8 warps take most of a multiprocessor's registers, so each runs one at a time.
+    A program's 8 warps use most registers of a multiprocessor, so each multiprocessor runs one program at a time.
     """
     if hidden.device.type == "cpu":
         return 1
@@ -308,21 +311,21 @@ def linear_logprobs(
     tile: LinearTile | None = None,
     descriptors: bool | None = None,
 ) -> LinearLogprobs:
-    """Log-probability of each row's target from its hidden state and the head, without a logit in memory.
+    """Log-probability of each row's target from its hidden state and the LM head, without logits in memory.
 
-    A target outside [0, V) that is not ``ignore_index`` gives NaN; so does a row whose z hold NaN or +inf, or nothing
-    above −inf. No other row is touched. Memory beyond the results: 8 bytes a row and split.
+    A target outside [0, V) that is not ``ignore_index`` gives NaN; so does a row whose z contain NaN or +inf, or are
+    all −inf. Other rows are unaffected. Memory beyond the results: 8 bytes per row and split.
 
     Args:
-        hidden: h, (N, D) float32, bfloat16 or float16. Any row stride; other than a unit stride inside the row: copied.
-        weight: W, (V, D), dtype and strides likewise.
+        hidden: h, (N, D) float32, bfloat16 or float16. Any row stride; copied if the column stride is not 1.
+        weight: W, (V, D), of hidden's dtype; strides as for hidden.
         targets: y, (N,) int64.
         bias: b, (V,) in any of the three dtypes.
         logit_scale, softcap, temperature: the maps from x to z (module docstring), finite, the latter two above 0.
-        ignore_index: rows with this target get 0, whatever their hidden states hold.
-        splits: programs that share the vocabulary of one row tile, at least 1; None: from the shapes and the device.
-        tile: block sizes; None: from the table in linear_tiles.py.
-        descriptors: load through tensor descriptors; None: where the device gains by them and the rows are aligned.
+        ignore_index: rows with this target get 0, even if their hidden states contain NaN.
+        splits: programs that share the vocabulary of one row tile, at least 1; None chooses by shapes and device.
+        tile: block sizes; None takes them from the table in linear_tiles.py.
+        descriptors: load through tensor descriptors; None: if takes_descriptors says so and the rows are aligned.
 
     Returns:
         :class:`LinearLogprobs`.

@@ -1,9 +1,9 @@
-"""Tiles of the fused head, one table for every architecture, and how its vocabulary is split among programs.
+"""Tile sizes of linear_logprobs.py for every architecture, and how the vocabulary is split among programs.
 
-A program keeps BLOCK_N × BLOCK_V float32 logits in registers (in tensor memory on sm_100), half of the register file
-or more, so the tile is as large as the rest of the epilogue leaves room for: the entries below are the largest ones
-that compile without a spill with every option that they serve (tests/kernels/test_compile.py). Softcap's tanh needs
-registers of its own. No entry was timed, and nothing is tuned at run time.
+A program keeps BLOCK_N × BLOCK_V float32 logits in registers (in tensor memory on sm_100), which is half of the
+register file or more. The entries below are the largest tiles that compile without register spills for every option
+that they serve (tests/kernels/test_compile.py); softcap's tanh needs additional registers. No entry was timed, and
+there is no autotuning at run time.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 # 8 row tiles of 128 that share a weight tile while it is in the L2 cache do 2048 operations for each of its elements:
 # at 800 TFLOP/s in 16 bits that reads 0.8 TB/s, a quarter of an H100's memory bandwidth.
 _SHARING_ROW_TILES = 8
-# Filling and draining the software pipeline of one program, in units of one tile's time.
+# Time to fill and drain the software pipeline of one program, in units of one tile's time.
 _PROGRAM_OVERHEAD = 0.1
 
 
 @dataclass(frozen=True)
 class LinearTile:
-    """Rows, columns and depth of one tl.dot, warps per program, stages of its software pipeline."""
+    """Rows, columns and depth of one tl.dot, warps per program and stages of the software pipeline."""
 
     BLOCK_N: int
     BLOCK_V: int
@@ -35,7 +35,8 @@ class LinearTile:
 def architecture_of(device: torch.device) -> str:
     """The entry of ARCHITECTURES whose tiles fit the device.
 
-    Consumer Blackwell (sm_120) has the shared memory and the tensor cores' instructions of sm_80; so do the rest.
+    Any other NVIDIA GPU, consumer Blackwell (sm_120) included, gets the tiles of sm_80, whose shared memory and tensor
+    core instructions it has.
     """
     if device.type != "cuda":
         return "sm_80"
@@ -45,16 +46,17 @@ def architecture_of(device: torch.device) -> str:
 
 
 def takes_descriptors(architecture: str, dtype: torch.dtype) -> bool:
-    """Whether tiles are loaded through tensor descriptors where the tensors' alignment allows.
+    """Whether tiles are loaded through tensor descriptors, if the tensors' alignment allows it.
 
-    They are bulk copies by one thread on sm_90 and sm_100, which frees the registers of the addresses, and only they
-    let the pipeline run on across vocabulary tiles. float32 takes no tensor cores, and so small tiles.
+    On sm_90 and sm_100 these are bulk copies issued by one thread, which frees the registers that addresses would take,
+    and only with them can the pipeline continue across vocabulary tiles. float32 does not run on tensor cores and uses
+    small tiles, so it gains nothing.
     """
     return architecture in ("sm_90", "sm_100") and dtype != torch.float32
 
 
 def linear_tile(architecture: str, dtype: torch.dtype, *, softcap: bool, descriptors: bool) -> LinearTile:
-    """The tile for one of ARCHITECTURES, the dtype of hidden states and weight, and the way they are loaded."""
+    """The tile for one of ARCHITECTURES, the dtype of hidden states and weight, and how they are loaded."""
     if dtype == torch.float32:
         return LinearTile(64, 64, 32, num_warps=8, num_stages=2)
     if descriptors:
@@ -68,12 +70,13 @@ def linear_tile(architecture: str, dtype: torch.dtype, *, softcap: bool, descrip
 
 @lru_cache(maxsize=1024)
 def vocab_splits(row_tiles: int, vocab_tiles: int, slots: int, row_tile_bytes: int, cache_bytes: int) -> int:
-    """Programs that share the vocabulary of one row tile, so that ``slots`` programs at a time finish soonest.
+    """The number of programs among which the vocabulary of one row tile is split, for the shortest estimated time.
 
     Programs start in order, all splits of a row tile first, so about slots / splits row tiles run at a time. Their
-    hidden states are read once for every vocabulary tile and should stay in half of the L2 cache: a lower bound on
-    the splits. Each weight tile should serve several row tiles while it is in the cache: an upper bound. Between the
-    two, the least time is taken, waves · (vocabulary tiles of a program + overhead), and of equals the fewest splits.
+    hidden states are read once per vocabulary tile and should fit into half of the L2 cache, which gives a lower bound
+    on the splits. Each weight tile should serve several row tiles while it is in the cache, which gives an upper bound.
+    Between the two, the estimated time waves · (vocabulary tiles of a program + overhead) is minimized; ties go to the
+    fewest splits.
 
     Args:
         row_tiles: tiles of rows.

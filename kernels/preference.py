@@ -9,10 +9,11 @@ and a sequence's coefficient is the sum of d loss / d l over its pairs. With len
 (and d loss / d l with it). With ld_alpha, targets beyond the shorter response of a pair weigh ld_alpha in l_c and l_r
 (LD-DPO, arXiv 2409.06411): l then belongs to a pair, and coefficients to targets. All float32, in nats.
 
-One program per sequence: it sums its own targets, then walks its pairs and sums each partner's targets again. A few
-thousand floats are cheaper to read twice than to hand over through a second launch; equal order of summation makes
-both reads agree to the bit, and with one writer per value the result is deterministic without atomics or a host sync.
-Bytes moved: 4 per target and pair side, all from cache after the first read.
+There is one program per sequence. It sums the log-probs of its targets, then loops over its pairs and sums each partner
+sequence's targets again: rereading a few thousand floats costs less than a second launch. All programs sum in the same
+order, so both sums of a sequence are bit-identical, and each value is written by one program, so the result is
+deterministic without atomics or a host sync. Bytes moved: 4 per target and pair side, all from cache after the first
+read.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ import triton.language as tl
 
 from .tiles import COMPILE_OPTIONS, check_tensor, launch_guard
 
-# One warp sums a segment: responses are tens to a few thousand tokens long.
+# Targets per step of the one warp that sums a sequence: responses are tens to a few thousand tokens long.
 BLOCK_N = 256
 
 
 class PairAdjacency(NamedTuple):
-    """The pairs seen from each sequence: sequence s has entries[offsets[s]:offsets[s+1]].
+    """The pairs of each sequence in compressed form: those of sequence s are entries[offsets[s]:offsets[s+1]].
 
     Attributes:
         offsets: (S+1,) int32.
@@ -43,7 +44,7 @@ class PairAdjacency(NamedTuple):
 
     @property
     def num_pairs(self) -> int:
-        """P."""
+        """The number of pairs, P."""
         return self.entries.shape[0] // 2
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PairAdjacency:
@@ -57,10 +58,10 @@ class PreferenceSigmoid(NamedTuple):
     Attributes:
         pair_losses: (P,) loss of each pair.
         coefficients: (S,) d(sum of pair losses) / d(sequence log-prob); 0 for a sequence in no pair. With ld_alpha
-            (N,), by each target's log-prob.
+            (N,), the derivative with respect to each target's log-prob.
         rewards: (S,) β · (log-prob − reference); with ld_alpha (P, 2).
-        sequence_logps: (S,) log-prob of each sequence, summed over its targets; 0 for an empty one. With ld_alpha
-            (P, 2), weighted, of each pair's chosen and rejected response.
+        sequence_logps: (S,) log-prob of each sequence in nats, summed over its targets; 0 for an empty one. With
+            ld_alpha (P, 2), the weighted log-probs of each pair's chosen and rejected response.
     """
 
     pair_losses: torch.Tensor
@@ -70,17 +71,19 @@ class PreferenceSigmoid(NamedTuple):
 
 
 def pair_adjacency(pairs: torch.Tensor, num_sequences: int) -> PairAdjacency:
-    """Lists for each sequence the pairs it is in, ready to be moved to the device.
+    """List the pairs of each sequence, as :func:`preference_sigmoid` takes them.
 
     Args:
         pairs: (P, 2) int32 or int64 on the CPU: chosen, rejected sequence.
         num_sequences: S.
 
     Returns:
-        :class:`PairAdjacency` on the CPU; a sequence's pairs as chosen come first, then as rejected, each in order.
+        :class:`PairAdjacency` on the CPU. For each sequence, the pairs in which it is chosen come first, then those in
+        which it is rejected, each in the order of ``pairs``.
 
     Raises:
-        ValueError: the shape, dtype or device differs, an index is outside [0, S), or a pair names one sequence twice.
+        ValueError: pairs has another shape, dtype or device, an index is outside [0, S), or a pair names the same
+            sequence twice.
     """
     if pairs.dim() != 2 or pairs.shape[1] != 2 or pairs.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"pairs: expected (P, 2) int32 or int64, got {tuple(pairs.shape)} {pairs.dtype}")
@@ -109,7 +112,7 @@ def pair_adjacency(pairs: torch.Tensor, num_sequences: int) -> PairAdjacency:
 
 @triton.jit
 def _sequence_logp(logps_ptr, cu_targets_ptr, sequence, BLOCK_N: tl.constexpr):
-    """l_s. Lanes add up their own tokens and are then summed as a tree: a short chain of roundings."""
+    """l_s. Each lane sums its own tokens, then lanes are summed as a tree, which keeps rounding errors small."""
     stop = tl.load(cu_targets_ptr + sequence + 1)
     lanes = tl.zeros((BLOCK_N,), tl.float32)
     for start in range(tl.load(cu_targets_ptr + sequence), stop, BLOCK_N):
@@ -120,7 +123,7 @@ def _sequence_logp(logps_ptr, cu_targets_ptr, sequence, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def _weighted_logp(logps_ptr, positions_ptr, cu_targets_ptr, sequence, shared, ld_alpha, BLOCK_N: tl.constexpr):
-    """The same with weight ld_alpha from position `shared` on."""
+    """_sequence_logp with weight ld_alpha for targets from position `shared` on."""
     stop = tl.load(cu_targets_ptr + sequence + 1)
     lanes = tl.zeros((BLOCK_N,), tl.float32)
     for start in range(tl.load(cu_targets_ptr + sequence), stop, BLOCK_N):
@@ -140,7 +143,10 @@ def _per_token(ratio, lengths_ptr, sequence, NORMALIZE: tl.constexpr):
 
 @triton.jit
 def _log1p_exp(e):
-    """log(1 + e) for e in [0, 1], also where 1 + e rounds to 1: 2 atanh(e / (2 + e)), next term of the series 2e-9."""
+    """log(1 + e) for e in [0, 1], accurate also where 1 + e rounds to 1.
+
+    The series of 2 atanh(e / (2 + e)); the first omitted term is at most 2e-9.
+    """
     q = e / (2.0 + e)
     q2 = q * q
     series = 1.0 / 13.0 + q2 * (1.0 / 15.0)
@@ -152,7 +158,7 @@ def _log1p_exp(e):
 @triton.jit
 def _pair_terms(u, label_smoothing):
     """(loss, d loss / d u) of a pair."""
-    # With e <= 1 nothing overflows: σ(|u|) = 1 / (1 + e), σ(−|u|) = e / (1 + e), log σ(u) = min(u, 0) − log(1 + e).
+    # e <= 1, so nothing overflows: σ(|u|) = 1 / (1 + e), σ(−|u|) = e / (1 + e), log σ(u) = min(u, 0) − log(1 + e).
     e = tl.exp(-tl.abs(u))
     likely = 1.0 / (1.0 + e)
     unlikely = e * likely
@@ -201,7 +207,7 @@ def _preference_sigmoid_kernel(
             partner_ratio -= tl.load(ref_logps_ptr + partner)
         partner_ratio = _per_token(partner_ratio, lengths_ptr, partner, NORMALIZE)
 
-        # Both sides compute the same u: r_c − r_r and −(r_r − r_c) are equal to the bit.
+        # Both programs of a pair compute the same u: r_c − r_r and −(r_r − r_c) are bit-identical.
         loss, slope = _pair_terms(beta * (side * (ratio - partner_ratio)), label_smoothing)
         coefficient += beta * side * slope
         tl.store(pair_losses_ptr + pair, loss, mask=side > 0)
@@ -227,8 +233,8 @@ def _preference_sigmoid_ld_kernel(
     NORMALIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    # As above, with sums that differ from pair to pair. Coefficients of tokens are added up in global memory, where no
-    # other program touches them.
+    # As _preference_sigmoid_kernel, with sums that differ between the pairs of a sequence. Token coefficients are
+    # accumulated in global memory; no other program accesses them.
     sequence = tl.program_id(0).to(tl.int64)
     length = tl.load(lengths_ptr + sequence)
     begin = tl.load(cu_targets_ptr + sequence)
@@ -264,7 +270,7 @@ def _preference_sigmoid_ld_kernel(
             total = tl.load(coefficients_ptr + rows, mask=offs_n < stop, other=0.0)
             total += tl.where(position < shared, coefficient, ld_alpha * coefficient)
             tl.store(coefficients_ptr + rows, total, mask=offs_n < stop)
-        # The next pair reads them again, perhaps by other threads.
+        # The next pair reads the coefficients again, possibly in other threads.
         tl.debug_barrier()
 
 
@@ -281,23 +287,24 @@ def preference_sigmoid(
     positions: torch.Tensor | None = None,
     ld_alpha: float | None = None,
 ) -> PreferenceSigmoid:
-    """DPO's sigmoid loss of every pair, with the coefficient and the reward of every sequence, in one launch.
+    """Compute DPO's sigmoid loss of every pair and the coefficient and reward of every sequence, in one launch.
 
     Args:
         logps: (N,) float32, log-prob of each target in nats (0 where ignored).
         cu_targets: (S+1,) int32 on the device of ``logps``: sequence s owns logps[cu_targets[s]:cu_targets[s+1]].
         adjacency: :func:`pair_adjacency` of the pairs, moved to the same device.
-        ref_logps: (S,) float32, the reference's sequence log-probs, or None for 0. With ld_alpha (P, 2), its weighted
-            log-probs of each pair's chosen and rejected response.
+        ref_logps: (S,) float32, the reference's summed log-prob of each sequence in nats, or None for 0. With ld_alpha
+            (P, 2), its weighted log-probs of each pair's chosen and rejected response.
         beta: β, finite and above 0.
         label_smoothing: ε in [0, 0.5], the probability that a preference is flipped.
-        lengths: (S,) float32, tokens of each sequence, at least 1; for normalize and ld_alpha.
+        lengths: (S,) float32, tokens of each sequence, at least 1; required by normalize and ld_alpha.
         normalize: divide r_s by the sequence's length.
-        positions: (N,) int32, each target's place in its sequence from 0; for ld_alpha.
-        ld_alpha: weight in [0, 1] of the targets from the shorter length of a pair on, or None for 1.
+        positions: (N,) int32, each target's index in its sequence from 0; required by ld_alpha.
+        ld_alpha: weight in [0, 1] of the targets beyond the length of a pair's shorter response, or None for 1.
 
     Returns:
-        :class:`PreferenceSigmoid`. A NaN log-prob makes NaN of its sequence, its pairs and their sequences alone.
+        :class:`PreferenceSigmoid`. A NaN log-prob makes NaN of its sequence's values, the losses of that sequence's
+        pairs and the coefficients of both sequences of those pairs; other values are unaffected.
 
     Raises:
         ValueError: a shape, dtype, device or option is not as above.

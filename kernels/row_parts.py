@@ -1,4 +1,4 @@
-"""What the row kernels share: the maps from logits to z, tile by tile, and the checks of their launchers.
+"""Shared code of the row kernels: the map from logits to z for one tile, and the launchers' checks and launch.
 
 Symbols are those of token_logprobs.py.
 """
@@ -19,7 +19,7 @@ STATS = ("entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# The running maximum starts here and not at −inf, so that z − m is never −inf − (−inf) = NaN for a masked entry.
+# Initial value of the running maximum. With −inf, z − m would be −inf − (−inf) = NaN for a masked entry.
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 
 
@@ -28,9 +28,10 @@ class TokenLogprobs(NamedTuple):
 
     Attributes:
         logps: log-probability of the target in nats; 0 where ignored.
-        row_max: m, the row's largest z; 0 where ignored, NaN in a broken row or where the target is out of range.
+        row_max: m, the row's largest z; 0 where ignored; NaN if the row's z contain NaN or +inf or are all −inf, or if
+            the target is out of range.
         sum_exp: S = Σ exp(z − m); 1 where ignored.
-        stats: the statistics that were asked for, by name.
+        stats: the requested statistics by name.
     """
 
     logps: torch.Tensor
@@ -43,8 +44,9 @@ class TokenLogprobs(NamedTuple):
 def tanh(u):
     """Hyperbolic tangent of u and its derivative 1 − tanh²(u), both to float32 accuracy at every u.
 
-    With e = exp(−2|u|): tanh = ±(1 − 2e/(1 + e)) and 1 − tanh² = 4e/(1 + e)², which does not cancel where tanh is near
-    1. Where tanh is near 0 its first form cancels: there a polynomial stands (minimax, relative error 1e-9).
+    With e = exp(−2|u|): tanh = ±(1 − 2e/(1 + e)) and 1 − tanh² = 4e/(1 + e)². The latter has no cancellation where tanh
+    is near 1. The former cancels where tanh is near 0, so below |u| = 0.55 a polynomial is used instead (minimax,
+    relative error 1e-9).
     """
     e = tl.exp(-2.0 * tl.abs(u))
     r = 1.0 / (1.0 + e)
@@ -59,7 +61,10 @@ def tanh(u):
 
 @triton.jit
 def raw_logits(row_ptr, bias_ptr, offs_v, mask_v, stride_v, MASKED: tl.constexpr):
-    """x + b in float32. A masked lane holds −inf + 0; only the tail tile is masked, for masks cost 16-byte loads."""
+    """Load x + b as float32; masked lanes are −inf.
+
+    Only the tail tile is masked, because a mask prevents 16-byte loads.
+    """
     if MASKED:
         x = tl.load(row_ptr + offs_v.to(tl.int64) * stride_v, mask=mask_v, other=-float("inf")).to(tl.float32)
         if bias_ptr is not None:
@@ -73,7 +78,7 @@ def raw_logits(row_ptr, bias_ptr, offs_v, mask_v, stride_v, MASKED: tl.constexpr
 
 @triton.jit
 def scaled_logits(x, scale, cap):
-    """z and the softcap's factor of dz/dx: z = x·scale where cap is None, else cap·tanh(x·scale)."""
+    """Return z and softcap's factor of dz/dx: z = x·scale where cap is None, else cap·tanh(x·scale)."""
     z = x * scale
     slope = 1.0
     if cap is not None:
@@ -84,13 +89,13 @@ def scaled_logits(x, scale, cap):
 
 @triton.jit
 def clip(x):
-    """x with ±inf made finite: the factor of a term whose other factor is 0 (0 · inf would be NaN)."""
+    """Replace ±inf in x by the largest finite values, for a product whose other factor may be 0 (0 · inf is NaN)."""
     return tl.minimum(tl.maximum(x, LOWEST), -LOWEST)
 
 
 @triton.jit
 def fill_row(out_ptr, value, stride_v, V, BLOCK_V: tl.constexpr):
-    """One value in a whole row; 0 does not come from a product, since an ignored row may hold NaN."""
+    """Store one value in a whole row. Multiplying by 0 would not do for ignored rows, which may hold NaN."""
     for start in range(0, V, BLOCK_V):
         offs_v = start + tl.arange(0, BLOCK_V)
         values = tl.full((BLOCK_V,), value, out_ptr.dtype.element_ty)
@@ -101,7 +106,7 @@ def fill_row(out_ptr, value, stride_v, V, BLOCK_V: tl.constexpr):
 def store_ignored(
     row, logps_ptr, row_max_ptr, sum_exp_ptr, entropy_ptr, mean_logits_ptr, is_top1_ptr, log_sum_sq_probs_ptr
 ):
-    """What an ignored row results in."""
+    """Store the results of an ignored row: sum_exp 1 and everything else 0."""
     tl.store(logps_ptr + row, 0.0)
     tl.store(row_max_ptr + row, 0.0)
     tl.store(sum_exp_ptr + row, 1.0)
@@ -116,7 +121,7 @@ def store_ignored(
 
 
 def check_rows(logits: torch.Tensor, targets: torch.Tensor, bias: torch.Tensor | None) -> None:
-    """ValueError unless logits (N, V), targets (N,) and bias (V,) fit each other and the kernels."""
+    """Raise ValueError unless logits (N, V), targets (N,) int64 and bias (V,) match in shape, dtype and device."""
     if logits.dim() != 2 or logits.shape[1] == 0 or logits.dtype not in FLOAT_DTYPES:
         raise ValueError(
             f"logits: expected (N, V) with V >= 1 in float32, bfloat16 or float16, got {tuple(logits.shape)} "
@@ -128,14 +133,14 @@ def check_rows(logits: torch.Tensor, targets: torch.Tensor, bias: torch.Tensor |
 
 
 def check_stats(stats: Sequence[str]) -> None:
-    """ValueError for a name that is none of STATS."""
+    """Raise ValueError for a name that is not in STATS."""
     unknown = [name for name in stats if name not in STATS]
     if unknown:
         raise ValueError(f"stats: expected names among {', '.join(STATS)}, got {', '.join(map(repr, unknown))}")
 
 
 def empty_result(logits: torch.Tensor, stats: Sequence[str]) -> TokenLogprobs:
-    """Uninitialized results for the rows of logits."""
+    """Allocate uninitialized results for the rows of logits."""
 
     def per_row(dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(logits.shape[0], dtype=dtype, device=logits.device)
@@ -145,14 +150,18 @@ def empty_result(logits: torch.Tensor, stats: Sequence[str]) -> TokenLogprobs:
 
 
 class LogitMap(NamedTuple):
-    """The map from logits to z, as scaled_logits takes it."""
+    """The map from logits to z, as the arguments of scaled_logits."""
 
     scale: float
     cap: float | None
 
 
 def scales(logit_scale: float, softcap: float | None, temperature: float) -> LogitMap:
-    """The LogitMap of these options; ValueError for an option that is not finite, or not above 0 where it must be."""
+    """Return the LogitMap of these options.
+
+    Raises:
+        ValueError: an option is not finite, or temperature or softcap is not above 0.
+    """
     if not math.isfinite(logit_scale):
         raise ValueError(f"logit_scale: expected a finite number, got {logit_scale!r}")
     for name, value in (("temperature", temperature), ("softcap", 1.0 if softcap is None else softcap)):
@@ -164,7 +173,7 @@ def scales(logit_scale: float, softcap: float | None, temperature: float) -> Log
 
 
 def run_rows(kernel: Any, logits: torch.Tensor, *arguments: Any) -> None:
-    """Run a kernel whose first argument is logits (N, V) on their device, one program a row, with the tile for V."""
+    """Launch a kernel whose first argument is logits (N, V), with one program per row and the tile size for V."""
     tile = row_tile(logits.shape[1], backend_of(logits))
     with launch_guard(kernel, logits, "logits"):
         kernel[(logits.shape[0],)](
@@ -182,18 +191,21 @@ def launch_rows(
     logit_map: LogitMap,
     ignore_index: int,
 ) -> TokenLogprobs:
-    """Run a kernel with the arguments that those of token_logprobs.py and exp_rows.py share, one program a row.
+    """Allocate results and launch the forward kernel of token_logprobs.py or exp_rows.py, one program per row.
 
     Args:
-        kernel: what to run.
-        logits, targets, bias: as check_rows demands; there may be no rows.
+        kernel: the kernel to launch.
+        logits, targets, bias: already checked by check_rows; N may be 0.
         exp_out: (N, V) for E, or None.
         stats: names of statistics, checked here.
-        logit_map: what scales() returned.
+        logit_map: the result of scales().
         ignore_index: rows with this target are not read.
 
     Returns:
         :class:`TokenLogprobs`.
+
+    Raises:
+        ValueError: a name of a statistic is unknown.
     """
     check_stats(stats)
     N, V = logits.shape

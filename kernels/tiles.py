@@ -1,8 +1,8 @@
 """Launch settings shared by the kernels: tile sizes by vocabulary and backend, compiler options, argument checks.
 
 A row kernel reads one row of logits (V entries) per program in tiles of BLOCK_V columns. 256 threads with 8 columns
-each load 16 (16-bit) or 32 bytes (float32) per thread and step and need at most 48 registers (about 100 with every
-statistic), so that five programs or more share a multiprocessor and hide the memory's latency between them.
+each load 16 (16-bit) or 32 bytes (float32) per thread and step. They need at most 48 registers (about 100 with every
+statistic), so five or more programs share a multiprocessor and hide memory latency.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 import torch
 import triton
 
-# Fusing x*scale - m into one multiply-add would leave the rounding error of x*scale in the exponent of the row's
-# largest term, which must be exp(0) = 1. Always given: Triton's own default differs between releases.
+# Contracting x*scale - m into a fused multiply-add would leave the rounding error of x*scale in the exponent of the
+# row's largest term, which must be exp(0) = 1. Set explicitly because Triton's default differs between releases.
 COMPILE_OPTIONS = {"enable_fp_fusion": False}
 
 
@@ -29,9 +29,10 @@ class RowTile:
 
 
 def row_tile(vocab_size: int, backend: str = "cuda") -> RowTile:
-    """Tile for rows of ``vocab_size`` columns on a Triton backend ("cuda" or "hip").
+    """Return the tile for rows of ``vocab_size`` columns on a Triton backend ("cuda" or "hip").
 
-    A toy vocabulary takes one warp: the columns past V are masked work, and one warp reduces without a barrier.
+    A vocabulary of at most 256 takes one warp: a wider tile would be mostly masked, and one warp needs no barrier to
+    reduce.
     """
     if vocab_size <= 256:
         return RowTile(BLOCK_V=256, num_warps=1)
@@ -39,12 +40,12 @@ def row_tile(vocab_size: int, backend: str = "cuda") -> RowTile:
 
 
 def backend_of(tensor: torch.Tensor) -> str:
-    """Triton's name for the backend that runs kernels on ``tensor``'s device (the interpreter counts as "cuda")."""
+    """Triton's name of the backend for ``tensor``'s device: "hip" on ROCm, else "cuda" (also in the interpreter)."""
     return "hip" if tensor.device.type == "cuda" and torch.version.hip else "cuda"
 
 
 def launch_guard(kernel: Any, tensor: torch.Tensor, name: str) -> AbstractContextManager[Any]:
-    """Makes ``tensor``'s device current for a launch: Triton launches on the current device, not on its arguments'.
+    """Context manager that makes ``tensor``'s device current, since Triton launches on the current device.
 
     Raises:
         ValueError: ``tensor`` is on the CPU and Triton is not in interpreter mode.
@@ -62,7 +63,7 @@ def launch_guard(kernel: Any, tensor: torch.Tensor, name: str) -> AbstractContex
 def check_tensor(
     name: str, tensor: torch.Tensor, shape: Sequence[int], dtypes: Sequence[torch.dtype], device: torch.device
 ) -> None:
-    """Raises ValueError unless ``tensor`` has this shape, one of these dtypes and this device."""
+    """Raise ValueError unless ``tensor`` has this shape, one of these dtypes and this device."""
     if tensor.shape != tuple(shape) or tensor.dtype not in dtypes or tensor.device != device:
         expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise ValueError(

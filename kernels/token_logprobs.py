@@ -1,6 +1,6 @@
-"""Log-probabilities of target tokens from rows of logits, and the gradient of the same rows.
+"""Log-probabilities of target tokens from rows of logits, and their gradient with respect to the logits.
 
-For a row x of logits, with bias b, and the maps of the model families (softcap: Gemma 2; logit_scale: Cohere, Granite):
+For a row x of logits with bias b (softcap: Gemma 2; logit_scale: Cohere, Granite):
 
     z    = softcap · tanh(logit_scale · (x + b) / softcap) / temperature
          = logit_scale · (x + b) / temperature               without softcap
@@ -9,11 +9,12 @@ For a row x of logits, with bias b, and the maps of the model families (softcap:
     dx   = −g / S · logit_scale / temperature · E            for an upstream gradient g of logp
 
 Logits, bias, E and dx are float32, bfloat16 or float16; all arithmetic and every statistic is float32, and E and dx
-are rounded once, when they are stored. One program owns a row: results do not depend on N, no atomics, and E or dx may
-overwrite the logits, since a program reads a block before it writes it and no other program touches its row.
+are rounded once, when they are stored. One program handles a whole row: results do not depend on N, there are no
+atomics, and E or dx may overwrite the logits, since a program reads a block before it writes it and no other program
+accesses its row.
 
 Bytes moved per logit of b bytes: b for the log-probs alone, 2b + (bytes of E) with E, b + (bytes of dx) for the
-gradient. Rows whose target is ignored read nothing. exp_rows.py writes E from one read, where it has its own memory.
+gradient. Rows whose target is ignored are not read. If E has a separate buffer, exp_rows.py writes it from one read.
 """
 
 from __future__ import annotations
@@ -57,11 +58,12 @@ def _gradient_row(
     cap,
     BLOCK_V: tl.constexpr,
 ):
-    """out = coefficient · (exp(z − m) − S·onehot) · (1 − tanh²), rounded once; out may be the row itself.
+    """Store coefficient · (exp(z − m) − S·onehot) · (1 − tanh²), rounded once; out may be the row itself.
 
-    The target is picked in the tile and not patched afterwards: a second store to the same address would race.
+    The target entry is selected inside the tile, because correcting it afterwards would be a second store to the same
+    address, which races with the first.
     """
-    # 32-bit compares; a target that this wraps is out of range, and its row NaN by row_max.
+    # Compare in 32 bits: a target that wraps here is out of range, and row_max has made its row NaN.
     target = target.to(tl.int32)
     V_main = V // BLOCK_V * BLOCK_V
     for MASKED in tl.static_range(2):
@@ -102,7 +104,7 @@ def _token_logprobs_kernel(
     cap,
     BLOCK_V: tl.constexpr,
 ):
-    # Each of the BLOCK_V lanes keeps its own running maximum and sums; they are merged once per row, so the loop has
+    # Each of the BLOCK_V lanes has a running maximum and running sums, which are merged once per row, so the loop needs
     # no reduction across threads.
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * stride_logits_n
@@ -131,12 +133,12 @@ def _token_logprobs_kernel(
             z = scaled_logits(x, scale, cap)[0]
             if MASKED:
                 z = tl.where(mask_v, z, -float("inf"))
-            # One exponential an entry: e rescales the old sums where z is a new maximum, and is z's own term elsewhere.
+            # One exponential per entry: where z is a new maximum, e rescales the old sums; elsewhere it is z's term.
             delta = z - m
             e = tl.exp(-tl.abs(delta))
             rises = delta > 0.0
             if entropy_ptr is not None:
-                # s_shift = Σ (z − m) exp(z − m); every past z − m shrinks by delta when the maximum rises.
+                # s_shift = Σ (z − m) exp(z − m); a new maximum lowers every earlier z − m by delta.
                 step = clip(delta)
                 s_shift = tl.where(rises, e * (s_shift - step * s), s_shift + step * e)
             if log_sum_sq_probs_ptr is not None:
@@ -148,7 +150,7 @@ def _token_logprobs_kernel(
             s = tl.where(rises, s * e + 1.0, s + e)
             m = tl.maximum(m, z)
 
-    # Before the reductions' barriers: after them, another warp may already have written E over the logits.
+    # Load the target's logit before the reductions' barriers: after them, another warp may have overwritten it with E.
     in_range = (target >= 0) & (target < V)
     x_target = tl.load(row_ptr + target * stride_logits_v, mask=in_range, other=float("nan")).to(tl.float32)
     if bias_ptr is not None:
@@ -159,7 +161,7 @@ def _token_logprobs_kernel(
     delta = m - row_max
     e = tl.exp(delta)
     sum_exp = tl.sum(s * e, 0)
-    # Triton's maximum drops NaN, the sums do not; S is 0 where all entries are −inf, else at least 1.
+    # tl.max ignores NaN but the sums propagate it; S is 0 where all entries are −inf, else at least 1.
     row_max = tl.where(in_range & (sum_exp > 0.0), row_max, float("nan"))
     log_sum = tl.log(sum_exp)
     tl.store(logps_ptr + row, z_target - row_max - log_sum)
@@ -247,10 +249,10 @@ def token_logprobs(
     stats: Sequence[str] = (),
     exp_out: torch.Tensor | None = None,
 ) -> TokenLogprobs:
-    """Log-probability of each row's target, with statistics of the row and, on request, the row E of its gradient.
+    """Log-probability of each row's target, optionally with statistics of the row and the row E of its gradient.
 
     A target outside [0, V) that is not ``ignore_index`` gives NaN in logps, row_max and its row of ``exp_out``; so does
-    a row whose z hold NaN or +inf, or nothing above −inf. No other row is touched. A row with an ignored target is not
+    a row whose z contain NaN or +inf, or are all −inf. Other rows are unaffected. A row with an ignored target is not
     read.
 
     Args:
@@ -260,10 +262,10 @@ def token_logprobs(
         bias: b, (V,), added to every row.
         logit_scale, softcap, temperature: the maps from x to z (module docstring), finite, the latter two above 0.
         ignore_index: rows with this target get logp 0, statistics 0 and zeros in ``exp_out``.
-        stats: any of "entropy" (of softmax(z), nats), "mean_logits" (mean of z over V), "is_top1" (the target attains
-            the maximum of z; among equal maxima the first index does, as in argmax), "log_sum_sq_probs" (log Σ p²).
-        exp_out: (N, V), any of the three dtypes and any strides, may be ``logits`` but must not overlap it otherwise:
-            receives E. Neither logit_scale nor temperature is in E; multiply the row's coefficient by them.
+        stats: any of "entropy" (of softmax(z), nats), "mean_logits" (mean of z over V), "is_top1" (the target is the
+            argmax of z, the first index among equal maxima), "log_sum_sq_probs" (log Σ p², nats).
+        exp_out: (N, V), any of the three dtypes and any strides; receives E. May be ``logits`` itself but must not
+            overlap it otherwise. E does not include the factor logit_scale / temperature of dx.
 
     Returns:
         :class:`TokenLogprobs`.
@@ -297,12 +299,12 @@ def token_logprobs_grad(
     temperature: float = 1.0,
     ignore_index: int = -100,
 ) -> torch.Tensor:
-    """out = g · (onehot − softmax(z)) · dz/dx, the gradient of :func:`token_logprobs` in its logits.
+    """Write g · (onehot − softmax(z)) · dz/dx to out: the gradient of :func:`token_logprobs` in its logits.
 
     Args:
         logits: x, (N, V) float32, bfloat16 or float16, any strides.
         targets: y, (N,) int64.
-        row_max, sum_exp: (N,) float32, what :func:`token_logprobs` returned for these logits and options.
+        row_max, sum_exp: (N,) float32, as returned by :func:`token_logprobs` for these logits and options.
         grad_logps: g, (N,) float32, bfloat16 or float16.
         out: (N, V), any of the three dtypes and any strides; may be ``logits`` but must not overlap it otherwise.
             Exactly 0 in ignored rows (also where g or x is NaN), NaN where the target is out of range.

@@ -1,11 +1,11 @@
-"""What every test gets: fixed seeds and threads, no network, and the devices it runs on.
+"""Configuration of all tests: fixed seeds and threads, no network, and the devices that they run on.
 
-    pytest           the CPU alone, kernels in Triton's interpreter, whether or not there is a GPU
-    pytest -m gpu    the tests of the GPU alone, kernels compiled for it
+    pytest           on the CPU only, kernels in Triton's interpreter, whether or not there is a GPU
+    pytest -m gpu    only the tests of the GPU, kernels compiled for it
     pytest -m "not slow and not gpu and not deepspeed"    the quick ones (make check)
     pytest -m deepspeed    those that need the package, which is not among the test requirements (make test-deepspeed)
 
-Triton decides once a process whether it compiles or interprets, so the two never share one.
+Triton decides once per process whether it compiles or interprets, so one process cannot run both.
 """
 
 import collections
@@ -123,13 +123,13 @@ def one_thread():
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request):
-    """Where kernels run: in Triton's interpreter on the CPU, and a second time, as a test of the GPU, on it."""
+    """The device of the kernels: the CPU with Triton's interpreter, and in a second test marked gpu the GPU."""
     return torch.device(request.param)
 
 
 @pytest.fixture
 def nan_empty():
-    """Fills torch.empty and its kin with NaN (integers with their maximum), so that an element never written shows."""
+    """Fill torch.empty and similar with NaN (integers: their maximum), to reveal elements that are never written."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield

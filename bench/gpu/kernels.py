@@ -1,7 +1,7 @@
 """The parts "rows", "linear" and "sigmoid" of bench.gpu: kernels against copy bandwidth and torch.mm, tile sweeps.
 
-Bytes are those that the task needs: each logit read once and each result written once, whatever the kernel does. The
-copy they are compared with reads and writes 1 GiB in the same rounds.
+Bandwidth is computed from the bytes that the task requires, each logit read once and each result written once,
+independent of what the kernel does. It is compared with a copy that reads and writes 1 GiB in the same rounds.
 """
 
 import dataclasses
@@ -68,7 +68,7 @@ def _check_rows(name: str, logits: Tensor, targets: Tensor, logps: Tensor, exp: 
 
 
 def _calls(setting: Setting) -> int:
-    """In a row, so that a launch's own time does not show; the interpreter has none to hide."""
+    """The number of consecutive calls per sample, which hide the launch overhead; 1 in the interpreter."""
     return 4 if setting.device.type == "cuda" else 1
 
 

@@ -1,7 +1,7 @@
 """The part "step" of bench.gpu: a training step of a random Llama on packed pairs, against the same pairs padded.
 
-Both do one optimizer step (AdamW, fused) on the same pairs with reference log-probs given; the padded one builds
-full logits, a few pairs at a time, as plain PyTorch would. Their log-probs are compared first.
+Both run one optimizer step (fused AdamW) on the same pairs with given reference log-probs. The padded step computes
+full logits for a few pairs at a time, as a plain PyTorch implementation does. Their log-probs are compared first.
 """
 
 import random

@@ -1,4 +1,4 @@
-"""The bare matrix products of a mode, the least time that any contender can take."""
+"""The bare matrix products of a mode, whose time is a lower bound for every contender."""
 
 import torch
 

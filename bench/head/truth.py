@@ -1,4 +1,4 @@
-"""The float32 result that every contender is compared with, and which differences from it are too large."""
+"""The float32 result that every contender is compared with, and the tolerances of that comparison."""
 
 import math
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The picture of closed_form.py."""
+"""The figure of closed_form.py."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -11,9 +11,9 @@ import dpofast
 from bench.paper.enumerable import World, kl, sample_pairs, sequence_logps
 from bench.paper.information import whitening
 
-# Where the search stops: the loss's largest slope, in units in which its curvature is about one.
+# Convergence threshold on the largest gradient entry, in coordinates in which the loss's curvature is about one.
 SLOPE = 1e-7
-# L-BFGS begins anew, in units that fit where it has come, after so many iterations, and so often at most.
+# L-BFGS runs _ITERATIONS iterations, then restarts in coordinates whitened at the current point; _ROUNDS runs at most.
 _ITERATIONS, _ROUNDS = 30, 10
 
 

@@ -1,8 +1,8 @@
-"""A world small enough to enumerate: all responses, the reference, the rewards and the optimal policy are exact.
+"""A toy task with few enough responses to enumerate, so that reference, rewards and optimal policy are exact.
 
-The reference of a prompt is autoregressive, a row of logits for each context, which is a position and the symbol before
-it. A reward sums a term for each symbol and one for each two neighbours, so the optimal policy
-π*(y|x) ∝ π_ref(y|x)·exp(r*(x,y)/β) has the same contexts: a table of logits can be it without any error.
+The reference of a prompt is autoregressive, with a row of logits for each context: a position and the symbol before it.
+The reward sums a term for each symbol and one for each pair of neighbours, so the optimal policy
+π*(y|x) ∝ π_ref(y|x)·exp(r*(x,y)/β) has the same contexts, and a table of logits can represent it exactly.
 """
 
 import itertools

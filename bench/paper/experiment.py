@@ -1,8 +1,8 @@
-"""What the experiments share: a command line, cells that are kept on disk, means over seeds with standard errors.
+"""Shared code of the experiments: command line, cells cached on disk, means over seeds with standard errors.
 
-An experiment is a set of cells, such as (method, beta, seed): each is computed once and kept as a JSON file in the work
-folder, so that the same command goes on where it was stopped. A cell's file names the settings it was computed under;
-under other settings it is computed anew.
+An experiment is a set of cells, such as (method, beta, seed). Each is computed once and stored as a JSON file in the
+work folder, so that the same command resumes an interrupted experiment. The file contains the settings of the cell;
+with other settings the cell is computed again.
 """
 
 import argparse
@@ -73,18 +73,18 @@ def cells(
     names: Sequence[str],
     compute: Callable[[str], dict[str, Any]],
 ) -> dict[str, dict[str, Any]]:
-    """compute(name) of every name, from its file where an earlier run has left it.
+    """Return compute(name) for every name, read from its file if an earlier run has stored it.
 
     Args:
-        args: of arguments(). With more processes than one this starts the others: each runs the experiment's command
-            up to here, computes every so manieth cell, and ends.
-        settings: JSON-serializable; whatever changes a result must be among them.
-        names: of the cells, fit to be file names.
-        compute: figures of one cell, JSON-serializable. Its seconds are added under "seconds".
+        args: the result of arguments(). With args.processes > 1 this starts the other processes: each runs the
+            experiment's command up to this call, computes its share of the cells, and exits.
+        settings: JSON-serializable; must contain everything that changes a result.
+        names: names of the cells, valid as file names.
+        compute: returns the figures of one cell, JSON-serializable. Its run time is added under "seconds".
 
     Raises:
         ValueError: a figure is NaN or infinite, or a cell's file is damaged.
-        RuntimeError: another process failed; what it said stands on stderr.
+        RuntimeError: another process failed; its output is on stderr.
     """
     mine = names[args.part :: args.processes]
     if args.part:

@@ -6,8 +6,8 @@ Under E[r] − β·KL(π‖π_ref) the optimum is π*(y|x) = π_ref(y|x)·exp(r(
     KL(π*‖π_ref) = E_π*[r]/β − log Z,   Z ≈ mean_k exp(r_k/β)
     effective samples = 1 / Σ_k w_k²
 
-over K samples of each prefix. KL cannot come out above log K, and both estimates fail where a few samples carry the
-weight: hence the effective samples.
+over K samples of each prefix. The estimate of KL cannot exceed log K, and both estimates are unreliable if a few
+samples have most of the weight, which the number of effective samples shows.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""The picture of limits.py."""
+"""The figure of limits.py: bars of its summary with standard errors."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The runs of limits.py: a preference set and a loss each, by dpofast.DPOTrainer, and what its report says."""
+"""The runs of limits.py: train by dpofast.DPOTrainer on a preference set with a loss; collect metrics and warnings."""
 
 import copy
 import tempfile

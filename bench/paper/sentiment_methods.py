@@ -1,7 +1,7 @@
-"""The methods that are compared on controlled sentiment, and the task that they train on.
+"""The methods compared on controlled sentiment, and the task that they train on.
 
-All start from π_ref and run over the same prefixes in the same number of steps. The offline ones see four completions
-of a prefix and the six pairs they make; the RL loop samples four completions itself and sees their rewards.
+All start from π_ref and use the same prefixes and number of steps. The offline methods get four completions of each
+prefix and the six pairs of them; the RL loop samples four completions itself and gets their rewards.
 """
 
 import copy

@@ -1,4 +1,4 @@
-"""The picture of bench/paper/sentiment.py: reward against divergence, and what a second lexicon and counts say."""
+"""The figure of bench/paper/sentiment.py: reward against divergence, a second lexicon's reward, and diversity."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -3,9 +3,9 @@
     python -m bench.smollm2 build/smollm2
     python -m bench.paper.sentiment_smollm2
 
-The model goes on with 2 to 8 tokens of a film review as plain text; reward, labels and pairs are those of
-bench/paper/sentiment.py. Is DPO's reward above π_ref's here too, at which
-divergence, and does the second lexicon agree?
+The model continues 2 to 8 tokens of a film review as plain text; reward, labels and pairs are those of
+bench/paper/sentiment.py. Measured are whether DPO's reward exceeds π_ref's here too, at which divergence, and whether
+the second lexicon agrees.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Tables in Markdown, to print and to paste."""
+"""Format Markdown tables for printing."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""A language of 41 words whose responses have a length and a quality, and a small Llama that learns to write it.
+"""An artificial language of 41 words whose responses have a length and a quality, and a small Llama trained on it.
 
 A prompt is one topic. A response has SHORTEST to LONGEST words, of the topic or fillers, and END. Its quality is the
 rate of words that are of the topic: the language itself has few, USUAL.

@@ -1,5 +1,5 @@
-// Random and damaged inputs through the packer's core: it either throws PackingError or keeps every promise. Built with
-// sanitizers (make fuzz). Usage: fuzz CASES [FIRST_SEED]; a broken promise is named with the seed that gives it again.
+// Fuzz test of the packer's core with random and damaged inputs: it must throw PackingError or satisfy all invariants.
+// Built with sanitizers (make fuzz). Usage: fuzz CASES [FIRST_SEED]; a violation is printed with the seed to repeat it.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -27,7 +27,7 @@ void require(bool kept, const char* what) {
   std::exit(1);
 }
 
-// Examples whose every buffer has exactly the size that it should have, so that a read beyond it is caught.
+// Examples in buffers of exactly the required size, so that the sanitizer catches a read beyond the end.
 struct Input {
   std::vector<std::unique_ptr<int64_t[]>> wide;
   std::vector<std::unique_ptr<int32_t[]>> narrow;
@@ -59,8 +59,8 @@ struct Input {
   }
 };
 
-// Few ids and short sequences, so that prompts and responses collide often. Branch k mostly starts with id k: an
-// example whose pair turns out to be of equal branches is refused.
+// Few ids and short sequences, so that equal prompts and responses are frequent. Branch k mostly starts with id k,
+// since an example with a pair of equal branches is rejected.
 Input draw(Random& random) {
   Input input;
   const int64_t examples = random.below(9), longest = random.one_in(8) ? 40 : 5;
@@ -133,7 +133,7 @@ bool is_target(const Sequence& response, const int64_t* targets) {
   return true;
 }
 
-// Every batch against the sequences it came from.
+// Checks every batch against the sequences it was made from.
 void check_batches(const Groups& groups, const Layout& layout, const int64_t* longs, const int32_t* ints) {
   const auto& sequences = groups.examples.sequences;
   const int64_t* branch = layout.branches.data();
@@ -192,7 +192,7 @@ void check_pack(Random& random, const Input& input) {
           largest_tokens, groups.prompt_cost(chosen.group) + groups.branch_cost(chosen) + groups.branch_cost(rejected));
       largest_targets = std::max(largest_targets, groups.length(chosen.sequence) + groups.length(rejected.sequence));
     }
-    // Beyond a limit there is one pair, and what adds nothing to it.
+    // A micro-batch beyond a limit holds one pair, and pairs that add nothing to it.
     require(shape.tokens <= limits.tokens || shape.tokens == largest_tokens, "max_tokens");
     require(shape.targets <= limits.targets || shape.targets == largest_targets, "max_targets");
   }

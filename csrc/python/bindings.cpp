@@ -17,7 +17,7 @@ dpofast::Span<T> span(const Array<T>& array) {
   return {array.data(), static_cast<int64_t>(array.size())};
 }
 
-// Hands the vector's memory to numpy without a copy.
+// Moves the vector into a numpy array without a copy.
 template <typename T>
 py::array to_numpy(std::vector<T>&& values) {
   auto* owner = new std::vector<T>(std::move(values));
@@ -49,7 +49,7 @@ py::tuple plan(const Array<int64_t>& lengths, const py::object& targets, int64_t
                         to_numpy(std::move(ranked.bins.loads)), to_numpy(std::move(ranked.rank_bounds)));
 }
 
-// Examples grouped, planned and laid out; what remains is to write the arrays.
+// Groups, plans and lays out examples at construction; the arrays are written afterwards.
 class Packer {
  public:
   Packer(std::shared_ptr<dpofast::Sequences> sequences, Array<int64_t> branch_counts, Array<int64_t> pair_counts,
@@ -67,7 +67,7 @@ class Packer {
     layout_ = std::make_unique<dpofast::Layout>(
         dpofast::lay_out(groups_, dpofast::plan_batches(groups_, {max_tokens, max_targets})));
   }
-  // The layout points to the groups.
+  // The layout points into the groups, so the object must not move.
   Packer(const Packer&) = delete;
   Packer& operator=(const Packer&) = delete;
 

@@ -5,7 +5,7 @@ namespace py = pybind11;
 namespace dpofast {
 namespace {
 
-// Writes a list's or tuple's ints to `out`; false where an element is something else, bool among it, or too large.
+// Writes the ints of a list or tuple to `out`. Returns false if an element is no int (a bool is none) or too large.
 bool read_ints(PyObject* items, int64_t* out) {
   PyObject** const values = PySequence_Fast_ITEMS(items);
   const Py_ssize_t count = PySequence_Fast_GET_SIZE(items);
@@ -50,7 +50,7 @@ std::shared_ptr<Sequences> Sequences::from_objects(const py::list& objects, cons
     Sequence& item = result->items_[i];
     if (is_list(object.ptr())) {
       const int64_t length = PySequence_Fast_GET_SIZE(object.ptr());
-      // convert runs Python code, which may have changed a list since its length was counted.
+      // convert runs Python code, which may have changed the length of a list.
       if (length <= room && read_ints(object.ptr(), next)) {
         item = {next, length, true};
         next += length;

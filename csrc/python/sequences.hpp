@@ -1,5 +1,4 @@
-// Where Python keeps token ids (lists, numpy arrays, the buffers of Arrow list columns) as Sequences, without a copy
-// but for lists.
+// Token ids of Python objects (lists, numpy arrays, buffers of Arrow list columns) as Sequences; only lists are copied.
 #pragma once
 
 #include <pybind11/numpy.h>
@@ -36,7 +35,8 @@ class Sequences {
     int64_t rows() const { return offsets.length - 1; }
   };
 
-  // Whether `object` is a one-dimensional, contiguous array of int32 or int64; the sequence is then set to it.
+  // Returns whether `object` is a one-dimensional, contiguous array of int32 or int64, and if so points the sequence
+  // to it.
   static bool read_array(pybind11::handle object, Sequence& sequence);
   Chunk read_chunk(const pybind11::handle& chunk);
   void add_chunk(const Chunk& chunk, int64_t column, int64_t columns, int64_t first_row);

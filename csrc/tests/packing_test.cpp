@@ -1,4 +1,4 @@
-// Unit tests of the packer's core, without Python: prints what failed and exits with 1.
+// Unit tests of the packer's core, without Python. Prints failures and then exits with 1.
 #include <cstdio>
 #include <functional>
 #include <string>

@@ -1,7 +1,7 @@
 """`dpofast eval`: accuracy and margins of a checkpoint's implicit reward, and how they depend on response length.
 
 The implicit reward of a response is beta · (policy − reference log-prob); with --no_reference, beta · policy log-prob.
-dpofast.evaluation.statistics defines the intervals and the length-balanced accuracy are computed.
+dpofast.evaluation.statistics defines the intervals and the length-balanced accuracy.
 """
 
 from __future__ import annotations

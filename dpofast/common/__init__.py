@@ -1,9 +1,9 @@
-"""What every package may use.
+"""Utilities that every package may import.
 
 - backend: which implementation does the row work of a call (Triton, torch or the reference)
 - autograd: backward passes that refuse second derivatives; autograd inside operators
 - ranks: Ranks, collectives on plain numbers, on the CPU
-- atomic_files: writing a file so that it is there whole or not at all
+- atomic_files: atomic, durable file writes
 - memory: peak memory of this process
 - constants: IGNORE_INDEX
 """

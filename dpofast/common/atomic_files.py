@@ -1,4 +1,4 @@
-"""Write files atomically and durably: after a crash a file is there whole or not at all."""
+"""Write files atomically and durably: after a crash a file is either complete or absent."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def sync(path: Path) -> None:
-    """Fsync a file, or a folder, whose names are then on disk."""
+    """Fsync a file, or a folder, so that the names in it are on disk."""
     if os.name != "posix" and path.is_dir():  # a folder cannot be opened there
         return
     descriptor = os.open(path, os.O_RDONLY)
@@ -18,7 +18,7 @@ def sync(path: Path) -> None:
 
 
 def put(aside: Path, path: Path) -> None:
-    """Rename `aside`, a finished file in the same folder, to `path`: its bytes are fsynced before, its name after."""
+    """Rename `aside`, a complete file in the same folder, to `path`. Fsyncs the file before and the folder after."""
     sync(aside)
     os.replace(aside, path)
     sync(path.parent)

@@ -1,11 +1,12 @@
-"""Formats of a row of preference data (trl's): which one a row is in, and whether it is valid.
+"""Detect and validate the format of a preference row: text, conversations or token ids, as trl takes them.
 
-    text            chosen, rejected: strings, prompt: a string, or left out where both strings begin with it
-    conversations   the same columns as lists of {"role", "content"} turns; tools and chat_template_kwargs may be added
+    text            chosen, rejected: strings; prompt: a string, or omitted if both strings begin with it
+    conversations   the same columns as lists of {"role", "content"} turns; optional: tools, chat_template_kwargs
     token ids       prompt_ids, chosen_ids, rejected_ids: lists of integers
     with any        ref_chosen_logps, ref_rejected_logps: the reference model's summed log-probs, in nats
 
-Every fault is a BadRow, whose reason is the same for all rows with that fault: skipped rows are counted by it.
+Invalid rows raise BadRow. Its reason is the same text for every row with that error, since skipped rows are counted by
+reason.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ _INT32_MAX = int(np.iinfo(np.int32).max)
 
 
 class DataError(ValueError):
-    """Data that cannot be used: one message that names the file, the row where there is one, and the reason."""
+    """Data that cannot be used. The message names the file, the row if there is one, and the reason."""
 
 
 class BadRow(Exception):
-    """Why a row cannot be used; a `fatal` fault is not the row's own and is never skipped."""
+    """A row that cannot be used; a `fatal` error concerns more than this row and is never skipped."""
 
     def __init__(self, reason: str, detail: str = "", *, fatal: bool = False) -> None:
-        """Take the reason, and what is particular to this row."""
+        """Store the reason, equal for all rows with this error; `detail` of this row goes into the message only."""
         super().__init__(f"{reason}: {detail}" if detail else reason)
         self.reason = reason
         self.fatal = fatal
@@ -46,10 +47,10 @@ def place(unit: str, number: int) -> str:
 
 
 def used_columns(columns: Collection[str]) -> tuple[str, ...]:
-    """Return those of `columns` that make a pair; where token ids and text both stand, the ids are used.
+    """Return those of `columns` that make up a pair. If both token ids and text are present, the ids are used.
 
     Raises:
-        BadRow: a needed column is missing, or there are images.
+        BadRow: a required column is missing, or there are images or unpaired preferences.
     """
     found = set(columns)
     for column in ("image", "images"):
@@ -74,7 +75,7 @@ def used_columns(columns: Collection[str]) -> tuple[str, ...]:
 
 
 def row_kinds(row: Mapping[str, Any], columns: Collection[str]) -> dict[str, str]:
-    """Return what the row's columns hold: "text", "messages", "ids", "number" or "json".
+    """Return the kind of value in each of the row's columns: "text", "messages", "ids", "number" or "json".
 
     Raises:
         BadRow: a value is missing or of the wrong type, or text and conversations are mixed.
@@ -85,7 +86,7 @@ def row_kinds(row: Mapping[str, Any], columns: Collection[str]) -> dict[str, str
             kinds[column] = _kind(column, row[column])
         elif column not in TEMPLATE_COLUMNS:
             raise BadRow(f"column '{column}' is missing", "the row lacks it, or holds null")
-    # A text prompt beside conversations is fine: some datasets repeat the first turn there, and both begin with it.
+    # A text prompt next to conversations is valid: some datasets repeat the first turn there.
     responses = {kinds.get("chosen"), kinds.get("rejected")}
     if len(responses) > 1 or (kinds.get("prompt") == "messages" and responses != {"messages"}):
         raise BadRow("text and conversations are mixed", ", ".join(f"{k} holds {v}" for k, v in kinds.items()))
@@ -121,12 +122,12 @@ def _got(value: Any) -> str:
 
 
 def token_ids(column: str, value: Any) -> list[int]:
-    """Return token ids as a list, or raise BadRow: they must be integers in [0, 2**31)."""
+    """Return token ids as a list. Raises BadRow unless they are integers in [0, 2**31)."""
     try:
         array = np.asarray(value)
     except ValueError:  # a ragged list
         array = np.empty(0, dtype=object)
-    # numpy takes a boolean among integers for 0 or 1
+    # numpy would convert a boolean among integers to 0 or 1.
     mixed = isinstance(value, list) and bool in set(map(type, value))
     if mixed or array.ndim != 1 or (array.dtype.kind not in "iu" and value != []):
         raise BadRow(f"column '{column}' is not a list of token ids", f"expected integers, got {_got(value)}")
@@ -136,7 +137,7 @@ def token_ids(column: str, value: Any) -> list[int]:
 
 
 def template_value(column: str, value: Any) -> Any:
-    """Return the tools (a list, or its JSON text) or the template's variables (a dict), or raise BadRow."""
+    """Return tools as a list (parsed if given as JSON text), or chat_template_kwargs as a dict. Raises BadRow."""
     if column == "tools" and isinstance(value, str):
         try:
             value = json.loads(value)
@@ -149,19 +150,19 @@ def template_value(column: str, value: Any) -> Any:
 
 
 def split_prompt(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
-    """Split off the prompt that two texts, or two conversations, begin with: trl's rule.
+    """Split two texts, or two conversations, into their common prefix (the prompt) and the rest, by trl's rule.
 
-    A space at the end of a text's prompt goes to the responses, and where one is a prefix of the other its last
-    character (or turn) stays with it, so that no response comes out empty.
+    A trailing space of a text prompt is moved to the responses. If one input is a prefix of the other, its last
+    character (or turn) stays in the response, so that no response is empty.
 
     Returns:
-        The prompt, and what is left of chosen and of rejected.
+        The prompt, and the rest of chosen and of rejected.
     """
     shorter = min(len(chosen), len(rejected))
     start = next((i for i in range(shorter) if chosen[i] != rejected[i]), None)
     if start is None:
         start = max(shorter - 1, 0)
-    # trl does this at start 0 too, with the text's last character; there is no prompt to take a space from.
+    # At start 0 trl tests the text's last character instead (index -1); there is no prompt to take a space from.
     elif start > 0 and chosen[start - 1] == " ":
         start -= 1
     return chosen[:start], chosen[start:], rejected[start:]

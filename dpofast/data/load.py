@@ -1,8 +1,8 @@
-"""Preference data from a file, a folder or the Hugging Face hub, as a datasets.Dataset whose rows stay on disk.
+"""load_preferences: preference data from a file, a folder or the Hugging Face hub, as a memory-mapped datasets.Dataset.
 
-JSON lines are read here and not by datasets' own reader, which names no line and gives every turn of a conversation the
-keys of all turns: here a bad line is a message with its number, and turns, tools and template variables come out as
-they stood in the file. Whatever the source, the rows lie in an Arrow file that is mapped into memory.
+JSON lines are parsed here rather than by datasets' reader, whose errors name no line and which gives every turn of a
+conversation the keys of all turns. Here an error names the line number, and turns, tools and template variables are
+returned as they are in the file. For every source the rows are in an Arrow file that is memory-mapped.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ __all__ = ["DataError", "DataReport", "Skipped", "load_preferences", "tokenize_p
 
 _FEATURES = {
     "text": Value("string"),
-    # A turn is kept as JSON: a column type of its own would give every turn the keys of all turns.
+    # Turns are stored as JSON: a struct column would give every turn the keys of all turns.
     "messages": List(Json()),
     "ids": List(Value("int64")),
     "number": Value("float64"),
@@ -61,18 +61,18 @@ def load_preferences(
     on_bad_row: str = "raise",
     cache_dir: str | None = None,
 ) -> Dataset:
-    """Load preference data; dpofast.data.formats says what a row must hold.
+    """Load preference data; the row formats are listed in dpofast.data.formats.
 
     Args:
         source: a .jsonl or .json file with one JSON object a line, a .parquet file, a folder written by save_to_disk,
             or the name of a dataset on the Hugging Face hub.
-        split: of a DatasetDict's folder or of a hub dataset. Files and saved datasets are one split, called "train".
-        on_bad_row: only matters for JSON lines. With "skip", a line that cannot be read becomes a row of nulls whose
-            column `_error` says why; tokenize_preferences counts it and leaves it out.
-        cache_dir: where datasets keeps its Arrow files, if not in its default place.
+        split: split of a saved DatasetDict or of a hub dataset. Files and saved datasets have one split, "train".
+        on_bad_row: used for JSON lines only. With "skip", a line that cannot be read becomes a row of nulls with the
+            reason in column `_error`; tokenize_preferences counts and drops it.
+        cache_dir: folder of datasets' Arrow files; None: datasets' default.
 
     Returns:
-        A Dataset; from JSON lines with the columns that make a pair and `_line`, the line's number from 1.
+        A Dataset. From JSON lines it has the columns of a preference pair and `_line`, the line number from 1.
 
     Raises:
         DataError: the source is missing, empty or unreadable, lacks a column, or (JSON lines) has a bad line and
@@ -102,7 +102,7 @@ def load_preferences(
         formats.used_columns(dataset.column_names)
     except BadRow as problem:
         raise DataError(f"{name}: {problem}") from None
-    # Where tokenize_preferences finds the name for its messages.
+    # tokenize_preferences reads the name for its messages from here.
     dataset.info.dataset_name = name
     return dataset
 
@@ -119,7 +119,8 @@ def _load_folder(path: Path, split: str) -> Dataset:
     if split not in splits:
         raise DataError(f"{path}: no split {split!r}; it has {', '.join(map(repr, splits))}")
     dataset = splits[split]
-    # What later passes cache is found by this; the one on record does not change when somebody replaces an Arrow file.
+    # Later passes look up their cached results by this fingerprint. The saved one does not change if an Arrow file is
+    # replaced.
     dataset._fingerprint = _content(map(Path, mapped_files(dataset)))
     return dataset
 
@@ -127,7 +128,7 @@ def _load_folder(path: Path, split: str) -> Dataset:
 def _load_hub(name: str, split: str, cache_dir: str | None) -> Dataset:
     try:
         return datasets.load_dataset(name, split=split, cache_dir=cache_dir)
-    # Networks, the hub and its data formats fail in many ways, with exceptions of several libraries.
+    # Network, hub and file-format errors are raised as exceptions of several libraries.
     except Exception as error:
         raise DataError(
             f"{name}: no such file or folder, and not loaded as a dataset of that name from the hub (split {split!r}):"
@@ -136,7 +137,10 @@ def _load_hub(name: str, split: str, cache_dir: str | None) -> Dataset:
 
 
 def _load_parquet(path: Path, cache_dir: str | None) -> Dataset:
-    """By way of an Arrow file named by the content: datasets' reader holds row groups whole and trusts time stamps."""
+    """Convert a Parquet file to an Arrow file named by a hash of its content, and map that.
+
+    datasets' own reader holds whole row groups in memory and detects changes by time stamp.
+    """
     try:
         file = pq.ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER_BYTES)
         # datasets fails on a file without rows.
@@ -153,7 +157,7 @@ def _load_parquet(path: Path, cache_dir: str | None) -> Dataset:
 
 
 def _copy_rows(file: pq.ParquetFile, target: Path) -> None:
-    """Write a Parquet file's rows to an Arrow file, which is there whole or not at all."""
+    """Write a Parquet file's rows to an Arrow file atomically."""
     aside = target.with_name(f".tmp-{uuid.uuid4().hex}")
     try:
         with open(aside, "wb") as sink:
@@ -170,7 +174,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _content(files: Iterable[Path], more: bytes = b"") -> str:
-    """32 hex digits over what stands in the files: a time stamp may be too coarse to tell that one has changed."""
+    """SHA-256 of `more` and the files' contents, 32 hex digits; time stamps may be too coarse to show a change."""
     content = hashlib.sha256(more)
     for path in files:
         with open(path, "rb") as file:
@@ -185,7 +189,7 @@ def _load_jsonl(path: Path, skip: bool, cache_dir: str | None) -> Dataset:
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
     kinds = _first_kinds(path, skip)
-    # Template columns may come late in the file.
+    # Template columns may first appear after the first row.
     late = dict.fromkeys(TEMPLATE_COLUMNS, "json") if kinds.get("chosen") == "messages" else {}
     features = {column: _FEATURES[kind] for column, kind in (kinds | late).items()}
     try:
@@ -214,7 +218,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def _first_kinds(path: Path, skip: bool) -> dict[str, str]:
-    """What the columns hold, by the first good line."""
+    """Return the kind of each column (formats.row_kinds) in the first valid line."""
     bad: dict[str, list[int]] = {}
     for number, line in _lines(path):
         try:
@@ -248,7 +252,7 @@ def _rows(path: Path, kinds: dict[str, str], columns: tuple[str, ...], skip: boo
 
 
 def _storable(value: Any, kind: str) -> Any:
-    # Json columns take JSON text as it is; datasets' own encoder would round numbers to ten digits.
+    # Json columns accept JSON text; datasets' own encoder would round numbers to ten digits.
     if kind == "messages":
         return [json.dumps(turn) for turn in value]
     if kind == "json" and not isinstance(value, str):
@@ -257,7 +261,7 @@ def _storable(value: Any, kind: str) -> Any:
 
 
 def _parse(line: bytes) -> tuple[dict[str, Any], dict[str, str]]:
-    """Read one line: its row, without nulls, and what the columns hold."""
+    """Parse one line into its row, without nulls, and the kind of each column. Raises BadRow."""
     try:
         text = line.decode("utf-8").rstrip()
         row = json.loads(text)

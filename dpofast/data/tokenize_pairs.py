@@ -1,14 +1,15 @@
-"""tokenize_preferences: preference rows -> token ids of one prompt, which both responses share, and of each response.
+"""tokenize_preferences: preference rows -> token ids of the shared prompt and of each response.
 
     text            tokens(prompt), tokens(prompt + response + EOS)
     conversations   tokens(template(prompt)), tokens(template(prompt + response)); the template writes the end
     token ids       as given
 
-The ids equal those of trl 1.16: the prompt is the token-level common prefix of the prompt alone and of both whole
-sequences, so that one run of it serves both responses. datasets.map reads and writes in batches: memory does not grow
-with the data, mapped pages are handed back, and a second call finds the result in datasets' cache.
+The ids equal those of trl 1.16. The prompt is the token-level common prefix of the tokenized prompt and of both
+tokenized prompt + response sequences, so that its forward pass can be shared by both responses. datasets.map reads and
+writes in batches: memory does not grow with the data, mapped pages are released, and a second call finds the result in
+datasets' cache.
 
-(Not called `tokenize`: with this folder on sys.path that would hide the standard library's module.)
+(The module is not named `tokenize`: with this folder on sys.path that would hide the standard library's module.)
 """
 
 from __future__ import annotations
@@ -30,19 +31,19 @@ from dpofast.data import formats
 from dpofast.data.arrow import mapped_files, release_pages
 from dpofast.data.formats import ID_COLUMNS, REF_COLUMNS, BadRow, DataError
 
-# Columns left by the JSONL reader: the line a row stands on, and why that line cannot be used.
+# Columns that the JSONL reader adds: the line number of a row, and why that line cannot be used.
 LINE, ERROR = "_line", "_error"
 _TRUNCATED, _SHORTENED = "_truncated", "_shortened"
 _WORKING_COLUMNS = [ERROR, _TRUNCATED, _SHORTENED]
 _REPORTED_ROWS = 10
-# datasets caches what map returns under a fingerprint of the encoder, which would know these modules only by name.
+# datasets caches the result of map by a fingerprint of the encoder; this hash makes it change with the code.
 _CODE = hashlib.sha256(
     b"".join(Path(file).read_bytes() for file in (__file__, formats.__file__)) + transformers.__version__.encode()
 ).hexdigest()
 
 
 class Skipped(NamedTuple):
-    """Rows left out for one reason: how many, and the numbers of the first ten."""
+    """Rows skipped for one reason: how many, and the numbers of the first ten."""
 
     total: int
     rows: tuple[int, ...]
@@ -50,16 +51,16 @@ class Skipped(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class DataReport:
-    """Counts of kept, skipped and cut rows, which are numbered by `unit`: "line" from 1 (JSONL) or "row" from 0."""
+    """Counts of kept, skipped and truncated rows. Rows are numbered by `unit`: "line" from 1 (JSONL), "row" from 0."""
 
     source: str
     unit: str
     rows: int
     kept: int
     skipped: Mapping[str, Skipped]
-    # Responses (not rows) that lost their tail, and with it their EOS, to max_length.
+    # Responses (not rows) truncated to max_length, without their EOS.
     truncated: int
-    # Rows whose prompt ends in other tokens alone than it does in front of a response; those tokens are left out.
+    # Rows whose prompt is tokenized differently at its end when a response follows; the differing tokens are dropped.
     shortened_prompts: int
 
     @staticmethod
@@ -72,7 +73,7 @@ class DataReport:
         truncated: int = 0,
         shortened_prompts: int = 0,
     ) -> DataReport:
-        """The report on a source of `rows` rows; `bad` holds the numbers of those left out, by reason."""
+        """Build the report of a source with `rows` rows; `bad` holds the numbers of skipped rows by reason."""
         return DataReport(
             source=source,
             unit=unit,
@@ -98,7 +99,7 @@ class DataReport:
 
 
 def no_usable_row(report: DataReport) -> DataError:
-    """The DataError for data without a usable row: it counts the reasons."""
+    """Return the DataError for data without a usable row; its message lists the reasons with their counts."""
     return DataError(f"{report.source}: no row can be used\n{report.summary()}")
 
 
@@ -111,7 +112,7 @@ def _shared(ids: Sequence[int], others: Sequence[int]) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class _Encoder:
-    """The function that datasets.map applies, and whose fields make the fingerprint of its cache."""
+    """The function given to datasets.map, which hashes its fields into the fingerprint of the cached result."""
 
     tokenizer: PreTrainedTokenizerBase | None
     columns: tuple[str, ...]
@@ -201,7 +202,7 @@ class _Encoder:
             eos = tokenizer.eos_token
             if not eos:
                 raise BadRow("the tokenizer has no eos_token", "text responses end with it; set it", fatal=True)
-            # One by one: a batched call was no faster, since the tokenizer's own work dominates.
+            # One text per call: a batched call was no faster, since the tokenizer's own work dominates.
             texts = [prompt, *(prompt + text + ("" if text.endswith(eos) else eos) for text in responses)]
             return [tokenizer(text)["input_ids"] for text in texts]
         if not prompt:
@@ -212,7 +213,7 @@ class _Encoder:
         try:
             alone = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, **options)["input_ids"]
             whole = [tokenizer.apply_chat_template(prompt + response, **options)["input_ids"] for response in responses]
-        # What a template raises on purpose, and what its expressions raise on values they do not expect.
+        # Errors that a template raises itself, and errors of its expressions on unexpected values.
         except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
             if not getattr(tokenizer, "chat_template", None):
                 detail = "conversations are written by it; set it"
@@ -223,7 +224,7 @@ class _Encoder:
 
 @dataclass(frozen=True, kw_only=True)
 class _GoodRows:
-    """The function of a second pass of datasets.map, which leaves bad rows out."""
+    """The function given to a second datasets.map, which drops bad rows."""
 
     files: tuple[str, ...]
     code: str = _CODE
@@ -247,29 +248,29 @@ def tokenize_preferences(
 ) -> tuple[Dataset, DataReport]:
     """Turn preference data (the formats of dpofast.data.formats) into token ids.
 
-    A row is bad when a column is missing, null or of the wrong type, a response or the prompt is empty, chosen equals
-    rejected, the prompt alone fills max_length, a reference log-prob is not finite, or a token id is impossible.
+    A row is bad if a column is missing, null or of the wrong type, a response or the prompt is empty, chosen equals
+    rejected, the prompt alone fills max_length, a reference log-prob is not finite, or a token id is out of range.
 
     Args:
-        dataset: what load_preferences returned, or any Dataset in one of the formats.
-        tokenizer: adds its special tokens to text, or renders conversations. None will do for token ids.
-        max_length: tokens of prompt + response; longer responses lose their tail. Reference log-probs that come with
-            the data are kept as they are, so they must belong to the same max_length. None cuts nothing.
+        dataset: the result of load_preferences, or any Dataset in one of the formats.
+        tokenizer: tokenizes text with its special tokens, or renders conversations. May be None for token ids.
+        max_length: most tokens of prompt + response; longer responses are truncated at the end. Reference log-probs in
+            the data are not changed, so they must have been computed with the same max_length. None: no limit.
         truncation_mode: only "keep_start": with "keep_end" the two responses would no longer share their prompt.
-        on_bad_row: "raise" at the first bad row, or "skip" and count it.
-        source: the name of the data in messages; None takes the one it was loaded by.
-        vocab_size: token ids must be below it, where given.
-        num_proc: worker processes.
+        on_bad_row: "raise" at the first bad row, or "skip" and count bad rows.
+        source: name of the data in messages; None: the name that load_preferences stored.
+        vocab_size: if given, token ids must be below it.
+        num_proc: number of worker processes.
 
     Returns:
         A Dataset with prompt_ids, chosen_ids, rejected_ids (lists of int32), row (int64: the row's number in the
-        source) and, if given, ref_chosen_logps, ref_rejected_logps (float32); and a DataReport.
+        source) and, if given, ref_chosen_logps, ref_rejected_logps (float32, nats); and a DataReport.
 
     Raises:
-        DataError: a bad row with on_bad_row="raise", no row that can be used, a missing column, a tokenizer that lacks
-            an EOS token or a chat template.
+        DataError: a bad row with on_bad_row="raise", no usable row, a missing column, or a tokenizer without an EOS
+            token or chat template.
         ValueError: an option out of range.
-        TypeError: dataset or tokenizer is something else.
+        TypeError: dataset or tokenizer has another type.
     """
     _check_options(dataset, tokenizer, max_length, truncation_mode, vocab_size)
     check_on_bad_row(on_bad_row)
@@ -301,7 +302,7 @@ def tokenize_preferences(
         )
     except DataError as error:
         raise DataError(f"{source}, {error}") from None
-    # From the result and not counted on the way, so that it is complete when the result came out of the cache.
+    # Counted from the result rather than during map, so that a result from the cache is counted too.
     report = _report(encoded.data.table, source, encoder.unit)
     if report.kept == 0:
         raise no_usable_row(report)
@@ -309,7 +310,7 @@ def tokenize_preferences(
     release_pages(files)
     if not report.skipped:
         return encoded.remove_columns(_WORKING_COLUMNS), report
-    # Written out and not selected by index: every later reader, and every added column, finds plain contiguous rows.
+    # Written to a new table instead of selected by index, so that later readers get contiguous rows.
     kept = {name: feature for name, feature in encoded.features.items() if name not in _WORKING_COLUMNS}
     good = encoded.with_format("arrow").map(
         _GoodRows(files=files), batched=True, features=Features(kept), desc=f"Leaving out bad rows of {source}"
@@ -344,7 +345,7 @@ def _check_options(
 
 
 def check_on_bad_row(on_bad_row: str) -> None:
-    """Raise ValueError unless it is "raise" or "skip"."""
+    """Raise ValueError unless on_bad_row is "raise" or "skip"."""
     if on_bad_row not in ("raise", "skip"):
         raise ValueError(f"on_bad_row: expected 'raise' or 'skip', got {on_bad_row!r}")
 

@@ -1,8 +1,8 @@
-"""`dpofast demo`: a small model learns a text from scratch, then by DPO to prefer kind answers.
+"""`dpofast demo`: trains a small language model from scratch, then trains it by DPO to prefer kind answers.
 
-- run: the command, from the text to the final tables
-- world: topics, facts and phrases that all text is made of
-- make_data: writes the bundled text and pairs
+- run: the command, from pre-training to the final tables
+- world: the topics, facts and phrases that all text is generated from
+- make_data: writes the bundled text and preference pairs
 - language_model: tokenizer and pre-training of the small Llama
-- answers: sampled answers and how they are judged
+- answers: samples answers and classifies them
 """

@@ -1,4 +1,4 @@
-"""What the demo's model says: its answers to held-out questions, judged by the world's rules, and its preference."""
+"""Evaluation of the demo's model: sampled answers, whether they are kind and correct, and preference accuracy."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from dpofast.packing.pack import pack
 
 @dataclass(frozen=True)
 class Answers:
-    """Generated answers to prompts: how many are kind, and how many tell the fact that was asked for."""
+    """Generated answers to prompts, with counts of kind answers and of answers that contain the requested fact."""
 
     prompts: list[str]
     texts: list[str]
 
     @property
     def kind(self) -> int:
-        """Answers that open and close kindly."""
+        """Number of answers with both a kind opener and a kind closer."""
         return sum(manner(text) == "kind" for text in self.texts)
 
     @property
     def right(self) -> int:
-        """Answers with the asked-for fact."""
+        """Number of answers that contain the requested fact."""
         known = facts()
         return sum(known[prompt] in text for prompt, text in zip(self.prompts, self.texts, strict=True))
 
 
 def answer(model: Any, tokenizer: Any, prompts: Sequence[str], *, seed: int, temperature: float = 0.5) -> Answers:
-    """One sampled answer to each prompt, the same for the same seed."""
+    """Sample one answer of at most 48 tokens to each prompt; deterministic given the seed."""
     inputs = tokenizer(list(prompts), return_tensors="pt", padding=True, return_token_type_ids=False).to(model.device)
     model.eval()
     torch.manual_seed(seed)
@@ -44,7 +44,7 @@ def answer(model: Any, tokenizer: Any, prompts: Sequence[str], *, seed: int, tem
 
 @torch.no_grad()
 def likelier_share(model: Any, examples: Sequence[Mapping[str, Any]], max_tokens: int = 2048) -> float:
-    """The share of token-level pairs whose chosen answer the model itself finds likelier than the rejected one."""
+    """Return the share of tokenized pairs whose chosen answer has the larger summed log-prob under the model."""
     model.eval()
     wins = 0
     for batch in pack(examples, max_tokens):

@@ -1,4 +1,4 @@
-"""The demo's first stage: a tokenizer and a small Llama that learn the bundled text from scratch."""
+"""The demo's first stage: trains a tokenizer and a small Llama from scratch on the bundled text."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BLOCK = 128
 
 
 def train_tokenizer(documents: list[str], vocab_size: int = 1536) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of the documents, padding on the left so that it can generate in batches."""
+    """Train a byte-level BPE tokenizer on the documents. It pads on the left, as batched generation requires."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -38,7 +38,10 @@ def train_tokenizer(documents: list[str], vocab_size: int = 1536) -> PreTrainedT
 
 
 def small_llama(tokenizer: PreTrainedTokenizerFast, hidden_size: int = 128, layers: int = 4) -> LlamaForCausalLM:
-    """Random weights, about a million by default; heads of 32, an MLP of three hidden sizes, tied embeddings."""
+    """Build a Llama with random weights, about a million by default.
+
+    Attention heads have 32 dimensions, the MLP three times the hidden size; the embeddings are tied.
+    """
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
@@ -55,7 +58,10 @@ def small_llama(tokenizer: PreTrainedTokenizerFast, hidden_size: int = 128, laye
 
 
 def train_language_model(documents: list[str], folder: Path, *, steps: int, seed: int) -> tuple[Any, Any]:
-    """Train on blocks of the documents and save to a folder. Returns the model and its tokenizer."""
+    """Train tokenizer and model on the documents and save both to `folder`. Returns the model and its tokenizer.
+
+    The concatenated documents are cut into blocks of BLOCK tokens; a step takes 8 blocks.
+    """
     tokenizer = train_tokenizer(documents)
     set_seed(seed)
     model = small_llama(tokenizer)

@@ -1,9 +1,9 @@
 """Write the demo's text and preference pairs: ``python -m dpofast.demo.make_data``.
 
-text.txt holds every topic and every phrase, kind and grumpy in equal parts, so a language model learns both. The
-pairs prefer the kind answer. Their training part leaves out a quarter of the topics and a quarter of the phrases;
-the test part has only those, so held-out accuracy asks whether the preference carries over to what it never saw.
-Lengths say nothing: the two answers of a pair are within one token of each other, as often longer as shorter.
+text.txt contains every topic and every phrase, with as many kind as grumpy answers, so a language model learns both.
+In the pairs the kind answer is chosen. The training pairs leave out a quarter of the topics and a quarter of the
+phrases; the test pairs use only those, so held-out accuracy measures whether the preference generalizes to them.
+Length carries no information: the two answers of a pair differ by at most one token, in either direction equally often.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Item = TypeVar("Item")
 
 
 def _pick(rng: random.Random, items: Sequence[Item]) -> Item:
-    # Only random() is promised to give the same numbers in every Python version.
+    # Of Python's random methods, only random() is guaranteed to give the same numbers in every version.
     return items[int(rng.random() * len(items))]
 
 
@@ -36,14 +36,14 @@ def _shuffled(rng: random.Random, items: Sequence[Item]) -> list[Item]:
 
 
 def topics(category: Category, part: str) -> list[str]:
-    """A category's topics in ``"train"`` (the first three quarters), ``"test"`` (the last quarter) or ``"all"``."""
+    """Return a category's topics of part ``"train"`` (first three quarters), ``"test"`` (last quarter) or ``"all"``."""
     names = list(category.topics)
     cut = len(names) - len(names) // 4
     return {"train": names[:cut], "test": names[cut:], "all": names}[part]
 
 
 def _questions(part: str) -> list[tuple[str, tuple[str, ...]]]:
-    """(prompt, the ways to state the fact) for every question about the topics of a part."""
+    """Return (prompt, alternative statements of the fact) for every question about the topics of a part."""
     found = []
     for category in CATEGORIES:
         for topic in topics(category, part):
@@ -55,12 +55,12 @@ def _questions(part: str) -> list[tuple[str, tuple[str, ...]]]:
 
 
 def length(text: str) -> int:
-    """Words and punctuation marks: what the demo's tokenizer makes one token each."""
+    """Count words and punctuation marks, each of which is one token of the demo's tokenizer."""
     return len(re.findall(r"\w+|[^\w\s]", text))
 
 
 def _answers(rng: random.Random, told: Sequence[str], part: str, longer: int) -> tuple[str, str]:
-    """A kind and a grumpy answer with the same fact, the kind one longer by ``longer`` tokens."""
+    """Draw a kind and a grumpy answer with the same fact; the kind one is longer by ``longer`` tokens."""
     fact = _pick(rng, told)
     openers, closers = ({name: phrases(*table[name], part) for name in table} for table in (OPENERS, CLOSERS))
     while True:
@@ -70,7 +70,7 @@ def _answers(rng: random.Random, told: Sequence[str], part: str, longer: int) ->
 
 
 def _pairs(rng: random.Random, part: str, count: int) -> str:
-    """JSON lines of prompt, chosen, rejected; no prompt comes a second time before all have come once."""
+    """Return JSON lines of prompt, chosen, rejected. No prompt is repeated before every prompt was used."""
     questions = _questions(part)
     rows: list[str] = []
     while len(rows) < count:
@@ -81,7 +81,7 @@ def _pairs(rng: random.Random, part: str, count: int) -> str:
 
 
 def _text(rng: random.Random, count: int) -> str:
-    """Documents with an empty line between them: answered questions, and each topic's facts told in a row."""
+    """Return documents separated by empty lines: answered questions, and for each topic the list of its facts."""
     documents: list[str] = []
     questions = _questions("all")
     while len(documents) < count:
@@ -98,7 +98,7 @@ def _text(rng: random.Random, count: int) -> str:
 
 
 def build() -> dict[str, str]:
-    """The data files: name -> content, the same on every machine."""
+    """Return the data files as name -> content, identical on every machine."""
     return {
         "text.txt": _text(random.Random(1), TEXT_ANSWERS),
         "pairs_train.jsonl": _pairs(random.Random(2), "train", TRAIN_PAIRS),
@@ -107,7 +107,7 @@ def build() -> dict[str, str]:
 
 
 def main() -> None:
-    """Write the files into the package's data folder."""
+    """Write the data files into the package's data folder."""
     DATA.mkdir(exist_ok=True)
     for name, content in build().items():
         (DATA / name).write_text(content, encoding="utf-8", newline="\n")

@@ -1,4 +1,4 @@
-"""`dpofast demo`: a small model learns a text from scratch, then by DPO which of its two manners is preferred."""
+"""`dpofast demo`: trains a small language model from scratch, then by DPO to prefer kind over grumpy answers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _TRAIN, _TEST = "pairs_train.jsonl", "pairs_test.jsonl"
 
 @dataclass(frozen=True)
 class Size:
-    """How much of everything: optimizer steps of both stages, and held-out questions to answer."""
+    """Size of a run: optimizer steps of both stages, held-out questions to answer, and how many of them to print."""
 
     text_steps: int = 600
     dpo_steps: int = 45
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo and return 0.
 
     Raises:
-        ValueError: the output directory holds something already, and --overwrite was not given.
+        ValueError: the output directory is not empty and --overwrite was not given.
     """
     args = _arguments(argv)
     out: Path = args.output_dir
@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _headline(console, "\n[bold]3. Held out:[/] topics, and turns of phrase, that no training pair has.")
     console.print(_answer_table(before, after, size.shown))
     console.print(_score_table(before, after, likelier, evaluations))
-    # print, because rich would break long paths into lines and read brackets in them as markup.
+    # print, because rich would wrap long paths and interpret brackets in them as markup.
     print(f"Done in {time.perf_counter() - start:.0f} s. Written:")
     for name, what in (
         ("model", "the trained model (AutoModelForCausalLM, AutoTokenizer)"),
@@ -114,9 +114,9 @@ def _headline(console: Console, text: str) -> None:
 
 
 def _set_up_process() -> None:
-    """One thread, and the terminal left to one progress bar."""
-    # Matrices so small gain 1.6 times from a second idle core, and lose far more where threads wait for each other on
-    # busy ones. One thread also rounds the same whatever the number of cores.
+    """Use one thread, and silence the progress bars and warnings of datasets and transformers."""
+    # For such small matrices a second idle core gives a speedup of 1.6, but on busy cores waiting for the other thread
+    # costs far more. With one thread, rounding does not depend on the number of cores either.
     torch.set_num_threads(1)
     datasets.disable_progress_bars()
     transformers_logging.disable_progress_bar()
@@ -126,7 +126,7 @@ def _set_up_process() -> None:
 def _prefer(
     model: Any, tokenizer: Any, train_data: Any, test_data: Any, out: Path, steps: int, seed: int
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Train by DPO in place. Returns the first and the last held-out evaluation."""
+    """Train the model in place by DPO. Returns the metrics of the first and the last held-out evaluation."""
     args = DPOConfig(
         output_dir=str(out / "model"),
         beta=0.5,

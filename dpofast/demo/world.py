@@ -1,7 +1,7 @@
-"""The demo's small world: topics with facts, questions about them, and two manners of answering.
+"""Content of the demo's data: topics with facts, questions about them, and kind and grumpy phrases for answers.
 
-Every answer reads ``opener + fact + closer``. The fact is the same in both manners, so a preference between two
-answers to one question is about the manner alone. All of it was written for this repository.
+Every answer has the form ``opener + fact + closer``. Both answers to a question contain the same fact, so they differ
+only in manner (kind or grumpy). All of it was written for this repository.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 PROMPT = "Question: {question}\nAnswer:"
 
-# One line a topic: its name, then one value for each of its category's attributes.
+# One topic per line: its name, then one value for each of its category's attributes.
 ANIMALS = """
 hedgehog | beetles and worms | under the old hedge | rolls into a ball
 fox | mice and berries | at the edge of the forest | hunts after sunset
@@ -87,9 +87,9 @@ heat | cold lemonade | from the desert | in high summer
 
 @dataclass(frozen=True)
 class Attribute:
-    """One thing to know about a topic: ways to ask for it and the sentence that tells it.
+    """One kind of fact about a topic: questions that ask for it and the sentence that states it.
 
-    ``{x}`` stands for the topic, ``{s}`` for the topic or "it", ``{v}`` for the value.
+    ``{x}`` is replaced by the topic, ``{s}`` by the topic or "it", ``{v}`` by the value.
     """
 
     questions: tuple[str, ...]
@@ -98,7 +98,7 @@ class Attribute:
 
 @dataclass(frozen=True)
 class Category:
-    """A kind of topic: its topics (name -> one value an attribute) and its attributes."""
+    """A kind of topic: its topics (name -> one value per attribute) and its attributes."""
 
     topics: dict[str, tuple[str, ...]]
     attributes: tuple[Attribute, ...]
@@ -147,7 +147,8 @@ CATEGORIES: tuple[Category, ...] = (
     ),
 )
 
-# Every head fits every tail. A quarter of the combinations never appears in a training pair (make_data.py).
+# Each head can be combined with each tail. A quarter of the combinations is left out of the training pairs
+# (make_data.py).
 OPENERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "kind": (
         ("I am glad", "I am so happy", "How nice", "What a joy"),
@@ -171,9 +172,9 @@ CLOSERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 
 def phrases(heads: tuple[str, ...], tails: tuple[str, ...], part: str = "all") -> list[str]:
-    """The sentences of a part: the ``"test"`` part has the quarter that ``"train"`` leaves out, ``"all"`` has both.
+    """Return the sentences of a part: ``"test"`` is the quarter that ``"train"`` leaves out, ``"all"`` is both.
 
-    Each head and each tail is in both parts, their combinations are not.
+    Each head and each tail occurs in both parts, but no combination does.
     """
     return [
         f"{head} {tail}{'!' if row % 2 else '.'}"
@@ -184,7 +185,7 @@ def phrases(heads: tuple[str, ...], tails: tuple[str, ...], part: str = "all") -
 
 
 def facts() -> dict[str, str]:
-    """Every prompt of the world and the value that answers it."""
+    """Return every prompt with the value that answers it."""
     return {
         PROMPT.format(question=question.format(x=topic)): value
         for category in CATEGORIES
@@ -195,7 +196,7 @@ def facts() -> dict[str, str]:
 
 
 def manner(answer: str) -> str:
-    """``"kind"`` or ``"grumpy"`` when the answer both opens and closes that way, else ``"mixed"``."""
+    """Return ``"kind"`` or ``"grumpy"`` if opener and closer of the answer are both of that kind, else ``"mixed"``."""
     answer = answer.strip()
     for name in OPENERS:
         if answer.startswith(tuple(phrases(*OPENERS[name]))) and answer.endswith(tuple(phrases(*CLOSERS[name]))):

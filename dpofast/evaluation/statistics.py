@@ -1,12 +1,13 @@
-"""Accuracy and margins of an implicit reward with 95 % intervals, and whether it merely prefers the longer response.
+"""Accuracy and margins of an implicit reward with 95 % intervals, and statistics of its dependence on response length.
 
-The implicit reward (arXiv 2305.18290, section 4) of a response is beta · (policy − reference log-prob). A pair counts
-as right when the chosen response has the larger one; a tie is not right.
+The implicit reward (arXiv 2305.18290, section 4) of a response is beta · (policy − reference log-prob). A pair is
+classified correctly if the chosen response has the larger reward; a tie is not correct.
 
-Preferences correlate with length (arXiv 2310.03716), so accuracy may be length alone. The length-balanced accuracy is
-the mean of two accuracies: over the pairs whose chosen response is the longer one, and over those where it is the
-shorter one. It is the balanced accuracy (Brodersen et al. 2010, doi 10.1109/ICPR.2010.764) of telling the two kinds
-apart. Whatever the shares of the two kinds, a reward that always prefers the longer response gets exactly one half.
+Preferences correlate with length (arXiv 2310.03716), so a reward may be accurate only because it prefers longer
+responses. The length-balanced accuracy is the mean of two accuracies: over the pairs whose chosen response is longer,
+and over those whose chosen response is shorter. It is the balanced accuracy (Brodersen et al. 2010,
+doi 10.1109/ICPR.2010.764) with these two kinds of pairs as classes: a reward that always prefers the longer response
+gets exactly one half, in any mixture of the two kinds.
 """
 
 from __future__ import annotations
@@ -31,7 +32,10 @@ LENGTH_METRICS = (
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value over `count` pairs and its 95 % interval; all NaN without pairs, a mean's interval NaN of one pair."""
+    """A statistic over `count` pairs with its 95 % interval [low, high].
+
+    All are NaN without pairs; with one pair the interval of a mean is NaN.
+    """
 
     value: float
     low: float
@@ -40,21 +44,21 @@ class Estimate:
 
 
 def share(right: np.ndarray) -> Estimate:
-    """The share of True among (P,) booleans with its Wilson interval (Wilson 1927)."""
+    """Return the share of True among (P,) booleans with its Wilson interval (Wilson 1927)."""
     count = len(right)
     if count == 0:
         return Estimate(math.nan, math.nan, math.nan, 0)
     p, spread = float(right.mean()), _Z95**2 / count
     center = (p + spread / 2) / (1 + spread)
     half = _Z95 / (1 + spread) * math.sqrt(p * (1 - p) / count + spread / (4 * count))
-    # At 0 and 1 the bound is p itself, but for rounding.
+    # At p = 0 and p = 1 one bound equals p up to rounding.
     return Estimate(p, min(p, max(0.0, center - half)), max(p, min(1.0, center + half)), count)
 
 
 def mean(values: np.ndarray, *, resamples: int = 1000, seed: int = 0) -> Estimate:
-    """The mean of (P,) numbers with its percentile bootstrap interval (Efron 1979); the same numbers give the same."""
+    """Return the mean of (P,) numbers with its percentile bootstrap interval (Efron 1979), deterministic given seed."""
     count = len(values)
-    if count < 2:  # one value has no spread to tell an interval from
+    if count < 2:  # a bootstrap of one value has no spread
         return Estimate(float(values[0]) if count else math.nan, math.nan, math.nan, count)
     draw = np.random.default_rng(seed)
     means = [values[draw.integers(count, size=count)].mean() for _ in range(resamples)]
@@ -64,12 +68,15 @@ def mean(values: np.ndarray, *, resamples: int = 1000, seed: int = 0) -> Estimat
 
 @dataclass(frozen=True)
 class LengthStatistics:
-    """What a reward has to do with length, over a PairTable; a share without any pair to take it over is NaN.
+    """How a reward depends on response length, over the pairs of a PairTable. NaN where no pair qualifies.
 
-    accuracy_chosen_longer, accuracy_chosen_shorter: over the pairs whose chosen response has more, or fewer tokens;
-    chosen_longer: the share of those with more among both; longer_preferred: the share of pairs of unequal lengths
-    whose longer response has the larger reward, tied rewards left out; margin_correlation: Pearson's, of the margin
-    with chosen minus rejected tokens; preferred_length: mean tokens of the response with the larger reward.
+    Attributes:
+        accuracy_chosen_longer: accuracy over the pairs whose chosen response has more tokens.
+        accuracy_chosen_shorter: accuracy over the pairs whose chosen response has fewer tokens.
+        chosen_longer: share of pairs whose chosen response is longer, among pairs of unequal lengths.
+        longer_preferred: share of pairs of unequal lengths whose longer response has the larger reward, without ties.
+        margin_correlation: Pearson correlation of the margin with chosen minus rejected tokens.
+        preferred_length: mean tokens of the response with the larger reward.
     """
 
     accuracy_chosen_longer: Estimate
@@ -81,19 +88,22 @@ class LengthStatistics:
 
     @property
     def accuracy_balanced(self) -> float:
-        """The mean of the two accuracies."""
+        """The length-balanced accuracy: the mean of the two accuracies."""
         return (self.accuracy_chosen_longer.value + self.accuracy_chosen_shorter.value) / 2
 
     @property
     def accuracy_balanced_interval(self) -> tuple[float, float]:
-        """Its 95 % interval: the two accuracies' Wilson half-widths, which are of different pairs, in quadrature."""
+        """95 % interval of accuracy_balanced: half the root of the summed squares of the two Wilson half-widths.
+
+        The two accuracies are over disjoint sets of pairs, so their errors are independent.
+        """
         both = (self.accuracy_chosen_longer, self.accuracy_chosen_shorter)
         below = math.hypot(*(part.value - part.low for part in both)) / 2
         above = math.hypot(*(part.high - part.value for part in both)) / 2
         return self.accuracy_balanced - below, self.accuracy_balanced + above
 
     def metrics(self) -> dict[str, float]:
-        """LENGTH_METRICS to log, without those that have no pair to be taken over."""
+        """Return LENGTH_METRICS by name for logging, without NaN values."""
         values = (
             self.accuracy_chosen_longer.value,
             self.accuracy_chosen_shorter.value,
@@ -107,7 +117,7 @@ class LengthStatistics:
 
 
 def length_statistics(pairs: PairTable) -> LengthStatistics:
-    """LengthStatistics over the pairs whose margin is finite."""
+    """Compute LengthStatistics over the pairs whose margin is finite."""
     finite = np.isfinite(pairs.margins)
     margins, lengths = pairs.margins[finite], pairs.lengths[finite]
     longer = lengths[:, 0] - lengths[:, 1]

@@ -40,7 +40,7 @@ def linear_logprobs(
 
     The (N, V) logits are never built: they pass through a buffer of max_logits_bytes, in float32 also for a 16-bit
     model. A hidden state that is not finite makes its log-prob NaN, and with it its row of the hidden states' gradient
-    and the whole of the head's; the log-probs of other rows are what they were. An ignored row may hold anything.
+    and the whole of the head's; the log-probs of other rows are what they were. Ignored rows may contain any values.
 
     Args:
         hidden: (N, D), float32, bfloat16, float16 or float64.

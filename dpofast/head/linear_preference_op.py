@@ -1,9 +1,9 @@
 """Autograd of linear_preference_loss: an autograd.Function, and one torch.library operator for torch.compile.
 
-Both compute loss and gradients in forward (pair_blocks.py); backward multiplies by the upstream scalar. There are two
-because each does what the other cannot: the Function scales its gradients in place and gives them away without a
-(V, D) copy, and computes them anew where a graph is kept for a second backward; an operator's results must not be
-overwritten, so its backward copies, but torch.compile sees no graph break in it.
+Both compute loss and gradients in forward (pair_blocks.py); backward multiplies by the upstream scalar. The Function
+scales the gradients in place and returns them without a (V, D) copy, and recomputes them for a second backward over a
+retained graph. The results of an operator must not be overwritten, so its backward copies the gradients, but
+torch.compile traces it without a graph break.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class LinearPreference(torch.autograd.Function):
     @staticmethod
     @first_order_only
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Any, ...]:  # type: ignore[override]
-        """Scale the gradients in place and give them away, without a (V, D) copy; a second backward computes anew."""
+        """Scale the gradients in place and return them without a (V, D) copy; a second backward recomputes them."""
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             hidden, weight, bias = ctx.saved_tensors

@@ -1,4 +1,4 @@
-"""How logits are transformed and which statistics are asked for (LogitOptions), and what a call returns."""
+"""LogitOptions: logit transform and requested statistics of an LM-head call; LogprobOutput: its result."""
 
 from __future__ import annotations
 
@@ -14,7 +14,14 @@ STATS = ("entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
 
 @dataclass(frozen=True)
 class LogitOptions:
-    """How raw logits become z, and which targets do not count. Validated when built."""
+    """Options that map raw logits x to z, the target to ignore and the requested statistics.
+
+    z = softcap · tanh(logit_scale · x / softcap) / temperature, without softcap z = logit_scale · x / temperature.
+    stats holds names from STATS. Validated at construction.
+
+    Raises:
+        ValueError: an option is out of range, or stats holds an unknown name.
+    """
 
     temperature: float = 1.0
     logit_scale: float = 1.0
@@ -23,7 +30,7 @@ class LogitOptions:
     stats: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        """Raise ValueError for an option that cannot mean anything."""
+        """Raise ValueError for an option out of range."""
         if not 0 < self.temperature < float("inf"):
             raise ValueError(f"temperature: expected a positive finite number, got {self.temperature}")
         if not abs(self.logit_scale) < float("inf"):
@@ -37,23 +44,27 @@ class LogitOptions:
             raise ValueError(f"stats: expected names among {STATS}, got {unknown}")
 
     def kernel_arguments(self) -> dict[str, Any]:
-        """What both kernels of kernels/token_logprobs.py take."""
+        """The options that both kernels of kernels/token_logprobs.py take, as keyword arguments."""
         names = ("temperature", "logit_scale", "softcap", "ignore_index")
         return {name: getattr(self, name) for name in names}
 
     @property
     def gradient_scale(self) -> float:
-        """dz/dx without softcap's factor."""
+        """dz/dx without softcap's factor 1 − tanh²: logit_scale / temperature."""
         return self.logit_scale / self.temperature
 
 
 @dataclass(frozen=True)
 class LogprobOutput:
-    """Log-probs of N targets and, where asked for, per-token statistics without gradient.
+    """Log-probs of N targets and the requested per-token statistics, which carry no gradient.
 
-    logps (N,) float32, nats, differentiable, 0 where the target was ignored. entropy (nats), mean_logits, is_top1
-    (bool) and log_sum_sq_probs (log Σ p², nats) are (N,), or None where `stats` did not name them. aux_loss is a
-    model's own auxiliary loss (mixture-of-experts balancing), or None.
+    Attributes:
+        logps: (N,) float32, nats, differentiable; 0 where the target was ignored.
+        entropy: (N,) of softmax(z), nats; None unless requested, like the following three.
+        mean_logits: (N,) mean of z over the vocabulary.
+        is_top1: (N,) bool, whether the target is the argmax.
+        log_sum_sq_probs: (N,) log Σ p², nats.
+        aux_loss: the model's auxiliary loss (mixture-of-experts load balancing), or None.
     """
 
     logps: Tensor

@@ -1,4 +1,4 @@
-"""Checks of the arguments of the LM-head functions: shapes, dtypes, devices and target values."""
+"""Argument checks of the LM-head functions (shapes, dtypes, devices, target values), and the cast under autocast."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from torch import Tensor
 
 
 def check_target_values(targets: Tensor, vocab: int, ignore_index: int) -> None:
-    """ValueError for a target outside [0, vocab) that is not ignore_index: on the CPU, where looking costs no sync."""
+    """Raise ValueError if a target on the CPU is neither in [0, vocab) nor ignore_index.
+
+    Targets on a GPU are not checked, since reading their values would sync the device.
+    """
     if targets.is_cpu and targets.numel():
         wrong = ((targets < 0) | (targets >= vocab)) & (targets != ignore_index)
         if wrong.any():
@@ -19,7 +22,7 @@ def check_target_values(targets: Tensor, vocab: int, ignore_index: int) -> None:
 
 
 def check_tensors(**tensors: object) -> None:
-    """TypeError for an argument, named, that is neither a tensor nor None."""
+    """Raise TypeError, with the argument's name, for a value that is neither a tensor nor None."""
     for name, value in tensors.items():
         if value is not None and not isinstance(value, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
@@ -28,9 +31,18 @@ def check_tensors(**tensors: object) -> None:
 def check_head(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *, may_be_empty: bool = False
 ) -> None:
-    """TypeError for a head that is no plain dense tensor, ValueError for shapes, dtypes or devices that do not fit.
+    """Check hidden (N, D), weight (V, D), bias (V,) or None, and targets (N,) against each other.
 
-    may_be_empty: the weight may be without rows, as a shard is that got none.
+    Args:
+        hidden: floating point, of 16, 32 or 64 bits.
+        weight: of hidden's dtype and device.
+        bias: of hidden's dtype and device, or None.
+        targets: int64 on hidden's device.
+        may_be_empty: allow V = 0: with the vocabulary sharded over ranks, a rank may have no rows.
+
+    Raises:
+        TypeError: weight or bias is not a plain dense tensor (it is quantized, sharded or sparse).
+        ValueError: shapes, dtypes or devices do not match.
     """
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and (type(tensor.data) is not Tensor or tensor.layout != torch.strided):
@@ -59,7 +71,7 @@ def check_head(
 
 
 def check_targets(targets: Tensor, device: torch.device) -> None:
-    """ValueError unless targets are int64 on the device; their values are looked at by check_target_values."""
+    """Raise ValueError unless targets are int64 on `device`. check_target_values checks their values."""
     if targets.dtype != torch.int64:
         raise ValueError(f"targets: expected int64, got {targets.dtype}")
     if targets.device != device:
@@ -67,7 +79,10 @@ def check_targets(targets: Tensor, device: torch.device) -> None:
 
 
 def autocast_inputs(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The head's float inputs in autocast's dtype where it is on: cast here, once, and never inside."""
+    """Return hidden, weight and bias in autocast's dtype if autocast is enabled, else unchanged.
+
+    The functions that run inside a call cast nothing themselves.
+    """
     if not torch.is_autocast_enabled(hidden.device.type):
         return hidden, weight, bias
     compute = torch.get_autocast_dtype(hidden.device.type)
@@ -75,6 +90,6 @@ def autocast_inputs(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tupl
 
 
 def check_floating(name: str, tensor: Tensor) -> None:
-    """ValueError unless the tensor's dtype is one that the engine computes with."""
+    """Raise ValueError unless the tensor is float16, bfloat16, float32 or float64."""
     if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise ValueError(f"{name}: expected a floating-point tensor of 16, 32 or 64 bits, got {tensor.dtype}")

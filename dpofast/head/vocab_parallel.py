@@ -209,7 +209,7 @@ def _agree(
         [problem is not None, rows, max_logits_bytes, *digests, 0], dtype=torch.int64, device=hidden.device
     )
     if problem is None:
-        numbers[-1] = _checksum(targets)
+        numbers[-1] = _fingerprint(targets)
     gathered = numbers.new_empty(group.size(), len(numbers))
     dist.all_gather(list(gathered.unbind()), numbers, group)
     refused, sizes, budgets, *settings = gathered.t().tolist()
@@ -231,7 +231,7 @@ def _agree(
     return VocabShard(group, group.rank(), tuple(sizes), min(budgets))
 
 
-def _checksum(targets: Tensor) -> Tensor:
+def _fingerprint(targets: Tensor) -> Tensor:
     """An int64 scalar that differs where targets (N,), or their order, differ; computed without a sync."""
     mixed = targets * 0x9E3779B1 + torch.arange(len(targets), device=targets.device) * 0x85EBCA6B
     return ((mixed ^ (mixed >> 15)) * 0x27D4EB2F165667C5).sum()

@@ -33,7 +33,8 @@ class PreferenceLoss(LossOptions):
         kind: one of dpofast.losses.kinds.KINDS (formulas there), default "sigmoid" (DPO), or several: their weighted
             sum.
         weights: one for each kind, default 1.
-        beta: strength of the pull towards the reference, > 0; for "orpo" the weight of the odds ratio, as in TRL.
+        beta: strength of the implicit KL penalty towards the reference, > 0; for "orpo" the weight of the odds ratio,
+            as in TRL.
         label_smoothing: the probability ε that a preference is flipped: [0, 0.5] for "sigmoid" (conservative DPO),
             "sigmoid_norm", "aot" and "aot_unpaired", [0, 0.5) for "robust", (0, 1) for "exo_pair".
         f_divergence_type: "reverse_kl", "forward_kl", "js_divergence" or "alpha_divergence" (divergences.py).
@@ -114,7 +115,7 @@ class PreferenceLoss(LossOptions):
             self._refuse("label_smoothing", [kind for kind in KINDS if KINDS[kind].smoothing])
 
     def _check_combinations(self) -> None:
-        """Every option either does something with the kinds or is refused."""
+        """Raise ValueError for an option that has no effect with these kinds."""
         kinds = [KINDS[kind] for kind in self.kinds]
         defaults = {f.name: f.default for f in dataclasses.fields(self)}
         for name in _OWN_OPTIONS:
@@ -178,7 +179,7 @@ class PreferenceLoss(LossOptions):
 
     @staticmethod
     def decode(encoded: str) -> PreferenceLoss:
-        """The loss that `encoded` says."""
+        """Return the PreferenceLoss that `encoded` was made from."""
         return PreferenceLoss(**json.loads(encoded))
 
 

@@ -1,4 +1,4 @@
-"""Checks of what a preference loss is given: pairs, reference log-probs and token log-probs."""
+"""Argument checks of the preference losses: pairs, reference log-probs and token log-probs."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ from dpofast.losses.sequences import segment_sums
 from dpofast.model.attention.interface import restore_attention, use_packed_attention
 from dpofast.model.forward import backbone_of, packed_hidden, padded_hidden
 from dpofast.model.lm_head import logit_options, logprob_head, restore_head
-from dpofast.model.support import check_head, check_packed, check_parity
+from dpofast.model.support import check_lm_head, check_packed, check_parity
 from dpofast.packing.batch import PackedBatch
 
 # FSDP2 looks for the tensors of a module's output in pytrees, and hooks on them gather the weights for the backward.
@@ -77,7 +77,7 @@ def attach_logprob_head(model: Any, *, padded: bool = False) -> Any:
                 f"padded: expected {base._padded_rows}, as the head is attached already, got {padded}: detach it first"
             )
         return model
-    check_head(base)
+    check_lm_head(base)
     if not padded:
         check_packed(base)
     plain_class: Any = type(base)

@@ -94,7 +94,7 @@ def backbone_of(model: Any) -> Any:
     """
     backbone = model.base_model if model.base_model is not model else getattr(model, "model", None)
     if backbone is None:
-        raise ValueError(f"{type(model).__name__}: expected a model whose trunk is its base_model, and it has none")
+        raise ValueError(f"{type(model).__name__}: expected a model whose backbone is its base_model, and it has none")
     return backbone
 
 

@@ -67,7 +67,7 @@ class FusedLoraLinear(Linear):
 
 
 def _hooked(module: nn.Module) -> bool:
-    """Whether its calls must not be bypassed: ZeRO-3 and offloading load weights in hooks or in a forward set on it."""
+    """Whether hooks or a forward set on the module must run: ZeRO-3 and offloading load weights in them."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return any(hooks) or "forward" in vars(module)
 

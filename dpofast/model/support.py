@@ -1,8 +1,8 @@
-"""Which models can run packed or padded with the log-prob head; what would compute wrong numbers is refused by name.
+"""Checks whether a model can run packed or padded with the log-prob head, and refuses one that would be computed wrong.
 
-Many models run under a packed layout without an exception and come out wrong: their attention never reads the layout
-(Bloom, MPT, GPT-J), or some layers' does not (hybrids), or a state runs along the row (Mamba). Rules on a model's class
-and config refuse the known ones; a parity check of log-probs on a few random ids refuses the others.
+Many models run under a packed layout without an exception but give wrong log-probs: their attention ignores the layout
+(Bloom, MPT, GPT-J), or that of some layers does (hybrids), or a recurrent state crosses segments (Mamba). Rules on the
+model's class and config refuse the known ones; a parity check of log-probs on a few random ids refuses the others.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _PARITY_PROMPT, _PARITY_RESPONSES = 5, (4, 6)
 PARITY_TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-3, torch.float16: 5e-2, torch.bfloat16: 3e-1}
 
 
-def check_head(model: Any) -> None:
+def check_lm_head(model: Any) -> None:
     """Refuse a model whose logits are not one plain linear map of its backbone's output.
 
     Raises:
@@ -76,7 +76,7 @@ def cannot_pack(model: Any, reason: object) -> ValueError:
 def check_parity(model: Any, padded: bool) -> None:
     """Compare model(packed=...) with log-probs from the model's own padded logits, on a few random ids.
 
-    It finds what no rule names: an attention that ignores the layout, an unknown scaling of the logits.
+    It detects what the rules above do not cover: an attention that ignores the layout, or unknown scaling of logits.
 
     Raises:
         ValueError: log-probs that are not finite or that differ by more than PARITY_TOLERANCE.
@@ -109,6 +109,6 @@ def check_parity(model: Any, padded: bool) -> None:
     if not padded:
         raise cannot_pack(model, f"packed and padded log-probs of the same tokens {apart}")
     raise ValueError(
-        f"{type(model).__name__}: log-probs from its trunk and its head {apart}, from those of its own logits: its "
+        f"{type(model).__name__}: log-probs from its backbone and its head {apart}, from those of its own logits: its "
         "forward does more to the logits than dpofast knows of"
     )

@@ -1,4 +1,4 @@
-"""PackedBatch: one packed micro-batch, with every prompt once, every distinct response once and no padding.
+"""PackedBatch: one packed micro-batch that holds every prompt once, every distinct response once and no padding.
 
 A group is one prompt and its distinct responses (branches); a pair names two branches. Prompt [10 11 12], chosen
 [20 21] and rejected [30 31 32] become one row of T = P + (C - 1) + (R - 1) = 6 positions:
@@ -22,7 +22,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Segments:
-    """Variable-length causal (bottom-right) attention over the rows of a packed batch; G segments.
+    """Bounds of variable-length causal (bottom-right aligned) attention over a packed batch, in G segments.
 
     Segment g's queries are rows [cu_seqlens_q[g], cu_seqlens_q[g + 1]); its keys are the prompt rows
     [prefixes[g, 0], prefixes[g, 1]) followed by its own rows. A prompt and its first branch are one segment, whose
@@ -30,7 +30,7 @@ class Segments:
 
     Attributes:
         cu_seqlens_q: (G + 1,) int32 on the CPU.
-        prefixes: (G, 2) int32 on the CPU.
+        prefixes: (G, 2) int32 on the CPU, first and last + 1 prompt row that the segment also attends to.
     """
 
     cu_seqlens_q: Tensor
@@ -45,7 +45,7 @@ class Segments:
         """Cumulative key counts, (G + 1,) int32 on the CPU.
 
         Raises:
-            ValueError: if the keys of all segments together pass int32.
+            ValueError: the total number of keys exceeds int32.
         """
         counts = self.cu_seqlens_q.diff().long() + self.prefixes[:, 1] - self.prefixes[:, 0]
         total = int(counts.sum())
@@ -54,8 +54,8 @@ class Segments:
         return torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
 
     def key_rows(self) -> Tensor:
-        """The packed row of every key, segment after segment: (K,) int64 on the CPU, K = cu_seqlens_k()[-1]."""
-        # Each segment is two runs of consecutive rows: its prefix and its own.
+        """Packed row index of every key, ordered by segment: (K,) int64 on the CPU, K = cu_seqlens_k()[-1]."""
+        # A segment's keys are two ranges of consecutive rows: its prefix and its own rows.
         starts = torch.stack((self.prefixes[:, 0], self.cu_seqlens_q[:-1]), dim=1).flatten().long()
         stops = torch.stack((self.prefixes[:, 1], self.cu_seqlens_q[1:]), dim=1).flatten().long()
         counts = stops - starts
@@ -67,19 +67,19 @@ class Segments:
 class PackedBatch:
     """One micro-batch of T positions, N targets, S sequences (branches) and P pairs, as a single row.
 
-    Sequences run group by group, in order of first appearance; pairs ascend by example.
+    Sequences are ordered by group, groups and sequences by first appearance; pairs are ordered by example.
 
     Attributes:
         input_ids: (T,) int64.
         position_ids: (T,) int64, restarting after the prompt for every branch.
         logit_rows: (N,) int64, the row of the backbone's output that predicts targets[i].
         targets: (N,) int64.
-        segments: what each row may attend to; stays on the CPU.
-        cu_targets: (S + 1,) int32 on the CPU; sequence s owns targets[cu_targets[s]:cu_targets[s + 1]].
+        segments: the rows that each row may attend to; stays on the CPU.
+        cu_targets: (S + 1,) int32 on the CPU; the targets of sequence s are targets[cu_targets[s]:cu_targets[s + 1]].
         pairs: (P, 2) int32 on the CPU; chosen and rejected sequence.
-        pair_examples: (P,) int64 on the CPU; index of the example, as handed to `pack`, that each pair came from.
+        pair_examples: (P,) int64 on the CPU; index of each pair's example in the input of `pack`.
         ref_logps: (S,) float32 summed reference log-probs in nats, or None.
-        padded_tokens: what a padded trainer would compute: 2 * P * the longest prompt + response.
+        padded_tokens: positions that a trainer with padding would compute: 2 * P * the longest prompt + response.
     """
 
     input_ids: Tensor
@@ -114,16 +114,19 @@ class PackedBatch:
         return len(self.pairs)
 
     def to(self, device: torch.device | str | int, non_blocking: bool = True) -> PackedBatch:
-        """A copy with the (T,), (N,) and (S,) tensors on `device`; the bounds and pairs stay on the CPU."""
-        # A copy to the CPU that does not block could be read before it has arrived.
+        """Return a copy with input_ids, position_ids, logit_rows, targets and ref_logps on `device`.
+
+        The other tensors (segments, cu_targets, pairs, pair_examples) stay on the CPU.
+        """
+        # A non-blocking copy to the CPU could be read before it is complete.
         non_blocking = non_blocking and torch.device(device).type != "cpu"
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> PackedBatch:
-        """A copy with the tensors that `to` moves in page-locked memory.
+        """Return a copy with the tensors that `to` moves in page-locked memory.
 
         Raises:
-            ValueError: if CUDA is not available.
+            ValueError: CUDA is not available.
         """
         if not torch.cuda.is_available():
             raise ValueError("pin_memory needs CUDA, which is not available here; leave it out")
@@ -140,7 +143,7 @@ class PackedBatch:
         )
 
     def padded(self, pad_id: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-        """The same sequences, one padded row each: prompt, response, padding on the right.
+        """Unpack the batch into one padded row per sequence: prompt, response, padding on the right.
 
         Returns:
             input_ids, attention_mask and completion_mask, each (S, L) int64 on the batch's device, with L the longest
@@ -162,12 +165,13 @@ class PackedBatch:
         return input_ids, attended.long(), (attended & ~in_prompt).long()
 
     def _prompt_lengths(self) -> Tensor:
-        """(S,) int64 on the batch's device: a sequence's first target is predicted by its last prompt row."""
+        """Prompt length of every sequence, (S,) int64 on the batch's device."""
+        # A sequence's first target is predicted by its last prompt row.
         first = self.cu_targets[:-1].long().to(self.targets.device)
         return self.position_ids[self.logit_rows[first]] + 1
 
     def describe(self) -> str:
-        """One line: sizes, what sharing saves, and what a padded trainer would compute."""
+        """Return one line with the sizes, the share of tokens saved by sharing, and the tokens of a padded batch."""
         lengths = self._prompt_lengths().cpu() + self.cu_targets.diff() - 1
         unshared = int(lengths[self.pairs.long()].sum())
         return (
@@ -177,7 +181,7 @@ class PackedBatch:
         )
 
     def layout(self) -> str:
-        """A text picture of the whole batch, for small ones: rows split by segment, targets by sequence."""
+        """Return the whole batch as text, for small batches: rows split by segment, targets by sequence."""
         rows, sequences = self.segments.cu_seqlens_q.tolist(), self.cu_targets.tolist()
         numbers = {
             "input_ids": (self.input_ids.tolist(), rows),

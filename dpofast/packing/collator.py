@@ -1,4 +1,4 @@
-"""For a torch DataLoader: a collate_fn that packs, and a batch sampler that keeps the pairs of a prompt in one step."""
+"""For a torch DataLoader: a collate_fn that packs, and a batch sampler that puts the pairs of a prompt in one step."""
 
 from __future__ import annotations
 
@@ -14,22 +14,23 @@ from dpofast.packing.pack import PackBuffers, PackedBatch, pack
 
 
 class PackingCollator:
-    """A DataLoader's collate_fn: the examples of a step -> its micro-batches.
+    """A DataLoader's collate_fn that packs the examples of a step into micro-batches.
 
-    `DataLoader(dataset, batch_size=64, collate_fn=PackingCollator(max_tokens=16384))` yields lists of PackedBatch, and
-    single ones where max_tokens and max_targets are None. Works in worker processes and with pin_memory=True.
+    `DataLoader(dataset, batch_size=64, collate_fn=PackingCollator(max_tokens=16384))` yields lists of PackedBatch. If
+    max_tokens and max_targets are both None, it yields one PackedBatch per step. Works in worker processes and with
+    pin_memory=True.
 
     Args:
-        max_tokens: the budget of a micro-batch, in packed positions; None leaves it unbounded.
-        max_targets: the same in response tokens.
+        max_tokens: most packed positions of a micro-batch; None: no limit.
+        max_targets: most response tokens of a micro-batch; None: no limit.
         share_prompts: as in `pack`.
-        vocab_size: where given, token ids must be below it.
+        vocab_size: if given, token ids must be below it.
         num_threads: as in `pack`.
-        buffers: memory to reuse; a batch then holds until the next one is collated. Not for worker processes, nor for a
-            DataLoader that looks ahead.
+        buffers: memory to reuse; a batch is then valid until the next one is collated. Not for use with worker
+            processes or a DataLoader that prefetches.
 
     Raises:
-        ValueError: a bound below 1; when called, what `pack` raises, and no examples where one batch is asked for.
+        ValueError: a limit below 1. When called: the errors of `pack`, or no examples without a limit.
     """
 
     def __init__(
@@ -42,7 +43,7 @@ class PackingCollator:
         num_threads: int = 1,
         buffers: PackBuffers | None = None,
     ) -> None:
-        """Check the bounds."""
+        """Check the limits."""
         limit("max_tokens", max_tokens)
         limit("max_targets", max_targets)
         self.max_tokens = max_tokens
@@ -53,7 +54,7 @@ class PackingCollator:
         self.buffers = buffers
 
     def __call__(self, examples: Iterable[Mapping[str, Any]]) -> list[PackedBatch] | PackedBatch:
-        """Pack the examples of one step; pair_examples count within them."""
+        """Pack the examples of one step; pair_examples are indices into `examples`."""
         batches = pack(
             examples,
             self.max_tokens,
@@ -73,21 +74,20 @@ class PackingCollator:
 def group_by_prompt(
     prompts: Sequence[Any], pairs_per_step: int, *, seed: int = 0, drop_last: bool = False
 ) -> list[np.ndarray]:
-    """Steps of pairs_per_step examples in random order, with the examples of one prompt in the same step.
+    """Group examples into steps of pairs_per_step in random order, with the examples of one prompt in the same step.
 
-    Together they share the prompt's positions, and equal responses theirs; apart they would not. Prompts are shuffled;
-    each step takes the first ones in that order that it has room for. Only a prompt with more examples than a step
-    holds is spread over several. Deterministic by seed.
+    In one step they share the positions of the prompt and of equal responses. Prompts are shuffled; each step takes the
+    first ones in that order that fit. A prompt is spread over several steps only if it has more examples than a step
+    holds. Deterministic given the seed.
 
     Args:
         prompts: the prompt of every example: token ids (a 1-D array or list), or any hashable value (text, a number).
         pairs_per_step: examples in a step, 1 or more.
-        seed: of the shuffling; change it every epoch.
-        drop_last: leave out steps that are not full. They stand last, and there is at most one where every prompt has
-            one example.
+        seed: seed of the shuffle; change it every epoch.
+        drop_last: drop steps that are not full. These come last; if every prompt has one example, there is at most one.
 
     Returns:
-        The example indices of every step, int64, ascending inside each.
+        The example indices of every step, int64, in ascending order.
 
     Raises:
         ValueError: pairs_per_step below 1.
@@ -98,7 +98,7 @@ def group_by_prompt(
         members.setdefault(_key(prompt), []).append(index)
     generator = np.random.default_rng(seed)
     groups = list(members.values())
-    # By size, each in shuffled order with its place in it.
+    # Groups that are not yet in a step, by size; each with its position in the shuffled order.
     waiting: dict[int, deque[tuple[int, list[int]]]] = {}
     place = 0
     for g in generator.permutation(len(groups)):
@@ -130,13 +130,13 @@ def _key(prompt: Any) -> Any:
 
 
 class PromptGroupSampler(Sampler[list[int]]):
-    """group_by_prompt as a DataLoader's batch_sampler; another order every epoch.
+    """A DataLoader's batch_sampler over the steps of group_by_prompt.
 
     Args:
         prompts: as in `group_by_prompt`.
         pairs_per_step: examples in a step.
-        seed: the same on every rank and at every restart.
-        drop_last: leave out steps that are not full.
+        seed: must be the same on every rank and after a restart.
+        drop_last: drop steps that are not full.
 
     Raises:
         ValueError: pairs_per_step below 1.
@@ -151,12 +151,12 @@ class PromptGroupSampler(Sampler[list[int]]):
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
-        """The order is a function of seed and epoch alone."""
+        """Draw the steps of an epoch; they depend on the prompts, the seed and the epoch only."""
         seed = int(np.random.SeedSequence([self._seed, epoch]).generate_state(1)[0])
         self._steps = group_by_prompt(self._keys, self._pairs_per_step, seed=seed, drop_last=self._drop_last)
 
     def __iter__(self) -> Iterator[list[int]]:
-        """The example indices of every step."""
+        """Yield the example indices of every step."""
         return (step.tolist() for step in self._steps)
 
     def __len__(self) -> int:

@@ -1,7 +1,7 @@
 """read_examples: mappings, numpy columns, an Arrow table or a Dataset -> FlatExamples for the C++ packer.
 
-Token ids are read in place: int32 and int64 arrays and Arrow buffers are passed as pointers, lists are unpacked in C++.
-Only other types are converted first.
+Token ids are not copied: int32 and int64 arrays and Arrow buffers are passed as pointers, lists are unpacked in C++.
+Other types are converted first.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ _GROUP_COLUMNS = ("prompt_ids", "branches", "pairs")
 
 @dataclass(frozen=True, eq=False)
 class FlatExamples:
-    """E examples as flat arrays; a sequence is a prompt or a branch, an example's prompt before its branches.
+    """E examples as flat arrays. A sequence is a prompt or a branch (response); each prompt precedes its branches.
 
     Attributes:
         sequences: the token ids of every sequence.
-        branch_counts: (E,) int64.
-        pair_counts: (E,) int64.
-        pairs: (Q, 2) int64, chosen and rejected branch, from 0 in each example.
-        grouped: (E,) uint8, 1 where the example has branches and pairs of its own.
-        refs: a float64 for each sequence (NaN for prompts), or None.
+        branch_counts: (E,) int64, branches of each example.
+        pair_counts: (E,) int64, pairs of each example.
+        pairs: (Q, 2) int64, chosen and rejected branch, numbered from 0 in each example.
+        grouped: (E,) uint8, 1 where the example was given as prompt_ids, branches and pairs.
+        refs: float64 reference log-prob in nats of every sequence (NaN for prompts), or None.
     """
 
     sequences: _C.Sequences
@@ -43,10 +43,10 @@ class FlatExamples:
 
 
 def read_examples(examples: Any) -> FlatExamples:
-    """Reads what `dpofast.pack` takes.
+    """Convert any input of `dpofast.pack` to FlatExamples.
 
     Raises:
-        ValueError: naming the example, or the column, and what is wrong with it.
+        ValueError: an example or column is invalid; the message names it.
     """
     _refuse_containers(examples)
     if hasattr(examples, "with_format") and hasattr(examples, "__getitem__"):  # a datasets.Dataset
@@ -59,7 +59,7 @@ def read_examples(examples: Any) -> FlatExamples:
 
 
 def _refuse_containers(examples: Any) -> None:
-    """Iterating over these gives something else than rows."""
+    """Raise ValueError for containers whose iteration does not yield rows, with the conversion to use."""
     name = type(examples).__name__
     way = {
         "DataFrame": "pass pyarrow.Table.from_pandas(frame), or frame.to_dict('records')",
@@ -97,7 +97,7 @@ def _read_columns(table: Mapping[str, Any]) -> FlatExamples:
 
 
 def _chunks(column: Any, name: str) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(values, offsets) of every chunk."""
+    """Return (values, offsets) of every chunk of a list column."""
     if isinstance(column, pa.ChunkedArray):
         start, parts = 0, []
         for chunk in column.chunks:
@@ -118,7 +118,7 @@ def _chunks(column: Any, name: str) -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 def _readable(value: Any, name: str) -> np.ndarray:
-    """An aligned, contiguous int32 or int64 array: the given one where it is such."""
+    """Return the array itself if it is an aligned, contiguous int32 or int64 array, else a converted copy."""
     array = integers(value, name)
     dtype = array.dtype if array.dtype in (np.int32, np.int64) else np.dtype(np.int64)
     return np.require(array, dtype.newbyteorder("="), ["C", "A"])
@@ -137,7 +137,7 @@ def _list_array(column: pa.Array, name: str, first_row: int) -> tuple[np.ndarray
     offsets = column.offsets.to_numpy()
     values = column.values
     if values.null_count:
-        # Only those inside the rows count: a slice shares the values of the rows before and after it.
+        # Ignore nulls outside the rows: a slice shares its values buffer with the rows before and after it.
         inside = values.slice(int(offsets[0]), int(offsets[-1] - offsets[0])).is_null().to_numpy(zero_copy_only=False)
         if inside.any():
             row = int(np.searchsorted(offsets, offsets[0] + inside.argmax(), side="right")) - 1
@@ -190,12 +190,12 @@ class _Rows:
         self.pair_counts: list[int] = []
         self.pairs: list[Any] = []
         self.grouped: list[bool] = []
-        self.refs: list[float] = []  # one for each sequence (NaN for prompts), or none at all
+        self.refs: list[float] = []  # one for each sequence (NaN for prompts), or empty
 
     def add(self, index: int, example: Mapping[str, Any]) -> None:
         if not isinstance(example, Mapping):
             raise ValueError(f"examples[{index}]: expected a mapping, got {type(example).__name__}")
-        # A table that mixes both forms has the other one's columns, with None in them.
+        # In a table that mixes both forms, each row has the columns of the other form with value None.
         grouped = example.get("branches") is not None
         if grouped and any(example.get(key) is not None for key in ID_COLUMNS[1:]):
             raise ValueError(f"examples[{index}]: has both branches and chosen_ids or rejected_ids; give one form")
@@ -234,7 +234,11 @@ class _Rows:
         self.grouped.append(grouped)
 
     def converted(self, sequence: int) -> np.ndarray:
-        """Sequences that C++ does not read as they are: other integer types, tensors, strided arrays, or an error."""
+        """Convert a sequence that C++ cannot read directly (other integer types, tensors, strided arrays) to int64.
+
+        Raises:
+            ValueError: the sequence does not hold integers.
+        """
         ends = np.cumsum(np.array(self.branch_counts) + 1)
         example = int(np.searchsorted(ends, sequence, side="right"))
         place = sequence - int(ends[example]) + self.branch_counts[example] + 1

@@ -1,4 +1,4 @@
-"""plan: assigns items to micro-batches and micro-batches to ranks, by their lengths alone."""
+"""plan: assigns items to micro-batches and micro-batches to ranks, based on their lengths."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from dpofast.packing.arguments import at_least_one, integers, limit
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """n items assigned to M micro-batches of R ranks, numbered rank by rank and, within a rank, by descending load.
+    """Assignment of n items to M micro-batches on R ranks, ordered by rank and, within a rank, by descending load.
 
     Attributes:
-        items: (n,) int64, item indices, micro-batch after micro-batch, ascending inside each.
+        items: (n,) int64, item indices grouped by micro-batch, ascending within each.
         bounds: (M + 1,) int64; micro-batch m holds items[bounds[m]:bounds[m + 1]].
-        loads: (M,) int64, the summed lengths of each micro-batch.
+        loads: (M,) int64, the sum of lengths of each micro-batch.
         rank_bounds: (R + 1,) int64; rank r runs micro-batches rank_bounds[r] to rank_bounds[r + 1] - 1.
-        oversized: how many items are beyond max_tokens or max_targets; each is alone in its micro-batch.
+        oversized: number of items that exceed max_tokens or max_targets; each has a micro-batch of its own.
     """
 
     items: np.ndarray
@@ -40,7 +40,7 @@ class Plan:
         """The micro-batches of one rank.
 
         Raises:
-            ValueError: a rank outside [0, R).
+            ValueError: rank is outside [0, R).
         """
         if not 0 <= rank < len(self.rank_bounds) - 1:
             raise ValueError(f"rank: expected 0 to {len(self.rank_bounds) - 2}, got {rank}")
@@ -56,27 +56,30 @@ def plan(
     targets: Sequence[int] | np.ndarray | None = None,
     max_targets: int | None = None,
 ) -> Plan:
-    """Assigns items of given lengths to ranks, and to as few micro-batches of max_tokens as it finds.
+    """Assign items of given lengths to ranks, and on each rank to few micro-batches of at most max_tokens.
 
-    Items go to the ranks so that their sums of lengths are even. A rank's share is packed best-fit decreasing. Up to
-    8,192 items of a rank (an optimizer step) are then packed into fewer micro-batches where a lower bound allows it
-    and another way finds it (longest first with exchanges, or each micro-batch filled by the best subset), and spread
-    evenly: the largest load falls, the count stays. Deterministic; the loads depend on the lengths alone, not on their
-    order. O(n log n).
+    Items are distributed so that every rank's sum of lengths is about equal. Each rank's items are packed best-fit
+    decreasing. For up to 8,192 items per rank (an optimizer step), two further algorithms (longest first with
+    exchanges; filling each micro-batch with the best subset) try to use fewer micro-batches if a lower bound allows it,
+    and the items are then rebalanced to lower the largest load at the same count. Deterministic; the loads depend on
+    the lengths only, not on their order. O(n log n).
 
     Args:
         lengths: (n,) integers, packed tokens of each item; 1 or more.
-        max_tokens: the budget of a micro-batch; None puts everything of a rank into one.
+        max_tokens: most tokens of a micro-batch; None puts all items of a rank into one.
         num_ranks: the number of ranks, 1 or more.
-        equal_counts: give every rank as many micro-batches as the rank that needs most (FSDP's collectives want that).
-            One is empty only where a rank has fewer items than micro-batches.
-        targets: (n,) integers, response tokens of each item; 1 or more. Given with max_targets.
-        max_targets: a second budget of a micro-batch, which bounds the memory of the head.
+        equal_counts: give every rank as many micro-batches as the rank that needs most (FSDP's collectives require it).
+            A micro-batch is empty only if its rank has fewer items than micro-batches.
+        targets: (n,) integers, response tokens of each item; 1 or more. Required with max_targets.
+        max_targets: most response tokens of a micro-batch, which bounds the memory of the LM head.
+
+    Returns:
+        :class:`Plan`.
 
     Raises:
-        ValueError: if lengths or targets is not a 1-D integer array of values in [1, 2**31), if they differ in length,
-            if only one of targets and max_targets is given, if max_tokens, max_targets or num_ranks is below 1, or if a
-            micro-batch would pass int32 positions.
+        ValueError: lengths or targets is not a 1-D integer array of values in [1, 2**31), they differ in length, only
+            one of targets and max_targets is given, max_tokens, max_targets or num_ranks is below 1, or a micro-batch
+            would exceed int32 positions.
     """
     token_limit, target_limit = limit("max_tokens", max_tokens), limit("max_targets", max_targets)
     if (targets is None) != (max_targets is None):

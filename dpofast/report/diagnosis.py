@@ -1,6 +1,6 @@
-"""Diagnose a run from its logs and its held-out pairs: warnings, and what to try.
+"""Diagnose a run from its logs and its held-out pairs: warnings, each with advice.
 
-Each check looks for one thing, has its thresholds as constants here, and returns a Finding or None. Logs are
+Each check tests for one problem, with its thresholds as constants here, and returns a Finding or None. Logs are
 Trainer's log_history: mappings with `step`, training logs with `loss`, evaluations with `eval_loss`.
 """
 
@@ -32,7 +32,7 @@ OVERFIT_SHARE, OVERFIT_NATS = 0.05, 0.02
 # Policy minus reference log-prob, nats per token: every token is e times as likely, or as unlikely, on average.
 KL_PER_TOKEN = 1.0
 # The training loss has moved if it fell by this share of its first value, or of ln 2: of what a preference alone begins
-# with, since an NLL term may be several times as large. Over fewer logs than these nobody knows.
+# with, since an NLL term may be several times as large. Fewer than LEAST_LOGS logs decide nothing.
 LOSS_FALL, LEAST_LOGS = 0.02, 6
 # Share of responses that were cut to max_length.
 TRUNCATED = 0.05

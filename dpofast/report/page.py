@@ -31,7 +31,7 @@ from dpofast.report.template import PAGE
 
 # Characters of a prompt or response that are shown; the page must stay readable.
 _MOST_TEXT = 2000
-# Settings that say what was trained; the others stand below, folded.
+# Settings shown first; the others are in a collapsed section below.
 _MAIN_SETTINGS = (
     *("loss_type", "beta", "label_smoothing", "ld_alpha", "rpo_alpha", "learning_rate", "lr_scheduler_type"),
     *("warmup_steps", "num_train_epochs", "max_steps", "per_device_train_batch_size", "max_length", "max_tokens"),
@@ -240,7 +240,7 @@ def _warnings_html(findings: Sequence[Finding], run: Run) -> str:
 
 
 def _picture_html(picture: Picture) -> str:
-    # As an image of its own: the ids inside one SVG cannot meet those of another.
+    # As a separate image, so that ids in one SVG cannot collide with those of another.
     data = base64.b64encode(picture.svg.encode()).decode()
     return (
         f'<figure><h3>{html.escape(picture.title)}</h3><img alt="{html.escape(picture.title)}" '

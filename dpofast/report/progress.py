@@ -20,7 +20,7 @@ from transformers import ProgressCallback as TqdmCallback
 
 from dpofast.common.memory import peak_memory
 
-# Where each value stands in a log (Trainer names its own speed differently), and how it is shown.
+# The log entries that hold each value (Trainer names its own speed differently), and its format.
 _SHOWN = {
     "loss": ("{:.4f}", ("loss",)),
     "accuracy": ("{:.2f}", ("rewards/accuracies",)),

@@ -150,7 +150,7 @@ class ReferenceStore:
 
 
 def _rows(start: int, stop: int) -> str:
-    """How a shard's name begins."""
+    """Return the prefix of a shard's file name."""
     return f"{start:010d}-{stop:010d}"
 
 
@@ -164,7 +164,7 @@ def _read_manifest(folder: Path) -> dict[str, str] | None:
 
 
 def _write_whole(path: Path, content: bytes) -> None:
-    """Write a file through a temporary one, so that under its name it is whole or not there."""
+    """Write a file atomically, through a temporary one."""
     aside = path.with_name(_ASIDE + uuid.uuid4().hex)
     try:
         aside.write_bytes(content)

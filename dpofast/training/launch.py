@@ -1,4 +1,4 @@
-"""What the trainer refuses of devices, processes and launchers, and the arguments as it uses them."""
+"""Checks of devices, processes and launchers, and the trainer's own copy of its arguments."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""bench.packing in small: it runs, records, and its promises that need no clock hold."""
+"""bench.packing at a small size: it runs, records, and its claims that do not depend on time hold."""
 
 import json
 import os

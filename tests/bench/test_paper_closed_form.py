@@ -1,4 +1,4 @@
-"""bench/paper/closed_form.py: the world counts right, and the claims hold at the quick version's size."""
+"""bench/paper/closed_form.py: the enumerated quantities are exact, and the claims hold at the quick version's size."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""bench/paper/experiment.py: cells are computed once, and anew under other settings."""
+"""bench/paper/experiment.py: cells are computed once, and again under other settings."""
 
 from argparse import Namespace
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""bench/paper/limits.py: the sets are what they say, and the report warns of what is the matter with a run."""
+"""bench/paper/limits.py: properties of the preference sets, and the warnings of a run's report."""
 
 import json
 

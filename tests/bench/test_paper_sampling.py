@@ -1,4 +1,4 @@
-"""bench/paper: π_ref, prefixes, rewards, samples and their divergence, against what can be counted out."""
+"""bench/paper: π_ref, prefixes, rewards, samples and their divergence, compared with enumerated values."""
 
 import itertools
 import math
@@ -37,7 +37,7 @@ def test_the_reference_learns_the_reviews_and_is_read_again(learned, monkeypatch
     again, _ = review_lm.reference(folder, True, reviews)
     for name, value in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], value)
-    with pytest.raises(TypeError, match="not callable"):  # other reviews: trained anew
+    with pytest.raises(TypeError, match="not callable"):  # other reviews: trained again
         review_lm.reference(folder, True, reviews[:-1])
 
 

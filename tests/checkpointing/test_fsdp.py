@@ -1,4 +1,4 @@
-"""What FSDP asks of a run, tested without ranks; tests/training/test_ranks.py trains under it."""
+"""Checks and checkpoints for FSDP, tested without ranks; tests/training/test_ranks.py trains under it."""
 
 from types import SimpleNamespace
 

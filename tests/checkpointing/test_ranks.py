@@ -1,4 +1,4 @@
-"""CheckpointedTrainer on two gloo ranks: they write into one folder, and what happens to one happens to all."""
+"""CheckpointedTrainer on two gloo ranks: both write into one folder, and an error on one is raised on all."""
 
 import json
 import os

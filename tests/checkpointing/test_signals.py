@@ -1,4 +1,4 @@
-"""Signals while a run trains: taken over, handed back, and left to whom they belong."""
+"""Signals during training: handlers are installed, restored afterwards, and not installed where they must not be."""
 
 import os
 import signal

@@ -125,7 +125,7 @@ def test_latest_takes_the_newest_whole_one_and_names_the_others(trained, run, re
     with pytest.warns(UserWarning, match=passed_over):
         trainer.train(resume_from_checkpoint=resume)
     assert torch.equal(weights_of(trainer), trained[1])
-    # What was damaged has been written anew in its place.
+    # The damaged checkpoint has been replaced.
     assert newest_whole(run) == (run / "checkpoint-6", [])
     verify(run / "checkpoint-4")
 

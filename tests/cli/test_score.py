@@ -1,4 +1,4 @@
-"""dpofast score: the right numbers in the right rows, whole or not at all, and the same after a kill."""
+"""dpofast score: correct numbers in every row, output complete or absent, and equal scores after a kill."""
 
 import json
 import os

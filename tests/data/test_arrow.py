@@ -1,4 +1,4 @@
-"""Mapped pages are handed back, and what they held stays readable."""
+"""Mapped pages are released, and their contents stay readable."""
 
 import mmap
 

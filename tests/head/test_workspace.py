@@ -1,4 +1,4 @@
-"""head/engine/workspace.py: memory comes back to the next tensor of the same use, and never to two at a time."""
+"""head/engine/workspace.py: memory is reused by the next tensor of the same purpose, never by two at the same time."""
 
 import gc
 import threading

@@ -55,7 +55,7 @@ def report():
 
     Triton keeps what it compiled under build/: its key holds the source of a kernel and of all that it calls, the
     constants, target and options, and the versions of Triton and ptxas. A failure is not kept, and the facts are read
-    anew each time.
+    again each time.
     """
     root = Path(__file__).resolve().parents[2]
     path = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])

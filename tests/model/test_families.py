@@ -102,7 +102,7 @@ def test_a_model_that_cannot_run_packed_is_refused_and_runs_over_padded_rows(fam
 
 
 def positions_computed(model, batch):
-    """How many token embeddings the trunk looks up, in how many rows."""
+    """How many token embeddings the backbone looks up, in how many rows."""
     shapes = []
     hook = model.get_input_embeddings().register_forward_hook(lambda module, args, output: shapes.append(args[0].shape))
     with torch.no_grad():
@@ -111,7 +111,7 @@ def positions_computed(model, batch):
     return sum(rows * columns for rows, columns in shapes), sum(rows for rows, _ in shapes)
 
 
-def test_the_trunk_computes_each_prompt_once_and_no_last_token():
+def test_the_backbone_computes_each_prompt_once_and_no_last_token():
     model = attach_logprob_head(family_model("llama"))
     examples = groups()
     (batch,) = pack(examples)
@@ -211,12 +211,12 @@ def test_a_model_whose_own_logits_are_twisted_is_refused_over_padded_rows_too():
 
     model = family_model("bloom")
     model.__class__ = Twisted
-    with pytest.raises(ValueError, match="Twisted: log-probs from its trunk and its head differ by"):
+    with pytest.raises(ValueError, match="Twisted: log-probs from its backbone and its head differ by"):
         attach_logprob_head(model, padded=True)
     assert type(model) is Twisted
 
 
-def test_a_model_without_a_trunk_of_its_own_is_refused():
+def test_a_model_without_a_backbone_of_its_own_is_refused():
     class Bare(type(family_model("bloom"))):
         base_model_prefix = "elsewhere"
 
@@ -225,6 +225,6 @@ def test_a_model_without_a_trunk_of_its_own_is_refused():
 
     model = family_model("bloom")
     model.__class__ = Bare
-    with pytest.raises(ValueError, match="Bare: expected a model whose trunk is its base_model"):
+    with pytest.raises(ValueError, match="Bare: expected a model whose backbone is its base_model"):
         attach_logprob_head(model, padded=True)
     assert type(model) is Bare

@@ -1,4 +1,4 @@
-"""model/lora.py: a LoRA layer by fewer passes has peft's numbers, and steps aside wherever there is more to do."""
+"""model/lora.py: the fused LoRA layer equals PEFT's, and falls back to PEFT's forward in every other case."""
 
 import copy
 

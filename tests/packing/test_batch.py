@@ -1,4 +1,4 @@
-"""What a packed batch says of itself."""
+"""PackedBatch: describe(), layout() and errors."""
 
 from dpofast import pack
 from tests.support.examples import DESIGN

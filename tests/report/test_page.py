@@ -1,4 +1,4 @@
-"""report.html: everything is in it, nothing is loaded from elsewhere, and no data can break out of the page."""
+"""report.html: it is complete, loads nothing from elsewhere, and escapes all data."""
 
 import base64
 import re

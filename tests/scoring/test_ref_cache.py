@@ -1,4 +1,4 @@
-"""Cached reference log-probs: the live numbers, computed once, never stale, never damaged, whoever kills the run."""
+"""Cached reference log-probs: equal to live ones, computed once, never stale, and intact after a kill."""
 
 import copy
 import errno
@@ -50,7 +50,7 @@ def computed(monkeypatch):
 
 def ranks(rank, wait=lambda: None):
     """One of two, as dpofast.common.ranks has it."""
-    return SimpleNamespace(rank=rank, size=2, wait=wait)
+    return SimpleNamespace(rank=rank, size=2, barrier=wait)
 
 
 def columns_of(dataset, model, folder, forward=FORWARD, **options):

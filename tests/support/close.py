@@ -1,18 +1,18 @@
-"""Assertions that say which value differs, and how equal two results of the same kernel must be."""
+"""Assertions that name the value that differs, with the tolerance for two results of the same kernel."""
 
 import torch
 
 
 def named(name):
-    """The `msg` of torch.testing.assert_close that puts a name before what differs."""
+    """Return a `msg` for torch.testing.assert_close that puts `name` before the message."""
     return lambda text: f"{name}: {text}"
 
 
 def assert_same(value, expected, what=""):
-    """Equal to the bit in the interpreter; on a GPU within a few roundings of the largest.
+    """Assert that values are bit-identical in the interpreter, on a GPU within a few roundings of the largest value.
 
-    Other strides, dtypes and options make another program, and there its threads may own other columns, whose sums are
-    then added up in another order.
+    On a GPU, other strides, dtypes and options compile to another program, whose threads may process other columns and
+    so add the sums in another order.
     """
     if not value.is_cuda or not value.is_floating_point():
         assert torch.equal(value, expected), what

@@ -1,4 +1,4 @@
-"""Vocabulary-parallel log-probs and gradients against the float64 reference on the joined head, a case a function.
+"""Test cases that compare vocabulary-parallel log-probs and gradients with the float64 reference on the whole head.
 
 tests/head/test_vocab_parallel.py runs every case on every rank. `case` registers a function in CASES.
 """
@@ -56,7 +56,7 @@ def gradients(function, leaves, upstream):
 
 
 def parallel_gradients(tensors, targets, upstream, sizes, **keywords):
-    """logps, dh, and dW and db of the whole head, put together from the ranks' parts."""
+    """Return logps, dh, and dW and db of the whole head, gathered from all ranks."""
     hidden, weight, bias = tensors
     logps, (dh, dw, db) = gradients(
         lambda h, w, b: call(h, w, targets, b, **keywords).logps,

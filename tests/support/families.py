@@ -1,4 +1,4 @@
-"""Tiny random models of many families: those that run packed, and those that are refused and run over padded rows."""
+"""Tiny random models of many families: those that run packed, and those that are refused and run with padded rows."""
 
 import torch
 import transformers

@@ -1,6 +1,6 @@
-"""A reference pass that is killed at any moment goes on and ends with the same numbers. Run by test_ref_cache.py.
+"""Checks that a reference pass killed at any moment resumes and gives the same numbers. Run by test_ref_cache.py.
 
-In a process of its own that has one thread, so that it can fork: every fork is a run.
+Runs in a separate process with one thread, so that it can fork: every run is a fork.
 """
 
 import os
@@ -45,18 +45,18 @@ def fork(folder: Path, before=lambda: None) -> int:
 
 
 def finish(folder: Path) -> np.ndarray:
-    """A run that nobody kills."""
+    """Run to the end without a kill and return the result."""
     assert os.waitpid(fork(folder), 0)[1] == 0
     return np.load(folder / "result.npy")
 
 
 def shards(folder: Path) -> dict[str, int]:
-    """Name and inode: a file written again has another one."""
+    """Return the inode of every shard by name; a file that was rewritten has another inode."""
     return {path.name: path.stat().st_ino for path in folder.glob("*/*.safetensors")}
 
 
 def check_after_kill(folder: Path, expected: np.ndarray) -> int:
-    """What stands there is whole, is used, and the rest follows; returns the number of shards that stood there."""
+    """Check that existing shards are complete and reused and that the rest is computed. Returns how many existed."""
     before = shards(folder)
     assert np.array_equal(finish(folder), expected)
     after = shards(folder)
@@ -66,7 +66,7 @@ def check_after_kill(folder: Path, expected: np.ndarray) -> int:
 
 
 def kill_in(name: str, call: int, after: bool):
-    """Make the call-th use of os.<name> the process's last act."""
+    """Kill this process at its call-th call of os.<name>."""
 
     def patch() -> None:
         plain, count = getattr(os, name), 0

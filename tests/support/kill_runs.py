@@ -1,12 +1,12 @@
-"""Training runs to kill: a process that has imported everything once and forks a run for each line of JSON it reads.
+"""Runs trainings that get killed: imports everything once and forks a training run for each line of JSON it reads.
 
     {"case": "full", "out": folder, "kill": ["fsync", 9]}    the run kills itself at its 9th fsync
     {"case": "full", "out": folder, "delay": 0.4}            it is killed after so many seconds
     {"case": "full", "out": folder, "signal": ["TERM", 3]}   it gets the signals in its 3rd step, one after the other
 
-A run resumes where it can, and answers {"status": what os.waitpid says, "seconds": ...}. One that reaches its end
-leaves final.json: its losses and evaluations, and a checksum of its weights; one that is stopped leaves stopped.txt.
-What a run prints is in out.log beside its folder.
+A run resumes from a checkpoint if there is one, and answers {"status": from os.waitpid, "seconds": ...}. A run that
+finishes writes final.json with its losses, evaluations and a checksum of its weights; one that is stopped by a signal
+writes stopped.txt. The output of a run is in out.log beside its folder.
 """
 
 import hashlib
@@ -143,7 +143,7 @@ def signals(name, step, times=1):
 
 
 def no_room(first, last):
-    """No file may grow beyond 20,000 bytes from one step to another."""
+    """Limit files to 20,000 bytes from one step to another, like a full disk."""
     usual = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def limited(soft):
@@ -158,7 +158,7 @@ def no_room(first, last):
 
 
 def run(case, out, kill=None, signal=None, full_disk=None, **_):
-    """One run, to its end or the point where it is killed."""
+    """Run one training to its end, or to the point where it is killed."""
     out = Path(out)
     newest, _ = newest_whole(out)
     if kill:

@@ -10,7 +10,7 @@ DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 
 
 def plain_options(kind):
-    """What a kind needs to be valid, and values of its own options that differ from the defaults."""
+    """Return the options that a kind requires, with values of its own options that differ from the defaults."""
     own = {
         "exo_pair": {"label_smoothing": 0.1},
         "robust": {"label_smoothing": 0.1},
@@ -26,7 +26,7 @@ def plain_options(kind):
 
 
 def every_loss():
-    """Options of PreferenceLoss by name: each kind alone, with each modifier that it takes, and mixes."""
+    """Return options of PreferenceLoss by name: each kind alone, each with every modifier it takes, and mixes."""
     cases = {}
     for name, kind in KINDS.items():
         plain = plain_options(name)
@@ -75,7 +75,7 @@ def problem(dtype=torch.float64, lengths=LENGTHS, pairs=PAIRS, seed=0):
 
 
 def reference_sums(ref_tokens, cu_targets, pairs, loss):
-    """What the functions take as ref_logps: (S,), with ld_alpha (P, 2), or None."""
+    """Return the ref_logps argument of the loss functions: (S,), with ld_alpha (P, 2), or None."""
     if not loss.needs_reference:
         return None
     if loss.ld_alpha is None:

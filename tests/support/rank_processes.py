@@ -1,4 +1,4 @@
-"""Processes that a test starts as the ranks of a process group, and what torchrun would set for each."""
+"""Starts processes as the ranks of a process group, with the environment that torchrun would set."""
 
 import gc
 import multiprocessing
@@ -14,7 +14,7 @@ PRELOADED = ["tests.support.ranks_cases", "tests.support.distributed_cases", "te
 def rank_context():
     """The multiprocessing context to start ranks with: each is forked from a server that has imported PRELOADED.
 
-    The server starts with the first rank and has run nothing, so that a rank begins as a fresh process does.
+    The server starts with the first rank and runs nothing else, so a rank starts like a fresh process.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
@@ -22,20 +22,20 @@ def rank_context():
 
 
 def run_ranks(function, arguments, world):
-    """Run function(rank, *arguments) in `world` processes and wait; raises what the first failing one raised."""
+    """Run function(rank, *arguments) in `world` processes and wait. Raises the exception of the first that fails."""
     rank_context()
     torch.multiprocessing.start_processes(function, arguments, nprocs=world, start_method="forkserver")
 
 
 def free_port():
-    """A port of this machine that nothing listens on."""
+    """Return a free local port."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
 
 
 def become_rank(rank, world, port):
-    """Make this process one rank of several, of one thread: else accelerate lets each use all cores."""
+    """Make this process one rank, with one thread; otherwise accelerate lets each rank use all cores."""
     ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in ranks.items()}, OMP_NUM_THREADS="1")
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""Training runs that must come out the same on one process and on two ranks, and rank_main(), which runs them."""
+"""Training runs that must give equal results on one process and on two ranks, and rank_main(), which runs them."""
 
 import itertools
 import os
@@ -36,7 +36,7 @@ BEST = {
 
 
 def shared_prompts():
-    """tiny_dataset with every second prompt like the one before it."""
+    """Return tiny_dataset with every second prompt equal to the one before it."""
     rows = tiny_dataset(PAIRS).to_list()
     for before, row in zip(rows[::2], rows[1::2], strict=False):
         row["prompt_ids"] = before["prompt_ids"]
@@ -44,7 +44,7 @@ def shared_prompts():
 
 
 def long_pairs():
-    """80 pairs of some 300 tokens, every second prompt like the one before it: 9,000 positions a step."""
+    """Return 80 pairs of about 300 tokens, every second prompt equal to the one before it: 9,000 positions per step."""
     draw = random.Random(0)
     rows = []
     for _ in range(40):
@@ -136,7 +136,7 @@ MODES = {
 
 
 class Scattered(TorchDispatchMode):
-    """Counts sums of gradients of which each rank keeps a part."""
+    """Counts reduce-scatters of gradients."""
 
     count = 0
 
@@ -146,7 +146,7 @@ class Scattered(TorchDispatchMode):
 
 
 class Synchronizations(TrainerCallback):
-    """Counts gradients' exchanges, DistributedDataParallel's buckets or FSDP2's units, and looks at shards."""
+    """Counts gradient synchronizations (DistributedDataParallel's buckets or FSDP2's units) and inspects shards."""
 
     count = 0
     calls = 0  # forwards that train
@@ -183,7 +183,7 @@ class Synchronizations(TrainerCallback):
 
 
 class RunsOutOfMemory:
-    """Makes a model's forward fail on micro-batches beyond some positions, on one rank."""
+    """Makes a model's forward run out of memory on one rank for micro-batches above a number of positions."""
 
     def __init__(self, model, most, rank):
         self.most, self.rank, self.model = most, rank, model
@@ -196,7 +196,7 @@ class RunsOutOfMemory:
 
 
 def train(folder, ranks, *, resumed=False, **options):
-    """Some steps of SGD on `pairs` pairs a step; what is compared of them. Resumed: the second half of them, again."""
+    """Train some steps of SGD on `pairs` pairs each; return the values to compare. Resumed: repeat the second half."""
     trainer, synchronizations = trainer_of(folder, ranks, **options)
     trainer.train()
     if resumed:
@@ -231,7 +231,7 @@ def trainer_of(
     folder, ranks, *, dataset=shared_prompts, pairs=8, accumulation=1, lora=False, fails=None, family="llama", layers=3,
     **options,
 ):  # fmt: skip
-    """The trainer of a case, and what watches it."""
+    """Return the trainer of a case, and the object that observes it."""
     peft_config = None
     if lora:
         from peft import LoraConfig
@@ -284,7 +284,7 @@ def processors_as_gpus():
 
 
 def rank_main(rank, port, folder, mode):
-    """Every case of a mode on this rank; results go to a file."""
+    """Run every case of a mode on this rank and write the results to a file."""
     become_rank(rank, WORLD, port)
     cases, options = MODES[mode]
     if mode == "fsdp":
@@ -297,6 +297,6 @@ def rank_main(rank, port, folder, mode):
 
 
 def on_two_ranks(folder, mode):
-    """The results of both ranks."""
+    """Run a mode on two ranks and return both results."""
     run_ranks(rank_main, (free_port(), str(folder), mode), WORLD)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]

@@ -1,4 +1,4 @@
-"""What tests of the head and of its row kernels share: inputs, options, float64 truth, how far from it one may be."""
+"""Inputs, options, float64 truth and tolerances shared by the tests of the LM head and of the row kernels."""
 
 import torch
 
@@ -49,7 +49,7 @@ def make_bias(options, v, device):
 
 
 def truth(logits, targets, upstream, dtype, *, bias=None, **scales):
-    """The same by autograd through the reference in dtype: E is the unit gradient without its row factor."""
+    """Compute the same by autograd through the reference in `dtype`; E is logp's gradient without its row factor."""
     x = logits.to(dtype).requires_grad_()
     z = reference.scaled_logits(x if bias is None else x + bias.to(dtype), **scales)
     logps = reference.logprobs(z, targets)
@@ -69,9 +69,9 @@ def truth(logits, targets, upstream, dtype, *, bias=None, **scales):
 
 
 def assert_as_good_as_torch(got, exact, framework):
-    """Error against float64 within twice float32 torch's own, plus two roundings of the largest z and of the value.
+    """Assert an error against float64 of at most twice float32 torch's own, plus two roundings of max z and the value.
 
-    z is a float32 wherever it is computed, so its last bits are an error in nats, and a relative one of what is exp(z).
+    z is float32 in every implementation, so its rounding is an absolute error in nats, and a relative error of exp(z).
     """
     assert got.keys() == exact.keys()
     rounding = 2.0**-22
@@ -89,9 +89,9 @@ def assert_as_good_as_torch(got, exact, framework):
 
 
 def store_error(dtype, device):
-    """Relative error of one store: half an ulp, but the interpreter truncates to bfloat16, which is a whole one.
+    """Return the relative error of one store: half an ulp, or one ulp where the interpreter truncates to bfloat16.
 
-    On a GPU what is stored may differ as well (close.assert_same).
+    On a GPU the stored value itself may differ as well (close.assert_same).
     """
     epsilon = torch.finfo(dtype).eps
     if device.type != "cpu":

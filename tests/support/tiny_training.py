@@ -1,4 +1,4 @@
-"""DPOTrainer on tiny pairs, what a test reads of a run, and the plain padded loop that it must equal."""
+"""DPOTrainer on tiny pairs, the results that tests read of a run, and the plain padded loop that it must equal."""
 
 import torch
 
@@ -40,7 +40,7 @@ def weights_of(trainer):
 
 
 def padded_training(examples, batch_size, beta=0.1, lr=1e-2):
-    """DPO as the paper writes it, in a plain loop over padded rows in the given order: losses and final weights."""
+    """Train DPO in a plain loop over padded rows in the given order. Returns losses and final weights."""
     policy, ref = tiny_model(), tiny_model()
     optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, weight_decay=0.0)
     losses = []

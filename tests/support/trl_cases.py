@@ -113,7 +113,10 @@ def train(folder, *, patched, level="forward", **options):
 
 
 def assert_same_run(plain, fast, *, metrics=1e-4, gradients=1e-5, apart=()):
-    """The same logs within `metrics`, but for names with a part in `apart`, and first gradients within `gradients`."""
+    """Assert equal logs within `metrics`, except names that contain one of `apart`, and equal first gradients.
+
+    Gradients are compared within `gradients`.
+    """
     (trainer, grads), (fast_trainer, fast_grads) = plain, fast
     logs, fast_logs = trainer.state.log_history, fast_trainer.state.log_history
     assert len(logs) == len(fast_logs)

@@ -1,4 +1,4 @@
-"""DPOTrainer with every kind of loss: the step does not depend on how it is cut; what goes with a loss is checked."""
+"""DPOTrainer with every kind of loss: results do not depend on micro-batches, and each loss's requirements hold."""
 
 import pytest
 import torch

@@ -117,7 +117,7 @@ class GradientAccumulator(Protocol):
 
         Args:
             rows: consecutive rows of the call.
-            coefficients: c of these rows, (R,); where it is 0 the row may hold anything.
+            coefficients: c of these rows, (R,); rows with c = 0 may contain any values.
             sums: of these rows.
             kept: where the first R rows hold their E; None: E is computed again, of rows of one remaining chunk.
         """

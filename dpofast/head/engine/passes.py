@@ -26,7 +26,7 @@ from dpofast.head.engine.interface import (
 )
 
 
-class Forward(NamedTuple):
+class ForwardResult(NamedTuple):
     """What forward computed and backward needs.
 
     Attributes:
@@ -41,19 +41,19 @@ class Forward(NamedTuple):
 
 
 def empty_products(engine: HeadEngine, needs: Needs) -> Tensor:
-    """The uninitialized buffer for Forward.products."""
+    """The uninitialized buffer for ForwardResult.products."""
     hidden, frozen = engine.inputs.hidden, needs.hidden and not needs.trains
     shape = (hidden.shape[0], engine.inputs.weight.shape[1]) if frozen else (0,)
     return hidden.new_empty(shape, dtype=engine.inputs.narrow)
 
 
-def forward(engine: HeadEngine, needs: Needs) -> Forward:
+def forward(engine: HeadEngine, needs: Needs) -> ForwardResult:
     """Log-probs of all rows, and what the gradients that are needed will take."""
     kept, products = engine.new_kept(), empty_products(engine, needs)
     if needs.trains:
-        return Forward(keep_and_recompute(engine, slice(0, len(engine.inputs.targets)), kept), kept, products)
+        return ForwardResult(keep_and_recompute(engine, slice(0, len(engine.inputs.targets)), kept), kept, products)
     results = engine.hidden_products(products) if needs.hidden else engine.all_logps()
-    return Forward(concatenate(engine, results), kept, products)
+    return ForwardResult(concatenate(engine, results), kept, products)
 
 
 def backward(engine: HeadEngine, needs: Needs, coefficients: Tensor, sums: RowSums, kept: KeptRows) -> Gradients:

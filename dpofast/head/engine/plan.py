@@ -1,8 +1,8 @@
-"""How a call of the LM head is cut so that every buffer it allocates fits in max_logits_bytes.
+"""Chunk and tile sizes of an LM-head call, chosen so that all buffers it allocates fit in max_logits_bytes.
 
-HeadPlan cuts whole rows of logits for the Triton backends and for a head that is sharded over ranks; TilePlan cuts
-tiles of the vocabulary for the torch backend. Both count the same list of named buffers (Buffer) that the error of a
-budget too small prints.
+HeadPlan divides a call into chunks of whole rows of logits, for the Triton backends and for a head that is sharded over
+ranks; TilePlan divides it into tiles of the vocabulary, for the torch backend. Both sum the sizes of the same named
+buffers (Buffer) that the error message prints if the budget is too small.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from torch import Tensor
 from dpofast.head.engine.dtypes import accumulate_dtype, exp_dtype
 from dpofast.head.options import LogitOptions
 
-# Room for logits and what is computed from them, where a call does not say. On a CPU, half of it makes a head that
-# trains per token a tenth slower (N = 2,048, V = 151,936: fewer rows of E are kept), one whose pairs are known 1 %.
+# Default of max_logits_bytes, for logits and what is computed from them. On a CPU, half of it makes linear_logprobs
+# with a trained head 10 % slower (N = 2,048, V = 151,936: fewer rows of E are kept), linear_preference_loss 1 %.
 DEFAULT_LOGITS_BYTES = 1 << 30
 
 # Rows whose temporaries (softcap's derivative, a statistic's product) exist at the same time, where memory allows.
 TEMPORARY_ROWS = 32
-# What a CPU's second-level caches hold of the rows that are worked on together.
+# Bytes of rows processed together that fit into a CPU's second-level caches.
 CACHE_BYTES = 4 << 20
 _ROW_MULTIPLE = 128
 # Rows of a buffer on a GPU start 16 elements apart, or a multiple: a kernel reads them 16 bytes at a time at any V.
@@ -52,11 +52,11 @@ class Buffer(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """Bytes of its elements."""
+        """Size in bytes."""
         return self.rows * self.columns * self.dtype.itemsize
 
     def __str__(self) -> str:
-        """As the error of a budget too small prints it."""
+        """Format the buffer for the error message of a budget that is too small."""
         return f"{self.name} ({self.rows}, {self.columns}) {str(self.dtype).removeprefix('torch.')}"
 
 
@@ -75,21 +75,21 @@ def even_rows(rows: int, most: int) -> int:
 
 
 def chunks(start: int, stop: int, size: int) -> list[slice]:
-    """[start, stop) in slices of `size`; the last one is shorter where it must be."""
+    """Divide [start, stop) into slices of `size` rows; the last one may be shorter."""
     return [slice(at, min(at + size, stop)) for at in range(start, stop, max(size, 1))]
 
 
 def buffer_columns(vocab: int, device: torch.device) -> int:
     """Columns between the starts of two rows of a (rows, V) buffer.
 
-    None are added on the CPU: oneDNN's bfloat16 products (AMX, torch 2.13) read a few columns past the row's end and
-    multiply them by 0, so that a NaN in memory never written comes out as NaN.
+    On the CPU rows are not padded: oneDNN's bfloat16 products (AMX, torch 2.13) read a few columns past the row's end
+    and multiply them by 0, so a NaN in uninitialized padding would give NaN.
     """
     return vocab if device.type == "cpu" else -(-vocab // _COLUMN_MULTIPLE) * _COLUMN_MULTIPLE
 
 
 def _too_few_bytes(columns: int, least: int, most: int, buffers: Iterable[Buffer]) -> ValueError:
-    """The error of a byte budget that holds no row."""
+    """Return the error for a byte budget too small for one row."""
     return ValueError(
         f"max_logits_bytes: expected at least one row of {columns} logits and what goes with it, {least} bytes, "
         f"got {most}: raise it. For one row: {', '.join(str(buffer) for buffer in buffers if buffer.bytes)}"
@@ -165,7 +165,7 @@ class HeadPlan:
         scratch_rows: rows of logits that are scratch.
         upcast_rows: rows of the weight that are copied in float32 at once, where a product needs that.
         temporary_rows: rows of the vocabulary that the row work copies at once.
-        step: rows that go through the scratch, or straight into the kept rows, at a time.
+        chunk_rows: rows that go through the scratch, or straight into the kept rows, at a time.
         buffers: what the plan allocates; at most max_logits_bytes together.
     """
 
@@ -173,7 +173,7 @@ class HeadPlan:
     scratch_rows: int
     upcast_rows: int
     temporary_rows: int
-    step: int
+    chunk_rows: int
     buffers: tuple[Buffer, ...] = ()
 
     @staticmethod
@@ -225,10 +225,10 @@ class HeadPlan:
             least = [*counted.scratch(1), *fixed]
             raise _too_few_bytes(columns, total_bytes(least), most, least)
 
-        def plan(kept_rows: int, scratch_rows: int, step: int) -> HeadPlan:
-            scratch = counted.scratch(scratch_rows) if scratch_rows else counted.copied(step)
+        def plan(kept_rows: int, scratch_rows: int, chunk_rows: int) -> HeadPlan:
+            scratch = counted.scratch(scratch_rows) if scratch_rows else counted.copied(chunk_rows)
             buffers = (*fixed, *scratch, *(counted.kept(kept_rows) if keep else ()))
-            return HeadPlan(kept_rows, scratch_rows, upcast, temporary, step, buffers)
+            return HeadPlan(kept_rows, scratch_rows, upcast, temporary, chunk_rows, buffers)
 
         affordable = room // scratch_bytes
         if not keep:
@@ -333,7 +333,7 @@ class TilePlan:
         counted = _TileBuffers(vocab, width, weight.dtype, keep, temporaries)
         least = [*counted.logits(1, 1), *counted.copied(1), *counted.tile(1), *counted.temporary(1, 1)]
         least += counted.bias_gradient()
-        # A row of logits, whatever a tile of it would need.
+        # At least one whole row of logits, even if a tile of it would need less.
         least_bytes = max(total_bytes([Buffer("row", 1, vocab, counted.wide)]), total_bytes(least))
         if most < least_bytes:
             raise _too_few_bytes(vocab, least_bytes, most, least)

@@ -35,7 +35,7 @@ def hidden_product(
     out: Tensor, exp: Tensor, weight: Tensor, plan: HeadPlan, coefficients: Tensor | None = None
 ) -> None:
     """out (R, D) <- E·W, or with coefficients (R,) c ⊙ (E·W)."""
-    for part in chunks(0, len(exp), plan.step):
+    for part in chunks(0, len(exp), plan.chunk_rows):
         c = None if coefficients is None else coefficients[part]
         product_into(out[part], exp[part], weight, plan.upcast_rows, c)
 
@@ -71,7 +71,7 @@ class RowBuffers:
 
     def kept_chunks(self, kept: KeptRows, rows: slice) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Rows of the call in chunks, with where their logits and their E go: the first rows of `kept`."""
-        for part in chunks(0, rows.stop - rows.start, self.plan.step):
+        for part in chunks(0, rows.stop - rows.start, self.plan.chunk_rows):
             exp = kept.exp[part]
             logits = exp if self.narrow == self.wide else self._logits[: len(exp)]
             yield slice(rows.start + part.start, rows.start + part.stop), logits, exp
@@ -187,7 +187,7 @@ class RowGradients:
             hidden_product(self.dh[rows], exp, inputs.weight, plan, coefficients)
         if self.dw is not None:
             scaled = exp.new_empty(len(exp), inputs.hidden.shape[1])
-            scale_rows(scaled, inputs.hidden[rows], coefficients, plan.step)
+            scale_rows(scaled, inputs.hidden[rows], coefficients, plan.chunk_rows)
             # filled, not times zero: an ignored row's hidden may be NaN
             scaled.masked_fill_(coefficients.unsqueeze(1) == 0, 0.0)
             add_transposed_product(self.dw, exp, scaled, plan.upcast_rows, first=not self._written)

@@ -288,7 +288,7 @@ class ShardedGradients:
         if self.dh is not None:
             product = torch.empty_like(engine.inputs.hidden[rows], dtype=engine.inputs.narrow)
             hidden_product(product, exp, engine.inputs.weight, engine.plan)
-            scale_rows(self.dh[rows], product, coefficients, engine.plan.step)
+            scale_rows(self.dh[rows], product, coefficients, engine.plan.chunk_rows)
 
     def finish(self) -> Gradients:
         """dh of all ranks, and dW and db of this one's rows; None where not needed. A collective where dh is needed."""

@@ -200,7 +200,7 @@ class _HiddenGradient:
     def finish(self, factor: Tensor, at_target: Tensor) -> None:
         """Multiply by factor (R,), c relative to the last tile's m, and add at_target (R,), c·e_y, times W_y.
 
-        Where factor is 0 the row may hold anything.
+        Rows with factor 0 may contain any values.
         """
         inputs = self.engine.inputs
         self.total.mul_(factor.unsqueeze(1)).masked_fill_((factor == 0).unsqueeze(1), 0.0)

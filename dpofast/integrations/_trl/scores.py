@@ -24,7 +24,7 @@ from dpofast.model.attach import PackedForward
 from dpofast.model.forward import backbone_of, packed_backbone
 from dpofast.model.lm_head import logit_options
 
-# Inputs beside the tokens that change nothing of what is computed.
+# Inputs other than the tokens that do not affect the result.
 _NEUTRAL = {"use_cache", "return_dict", "logits_to_keep", "output_hidden_states"}
 
 

@@ -1,4 +1,4 @@
-"""Where trl's DPOTrainer can be entered, version by version: find_seam finds the place, and Patch replaces names there.
+"""Which names of trl's DPOTrainer are replaced in each version: find_seam chooses them, and Patch replaces them.
 
 | seam                 | trl          | what is replaced in trl.trainer.dpo_trainer                                 |
 |----------------------|--------------|-----------------------------------------------------------------------------|
@@ -100,14 +100,14 @@ def trl_version() -> str:
 
 
 class Seam(NamedTuple):
-    """A way into trl: its name in the table above, and install(module, patch), which replaces names there."""
+    """A place to patch trl: its name in the table above, and install(module, patch), which replaces names there."""
 
     name: str
     install: Callable[[Any, Patch], None]
 
 
 def find_seam(module: Any) -> Seam:
-    """The way into the installed trl, found by what its trainer's module has and not by its version.
+    """Find the seam of the installed trl by the names in its trainer's module, not by its version.
 
     Raises:
         ValueError: no known one; the message names what was looked for and what is there.
