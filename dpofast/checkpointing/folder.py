@@ -166,8 +166,8 @@ def resolve_checkpoint(resume: Any, output_dir: str | Path) -> Path:
     later = [path.name for path in checkpoints(folder.parent) if _step(path) > _step(folder)]
     if later and folder.parent.resolve() == Path(output_dir).resolve():
         warnings.warn(
-            f"resuming from {folder}: {', '.join(later)} of later steps stay until this run writes them anew, and "
-            "until then 'latest' means them: remove them where this run shall differ",
+            f"resuming from {folder}: {', '.join(later)} of later steps stay until this run writes them again, and "
+            "until then 'latest' means the newest of them that is whole: remove them if this run shall differ",
             stacklevel=2,
         )
     return folder

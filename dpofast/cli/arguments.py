@@ -55,6 +55,9 @@ def parse(
     return tuple(parsed[: len(classes)])
 
 
+_SWITCHES = "An option without a value is a switch: --x turns it on, and --no_x turns off one that is on by default."
+
+
 class _Parser(HfArgumentParser):
     _groups: Mapping[str, Sequence[str]] | None = None
 
@@ -67,23 +70,35 @@ class _Parser(HfArgumentParser):
     def format_help(self) -> str:
         """The groups of group_help(), or every option."""
         if self._groups is None:
-            return super().format_help()
-        formatter = _GroupFormatter(prog=self.prog, max_help_position=36)
-        formatter.add_usage(self.usage, self._actions, self._mutually_exclusive_groups)
-        formatter.add_text(self.description)
+            return self._format({"options": list(self._by_name())}, _SWITCHES)
+        return self._format(self._groups, self._end)
+
+    def format_all(self) -> str:
+        """The groups of group_help(), then every other option."""
+        groups = self._groups or {}
+        grouped = {name for names in groups.values() for name in names}
+        others = [name for name in self._by_name() if name not in grouped]
+        return self._format({**groups, "other options": others}, _SWITCHES)
+
+    def _by_name(self) -> dict[str, argparse.Action]:
+        """The options by the names of their fields; of a switch --x, not the --no_x that turns it off."""
         first: dict[str, argparse.Action] = {}
         for action in self._actions:  # --no_x, of the same dest, comes after --x
             first.setdefault(action.dest, action)
-        for title, names in self._groups.items():
-            formatter.start_section(title)
-            formatter.add_arguments([first[name] for name in names])
-            formatter.end_section()
-        formatter.add_text(self._end)
-        return formatter.format_help()
+        return first
 
-    def format_all(self) -> str:
-        """Every option."""
-        return super().format_help()
+    def _format(self, groups: Mapping[str, Sequence[str]], end: str) -> str:
+        formatter = _GroupFormatter(prog=self.prog, max_help_position=36)
+        usage = self.usage or f"{self.prog} [options]"
+        formatter.add_usage(usage, self._actions, self._mutually_exclusive_groups)
+        formatter.add_text(self.description)
+        by_name = self._by_name()
+        for title, names in groups.items():
+            formatter.start_section(title)
+            formatter.add_arguments([by_name[name] for name in names])
+            formatter.end_section()
+        formatter.add_text(end)
+        return formatter.format_help()
 
     def error(self, message: str) -> NoReturn:  # argparse would print some hundred flags in front of it
         flag = "--help" if self._groups is None else "--help_all"
@@ -105,7 +120,7 @@ class _Parser(HfArgumentParser):
 
 class _HelpAll(argparse.Action):
     def __init__(self, option_strings: Sequence[str], dest: str, help: str | None = None) -> None:
-        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, help=help)
+        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help=help)
 
     def __call__(self, parser: Any, *_: Any) -> None:
         print(parser.format_all())
@@ -116,13 +131,19 @@ class _GroupFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """One spelling of an option, a short placeholder for its value, and its default where it has one."""
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
+        if action.nargs == 0:
+            return ", ".join(action.option_strings)
         if action.nargs == "?":  # a switch
             return action.option_strings[0]
         value = "N" if action.type is int else "X" if action.type is float else "TEXT"
         return f"{action.option_strings[0]} {value}{' ...' if action.nargs == '+' else ''}"
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default is None:
+        if action.choices is not None:
+            values = ", ".join(str(getattr(choice, "value", choice)) for choice in action.choices)
+            default = getattr(action.default, "value", action.default)
+            return f"{action.help} (one of: {values}" + (")" if default is None else f"; default: {default})")
+        if action.default is None or action.nargs == 0:
             return action.help
         if isinstance(action.default, list):
             return f"{action.help} (default: {' '.join(map(str, action.default))})"

@@ -36,7 +36,10 @@ class EvalArguments(ScoringArguments):
         super().__post_init__()
         if self.output not in ("table", "json"):
             raise ValueError(f"output: expected 'table' or 'json', got {self.output!r}")
-        loss = PreferenceLoss(kind=self.loss_type, beta=self.beta)
+        try:
+            loss = PreferenceLoss(kind=self.loss_type, beta=self.beta)
+        except ValueError as error:
+            raise ValueError(f"--loss_type and --beta: {error}") from error
         if loss.needs_reference and self.no_reference:
             raise ValueError(
                 f"loss_type: {self.loss_type!r} has a reference; beside --no_reference name one that has none: simpo, "

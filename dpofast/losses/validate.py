@@ -32,7 +32,11 @@ def check_reference(ref_logps: Tensor | None, sequences: int, pairs: int, loss: 
     """ValueError if a kind's reference is missing, or has another shape than (S,), with ld_alpha (P, 2)."""
     if ref_logps is None:
         if loss.needs_reference:
-            raise ValueError(f"ref_logps: kind {loss.kind!r} needs the reference's log-probs, got None")
+            raise ValueError(
+                f"ref_logps: kind {loss.kind!r} needs the reference's log-probs, got None: "
+                "compute them with the reference model, give rows ref_chosen_logps and ref_rejected_logps, or name a "
+                "kind without a reference (simpo, orpo, cpo, sft)"
+            )
         return
     shape, reason = ((sequences,), "one a sequence") if loss.ld_alpha is None else ((pairs, 2), "with ld_alpha")
     if ref_logps.shape != shape:

@@ -71,7 +71,7 @@ class DPOConfig(TrainingArguments):
         default=None,
         metadata={
             "help": "Packed positions per micro-batch (default 2048 on the CPU, 16384 on a GPU), or auto: what fits, "
-            "probed once. No effect on results; halved where memory runs out."
+            "probed once. Changes results by rounding only; halved where memory runs out."
         },
     )
     share_prompts: bool = field(

@@ -4,12 +4,13 @@ import shutil
 
 import pytest
 
-from tests.support.tiny_training import SAVING, make_trainer, weights_of
-
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """checkpoint-2, -4 and -6 of a run of six steps, and its weights."""
+    # Imported here: pytest loads this file before tests/conftest.py has chosen interpreter or GPU for the kernels.
+    from tests.support.tiny_training import SAVING, make_trainer, weights_of
+
     out = tmp_path_factory.mktemp("trained")
     trainer = make_trainer(out, **SAVING)
     trainer.train()
