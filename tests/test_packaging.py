@@ -43,6 +43,7 @@ def test_import_is_light():
     assert not {"torch", "triton", "transformers", "datasets", "numpy"} & set(loaded)
 
 
+@pytest.mark.slow(10)
 @pytest.mark.parametrize(
     "code",
     [

@@ -87,8 +87,8 @@ def assert_gradients(inputs, **options):
         (127, 1000, 64),
         (4097, 7, 16),
         (256, 50_257, 16),
-        (256, 152_064, 8),
-        (64, 262_144, 8),
+        pytest.param(256, 152_064, 8, marks=pytest.mark.slow(6)),
+        pytest.param(64, 262_144, 8, marks=pytest.mark.slow(4)),
     ],
 )
 def test_gradients_and_sums(n, vocab, d, dtype, device):

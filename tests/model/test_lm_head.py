@@ -120,6 +120,7 @@ def test_a_head_with_a_forward_set_on_it_is_refused():
     assert type(model) is type(tiny_model()) and type(model.lm_head) is nn.Linear
 
 
+@pytest.mark.slow(10)
 @pytest.mark.parametrize("preference", [None, PackedPreference(None, PreferenceLoss(kind="simpo"), 12)])
 def test_a_compiled_model_computes_the_same(preference, batch):
     torch.compiler.reset()

@@ -14,6 +14,8 @@ from dpofast.report.figures import pictures
 from dpofast.report.page import ReportCallback, write_report
 from tests.support.tiny import tiny_model, tiny_pairs, tiny_tokenizer
 
+pytestmark = pytest.mark.slow(25)
+
 VOID = {"meta", "img"}
 
 
