@@ -24,7 +24,8 @@ from bench.record import command_line, write_record
 from bench.timing import load_at_start, spread
 from dpofast import _C
 from dpofast.packing.examples import read_examples
-from dpofast.packing.pack import PackBuffers, pack, plan
+from dpofast.packing.pack import PackBuffers, pack
+from dpofast.packing.planner import plan
 
 MAX_TOKENS = 16_384
 VOCAB = 151_936

@@ -17,7 +17,7 @@ from bench.gpu.setting import Setting, measure, one_line
 from bench.timing import seen
 from dpofast import PreferenceLoss, attach_logprob_head, pack, preference_loss, reference, sequence_logprobs
 from dpofast.model.attach import PackedPreference
-from dpofast.packing.pack import PackedBatch
+from dpofast.packing.batch import PackedBatch
 
 # Mean difference of a token's log-prob, in nats: a bfloat16 backbone rounds a packed batch differently.
 TOLERANCE = {torch.bfloat16: 5e-2, torch.float32: 1e-4}

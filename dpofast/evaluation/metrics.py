@@ -19,7 +19,7 @@ from dpofast.common.ranks import Ranks
 from dpofast.evaluation.statistics import LENGTH_METRICS
 from dpofast.head.options import LogprobOutput
 from dpofast.losses.functional import PreferenceOutput
-from dpofast.packing.pack import PackedBatch
+from dpofast.packing.batch import PackedBatch
 
 TOKEN_STATISTICS = ("entropy", "mean_logits", "is_top1")
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dpofast.common.ranks import Ranks
 from dpofast.losses.functional import PreferenceOutput
-from dpofast.packing.pack import PackedBatch
+from dpofast.packing.batch import PackedBatch
 
 # Pairs read back from the device at once: a transfer for each micro-batch would be a sync for each.
 _READ_AT_ONCE = 4096

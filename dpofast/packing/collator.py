@@ -10,7 +10,8 @@ import numpy as np
 from torch.utils.data import Sampler
 
 from dpofast.packing.arguments import at_least_one, limit
-from dpofast.packing.pack import PackBuffers, PackedBatch, pack
+from dpofast.packing.batch import PackedBatch
+from dpofast.packing.pack import PackBuffers, pack
 
 
 class PackingCollator:

@@ -15,11 +15,8 @@ from torch import Tensor
 
 from dpofast import _C
 from dpofast.packing.arguments import at_least_one, limit
-from dpofast.packing.batch import PackedBatch as PackedBatch
-from dpofast.packing.batch import Segments as Segments
+from dpofast.packing.batch import PackedBatch, Segments
 from dpofast.packing.examples import FlatExamples, read_examples
-from dpofast.packing.planner import Plan as Plan
-from dpofast.packing.planner import plan as plan
 
 if TYPE_CHECKING:
     import datasets

@@ -8,7 +8,7 @@ from typing import Any
 
 from dpofast.common.ranks import Ranks
 from dpofast.evaluation.metrics import MetricSums, work_avoided
-from dpofast.packing.pack import PackedBatch
+from dpofast.packing.batch import PackedBatch
 
 
 class LogWindow:

@@ -23,7 +23,8 @@ from dpofast.losses.functional import PreferenceOutput, token_preference_loss
 from dpofast.losses.pairs import StepTotals
 from dpofast.losses.sequences import Tokens
 from dpofast.model.attach import PackedPreference
-from dpofast.packing.pack import PackedBatch, pack
+from dpofast.packing.batch import PackedBatch
+from dpofast.packing.pack import pack
 from dpofast.scoring.ref_cache import reference_logps
 from dpofast.training.coupled import CoupledShare, coupled_shares, gathered
 from dpofast.training.fsdp import is_sharded, without_sync

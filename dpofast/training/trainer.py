@@ -33,7 +33,7 @@ from dpofast.evaluation.metrics import MetricSums, check_best_metric
 from dpofast.evaluation.pair_records import PairRecords
 from dpofast.losses.pairs import StepTotals
 from dpofast.model.moe import balancing_coefficient
-from dpofast.packing.pack import PackedBatch
+from dpofast.packing.batch import PackedBatch
 from dpofast.scoring.score import Forward
 from dpofast.training.config import DPOConfig
 from dpofast.training.coupled import RunningRewards

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpofast.packing.pack import PackBuffers, PackedBatch, Segments, pack
+from dpofast.packing.batch import PackedBatch, Segments
+from dpofast.packing.pack import PackBuffers, pack
 from tests.support.examples import DESIGN, example, group
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpofast.packing.pack import plan
+from dpofast.packing.planner import plan
 
 
 def rank_loads(made):
