@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 import trl.trainer.dpo_trainer as trl_module
+from accelerate.utils.operations import get_data_structure, slice_tensors
 from torch.utils.data import DataLoader
 
 from dpofast.integrations._trl.rows import ROWS_KEY
@@ -67,6 +68,15 @@ def test_rows_of_other_tensors_are_not_used(name):
         assert batch.rows is None
     with torch.inference_mode():  # whose tensors do not count what is written to them
         assert collated()[0].rows is None
+
+
+def test_what_accelerate_makes_of_a_batch():
+    """One rank that reads for all describes a batch without tensors, and cuts it up: the parts are read again."""
+    batch, _ = collated()
+    described, part = get_data_structure(batch), slice_tensors(batch, slice(0, 2))
+    assert described.keys() == part.keys() == batch.keys()
+    assert described.rows is None and part.rows is None
+    assert len(part["input_ids"]) == 2
 
 
 def test_workers_send_what_they_read():

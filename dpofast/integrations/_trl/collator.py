@@ -7,7 +7,7 @@ that data-loading workers can unpickle them.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import Tensor
 from trl.trainer.dpo_trainer import DataCollatorForPreference
@@ -35,10 +35,12 @@ class RowsBatch(dict[str, Any]):
         same = all(a is b and x == y for (a, x), (b, y) in zip(self._read, self._state(), strict=True))
         return self._rows if same else None
 
-    def _state(self) -> list[tuple[Tensor | None, object]]:
-        """The tensors, and how often each was written to; inference tensors do not say, and never equal themselves."""
-        tensors: list[Tensor | None] = [self.get(name) for name in _SOURCES]
-        return [(t, object() if t is None or t.is_inference() else t._version) for t in tensors]
+    def _state(self) -> list[tuple[Any, object]]:
+        """The tensors, and how often each was written to.
+
+        Inference tensors do not say that, nor what accelerate puts in a tensor's place: they never equal themselves.
+        """
+        return [(value, value._version if _counts(value) else object()) for value in map(self.get, _SOURCES)]
 
     def to(self, device: Any, non_blocking: bool = False) -> RowsBatch:
         """The batch with its tensors on the device."""
@@ -56,6 +58,10 @@ class RowsBatch(dict[str, Any]):
 
     def __reduce__(self) -> Any:
         return RowsBatch, (dict(self), self.rows)
+
+
+def _counts(value: Any) -> TypeGuard[Tensor]:
+    return isinstance(value, Tensor) and not value.is_inference()
 
 
 class RowsCollator(DataCollatorForPreference):  # type: ignore[misc]
