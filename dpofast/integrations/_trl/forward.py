@@ -22,6 +22,7 @@ from dpofast.integrations._trl.rows import ROWS_KEY, PaddedRows
 from dpofast.integrations._trl.scores import FusedOptions, is_reference_pass, score_labels
 from dpofast.model.attach import PackedForward, attach_logprob_head, detach_logprob_head, packed_class
 from dpofast.model.support import PARITY_TOLERANCE
+from dpofast.model.wrappers import exchange_class, input_device, take_off_autocast
 from dpofast.reference import padded_logprobs
 
 LEVELS = ("forward", "kernel")
@@ -56,6 +57,7 @@ def fuse(model: Any, options: FusedOptions) -> str | None:
         ValueError: a model that cannot run packed (level "forward", on_unpackable "raise"), or whose plain logits the
             padded path does not reproduce, by name and with the reason.
     """
+    take_off_autocast(model)  # of an earlier training: trl's trainer puts on its own
     unfuse(model)
     detach_logprob_head(model)  # one that was attached by hand may run padded
     reason = None if options.level == "forward" else 'level "kernel" was asked for'
@@ -70,7 +72,7 @@ def fuse(model: Any, options: FusedOptions) -> str | None:
                     'patch_trl(on_unpackable="kernel") or patch_trl(level="kernel")'
                 ) from error
     plain_class: Any = type(model)
-    model.__class__ = _fused_class(plain_class)
+    exchange_class(model, _fused_class(plain_class))
     if reason is not None:
         try:
             _check_padded_parity(model)
@@ -85,7 +87,7 @@ def unfuse(model: Any) -> None:
     """Undo fuse: restore the model's own class and attention."""
     if not isinstance(model, FusedForward):
         return
-    model.__class__ = type(model)._fused_over
+    exchange_class(model, type(model)._fused_over)
     model.__dict__.pop("_dpofast_fused", None)  # not there where fuse failed
     detach_logprob_head(model)
 
@@ -182,7 +184,7 @@ def _check_padded_parity(model: Any) -> None:
     if type(head) is not torch.nn.Linear:
         raise ValueError(f"{name}: expected a plain nn.Linear head, got {type(head).__name__}")
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, head.weight.shape[0], (1, _PARITY_TOKENS), generator=generator).to(head.weight.device)
+    ids = torch.randint(0, head.weight.shape[0], (1, _PARITY_TOKENS), generator=generator).to(input_device(model))
     ones = torch.ones_like(ids)
     completion = ones.clone()
     completion[:, 0] = 0
