@@ -25,8 +25,8 @@ def preview_preferences(
 ) -> str:
     """Return the first rows of a dataset as text, decoded from the token ids that training reads.
 
-    Special tokens are shown, and control characters are escaped; a line end is escaped and begins a line here too. Token
-    ids without a tokenizer are shown as numbers.
+    Special tokens are shown, and control characters are escaped; a line end is escaped and begins a line here too.
+    Token ids without a tokenizer are shown as numbers.
 
     Args:
         dataset: as for tokenize_preferences, like every argument but `rows`.
