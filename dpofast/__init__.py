@@ -29,6 +29,7 @@ _MODULES = {
     "pack": "dpofast.packing.pack",
     "pair_logprobs": "dpofast.losses.sequences",
     "preference_loss": "dpofast.losses.functional",
+    "preview_preferences": "dpofast.data.preview",
     "sequence_logprobs": "dpofast.model.attach",
     "token_preference_loss": "dpofast.losses.functional",
     "tokenize_preferences": "dpofast.data.load",
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from dpofast.data.load import DataError as DataError
     from dpofast.data.load import load_preferences as load_preferences
     from dpofast.data.load import tokenize_preferences as tokenize_preferences
+    from dpofast.data.preview import preview_preferences as preview_preferences
     from dpofast.head.linear_logprobs import linear_logprobs as linear_logprobs
     from dpofast.head.linear_preference import linear_preference_loss as linear_preference_loss
     from dpofast.head.options import LogprobOutput as LogprobOutput

@@ -55,6 +55,10 @@ def parse(
     return tuple(parsed[: len(classes)])
 
 
+DATA_HELP = (
+    "Preference pairs: a .jsonl, .json, .csv or .tsv file (or .gz of one), a .parquet file, a folder of such files or "
+    "of save_to_disk, or a hub name (name:config)."
+)
 _SWITCHES = "An option without a value is a switch: --x turns it on, and --no_x turns off one that is on by default."
 
 
@@ -188,6 +192,8 @@ def quiet(interactive: bool) -> None:
     Users can do nothing about the former; the latter would fill a log file with lines.
     """
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
+    # The commands print the report of the data, which says the same.
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"dpofast\.data\.")
     if interactive:
         return
     import datasets

@@ -11,6 +11,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+from dpofast.common.printable import printable, printable_messages
+
 _USAGE = """usage: dpofast <command> [options]
 
 commands:
@@ -42,16 +44,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_USAGE, file=sys.stderr)
         return _refuse(f"expected a command among {', '.join(_COMMANDS)}, got {command!r}")
     try:
-        return importlib.import_module(_COMMANDS[command]).main(rest)
+        with printable_messages():
+            return importlib.import_module(_COMMANDS[command]).main(rest)
     except KeyboardInterrupt:
         print("dpofast: stopped; what was written so far can be resumed", file=sys.stderr)
         return 130
-    except (ValueError, FloatingPointError, OSError) as error:
+    except (ValueError, FloatingPointError, OSError, ImportError) as error:  # an option's package is not installed
         if os.environ.get("DPOFAST_TRACEBACK"):
             raise
-        return _refuse(str(error))
+        return _refuse(str(error).strip())
 
 
 def _refuse(message: str) -> int:
-    print(f"dpofast: error: {message}", file=sys.stderr)
+    print(f"dpofast: error: {printable(message)}", file=sys.stderr)
     return 2

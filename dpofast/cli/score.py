@@ -16,7 +16,8 @@ from pathlib import Path
 from dpofast.cli.arguments import parse, quiet
 from dpofast.cli.load_models import base_of, is_adapter
 from dpofast.cli.scored_pairs import ScoringArguments, prepare, scored
-from dpofast.scoring.score_file import PartialScores, source_rows, weights_of, write_scored
+from dpofast.common.printable import printable
+from dpofast.scoring.score_file import PartialScores, source_rows, source_snapshot, weights_of, write_scored
 
 
 @dataclass(kw_only=True)
@@ -54,6 +55,7 @@ def main(argv: Sequence[str]) -> int:
     (arguments,) = parse((ScoreArguments,), argv, prog="dpofast score", description=__doc__)
     quiet(sys.stderr.isatty())
     output = Path(arguments.output)
+    snapshot = source_snapshot(arguments.data, arguments.split)
     prepared = prepare(arguments)
     settings = {name: value for name, value in asdict(arguments).items() if name not in ("output", "overwrite")}
     # What decides the numbers: a partial file of other options, other weights or other data must not be gone on with.
@@ -66,9 +68,11 @@ def main(argv: Sequence[str]) -> int:
     partial = PartialScores(output.with_name(output.name + ".partial"), identity)
     start = partial.resume(overwrite=arguments.overwrite)
     if start:
-        print(f"going on with {partial.path}: {start:,} of {len(prepared.tokens):,} pairs are scored already")
+        print(
+            printable(f"going on with {partial.path}: {start:,} of {len(prepared.tokens):,} pairs are scored already")
+        )
     partial.append(scored(arguments, prepared, start=start, ld_alpha=arguments.ld_alpha))
-    write_scored(output, source_rows(arguments.data, prepared.dataset), partial)
+    write_scored(output, source_rows(arguments.data, prepared.dataset, snapshot), partial)
     print(prepared.report.summary())
-    print(f"{len(prepared.tokens):,} scored pairs are in {output}")
+    print(printable(f"{len(prepared.tokens):,} scored pairs are in {output}"))
     return 0

@@ -13,7 +13,9 @@ import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
 
+from dpofast.cli.arguments import DATA_HELP
 from dpofast.cli.load_models import Loading, device, is_adapter, load_model, load_tokenizer, named
+from dpofast.data.encode_pairs import TRUNCATION_MODES
 from dpofast.data.formats import REF_COLUMNS, place
 from dpofast.data.load import DataReport, load_preferences, tokenize_preferences
 from dpofast.model.attach import attach_logprob_head
@@ -28,9 +30,7 @@ class ScoringArguments:
     """Options of both commands: the model, the pairs and the reference."""
 
     model: str = field(metadata={"help": "A checkpoint: a folder or hub name, or the folder of a LoRA adapter."})
-    data: str = field(
-        metadata={"help": "Preference pairs: a .jsonl or .parquet file, a datasets folder, or a hub name."}
-    )
+    data: str = field(metadata={"help": DATA_HELP})
     split: str = field(default="train", metadata={"help": "The split of --data, where it has several."})
     ref_model: str | None = field(
         default=None,
@@ -44,7 +44,10 @@ class ScoringArguments:
     )
     beta: float = field(default=0.1, metadata={"help": "The strength that rewards are measured in."})
     max_length: int | None = field(
-        default=1024, metadata={"help": "Prompt plus response is cut to so many tokens, at the response's end."}
+        default=1024, metadata={"help": "Prompt plus response is cut to so many tokens, where truncation_mode says."}
+    )
+    truncation_mode: str = field(
+        default="keep_start", metadata={"help": "As in training: keep_start, or keep_end (cuts the prompt's start)."}
     )
     on_bad_row: str = field(default="raise", metadata={"help": "A bad row: raise (stop) or skip (count, leave out)."})
     dtype: str = field(default="float32", metadata={"help": "The dtype models are loaded in: float32 or bfloat16."})
@@ -64,6 +67,8 @@ class ScoringArguments:
             raise ValueError(f"beta: expected a positive number, got {self.beta}")
         if self.no_reference and self.ref_model:
             raise ValueError("no_reference: leave it out, or leave --ref_model out")
+        if self.truncation_mode not in TRUNCATION_MODES:
+            raise ValueError(f"truncation_mode: expected one of {TRUNCATION_MODES}, got {self.truncation_mode!r}")
         if self.max_tokens is not None and self.max_tokens < 1:
             raise ValueError(f"max_tokens: expected at least 1, got {self.max_tokens}")
 
@@ -98,6 +103,7 @@ def prepare(arguments: ScoringArguments) -> Prepared:
         dataset,
         tokenizer,
         max_length=arguments.max_length,
+        truncation_mode=arguments.truncation_mode,
         on_bad_row=arguments.on_bad_row,
         vocab_size=model.get_input_embeddings().weight.shape[0],
     )

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dpofast.cli.arguments import parse, quiet
+from dpofast.cli.arguments import DATA_HELP, parse, quiet
 from dpofast.cli.load_models import Loading, is_adapter, load_model, load_tokenizer, lora, named, one_line
+from dpofast.common.printable import printable
 from dpofast.training.config import DPOConfig
 from dpofast.training.trainer import DPOTrainer
 
@@ -29,7 +30,7 @@ HELP_GROUPS = {
         *("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"),
     ),
     "memory and packing": ("max_tokens", "share_prompts", "padded", "max_logits_bytes"),
-    "data": ("split", "eval_split", "max_length", "truncation_mode", "on_bad_row", "dataset_num_proc"),
+    "data": ("split", "eval_split", "max_length", "truncation_mode", "on_bad_row", "dataset_num_proc", "preview"),
     "adapter and quantization": ("lora_alpha", "load_in_4bit", "dtype", "disable_dropout", "trust_remote_code"),
     "run and report": (
         *("config", "resume_from_checkpoint", "early_stopping_patience"),
@@ -48,9 +49,7 @@ class TrainArguments:
     """Options of `dpofast train` beside those of DPOConfig, which has every transformers.TrainingArguments option."""
 
     model: str = field(metadata={"help": "A folder or hub name that AutoModelForCausalLM loads (safetensors only)."})
-    data: str = field(
-        metadata={"help": "Preference pairs: a .jsonl or .parquet file, a datasets folder, or a hub name."}
-    )
+    data: str = field(metadata={"help": DATA_HELP})
     eval_data: str | None = field(default=None, metadata={"help": "Held-out pairs, in the same formats."})
     split: str = field(default="train", metadata={"help": "The split of --data, where it has several."})
     eval_split: str = field(default="train", metadata={"help": "The split of --eval_data, where it has several."})
@@ -75,6 +74,10 @@ class TrainArguments:
             "it is named); --load_best_model_at_end ends with the best one."
         },
     )
+    preview: int = field(
+        default=0,
+        metadata={"help": "Print so many rows as they will be trained on, special tokens visible, and end."},
+    )
     html_report: bool = field(
         default=True, metadata={"help": "Write report.html, a page with plots, pairs and warnings, at the end."}
     )
@@ -97,6 +100,8 @@ def main(argv: Sequence[str]) -> int:
     interactive = sys.stderr.isatty()
     quiet(interactive)
     config.disable_tqdm = config.disable_tqdm or not interactive
+    if train.preview:
+        return _preview(train, config)
     peft_config = lora(train.lora_r, train.lora_alpha)
     loading = _checked_loading(train)
     resume = _checked_output(config)
@@ -130,11 +135,22 @@ def main(argv: Sequence[str]) -> int:
             peft_config=peft_config,
             callbacks=callbacks,
         )
-    except (RuntimeError, ImportError) as error:  # a reporter that is not installed, or not wholly
+    except RuntimeError as error:  # a reporter that is not installed
         raise ValueError(one_line(error)) from error
     for report in trainer.data_reports.values() if trainer.is_world_process_zero() else ():
         print(report.summary())
     _run(trainer, Path(config.output_dir), resume, html_report=train.html_report)
+    return 0
+
+
+def _preview(train: TrainArguments, config: DPOConfig) -> int:
+    from dpofast.data.load import load_preferences
+    from dpofast.data.preview import preview_preferences
+
+    tokenizer = load_tokenizer(train.model, trust_remote_code=train.trust_remote_code)
+    options: Any = {"max_length": config.max_length, "truncation_mode": config.truncation_mode}
+    dataset = load_preferences(train.data, split=train.split, on_bad_row=config.on_bad_row)
+    print(preview_preferences(dataset, tokenizer, train.preview, on_bad_row=config.on_bad_row, **options))
     return 0
 
 
@@ -155,7 +171,7 @@ def _run(trainer: DPOTrainer, output: Path, resume: str | None, *, html_report: 
         written.append("training.png")
         if html_report:
             written.append(write_report(trainer, output / "report.html").name)
-    print(f"{', '.join(written)} are in {output}")
+    print(printable(f"{', '.join(written)} are in {output}"))
 
 
 def _checked_loading(train: TrainArguments) -> Loading:

@@ -14,8 +14,11 @@ import sys
 from collections.abc import Collection, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
+
+from dpofast.data.formats import DataError
+
 if TYPE_CHECKING:
-    import pyarrow as pa
     from datasets import Dataset
 
 _LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
@@ -56,4 +59,24 @@ def read_chunks(dataset: Dataset, columns: Collection[str], bounds: Iterable[tup
     rows: Any = dataset.with_format("arrow", columns=list(columns))
     for start, stop in bounds:
         yield rows[start:stop]
+        release_pages(files)
+
+
+def check_values(dataset: Dataset, source: str) -> None:
+    """Check the Arrow buffers of a mapped dataset: offsets inside their buffers, text that is UTF-8.
+
+    Arrow trusts a file that it maps: one damaged offset would be read from anywhere in memory, or end the process.
+
+    Raises:
+        DataError: a buffer is damaged; names the first rows of the batch that it is in.
+    """
+    files = mapped_files(dataset)
+    start = 0
+    for batch in dataset.data.table.to_batches():
+        try:
+            batch.validate(full=True)
+        except pa.ArrowException as error:
+            rows, reason = f"rows {start} to {start + len(batch) - 1}", " ".join(str(error).split())
+            raise DataError(f"{source}: damaged Arrow data in {rows}: {reason}") from error
+        start += len(batch)
         release_pages(files)

@@ -12,15 +12,33 @@ reason.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
+
+from dpofast.common.printable import printable
 
 ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 REF_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 # Only these may be null in a row although the dataset has the column.
 TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
+# What other formats call the prompt or a part of it. Their text must be in the prompt: no other place is read.
+CONTEXT_COLUMNS = frozenset(
+    (
+        "system",
+        "system_prompt",
+        "question",
+        "query",
+        "instruction",
+        "instructions",
+        "input",
+        "user_prompt",
+        "user_input",
+    )
+    + ("history", "context_messages", "problem")
+)
+MOST_NESTED = 64  # levels of a JSON value: deeper ones exhaust the stacks of the parsers that read them later
 
 _EXPECTED = "expected chosen and rejected (prompt is optional), or prompt_ids, chosen_ids and rejected_ids"
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
@@ -30,15 +48,25 @@ _INT32_MAX = int(np.iinfo(np.int32).max)
 class DataError(ValueError):
     """Data that cannot be used. The message names the file, the row if there is one, and the reason."""
 
+    def __init__(self, message: str) -> None:
+        """Store the message, with control characters of the data escaped."""
+        super().__init__(printable(message))
+
 
 class BadRow(Exception):
     """A row that cannot be used; a `fatal` error concerns more than this row and is never skipped."""
 
     def __init__(self, reason: str, detail: str = "", *, fatal: bool = False) -> None:
         """Store the reason, equal for all rows with this error; `detail` of this row goes into the message only."""
-        super().__init__(f"{reason}: {detail}" if detail else reason)
-        self.reason = reason
+        super().__init__(printable(f"{reason}: {detail}" if detail else reason))
+        self.reason = printable(reason)
         self.fatal = fatal
+
+
+def excerpt(text: str, start: int = 0, length: int = 120) -> str:
+    """Return a quoted piece of a text on one line, `length` characters from `start` on, with ... where it was cut."""
+    piece = text[start : start + length]
+    return f"{'...' * (start > 0)}{piece!r}{'...' * (start + length < len(text))}"
 
 
 def place(unit: str, number: int) -> str:
@@ -52,6 +80,7 @@ def used_columns(columns: Collection[str]) -> tuple[str, ...]:
     Raises:
         BadRow: a required column is missing, or there are images or unpaired preferences.
     """
+    check_once(columns)
     found = set(columns)
     for column in ("image", "images"):
         if column in found:
@@ -65,13 +94,31 @@ def used_columns(columns: Collection[str]) -> tuple[str, ...]:
         )
     is_ids = found.issuperset(ID_COLUMNS) or bool(found & {*ID_COLUMNS} and not found & {"chosen", "rejected"})
     needed: tuple[str, ...] = ID_COLUMNS if is_ids else ("chosen", "rejected")
-    optional = () if is_ids else ("prompt", *TEMPLATE_COLUMNS)
+    optional = () if is_ids else ("prompt", *TEMPLATE_COLUMNS, *sorted(filter(is_context, found)))
     if found & {*REF_COLUMNS}:
         needed += REF_COLUMNS
     for column in needed:
         if column not in found:
             raise BadRow(f"column '{column}' is missing", f"{_EXPECTED}; found {', '.join(sorted(found)) or 'none'}")
     return tuple(column for column in (*needed, *optional) if column in found)
+
+
+def check_once(columns: Collection[str]) -> None:
+    """Raise BadRow where two columns have one name."""
+    names = list(columns)
+    double = next((name for name in names if names.count(name) > 1), None)
+    if double is not None:
+        raise BadRow(f"column '{double}' stands there twice", "only one can hold: rename or remove the other")
+
+
+def is_context(column: str) -> bool:
+    """Whether a column's name says that it holds a part of the prompt, which has no place beside `prompt`."""
+    return column.lower() in CONTEXT_COLUMNS
+
+
+def is_optional(column: str) -> bool:
+    """Whether a row may hold null in a column that the dataset has."""
+    return column in TEMPLATE_COLUMNS or is_context(column)
 
 
 def row_kinds(row: Mapping[str, Any], columns: Collection[str]) -> dict[str, str]:
@@ -84,7 +131,7 @@ def row_kinds(row: Mapping[str, Any], columns: Collection[str]) -> dict[str, str
     for column in columns:
         if row.get(column) is not None:
             kinds[column] = _kind(column, row[column])
-        elif column not in TEMPLATE_COLUMNS:
+        elif not is_optional(column):
             raise BadRow(f"column '{column}' is missing", "the row lacks it, or holds null")
     # A text prompt next to conversations is valid: some datasets repeat the first turn there.
     responses = {kinds.get("chosen"), kinds.get("rejected")}
@@ -94,6 +141,8 @@ def row_kinds(row: Mapping[str, Any], columns: Collection[str]) -> dict[str, str
 
 
 def _kind(column: str, value: Any) -> str:
+    if is_context(column):
+        return "json"
     if column in ID_COLUMNS:
         token_ids(column, value)
         return "ids"
@@ -107,6 +156,11 @@ def _kind(column: str, value: Any) -> str:
         template_value(column, value)
         return "json"
     if isinstance(value, str):
+        if _spells_turns(value):
+            raise BadRow(
+                f"column '{column}' is text that spells a conversation",
+                f"expected the list of turns itself, got {_got(value)}; parse it with json.loads (or ast.literal_eval)",
+            )
         return "text"
     if isinstance(value, list) and all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in value):
         return "messages"
@@ -116,8 +170,14 @@ def _kind(column: str, value: Any) -> str:
     )
 
 
+def _spells_turns(text: str) -> bool:
+    """Whether a text is the JSON, or Python's repr, of a list of turns."""
+    start = text[:200].lstrip()
+    return start.startswith("[") and start[1:].lstrip().startswith("{") and ('"role"' in text or "'role'" in text)
+
+
 def _got(value: Any) -> str:
-    text = repr(value)
+    text = f"of {value.bit_length()} bits" if isinstance(value, int) and value.bit_length() > 400 else repr(value)
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
 
 
@@ -140,13 +200,90 @@ def template_value(column: str, value: Any) -> Any:
     """Return tools as a list (parsed if given as JSON text), or chat_template_kwargs as a dict. Raises BadRow."""
     if column == "tools" and isinstance(value, str):
         try:
-            value = json.loads(value)
-        except ValueError as error:
+            value = parse_json(value)
+        except (ValueError, RecursionError) as error:
             raise BadRow("column 'tools' is not valid JSON", str(error)) from None
     expected = list if column == "tools" else dict
     if value is not None and not isinstance(value, expected):
         raise BadRow(f"column '{column}' is not a {expected.__name__}", f"got {_got(value)}")
     return value
+
+
+def parse_json(text: str) -> Any:
+    """Parse JSON text as json.loads does, but refuse what would be read as something else than it says.
+
+    Raises:
+        ValueError: not JSON, a name that stands twice in an object, or a number beyond float64.
+        RecursionError: brackets nested deeper than MOST_NESTED.
+    """
+    value = json.loads(text, object_pairs_hook=_object, parse_float=finite)
+    if text.count("[") + text.count("{") > MOST_NESTED and _is_deep(value):
+        raise RecursionError(f"nested deeper than {MOST_NESTED} levels (maximum recursion)")
+    return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    built = dict(pairs)
+    if len(built) < len(pairs):
+        names = [name for name, _ in pairs]
+        double = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{double!r} stands twice in one object, and only one can hold")
+    return built
+
+
+def finite(text: str) -> float:
+    """Return a JSON number. Raises ValueError where float64 would make it infinite."""
+    number = float(text)
+    if number in (float("inf"), float("-inf")):
+        raise ValueError(f"the number {excerpt(text, 0, 30)} is beyond float64")
+    return number
+
+
+def _is_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(MOST_NESTED + 1):
+        level = [part for item in level for part in _parts(item)]
+    return bool(level)
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+
+
+def strings(value: Any) -> Iterator[str]:
+    """Yield every string inside a value of JSON."""
+    if isinstance(value, str):
+        yield value
+    for part in _parts(value):
+        yield from strings(part)
+
+
+def without_nulls(value: Any) -> Any:
+    """Return a value without the keys that hold null; a turn keeps its `content`.
+
+    An Arrow struct has the keys of all rows, so that nulls stand where a row had no such key. A template would write
+    them, or take the key for given. Nulls inside lists are values, and stay.
+    """
+    if isinstance(value, list):
+        return [without_nulls(part) for part in value]
+    if isinstance(value, dict):
+        return {
+            name: without_nulls(part)
+            for name, part in value.items()
+            if part is not None or (name == "content" and "role" in value)
+        }
+    return value
+
+
+def check_context(column: str, value: Any, prompt: str) -> None:
+    """Raise BadRow where a column that is named like a part of the prompt holds text that the prompt does not."""
+    for text in strings(value):
+        if text.strip() and text.strip() not in prompt:
+            raise BadRow(
+                f"column '{column}' holds text that is not in the prompt, and would not be trained on",
+                f"{excerpt(text, 0, 60)}: write it into `prompt` (a system prompt as its first turn), or remove the "
+                "column",
+            )
 
 
 def split_prompt(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:

@@ -1,13 +1,7 @@
-"""tokenize_preferences: preference rows -> token ids of the shared prompt and of each response.
+"""tokenize_preferences: preference rows -> token ids of the shared prompt and of each response, as a Dataset.
 
-    text            tokens(prompt), tokens(prompt + response + EOS)
-    conversations   tokens(template(prompt)), tokens(template(prompt + response)); the template writes the end
-    token ids       as given
-
-The ids equal those of trl 1.16. The prompt is the token-level common prefix of the tokenized prompt and of both
-tokenized prompt + response sequences, so that its forward pass can be shared by both responses. datasets.map reads and
-writes in batches: memory does not grow with the data, mapped pages are released, and a second call finds the result in
-datasets' cache.
+encode_pairs.py encodes a row. datasets.map reads and writes in batches: memory does not grow with the data, mapped
+pages are released, and a second call finds the result in datasets' cache.
 
 (The module is not named `tokenize`: with this folder on sys.path that would hide the standard library's module.)
 """
@@ -15,110 +9,54 @@ datasets' cache.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import jinja2
+import datasets
 import pyarrow as pa
 import pyarrow.compute as pc
 import transformers
 from datasets import Dataset, Features, List, Value
+from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
-from dpofast.data import formats
-from dpofast.data.arrow import mapped_files, release_pages
+from dpofast.common.printable import printable
+from dpofast.data import encode_pairs, formats, render
+from dpofast.data.arrow import check_values, mapped_files, release_pages
+from dpofast.data.encode_pairs import TRUNCATION_MODES, PairEncoder
 from dpofast.data.formats import ID_COLUMNS, REF_COLUMNS, BadRow, DataError
+from dpofast.data.report import DataReport, bad_rows, no_usable_row
 
-# Columns that the JSONL reader adds: the line number of a row, and why that line cannot be used.
-LINE, ERROR = "_line", "_error"
-_TRUNCATED, _SHORTENED = "_truncated", "_shortened"
-_WORKING_COLUMNS = [ERROR, _TRUNCATED, _SHORTENED]
-_REPORTED_ROWS = 10
+# Columns that load_preferences adds: the number of a row's line, its file where there are several, and why that row
+# cannot be used: the reason that rows are counted by, and the whole message.
+LINE, FILE, ERROR, DETAIL = "_line", "_file", "_error", "_detail"
+_ADDED = (LINE, FILE, ERROR, DETAIL)
+_TRUNCATED, _CUT, _DROPPED = "_truncated", "_cut", "_dropped"
+_WORKING_COLUMNS = [ERROR, DETAIL, _TRUNCATED, _CUT, _DROPPED]
+# Formats in which a dataset shows the values that are stored, and no others.
+_PLAIN_FORMATS = {None, "python", "arrow", "numpy", "torch", "tensorflow", "jax", "pandas", "polars"}
 # datasets caches the result of map by a fingerprint of the encoder; this hash makes it change with the code.
 _CODE = hashlib.sha256(
-    b"".join(Path(file).read_bytes() for file in (__file__, formats.__file__)) + transformers.__version__.encode()
+    b"".join(Path(str(module.__file__)).read_bytes() for module in (formats, encode_pairs, render))
+    + Path(__file__).read_bytes()
+    + transformers.__version__.encode()
 ).hexdigest()
-
-
-class Skipped(NamedTuple):
-    """Rows skipped for one reason: how many, and the numbers of the first ten."""
-
-    total: int
-    rows: tuple[int, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataReport:
-    """Counts of kept, skipped and truncated rows. Rows are numbered by `unit`: "line" from 1 (JSONL), "row" from 0."""
-
-    source: str
-    unit: str
-    rows: int
-    kept: int
-    skipped: Mapping[str, Skipped]
-    # Responses (not rows) truncated to max_length, without their EOS.
-    truncated: int
-    # Rows whose prompt is tokenized differently at its end when a response follows; the differing tokens are dropped.
-    shortened_prompts: int
-
-    @staticmethod
-    def from_bad_rows(
-        source: str,
-        unit: str,
-        rows: int,
-        bad: Mapping[str, Sequence[int]],
-        *,
-        truncated: int = 0,
-        shortened_prompts: int = 0,
-    ) -> DataReport:
-        """Build the report of a source with `rows` rows; `bad` holds the numbers of skipped rows by reason."""
-        return DataReport(
-            source=source,
-            unit=unit,
-            rows=rows,
-            kept=rows - sum(map(len, bad.values())),
-            skipped={reason: Skipped(len(numbers), tuple(numbers[:_REPORTED_ROWS])) for reason, numbers in bad.items()},
-            truncated=truncated,
-            shortened_prompts=shortened_prompts,
-        )
-
-    def summary(self) -> str:
-        """Return one line, and one more for each reason to skip rows."""
-        parts = [f"{self.source}: {self.kept:,} of {self.rows:,} pairs kept"]
-        if self.truncated:
-            parts.append(f"responses cut to max_length, their end and EOS gone: {self.truncated:,}")
-        if self.shortened_prompts:
-            parts.append(f"prompts whose last tokens differ in front of a response: {self.shortened_prompts:,}")
-        lines = [", ".join(parts)]
-        for reason, (total, rows) in self.skipped.items():
-            numbers = ", ".join(map(str, rows)) + (", ..." if total > len(rows) else "")
-            lines.append(f"  skipped {total:,}: {reason} ({self.unit} {numbers})")
-        return "\n".join(lines)
-
-
-def no_usable_row(report: DataReport) -> DataError:
-    """Return the DataError for data without a usable row; its message lists the reasons with their counts."""
-    return DataError(f"{report.source}: no row can be used\n{report.summary()}")
-
-
-def _shared(ids: Sequence[int], others: Sequence[int]) -> int:
-    """Length of the common prefix."""
-    if others[: len(ids)] == ids:
-        return len(ids)
-    return next(i for i in range(len(ids)) if i >= len(others) or ids[i] != others[i])
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Encoder:
-    """The function given to datasets.map, which hashes its fields into the fingerprint of the cached result."""
+    """The function given to datasets.map, which hashes its fields into the fingerprint of the cached result.
 
-    tokenizer: PreTrainedTokenizerBase | None
-    columns: tuple[str, ...]
-    max_length: int | None
-    vocab_size: int | None
-    skip: bool
+    Bad rows become rows of nulls with the reason. `exact` names the columns whose nulls are the data's own, not
+    Arrow's; `transform` is the dataset's (Dataset.set_transform).
+    """
+
+    pairs: PairEncoder
+    transform: Callable[[dict[str, Any]], Mapping[str, Sequence[Any]]] | None
+    exact: tuple[str, ...]
     unit: str
     files: tuple[str, ...]
     code: str = _CODE
@@ -126,22 +64,28 @@ class _Encoder:
     @property
     def features(self) -> Features:
         kinds: dict[str, Any] = {column: List(Value("int32")) for column in ID_COLUMNS}
-        kinds |= {column: Value("float32") for column in REF_COLUMNS if column in self.columns}
-        kinds |= {"row": Value("int64"), ERROR: Value("string"), _TRUNCATED: Value("int8"), _SHORTENED: Value("int8")}
-        return Features(kinds)
+        kinds |= {column: Value("float32") for column in REF_COLUMNS if column in self.pairs.columns}
+        kinds |= {"row": Value("int64"), ERROR: Value("string"), DETAIL: Value("string")}
+        return Features(kinds | {_TRUNCATED: Value("int8"), _CUT: Value("int8"), _DROPPED: Value("string")})
 
     def __call__(self, batch: Mapping[str, Sequence[Any]], indices: Sequence[int]) -> dict[str, list[Any]]:
         numbers = batch[LINE] if self.unit == "line" else indices
+        shown = transformed(self.transform, batch) if self.transform else batch
         encoded: dict[str, list[Any]] = {name: [] for name in self.features}
         for i, number in enumerate(numbers):
+            where = formats.place(self.unit, number)
+            if FILE in batch and batch[FILE][i] is not None:
+                line = f", {formats.place('line', batch[LINE][i])}" if LINE in batch else ""
+                where += f", {batch[FILE][i]}{line}"
             try:
                 if ERROR in batch and batch[ERROR][i] is not None:
-                    raise BadRow(batch[ERROR][i])
-                example = self._encode({column: batch[column][i] for column in self.columns})
+                    detail = batch[DETAIL][i].removeprefix(batch[ERROR][i]).removeprefix(": ")
+                    raise BadRow(batch[ERROR][i], detail)
+                example = self._encode({column: shown[column][i] for column in self.pairs.columns})
             except BadRow as problem:
-                if problem.fatal or not self.skip:
-                    raise DataError(f"{formats.place(self.unit, number)}: {problem}") from None
-                example = {ERROR: problem.reason}
+                if problem.fatal:
+                    raise DataError(f"{where}: {problem}") from None
+                example = {ERROR: problem.reason, DETAIL: f"{where}: {problem}"}
             example["row"] = number
             for name, values in encoded.items():
                 values.append(example.get(name))
@@ -149,77 +93,29 @@ class _Encoder:
         return encoded
 
     def _encode(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        kinds = formats.row_kinds(row, self.columns)
-        shortened = False
-        if "prompt_ids" in kinds:
-            prompt, chosen, rejected = (formats.token_ids(column, row[column]) for column in ID_COLUMNS)
-        else:
-            alone, *whole = self._tokenize(row, kinds)
-            start = min(_shared(alone, ids) for ids in whole)
-            shortened = start < len(alone)
-            prompt, (chosen, rejected) = alone[:start], (ids[start:] for ids in whole)
-        if not prompt:
-            raise BadRow("the prompt is empty", "a response's first token is predicted from it: begin with a BOS token")
-        for name, ids in (("chosen", chosen), ("rejected", rejected)):
-            if not ids:
-                raise BadRow(f"the {name} response is empty")
-        if chosen == rejected:
-            raise BadRow("chosen and rejected are equal")
-        largest = max(map(max, (prompt, chosen, rejected)))
-        if self.vocab_size is not None and largest >= self.vocab_size:
-            raise BadRow(f"a token id is outside the vocabulary of {self.vocab_size}", f"got {largest}")
-        truncated = 0
-        if self.max_length is not None:
-            room = self.max_length - len(prompt)
-            if room <= 0:
-                raise BadRow(
-                    f"the prompt fills max_length={self.max_length}",
-                    f"its {len(prompt)} tokens leave none for a response; raise max_length or shorten the prompt",
-                )
-            truncated = (len(chosen) > room) + (len(rejected) > room)
-            chosen, rejected = chosen[:room], rejected[:room]
-            if chosen == rejected:
-                raise BadRow(f"chosen and rejected are equal within max_length={self.max_length}")
-        example = {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
-        example |= {column: row[column] for column in REF_COLUMNS if column in self.columns}
-        return example | {_TRUNCATED: truncated, _SHORTENED: int(shortened)}
+        row = {name: value if name in self.exact else formats.without_nulls(value) for name, value in row.items()}
+        pair = self.pairs.encode(row)
+        example = {"prompt_ids": pair.prompt, "chosen_ids": pair.chosen, "rejected_ids": pair.rejected}
+        example |= {column: row[column] for column in REF_COLUMNS if column in self.pairs.columns}
+        return example | {_TRUNCATED: pair.truncated, _CUT: pair.cut_prompt, _DROPPED: pair.dropped}
 
-    def _tokenize(self, row: Mapping[str, Any], kinds: Mapping[str, str]) -> list[list[int]]:
-        """Token ids of the prompt alone, and with each response."""
-        tokenizer = self.tokenizer
-        if tokenizer is None:
-            raise BadRow("text cannot be used without a tokenizer", "tokenizer is None", fatal=True)
-        is_text = kinds["chosen"] == "text"
-        if kinds.get("prompt") == kinds["chosen"]:
-            prompt, *responses = (row[column] for column in ("prompt", "chosen", "rejected"))
-        else:
-            prompt, *responses = formats.split_prompt(row["chosen"], row["rejected"])
-        for name, response in zip(("chosen", "rejected"), responses, strict=True):
-            # A turn may hold tool calls or reasoning instead of content.
-            if not (response if is_text else any(m[key] for m in response for key in m if key != "role")):
-                raise BadRow(f"the {name} response is empty")
-        if is_text:
-            eos = tokenizer.eos_token
-            if not eos:
-                raise BadRow("the tokenizer has no eos_token", "text responses end with it; set it", fatal=True)
-            # One text per call: a batched call was no faster, since the tokenizer's own work dominates.
-            texts = [prompt, *(prompt + text + ("" if text.endswith(eos) else eos) for text in responses)]
-            return [tokenizer(text)["input_ids"] for text in texts]
-        if not prompt:
-            raise BadRow("the prompt is empty", "the two conversations share no first turn")
-        options = {"tools": formats.template_value("tools", row.get("tools"))}
-        options |= row.get("chat_template_kwargs") or {}
-        options |= {"tokenize": True, "return_dict": True}
-        try:
-            alone = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, **options)["input_ids"]
-            whole = [tokenizer.apply_chat_template(prompt + response, **options)["input_ids"] for response in responses]
-        # Errors that a template raises itself, and errors of its expressions on unexpected values.
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
-            if not getattr(tokenizer, "chat_template", None):
-                detail = "conversations are written by it; set it"
-                raise BadRow("the tokenizer has no chat_template", detail, fatal=True) from None
-            raise BadRow("the chat template refused the conversation", str(error)) from None
-        return [alone, *whole]
+
+def transformed(transform: Callable[[dict[str, Any]], Any], batch: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+    """Return what a dataset's transform shows of a batch of stored rows.
+
+    Raises:
+        DataError: it raises, or returns no columns of as many rows.
+    """
+    stored = {name: list(batch[name]) for name in batch if name not in _ADDED}
+    count = len(next(iter(stored.values())))
+    try:
+        shown = dict(transform(stored))
+        lengths = {name: len(values) for name, values in shown.items()}
+    except Exception as error:
+        raise DataError(f"the dataset's transform failed: {type(error).__name__}: {error}") from error
+    if set(lengths.values()) != {count}:
+        raise DataError(f"the dataset's transform: expected {count} rows in every column, got {lengths}")
+    return shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,15 +145,18 @@ def tokenize_preferences(
     """Turn preference data (the formats of dpofast.data.formats) into token ids.
 
     A row is bad if a column is missing, null or of the wrong type, a response or the prompt is empty, chosen equals
-    rejected, the prompt alone fills max_length, a reference log-prob is not finite, or a token id is out of range.
+    rejected, a text of it would be left out, written twice or trained on as another's, the prompt alone fills
+    max_length, a reference log-prob is not finite, or a token id is out of range.
 
     Args:
-        dataset: the result of load_preferences, or any Dataset in one of the formats.
+        dataset: the result of load_preferences, or any Dataset in one of the formats. Its transform (set_transform) is
+            applied, once; columns that its format hides (set_format) are not read.
         tokenizer: tokenizes text with its special tokens, or renders conversations. May be None for token ids.
-        max_length: most tokens of prompt + response; longer responses are truncated at the end. Reference log-probs in
-            the data are not changed, so they must have been computed with the same max_length. None: no limit.
-        truncation_mode: only "keep_start": with "keep_end" the two responses would no longer share their prompt.
-        on_bad_row: "raise" at the first bad row, or "skip" and count bad rows.
+        max_length: most tokens of prompt + response. Reference log-probs in the data are not changed, so they must have
+            been computed with the same max_length. None: no limit.
+        truncation_mode: "keep_start" cuts longer responses at their end; "keep_end" cuts the start of the prompt so
+            that the pair's longer response fits, alike for both, which share it.
+        on_bad_row: "raise" an error that counts all bad rows and names the first five, or "skip" and count them.
         source: name of the data in messages; None: the name that load_preferences stored.
         vocab_size: if given, token ids must be below it.
         num_proc: number of worker processes.
@@ -267,8 +166,8 @@ def tokenize_preferences(
         source) and, if given, ref_chosen_logps, ref_rejected_logps (float32, nats); and a DataReport.
 
     Raises:
-        DataError: a bad row with on_bad_row="raise", no usable row, a missing column, or a tokenizer without an EOS
-            token or chat template.
+        DataError: bad rows with on_bad_row="raise", no usable row, a missing column, a transform that fails, damaged
+            Arrow files, or a tokenizer without an EOS token or chat template.
         ValueError: an option out of range.
         TypeError: dataset or tokenizer has another type.
     """
@@ -277,35 +176,54 @@ def tokenize_preferences(
     source = source or dataset.info.dataset_name or "<dataset>"
     if len(dataset) == 0:
         raise DataError(f"{source}: there are no rows")
+    if not _is_cached(dataset):
+        check_values(dataset, source)
     try:
-        columns = formats.used_columns(set(dataset.column_names) - {LINE, ERROR})
-    except BadRow as problem:
+        stored, transform = _view(dataset)
+        names = transformed(transform, stored[:1]) if transform else stored.column_names
+        columns = formats.used_columns([name for name in names if name not in _ADDED])
+    except (BadRow, DataError) as problem:
         raise DataError(f"{source}: {problem}") from None
     encoder = _Encoder(
-        tokenizer=tokenizer,
-        columns=columns,
-        max_length=max_length,
-        vocab_size=vocab_size,
-        skip=on_bad_row == "skip",
-        unit="line" if LINE in dataset.column_names else "row",
+        pairs=PairEncoder(
+            tokenizer=tokenizer,
+            columns=columns,
+            max_length=max_length,
+            truncation_mode=truncation_mode,
+            vocab_size=vocab_size,
+        ),
+        transform=transform,
+        exact=tuple(name for name, feature in stored.features.items() if "Json" in str(feature)),
+        unit="line" if LINE in stored.column_names and FILE not in stored.column_names else "row",
         files=mapped_files(dataset),
     )
     try:
-        encoded = dataset.with_format(None).map(
+        encoded = stored.map(
             encoder,
             batched=True,
             with_indices=True,
-            remove_columns=dataset.column_names,
+            remove_columns=stored.column_names,
             features=encoder.features,
             num_proc=num_proc,
-            desc=f"Tokenizing {source}",
+            desc=printable(f"Tokenizing {source}"),
+            **_cache_of(stored, encoder),
         )
     except DataError as error:
         raise DataError(f"{source}, {error}") from None
     # Counted from the result rather than during map, so that a result from the cache is counted too.
-    report = _report(encoded.data.table, source, encoder.unit)
+    table = encoded.data.table
+    if on_bad_row == "raise" and table.column(ERROR).null_count < table.num_rows:
+        raise bad_rows(source, table.num_rows, table.column(DETAIL).drop_null().to_pylist()) from None
+    report = _report(table, source, encoder.unit)
     if report.kept == 0:
         raise no_usable_row(report)
+    if report.shortened_prompts:
+        warnings.warn(
+            f"{report.source}: {report.shortened_prompts:,} prompts end in tokens that differ in front of a response "
+            f"and are left out there (first of all {printable(report.dropped)}): the model is trained on a prompt that "
+            "is not quite the one it sees later; use a template that writes both alike, or end prompts at a word",
+            stacklevel=1,
+        )
     files = mapped_files(encoded)
     release_pages(files)
     if not report.skipped:
@@ -313,9 +231,58 @@ def tokenize_preferences(
     # Written to a new table instead of selected by index, so that later readers get contiguous rows.
     kept = {name: feature for name, feature in encoded.features.items() if name not in _WORKING_COLUMNS}
     good = encoded.with_format("arrow").map(
-        _GoodRows(files=files), batched=True, features=Features(kept), desc=f"Leaving out bad rows of {source}"
+        _GoodRows(files=files),
+        batched=True,
+        features=Features(kept),
+        desc=printable(f"Leaving out bad rows of {source}"),
     )
     return good.with_format(None), report
+
+
+def _view(dataset: Dataset) -> tuple[Dataset, Callable[[dict[str, Any]], Any] | None]:
+    """Return the rows that a dataset stores, without the columns that its format hides, and its transform or None.
+
+    Raises:
+        DataError: a formatter that is not one of datasets' own.
+    """
+    view = dataset.format
+    transform = view["format_kwargs"].get("transform") if view["type"] == "custom" else None
+    if transform is None and view["type"] not in _PLAIN_FORMATS:
+        raise DataError(
+            f"the dataset's format {view['type']!r} is not one of datasets' own, and shows rows that are not stored: "
+            "apply it with map, or with_format(None)"
+        )
+    hidden = (
+        [] if view["output_all_columns"] else [name for name in dataset.column_names if name not in view["columns"]]
+    )
+    hidden = [name for name in hidden if name not in _ADDED]
+    stored = dataset.with_format(None)
+    return stored.remove_columns(hidden) if hidden else stored, transform
+
+
+def _is_cached(dataset: Dataset) -> bool:
+    """Whether a dataset lies in memory, or in files that datasets or load_preferences wrote as a cache."""
+    cache = Path(datasets.config.HF_DATASETS_CACHE).resolve()
+    folders = {Path(file).parent for file in mapped_files(dataset)}
+    return all(
+        folder.is_relative_to(cache)
+        or folder.name == "dpofast-parquet"
+        or ((folder / "dataset_info.json").exists() and not (folder / "state.json").exists())
+        for folder in folders
+    )
+
+
+def _cache_of(dataset: Dataset, encoder: _Encoder) -> dict[str, Any]:
+    """Options of Dataset.map that keep its result out of folders that are the user's own, which may be read-only.
+
+    datasets writes it beside the files that it came from.
+    """
+    if _is_cached(dataset):
+        return {}
+    key = Hasher.hash((dataset._fingerprint, encoder))
+    folder = Path(datasets.config.HF_DATASETS_CACHE, "dpofast-tokens")
+    folder.mkdir(parents=True, exist_ok=True)
+    return {"cache_file_name": str(folder / f"{key}.arrow"), "new_fingerprint": key}
 
 
 def _check_options(
@@ -333,13 +300,8 @@ def _check_options(
         )
     if max_length is not None and max_length < 2:
         raise ValueError(f"max_length: expected None or at least 2 (a prompt and a response token), got {max_length}")
-    if truncation_mode == "keep_end":
-        raise ValueError(
-            "truncation_mode: 'keep_end' would cut the two responses' prompts differently, and they could not share"
-            " one; use 'keep_start' with a larger max_length, or shorten the prompts beforehand"
-        )
-    if truncation_mode != "keep_start":
-        raise ValueError(f"truncation_mode: expected 'keep_start', got {truncation_mode!r}")
+    if truncation_mode not in TRUNCATION_MODES:
+        raise ValueError(f"truncation_mode: expected 'keep_start' or 'keep_end', got {truncation_mode!r}")
     if vocab_size is not None and vocab_size < 1:
         raise ValueError(f"vocab_size: expected None or a positive number, got {vocab_size}")
 
@@ -361,5 +323,6 @@ def _report(table: pa.Table, source: str, unit: str) -> DataReport:
         table.num_rows,
         rows_by_reason,
         truncated=pc.sum(table.column(_TRUNCATED)).as_py() or 0,
-        shortened_prompts=pc.sum(table.column(_SHORTENED)).as_py() or 0,
+        cut_prompts=pc.sum(table.column(_CUT)).as_py() or 0,
+        dropped=table.column(_DROPPED).drop_null().to_pylist(),
     )

@@ -50,7 +50,8 @@ def packed_hidden(model: Any, batch: PackedBatch, *, balance: bool = False) -> t
     With balance also the load-balancing loss of a mixture of experts, a float32 scalar; else None.
     """
     output = packed_backbone(model, batch, **({"output_router_logits": True} if balance else {}))
-    hidden = output.last_hidden_state[0].index_select(0, batch.logit_rows)
+    hidden = output.last_hidden_state[0]
+    hidden = hidden.index_select(0, batch.logit_rows.to(hidden.device))
     if not balance:
         return hidden, None
     top_k = model.config.get_text_config().num_experts_per_tok
@@ -80,10 +81,11 @@ def padded_hidden(model: Any, batch: PackedBatch) -> Tensor:
         output = backbone_of(model)(
             input_ids=input_ids[index, :longest], attention_mask=attended[index, :longest], use_cache=False
         )
-        flat = predicts[rows, :longest].flatten().nonzero().squeeze(1).to(device)
-        parts.append(output.last_hidden_state.flatten(0, 1).index_select(0, flat))
+        hidden = output.last_hidden_state.flatten(0, 1)
+        parts.append(hidden.index_select(0, predicts[rows, :longest].flatten().nonzero().squeeze(1).to(hidden.device)))
         targets += [target for row in rows for target in range(bounds[row], bounds[row + 1])]
-    return torch.cat(parts).index_select(0, torch.tensor(targets).argsort().to(device))
+    hidden = torch.cat(parts)
+    return hidden.index_select(0, torch.tensor(targets).argsort().to(hidden.device))
 
 
 def backbone_of(model: Any) -> Any:

@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from dpofast.model.wrappers import exchange_class
+
 
 class LogprobLinear(nn.Linear):
     """nn.Linear whose call can compute something else than logits from its weight and bias.
@@ -43,7 +45,7 @@ def logprob_head(model: Any) -> Any:
     """
     head = model.get_output_embeddings()
     if type(head) is nn.Linear:
-        head.__class__ = LogprobLinear
+        exchange_class(head, LogprobLinear)
     if not isinstance(head, LogprobLinear) and not hasattr(head, "modules_to_save"):
         raise refused_head(model)
     return head
@@ -51,10 +53,9 @@ def logprob_head(model: Any) -> Any:
 
 def restore_head(model: Any) -> None:
     """Undo logprob_head, in the copies that a wrapper holds as well."""
-    plain: Any = nn.Linear
     for module in model.get_output_embeddings().modules():
         if type(module) is LogprobLinear:
-            module.__class__ = plain
+            exchange_class(module, nn.Linear)
 
 
 def refused_head(model: Any) -> ValueError:

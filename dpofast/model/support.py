@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from dpofast.model.lm_head import refused_head
+from dpofast.model.wrappers import input_device
 from dpofast.packing.pack import pack
 from dpofast.reference import padded_logprobs
 
@@ -41,11 +42,6 @@ def check_lm_head(model: Any) -> None:
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear:
         raise refused_head(model)
-    if "forward" in vars(head):  # bound to nn.Linear's forward, so that LogprobLinear's would never run
-        raise ValueError(
-            f"{name}: expected a head whose forward is its class's, got one with a forward set on the module, as "
-            "accelerate's hooks for several devices do: load the model on one device"
-        )
 
 
 def check_packed(model: Any) -> None:
@@ -89,7 +85,7 @@ def check_parity(model: Any, padded: bool) -> None:
     # Responses that differ in their first token are distinct branches, whatever the draw.
     rejected[0] = (chosen[0] + 1) % model.config.vocab_size
     (batch,) = pack([{"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}])
-    device = model.get_output_embeddings().weight.device
+    device = input_device(model)
     training = model.training
     model.eval()
     try:

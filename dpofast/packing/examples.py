@@ -155,7 +155,10 @@ def _ref_columns(table: Mapping[str, Any], count: int) -> np.ndarray | None:
     for k, (name, column) in enumerate(zip(REF_COLUMNS, columns, strict=True)):
         if column is None:
             raise ValueError(f"{name}: expected {count} floats beside {REF_COLUMNS[1 - k]}, got no such column")
-        values = np.asarray(column, np.float64)
+        try:
+            values = np.asarray(column, np.float64)
+        except (TypeError, ValueError, OverflowError) as error:  # text, ragged lists, integers beyond float64
+            raise ValueError(f"{name}: expected {count} floats, one an example: {error}") from error
         if values.shape != (count,):
             raise ValueError(f"{name}: expected {count} floats, one an example, got shape {values.shape}")
         bad = ~np.isfinite(values)
@@ -277,8 +280,9 @@ def _group_refs(value: Any, name: str, branches: int) -> list[float] | None:
 def _ref(value: Any, name: str) -> float:
     try:
         ref = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         ref = math.nan
     if not math.isfinite(ref):
-        raise ValueError(f"{name}: expected a finite float, got {value!r}")
+        got = f"an int of {value.bit_length()} bits" if isinstance(value, int) else repr(value)
+        raise ValueError(f"{name}: expected a finite float, got {got}")
     return ref

@@ -8,8 +8,9 @@ uninterrupted run. The final file is written under a temporary name, flushed, an
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -21,7 +22,10 @@ from datasets import Dataset
 
 from dpofast.common.atomic_files import put
 from dpofast.data.arrow import chunk_bounds, read_chunks
+from dpofast.data.files import Snapshot, kind_of
 from dpofast.data.formats import REF_COLUMNS
+from dpofast.data.load import is_saved, source_files
+from dpofast.data.read_rows import read_rows, unit_of
 from dpofast.scoring.score import WINDOW
 
 Row = dict[str, Any]
@@ -94,50 +98,57 @@ class SourceRows:
 
     Attributes:
         windows: iterates over lists of (number, row), where number is the score's "row".
-        schema: their Arrow schema, or None for JSON rows, which have none.
+        schema: their Arrow schema, or None for rows of text files, which have none.
+        snapshot: the files as they were before the rows were loaded.
     """
 
     windows: Callable[[], Iterator[list[tuple[int, Row]]]]
     schema: pa.Schema | None
+    snapshot: Snapshot
 
 
-def source_rows(source: str, dataset: Dataset) -> SourceRows:
+def source_snapshot(source: str, split: str) -> Snapshot:
+    """What a source's files hold: taken before they are loaded, since they are read again for the output."""
+    return Snapshot.of(source_files(source, split))
+
+
+def source_rows(source: str, dataset: Dataset, snapshot: Snapshot) -> SourceRows:
     """The rows of a source that load_preferences has loaded as `dataset`.
 
     Files are read again: the dataset has only the columns that make a pair.
     """
-    path = Path(source)
-    if path.is_file() and path.suffix in (".jsonl", ".json"):
-        return SourceRows(lambda: _json_windows(path), None)
-    if path.is_file():
-        return SourceRows(lambda: _parquet_windows(path), pq.read_schema(path).remove_metadata())
-
-    def numbered() -> Iterator[list[tuple[int, Row]]]:
+    path, files = Path(source), snapshot.paths
+    if not files or is_saved(path):
         parts = chunk_bounds(len(dataset), WINDOW)
-        for (start, _), table in zip(parts, read_chunks(dataset, dataset.column_names, parts), strict=True):
-            yield list(enumerate(table.to_pylist(), start))
 
-    return SourceRows(numbered, dataset.features.arrow_schema.remove_metadata())
+        def numbered() -> Iterator[list[tuple[int, Row]]]:
+            for (start, _), table in zip(parts, read_chunks(dataset, dataset.column_names, parts), strict=True):
+                yield list(enumerate(table.to_pylist(), start))
 
-
-def _json_windows(path: Path) -> Iterator[list[tuple[int, Row]]]:
-    with path.open("rb") as file:
-        lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())
-        while window := list(islice(lines, WINDOW)):
-            rows = []
-            for number, line in window:
-                try:
-                    rows.append((number, json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))))
-                except ValueError:  # an invalid line was skipped when loading, and has no scores
-                    continue
-            yield rows
+        return SourceRows(numbered, dataset.features.arrow_schema.remove_metadata(), snapshot)
+    if kind_of(files[0]) == ".parquet":
+        schemas = [pq.read_schema(file).remove_metadata() for file in files]
+        schema = schemas[0] if len(schemas) == 1 else pa.unify_schemas(schemas, promote_options="permissive")
+        return SourceRows(lambda: _parquet_windows(files), schema, snapshot)
+    by_line = path.is_file() and unit_of(path) == "line"
+    return SourceRows(lambda: _text_windows(files, by_line=by_line), None, snapshot)
 
 
-def _parquet_windows(path: Path) -> Iterator[list[tuple[int, Row]]]:
+def _text_windows(files: Sequence[Path], *, by_line: bool) -> Iterator[list[tuple[int, Row]]]:
+    """The rows of files of JSON or CSV, numbered as in load_preferences' dataset: by lines, or of a folder by rows."""
+    every = (numbered for file in files for numbered in read_rows(file))
+    rows = ((number if by_line else index, row) for index, (number, row) in enumerate(every))
+    while window := list(islice(rows, WINDOW)):
+        # A row that cannot be read was skipped when loading, and has no scores.
+        yield [(number, row) for number, row in window if isinstance(row, dict)]
+
+
+def _parquet_windows(files: Sequence[Path]) -> Iterator[list[tuple[int, Row]]]:
     start = 0
-    for batch in pq.ParquetFile(path).iter_batches(WINDOW):
-        yield list(enumerate(batch.to_pylist(), start))
-        start += len(batch)
+    for file in files:
+        for batch in pq.ParquetFile(file).iter_batches(WINDOW):
+            yield list(enumerate(batch.to_pylist(), start))
+            start += len(batch)
 
 
 def write_scored(output: Path, source: SourceRows, partial: PartialScores) -> None:
@@ -149,13 +160,15 @@ def write_scored(output: Path, source: SourceRows, partial: PartialScores) -> No
         partial: the scores of the rows that could be used, in the same order.
 
     Raises:
-        ValueError: rows that cannot be stored as Parquet, with the reason.
+        ValueError: rows that cannot be stored as Parquet, with the reason, or files that changed since they were loaded
+            (DataError): their rows are not those of the scores. The partial file stays.
     """
     # Hidden, and without a suffix that readers look for.
     aside = output.with_name(f".{output.name}.writing")
     write = _write_parquet if output.suffix == ".parquet" else _write_jsonl
     try:
         write(aside, source, partial)
+        source.snapshot.check()
         put(aside, output)
     finally:
         aside.unlink(missing_ok=True)
@@ -175,13 +188,31 @@ def _joined(source: SourceRows, partial: PartialScores) -> Iterator[list[Row]]:
                 score = next(scores, None)
         if rows:
             yield rows
+    if score is not None:
+        raise ValueError(f"{partial.path}: has scores of row {score['row']}, which the data has not: remove it")
+
+
+def _finite(value: Any) -> Any:
+    """A value with null for NaN and infinities, which JSON does not have."""
+    if isinstance(value, dict):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _json_line(row: Row) -> str:
+    # Values that JSON has no type for (dates, from Parquet) are written as text.
+    try:
+        return json.dumps(row, ensure_ascii=False, default=str, allow_nan=False) + "\n"
+    except ValueError:
+        return json.dumps(_finite(row), ensure_ascii=False, default=str) + "\n"
 
 
 def _write_jsonl(path: Path, source: SourceRows, partial: PartialScores) -> None:
     with path.open("w", encoding="utf-8") as file:
         for rows in _joined(source, partial):
-            # Values that JSON has no type for (dates, from Parquet) are written as text.
-            file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+            file.writelines(map(_json_line, rows))
 
 
 def _write_parquet(path: Path, source: SourceRows, partial: PartialScores) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 import torch
 from transformers import TrainingArguments
 
+from dpofast.data.encode_pairs import TRUNCATION_MODES
 from dpofast.losses.config import PreferenceLoss
 from dpofast.losses.divergences import DIVERGENCES
 from dpofast.losses.kinds import KINDS
@@ -62,10 +63,14 @@ class DPOConfig(TrainingArguments):
     simpo_gamma: float = field(default=0.5, metadata={"help": "simpo: the margin that is asked for."})
     cpo_alpha: float = field(default=1.0, metadata={"help": "cpo: the weight of the chosen response's NLL."})
     max_length: int | None = field(
-        default=1024, metadata={"help": "Prompt plus response is cut to so many tokens, at the response's end."}
+        default=1024, metadata={"help": "Prompt plus response is cut to so many tokens, where truncation_mode says."}
     )
     truncation_mode: str = field(
-        default="keep_start", metadata={"help": "Which part of a long row is kept: keep_start."}
+        default="keep_start",
+        metadata={
+            "help": "Which part of a long row is kept: keep_start cuts the responses' ends, keep_end the start of the "
+            "prompt, alike for both responses."
+        },
     )
     max_tokens: int | str | None = field(
         default=None,
@@ -149,11 +154,8 @@ class DPOConfig(TrainingArguments):
             raise ValueError(f"learning_rate: expected 0 or more, got {self.learning_rate}")
         if self.max_length is not None and self.max_length < 2:
             raise ValueError(f"max_length: expected room for a prompt and a response token, 2, got {self.max_length}")
-        if self.truncation_mode != "keep_start":
-            raise ValueError(
-                f"truncation_mode: expected 'keep_start', got {self.truncation_mode!r}: cut at the start, the two "
-                "responses would no longer share their prompt; raise max_length or shorten the prompts instead"
-            )
+        if self.truncation_mode not in TRUNCATION_MODES:
+            raise ValueError(f"truncation_mode: expected 'keep_start' or 'keep_end', got {self.truncation_mode!r}")
         if self.label_smoothing_factor != 0:
             raise ValueError(
                 "label_smoothing_factor: not used by DPO; the flipped-label probability is label_smoothing"

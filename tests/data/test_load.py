@@ -233,9 +233,9 @@ def test_saved_datasets(load, tmp_path):
 
 
 def test_folder_without_a_dataset(load, write, tmp_path):
-    write(LINE)
+    write(LINE, "notes.txt")
     with pytest.raises(
-        DataError, match=r"no dataset written by save_to_disk; name a file \(the folder holds pairs.jsonl"
+        DataError, match=r"no dataset written by save_to_disk, and no file that ends in .* \(the folder holds notes.txt"
     ):
         load(tmp_path)
 
@@ -268,7 +268,7 @@ def test_hub_name(load, monkeypatch):
 
 def test_options(load, write):
     with pytest.raises(
-        DataError, match=r"pairs\.txt: expected a file that ends in .jsonl, .json or .parquet, got '.txt'"
+        DataError, match=r"pairs\.txt: expected a file that ends in .jsonl, .json, .csv, .tsv, .parquet .*, got '.txt'"
     ):
         load(write(LINE, "pairs.txt"))
     with pytest.raises(DataError, match=r"pairs\.jsonl: a file is one split, called 'train'; got split='test'"):

@@ -253,7 +253,7 @@ def test_reference_columns_in_the_data_are_used(tmp_path):
         ({"label_smoothing": 0.7}, "label_smoothing"),
         ({"max_tokens": 0}, "max_tokens: expected at least 1, or 'auto', got 0"),
         ({"on_bad_row": "ignore"}, "on_bad_row: expected 'raise' or 'skip'"),
-        ({"truncation_mode": "keep_end"}, "truncation_mode: expected 'keep_start'"),
+        ({"truncation_mode": "middle"}, "truncation_mode: expected 'keep_start' or 'keep_end'"),
         ({"per_device_train_batch_size": 0}, "per_device_train_batch_size: expected at least 1"),
         ({"max_length": 1}, "max_length: expected room"),
         ({"learning_rate": -1.0}, "learning_rate: expected 0 or more"),

@@ -23,6 +23,7 @@ from dpofast.integrations._trl.scores import FusedOptions, is_reference_pass, sc
 from dpofast.model.attach import PackedForward, attach_logprob_head, detach_logprob_head, packed_class
 from dpofast.model.lm_head import logprob_head, restore_head
 from dpofast.model.support import PARITY_TOLERANCE
+from dpofast.model.wrappers import exchange_class, input_device, take_off_autocast
 from dpofast.reference import padded_logprobs
 
 LEVELS = ("forward", "kernel")
@@ -57,6 +58,7 @@ def fuse(model: Any, options: FusedOptions) -> str | None:
         ValueError: a model that cannot run packed (level "forward", on_unpackable "raise"), one without a plain head,
             or one whose plain logits the padded path does not reproduce, by name and with the reason.
     """
+    take_off_autocast(model)  # of an earlier training: trl's trainer puts on its own
     name = type(model).__name__
     unfuse(model)
     detach_logprob_head(model)  # one that was attached by hand may run padded
@@ -69,7 +71,7 @@ def fuse(model: Any, options: FusedOptions) -> str | None:
             reason = reason.removeprefix(name).removeprefix(" cannot run packed").removeprefix(": ")
     logprob_head(model)  # before anything wraps or shards it
     plain_class: Any = type(model)
-    model.__class__ = _fused_class(plain_class)
+    exchange_class(model, _fused_class(plain_class))
     if reason is not None:
         try:
             _check_padded_parity(model)
@@ -86,8 +88,8 @@ def unfuse(model: Any) -> None:
     """Undo fuse: restore the model's own class and attention."""
     if not isinstance(model, FusedForward):
         return
-    model.__class__ = type(model)._fused_over
-    del model._dpofast_fused
+    exchange_class(model, type(model)._fused_over)
+    model.__dict__.pop("_dpofast_fused", None)  # not there where fuse failed
     detach_logprob_head(model)
     restore_head(model)  # which padded models have as well
 
@@ -180,7 +182,7 @@ def _check_padded_parity(model: Any) -> None:
         ValueError: log-probs that differ: the model scales its logits in an unknown way.
     """
     generator, vocab = torch.Generator().manual_seed(0), model.config.get_text_config().vocab_size
-    ids = torch.randint(0, vocab, (1, _PARITY_TOKENS), generator=generator).to(model.device)
+    ids = torch.randint(0, vocab, (1, _PARITY_TOKENS), generator=generator).to(input_device(model))
     ones = torch.ones_like(ids)
     completion = ones.clone()
     completion[:, 0] = 0
