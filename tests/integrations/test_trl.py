@@ -309,3 +309,13 @@ def test_a_head_attached_by_hand_makes_way():
         torch.testing.assert_close(fused_call(ours).log_probs, fused_call(theirs).log_probs, atol=1e-5, rtol=1e-5)
         assert "1 x packed" in report()
         unpatch_trl()
+
+
+@pytest.mark.parametrize("level", ["forward", "kernel"])
+def test_a_head_that_is_trained_beside_an_adapter(level, tmp_path):
+    """The policy has PEFT's copy of the head, and the reference, the adapter off, the original."""
+    adapter = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    plain = train(tmp_path / "plain", patched=False, peft_config=adapter, max_steps=3)
+    fast = train(tmp_path / "fast", patched=True, level=level, peft_config=adapter, max_steps=3)
+    assert_same_run(plain, fast)
+    assert any("lm_head" in name and gradient.abs().max() > 0 for name, gradient in fast[1].items())
