@@ -6,6 +6,7 @@ import functools
 import pytest
 import torch
 from accelerate import Accelerator, dispatch_model
+from accelerate.state import AcceleratorState
 from liger_kernel.transformers import _apply_liger_kernel_to_instance
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -31,6 +32,14 @@ def truth(batch):
     with torch.no_grad():
         logps = reference.padded_logprobs(tiny_model(), *batch.padded(), use_cache=False)
     return sequence_logprobs(type("Output", (), {"logps": logps})(), batch)
+
+
+@pytest.fixture(autouse=True)
+def no_accelerator_before():
+    """accelerate keeps the mixed precision of the process's first Accelerator."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def autocast(model):
