@@ -8,13 +8,15 @@ from typing import Any, NamedTuple
 import torch
 from datasets import Dataset
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 from transformers.integrations.liger import apply_liger_kernel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dpofast.data.load import tokenize_preferences
 from dpofast.head.engine.plan import HeadPlan
-from dpofast.model.attach import attach_logprob_head, base_causal_lm
+from dpofast.model.attach import attach_logprob_head
+from dpofast.model.load import load_causal_lm
+from dpofast.model.parts import base_causal_lm
 from dpofast.model.wrappers import take_off_autocast
 from dpofast.training.config import DPOConfig
 from dpofast.training.fsdp import check_whole
@@ -43,7 +45,7 @@ def prepare_models(model: Any, ref_model: Any, args: DPOConfig, processing_class
         raise ValueError(f"ref_model: loss_type {loss.kind!r} has no reference; leave it out")
     if isinstance(model, str):
         processing_class = processing_class or AutoTokenizer.from_pretrained(model)
-        model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        model = load_causal_lm(model, dtype=torch.float32)
     if processing_class is None and model.config.name_or_path:  # token ids need none
         processing_class = AutoTokenizer.from_pretrained(model.config.name_or_path)
     if peft_config is not None:

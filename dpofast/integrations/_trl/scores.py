@@ -21,8 +21,9 @@ from dpofast.head.linear_logprobs import linear_logprobs
 from dpofast.head.options import LogprobOutput
 from dpofast.integrations._trl.rows import PackedRows, PaddedRows
 from dpofast.model.attach import PackedForward
-from dpofast.model.forward import backbone_of, packed_backbone
+from dpofast.model.forward import packed_backbone
 from dpofast.model.lm_head import logit_options
+from dpofast.model.parts import backbone_of
 
 # Inputs other than the tokens that do not affect the result.
 _NEUTRAL = {"use_cache", "return_dict", "logits_to_keep", "output_hidden_states"}
