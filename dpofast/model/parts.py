@@ -26,15 +26,20 @@ def is_composite(model: Any) -> bool:
 
 
 def backbone_of(model: Any) -> Any:
-    """The model without its LM head: its base_model. Llama 4's names one that it lacks, and its `model` is taken.
-
-    Of a composite model it is the language model.
+    """What token ids alone run through below the LM head: the language model of a composite, else the whole of it.
 
     Raises:
         ValueError: there is none.
     """
-    if is_composite(model):
-        return _language_model(model)
+    return _language_model(model) if is_composite(model) else whole_backbone(model)
+
+
+def whole_backbone(model: Any) -> Any:
+    """The model without its LM head: its base_model. Llama 4's names one that it lacks, and its `model` is taken.
+
+    Raises:
+        ValueError: there is none.
+    """
     backbone = model.base_model if model.base_model is not model else getattr(model, "model", None)
     if backbone is None:
         raise ValueError(f"{type(model).__name__}: expected a model whose backbone is its base_model, and it has none")

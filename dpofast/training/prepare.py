@@ -16,7 +16,7 @@ from dpofast.data.load import tokenize_preferences
 from dpofast.head.engine.plan import HeadPlan
 from dpofast.model.attach import attach_logprob_head
 from dpofast.model.load import load_causal_lm
-from dpofast.model.parts import base_causal_lm
+from dpofast.model.parts import backbone_of, base_causal_lm, is_composite
 from dpofast.model.wrappers import take_off_autocast
 from dpofast.training.config import DPOConfig
 from dpofast.training.fsdp import check_whole
@@ -75,6 +75,7 @@ def prepare_models(model: Any, ref_model: Any, args: DPOConfig, processing_class
 
             fuse_lora(each)
         attach_logprob_head(each, padded=args.padded)
+        _freeze_what_text_never_reaches(base_causal_lm(each))
         if args.torch_compile:
             _compile_layers(each, args)
     if len({vocabulary(each) for each in models}) > 1:
@@ -146,6 +147,15 @@ def _compile_layers(model: nn.Module, args: DPOConfig) -> None:
         )
     for layer in layers:
         layer.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
+
+
+def _freeze_what_text_never_reaches(model: Any) -> None:
+    """A composite's encoders get no gradient from text; DDP would wait for it, and the optimizer would hold them."""
+    if is_composite(model):
+        reached = {id(p) for part in (backbone_of(model), model.get_output_embeddings()) for p in part.parameters()}
+        for parameter in model.parameters():
+            if id(parameter) not in reached:
+                parameter.requires_grad_(False)
 
 
 def _use_liger_layers(model: nn.Module, args: DPOConfig) -> None:
