@@ -27,7 +27,9 @@ from dpofast.losses.sequences import segment_sums
 from dpofast.model.attention.interface import restore_attention, use_packed_attention
 from dpofast.model.forward import backbone_of, packed_hidden, padded_hidden
 from dpofast.model.lm_head import logit_options, logprob_head, restore_head
-from dpofast.model.support import check_lm_head, check_packed, check_parity
+from dpofast.model.parity import check_parity
+from dpofast.model.rope import follow_lengths, stop_following
+from dpofast.model.support import CannotPack, check_lm_head, check_packed
 from dpofast.packing.batch import PackedBatch
 
 # FSDP2 looks for the tensors of a module's output in pytrees, and hooks on them gather the weights for the backward.
@@ -77,21 +79,40 @@ def attach_logprob_head(model: Any, *, padded: bool = False) -> Any:
                 f"padded: expected {base._padded_rows}, as the head is attached already, got {padded}: detach it first"
             )
         return model
+    try:
+        _attach(base, padded)
+    except CannotPack as error:
+        raise ValueError(f"{error}. {_padded_advice(base)}") from error
+    return model
+
+
+def _attach(base: Any, padded: bool) -> None:
     check_lm_head(base)
+    backbone_of(base)  # raises where it has none
     if not padded:
         check_packed(base)
     plain_class: Any = type(base)
     base.__class__ = packed_class(plain_class, padded)
     # before anything wraps or shards the head: a wrapper takes the class that it meets
     logprob_head(base)
+    follow_lengths(base)
     if not padded:
         use_packed_attention(base)
     try:
         check_parity(base, padded)
     except Exception:
-        detach_logprob_head(model)
+        detach_logprob_head(base)
         raise
-    return model
+
+
+def _padded_advice(base: Any) -> str:
+    """What to do with a model that cannot run packed: padded rows, where it was tried and runs so."""
+    try:
+        _attach(base, True)
+    except ValueError as error:
+        return f"Padded rows do not help: {error}"
+    detach_logprob_head(base)
+    return "Padded rows do without: attach_logprob_head(model, padded=True), DPOConfig(padded=True), or --padded true"
 
 
 def detach_logprob_head(model: Any) -> Any:
@@ -101,6 +122,7 @@ def detach_logprob_head(model: Any) -> Any:
         padded = base._padded_rows
         base.__class__ = type(base)._unpacked_class
         restore_head(base)
+        stop_following(model)
         if not padded:
             restore_attention(base)
     return model
@@ -185,7 +207,7 @@ def _packed_output(
     # Reading ids on a GPU would be a sync; there the embedding's own assert stops.
     if batch.input_ids.is_cpu and not torch.compiler.is_compiling():
         # num_embeddings and not the weight's rows, of which ZeRO-3 leaves none here
-        words = backbone_of(model).get_input_embeddings()
+        words = model.get_input_embeddings()
         largest, vocab = int(batch.input_ids.max()), getattr(words, "num_embeddings", None)
         if vocab is not None and largest >= vocab:
             raise ValueError(f"packed: expected token ids below the model's vocabulary of {vocab}, got {largest}")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dpofast.packing.batch import PackedBatch
+from dpofast.packing.split import prompt_rows_follow
 
 
 def balancing_coefficient(model_config: Any, coefficient: float | None) -> float:
@@ -62,7 +63,4 @@ def row_weights(batch: PackedBatch) -> Tensor:
     of_target = uses.repeat_interleave(batch.cu_targets.diff().long()).to(device, non_blocking=True)
     # Each row of a response predicts one target; a prompt's last row predicts one for each of its responses.
     weights = torch.zeros(batch.num_tokens, device=device).index_add(0, batch.logit_rows, of_target)
-    # The prompt's other rows predict none: they take the weight of the next row that does.
-    rows = torch.arange(batch.num_tokens, device=device)
-    following = torch.where(weights > 0, rows, batch.num_tokens).flip(0).cummin(0).values.flip(0)
-    return weights[following]
+    return prompt_rows_follow(weights)

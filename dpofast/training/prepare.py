@@ -14,6 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from dpofast.data.load import tokenize_preferences
 from dpofast.head.engine.plan import HeadPlan
 from dpofast.model.attach import attach_logprob_head
+from dpofast.model.dropout import disable_dropout
 from dpofast.training.config import DPOConfig
 from dpofast.training.fsdp import check_whole
 
@@ -55,7 +56,7 @@ def prepare_models(model: Any, ref_model: Any, args: DPOConfig, processing_class
         check_whole(each, name)
     for each in models:
         if args.disable_dropout:
-            _disable_dropout(each)
+            disable_dropout(each)
         if hasattr(each, "peft_config"):
             from dpofast.model.lora import fuse_lora
 
@@ -132,12 +133,3 @@ def _compile_layers(model: nn.Module, args: DPOConfig) -> None:
         )
     for layer in layers:
         layer.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
-
-
-def _disable_dropout(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        # transformers hands this number to its attention functions
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0  # type: ignore[assignment]

@@ -21,7 +21,7 @@ from dpofast.common.constants import IGNORE_INDEX
 from dpofast.integrations._trl.rows import ROWS_KEY, PaddedRows
 from dpofast.integrations._trl.scores import FusedOptions, is_reference_pass, score_labels
 from dpofast.model.attach import PackedForward, attach_logprob_head, detach_logprob_head, packed_class
-from dpofast.model.support import PARITY_TOLERANCE
+from dpofast.model.parity import PARITY_TOLERANCE
 from dpofast.reference import padded_logprobs
 
 LEVELS = ("forward", "kernel")
@@ -65,10 +65,7 @@ def fuse(model: Any, options: FusedOptions) -> str | None:
         except ValueError as error:
             reason = str(error).partition(". ")[0]  # what follows is advice for other callers
             if options.on_unpackable != "kernel":
-                raise ValueError(
-                    f"{reason}. Keep trl's padded forward with dpofast's head instead: "
-                    'patch_trl(on_unpackable="kernel") or patch_trl(level="kernel")'
-                ) from error
+                raise ValueError(f"{reason}. {_padded_advice(model)}") from error
     plain_class: Any = type(model)
     model.__class__ = _fused_class(plain_class)
     if reason is not None:
@@ -79,6 +76,22 @@ def fuse(model: Any, options: FusedOptions) -> str | None:
             raise
     model._dpofast_fused = options
     return reason
+
+
+def _padded_advice(model: Any) -> str:
+    """What to do with a model that cannot run packed: the padded forward, where it was tried and runs so."""
+    plain_class: Any = type(model)
+    model.__class__ = _fused_class(plain_class)
+    try:
+        _check_padded_parity(model)
+    except ValueError as error:
+        return f"trl's padded forward with dpofast's head does not help: {error}: call unpatch_trl() for this model"
+    finally:
+        unfuse(model)
+    return (
+        "Keep trl's padded forward with dpofast's head instead: "
+        'patch_trl(on_unpackable="kernel") or patch_trl(level="kernel")'
+    )
 
 
 def unfuse(model: Any) -> None:
