@@ -18,6 +18,8 @@ from dpofast.packing.batch import PackedBatch
 
 # Position tables may have a few rows more than positions: OPT's begins with two that it never reads.
 _SPARE_POSITIONS = 8
+# Names of the number of positions: nearly all, Whisper's decoder, MPT
+_MOST_POSITIONS = ("max_position_embeddings", "max_target_positions", "max_seq_len")
 
 
 def packed_backbone(model: Any, batch: PackedBatch, *, appended: int = 0, **options: Any) -> Any:
@@ -124,16 +126,21 @@ def similar_lengths(lengths: Tensor) -> list[list[int]]:
 
 def _check_positions(model: Any, positions: int) -> None:
     """A model that looks positions up in a table has no row for later ones; rotary and ALiBi models have no table."""
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    config = model.config.get_text_config()
+    name, most = next(((n, getattr(config, n)) for n in _MOST_POSITIONS if hasattr(config, n)), ("", None))
     if most is None or positions <= most or not _has_position_table(model, most):
         return
     raise ValueError(
         f"{type(model).__name__}: a prompt with its response has {positions} positions, and the model's table holds "
-        f"{most} (max_position_embeddings): cut the data to max_length={most}, or train a model with a longer context"
+        f"{most} ({name}): cut the data to max_length={most}, or train a model with a longer context"
     )
 
 
 def _has_position_table(model: Any, most: int) -> bool:
+    if (
+        model.config.get_text_config().model_type == "mpt"
+    ):  # its biases are made for max_seq_len positions in every call
+        return True
     words = model.get_input_embeddings()
     tables = [m.weight for m in model.modules() if isinstance(m, nn.Embedding) and m is not words]
     # GPT-J and CodeGen keep theirs, of sines, as buffers.

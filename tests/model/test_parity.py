@@ -179,3 +179,11 @@ def test_the_decoder_of_an_encoder_decoder_runs_over_padded_rows():
     (long,) = pack([{"prompt_ids": [5] * 60, "chosen_ids": [6] * 10, "rejected_ids": [7]}])
     with pytest.raises(ValueError, match=re.escape("has 69 positions, and the model's table holds 64")):
         model(packed=long)
+
+
+def test_positions_beyond_whispers_table_are_refused():
+    options = {name: value for name, value in _BART.items() if name != "max_position_embeddings"}
+    model = attach_logprob_head(made("WhisperForCausalLM", **options, max_target_positions=64), padded=True)
+    (long,) = pack([{"prompt_ids": [5] * 60, "chosen_ids": [6] * 10, "rejected_ids": [7]}])
+    with pytest.raises(ValueError, match=r"the model's table holds 64 \(max_target_positions\): cut the data"):
+        model(packed=long)
