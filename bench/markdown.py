@@ -308,3 +308,45 @@ def evidence_table(results: Path = RESULTS) -> str:
         ),
     ]
     return rows(("measured", "dpofast", "compared with", "result", "CPU"), body)
+
+
+def families_table(results: Path = RESULTS) -> str:
+    """The last record of bench.families: the model types that run packed, those over padded rows, and the others."""
+    record = records("families", results)[-1]
+    groups: dict[str, dict[str, list[str]]] = {"packed": {}, "padded": {}, "refused": {}, "not built": {}}
+    for name, ways in record["figures"].items():
+        packed, padded = ways["packed"], ways["padded"]
+        if packed["verdict"] == "right":
+            group, why = "packed", ""
+        elif padded["verdict"] == "right":
+            group, why = "padded", _why_not_packed(packed["message"])
+        else:
+            group, why = "not built" if padded["verdict"] == "not built" else "refused", _why_refused(padded["message"])
+        groups[group].setdefault(why, []).append(f"`{name}`")
+
+    def table(group: str) -> str:
+        order = sorted(groups[group].items(), key=lambda item: -len(item[1]))
+        return rows(("model types", "why"), [(", ".join(names), why) for why, names in order])
+
+    size = {group: sum(map(len, reasons.values())) for group, reasons in groups.items()}
+    parts = [
+        f"transformers {record['versions']['transformers']}, {record['date'][:10]}, `{record['command']}`:",
+        f"**Packed** ({size['packed']}): {', '.join(groups['packed'].get('', []))}.",
+        f"**Over padded rows only** ({size['padded']}):",
+        table("padded"),
+        f"**Refused** ({size['refused']}):",
+        table("refused"),
+    ]
+    if size["not built"]:
+        parts += [f"**Not tried** ({size['not built']}), because no tiny one can be made here:", table("not built")]
+    return "\n\n".join(parts)
+
+
+def _why_not_packed(message: str) -> str:
+    why = message.partition("cannot run packed: ")[2].partition(". Padded rows")[0]
+    return why.partition(", DogeAttention")[0]
+
+
+def _why_refused(message: str) -> str:
+    why = message.partition("those of its own logits: ")[2] or message.splitlines()[0].partition(": ")[2] or message
+    return "its forward in train mode is random with all dropout off" if "log-probs in train mode" in why else why

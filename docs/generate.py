@@ -246,6 +246,7 @@ TEXTS: dict[str, Callable[[], str]] = {
     "memory": markdown.memory_table,
     "real_run": markdown.real_run_table,
     "gpu": markdown.gpu_table,
+    "families": markdown.families_table,
 }
 
 

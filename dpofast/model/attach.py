@@ -29,8 +29,10 @@ from dpofast.losses.sequences import segment_sums
 from dpofast.model.attention.interface import register_again, restore_attention, use_packed_attention
 from dpofast.model.forward import packed_hidden, padded_hidden
 from dpofast.model.lm_head import logit_options, logprob_head, restore_head
+from dpofast.model.parity import check_parity
 from dpofast.model.parts import backbone_of, base_causal_lm, media_token_ids
-from dpofast.model.support import check_lm_head, check_packed, check_parity
+from dpofast.model.rope import follow_lengths, stop_following
+from dpofast.model.support import CannotPack, check_lm_head, check_packed
 from dpofast.model.wrappers import exchange_class, take_off_autocast
 from dpofast.packing.batch import PackedBatch
 
@@ -82,6 +84,15 @@ def attach_logprob_head(model: Any, *, padded: bool = False) -> Any:
                 f"padded: expected {base._padded_rows}, as the head is attached already, got {padded}: detach it first"
             )
         return model
+    try:
+        _attach(model, padded)
+    except CannotPack as error:
+        raise ValueError(f"{error}. {_padded_advice(model)}") from error
+    return model
+
+
+def _attach(model: Any, padded: bool) -> None:
+    base = base_causal_lm(model)
     check_lm_head(base)
     if not padded:
         check_packed(base)
@@ -89,13 +100,14 @@ def attach_logprob_head(model: Any, *, padded: bool = False) -> Any:
         warnings.warn(
             f"{type(base).__name__}: accelerate's autocast, which an earlier training put over its forward, is taken "
             "off: from now on the model runs in the precision of its weights and of the autocast that you enter",
-            stacklevel=2,
+            stacklevel=3,
         )
     plain_class: Any = type(base)
     exchange_class(base, packed_class(plain_class, padded))
     try:
         # before anything wraps or shards the head: a wrapper takes the class that it meets
         logprob_head(base)
+        follow_lengths(base)
         if not padded:
             use_packed_attention(backbone_of(base))
         check_parity(base, padded)
@@ -109,7 +121,16 @@ def attach_logprob_head(model: Any, *, padded: bool = False) -> Any:
                 f"here, a tuple of log-probs and no logits: remove it ({type(error).__name__}: {error})"
             ) from error
         raise
-    return model
+
+
+def _padded_advice(model: Any) -> str:
+    """What to do with a model that cannot run packed: padded rows, where it was tried and runs so."""
+    try:
+        _attach(model, True)
+    except ValueError as error:
+        return f"Padded rows do not help: {error}"
+    detach_logprob_head(model)
+    return "Padded rows do without: attach_logprob_head(model, padded=True), DPOConfig(padded=True), or --padded true"
 
 
 def detach_logprob_head(model: Any) -> Any:
@@ -119,6 +140,7 @@ def detach_logprob_head(model: Any) -> Any:
         padded = base._padded_rows
         exchange_class(base, type(base)._unpacked_class)
         restore_head(base)
+        stop_following(base)
         if not padded:
             restore_attention(backbone_of(base))
     return model
@@ -212,7 +234,7 @@ def _packed_output(
     # Reading ids on a GPU would be a sync; there the embedding's own assert stops.
     if batch.input_ids.is_cpu and not torch.compiler.is_compiling():
         # num_embeddings and not the weight's rows, of which ZeRO-3 leaves none here
-        words = backbone_of(model).get_input_embeddings()
+        words = model.get_input_embeddings()
         largest, vocab = int(batch.input_ids.max()), getattr(words, "num_embeddings", None)
         if vocab is not None and largest >= vocab:
             raise ValueError(f"packed: expected token ids below the model's vocabulary of {vocab}, got {largest}")

@@ -13,35 +13,42 @@ from torch import Tensor, nn
 from dpofast.model.attention.layout import PackedLayout
 from dpofast.model.moe import balancing_loss, row_weights
 from dpofast.model.parts import backbone_of
+from dpofast.model.rope import check_read, longest_sequence, packed_positions, padded_positions, split_by_table
 from dpofast.model.support import cannot_pack
 from dpofast.packing.batch import PackedBatch
 
 # Position tables may have a few rows more than positions: OPT's begins with two that it never reads.
 _SPARE_POSITIONS = 8
+# Names of the number of positions: nearly all, Whisper's decoder, MPT
+_MOST_POSITIONS = ("max_position_embeddings", "max_target_positions", "max_seq_len")
 
 
-def packed_backbone(model: Any, batch: PackedBatch, **options: Any) -> Any:
+def packed_backbone(model: Any, batch: PackedBatch, *, appended: int = 0, **options: Any) -> Any:
     """The backbone's output over the packed row, last_hidden_state (1, T, D); options go to the backbone as they are.
+
+    The batch is one that split_by_table returned; appended as there.
 
     Raises:
         ValueError: a sequence longer than the model's table of positions, or attention layers that saw no layout.
     """
-    segments = batch.segments
-    own, prefix = segments.cu_seqlens_q.diff(), segments.prefixes[:, 1] - segments.prefixes[:, 0]
-    _check_positions(model, int((own + prefix).max()))
-    layout = PackedLayout(segments)
+    _check_positions(model, longest_sequence(batch) - 1)
+    layout = PackedLayout(batch.segments)
+    positions = packed_positions(model, batch, appended=appended)
     output = backbone_of(model)(
         input_ids=batch.input_ids[None],
-        position_ids=batch.position_ids[None],
+        position_ids=positions,
         # transformers passes a four-dimensional mask through; without one it would build a (T, T) mask
         attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=batch.input_ids.device),
         use_cache=False,
         packed_layout=layout,
         **options,
     )
+    check_read(model, positions)
     layers = model.config.get_text_config().num_hidden_layers
     if layout.calls != layers:
         raise cannot_pack(model, f"{layout.calls} attention calls of its {layers} layers saw the packed layout")
+    if layout.foreign_masks:
+        raise cannot_pack(model, f"its attention has a mask of its own, {layout.foreign_masks[0]}, beside the layout")
     return output
 
 
@@ -50,6 +57,7 @@ def packed_hidden(model: Any, batch: PackedBatch, *, balance: bool = False) -> t
 
     With balance also the load-balancing loss of a mixture of experts, a float32 scalar; else None.
     """
+    batch = split_by_table(model, batch)
     output = packed_backbone(model, batch, **({"output_router_logits": True} if balance else {}))
     hidden = output.last_hidden_state[0]
     hidden = hidden.index_select(0, batch.logit_rows.to(hidden.device))
@@ -79,9 +87,14 @@ def padded_hidden(model: Any, batch: PackedBatch) -> Tensor:
     for rows in similar_lengths(lengths):
         longest = int(lengths[rows[0]])
         index = torch.tensor(rows, device=device)
+        positions = padded_positions(model, lengths[rows] + 1, longest, device)
         output = backbone_of(model)(
-            input_ids=input_ids[index, :longest], attention_mask=attended[index, :longest], use_cache=False
+            input_ids=input_ids[index, :longest],
+            attention_mask=attended[index, :longest],
+            use_cache=False,
+            **positions,
         )
+        check_read(model, positions.get("position_ids"))
         hidden = output.last_hidden_state.flatten(0, 1)
         parts.append(hidden.index_select(0, predicts[rows, :longest].flatten().nonzero().squeeze(1).to(hidden.device)))
         targets += [target for row in rows for target in range(bounds[row], bounds[row + 1])]
@@ -104,16 +117,21 @@ def similar_lengths(lengths: Tensor) -> list[list[int]]:
 
 def _check_positions(model: Any, positions: int) -> None:
     """A model that looks positions up in a table has no row for later ones; rotary and ALiBi models have no table."""
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    config = model.config.get_text_config()
+    name, most = next(((n, getattr(config, n)) for n in _MOST_POSITIONS if hasattr(config, n)), ("", None))
     if most is None or positions <= most or not _has_position_table(model, most):
         return
     raise ValueError(
         f"{type(model).__name__}: a prompt with its response has {positions} positions, and the model's table holds "
-        f"{most} (max_position_embeddings): cut the data to max_length={most}, or train a model with a longer context"
+        f"{most} ({name}): cut the data to max_length={most}, or train a model with a longer context"
     )
 
 
 def _has_position_table(model: Any, most: int) -> bool:
+    if (
+        model.config.get_text_config().model_type == "mpt"
+    ):  # its biases are made for max_seq_len positions in every call
+        return True
     words = model.get_input_embeddings()
     tables = [m.weight for m in backbone_of(model).modules() if isinstance(m, nn.Embedding) and m is not words]
     # GPT-J and CodeGen keep theirs, of sines, as buffers.

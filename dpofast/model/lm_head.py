@@ -16,6 +16,13 @@ from torch import Tensor, nn
 
 from dpofast.model.wrappers import exchange_class
 
+# Names in configs, and the families that read them
+_MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")  # Cohere, Falcon-H1, Muse Glimmer
+_DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")  # Granite and MiniCPM3, Inkling
+_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma, RecurrentGemma, xLSTM
+
+KNOWN_LOGIT_ENTRIES = frozenset((*_MULTIPLIERS, *_DIVISORS, *_SOFTCAPS))
+
 
 class LogprobLinear(nn.Linear):
     """nn.Linear whose call can compute something else than logits from its weight and bias.
@@ -94,9 +101,12 @@ def refused_head(model: Any) -> ValueError:
 def logit_options(config: Any) -> dict[str, Any]:
     """logit_scale and softcap for linear_logprobs: what a model family does to its logits, read from its config."""
     scale = 1.0
-    for name in ("logit_scale", "lm_head_multiplier", "output_multiplier"):  # Cohere, Falcon-H1, Muse Glimmer
+    for name in _MULTIPLIERS:
         scale *= getattr(config, name, None) or 1.0
-    scaling = getattr(config, "logits_scaling", None) or 1.0
-    # HyperCLOVA X multiplies by it; Granite and MiniCPM3 divide
-    scale *= scaling if getattr(config, "model_type", None) == "hyperclovax" else 1 / scaling
-    return {"logit_scale": scale, "softcap": getattr(config, "final_logit_softcapping", None)}  # Gemma
+    # HyperCLOVA X multiplies by it, the others divide
+    multiplies = getattr(config, "model_type", None) == "hyperclovax"
+    for name in _DIVISORS:
+        value = getattr(config, name, None) or 1.0
+        scale = scale * value if multiplies and name == "logits_scaling" else scale / value
+    softcap = next((value for name in _SOFTCAPS if (value := getattr(config, name, None)) is not None), None)
+    return {"logit_scale": scale, "softcap": softcap}

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from dpofast.packing.batch import PackedBatch
+from dpofast.packing.split import prompt_rows_follow
 
 
 def balancing_coefficient(model_config: Any, coefficient: float | None) -> float:
     """The weight of the balancing loss: `coefficient`, or where it is None the model's own; 0 without experts.
 
     Raises:
-        ValueError: a weight for a model that returns no router logits.
+        ValueError: a weight for a model that returns no router logits, or without the number of experts of a token.
     """
     routes = hasattr(model_config, "output_router_logits")
     if coefficient and not routes:
@@ -29,7 +30,13 @@ def balancing_coefficient(model_config: Any, coefficient: float | None) -> float
             f"{model_config.model_type}: leave it out"
         )
     own = getattr(model_config, "router_aux_loss_coef", None) or 0.0
-    return (own if coefficient is None else coefficient) if routes else 0.0
+    chosen = (own if coefficient is None else coefficient) if routes else 0.0
+    if chosen and not hasattr(model_config, "num_experts_per_tok"):
+        raise ValueError(
+            f"router_aux_loss_coef: expected a model whose config says how many experts a token goes to "
+            f"(num_experts_per_tok), and that of {model_config.model_type} does not: set it to 0"
+        )
+    return chosen
 
 
 def balancing_loss(router_logits: tuple[Tensor, ...], top_k: int, weights: Tensor) -> Tensor:
@@ -42,7 +49,12 @@ def balancing_loss(router_logits: tuple[Tensor, ...], top_k: int, weights: Tenso
 
     Returns:
         A scalar, float32; top_k where the experts are balanced.
+
+    Raises:
+        ValueError: no layer has experts.
     """
+    if not router_logits:
+        raise ValueError("router_aux_loss_coef: expected a model with experts in some layer, got none: set it to 0")
     experts = router_logits[0].shape[-1]
     chosen = weights.new_zeros(experts)
     probability = weights.new_zeros(experts)
@@ -62,7 +74,4 @@ def row_weights(batch: PackedBatch) -> Tensor:
     of_target = uses.repeat_interleave(batch.cu_targets.diff().long()).to(device, non_blocking=True)
     # Each row of a response predicts one target; a prompt's last row predicts one for each of its responses.
     weights = torch.zeros(batch.num_tokens, device=device).index_add(0, batch.logit_rows, of_target)
-    # The prompt's other rows predict none: they take the weight of the next row that does.
-    rows = torch.arange(batch.num_tokens, device=device)
-    following = torch.where(weights > 0, rows, batch.num_tokens).flip(0).cummin(0).values.flip(0)
-    return weights[following]
+    return prompt_rows_follow(weights)

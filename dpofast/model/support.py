@@ -1,26 +1,18 @@
-"""Checks whether a model can run packed or padded with the log-prob head, and refuses one that would be computed wrong.
+"""Rules on which models can run packed or padded with the log-prob head.
 
 Many models run under a packed layout without an exception but give wrong log-probs: their attention ignores the layout
 (Bloom, MPT, GPT-J), or that of some layers does (hybrids), or a recurrent state crosses segments (Mamba). Rules on the
-model's class and config refuse the known ones; a parity check of log-probs on a few random ids refuses the others.
+model's class and config refuse the known ones; the parity check (parity.py) refuses the others.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from dpofast.model.lm_head import plain_heads, refused_head
-from dpofast.model.parts import backbone_of, media_token_ids
-from dpofast.model.wrappers import input_device
-from dpofast.packing.pack import pack
-from dpofast.reference import padded_logprobs
+from dpofast.model.parts import backbone_of
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
-_PARITY_PROMPT, _PARITY_RESPONSES = 5, (4, 6)
-# Largest |packed − padded| log-prob in the parity check, nats; a wrong mask or a missing logit scale is off by 0.1.
-PARITY_TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-3, torch.float16: 5e-2, torch.bfloat16: 3e-1}
 
 
 def check_lm_head(model: Any) -> None:
@@ -48,7 +40,7 @@ def check_packed(model: Any) -> None:
     """Refuse a model whose layers do not all attend through transformers' AttentionInterface.
 
     Raises:
-        ValueError: as cannot_pack, with the reason.
+        CannotPack: with the reason.
     """
     if getattr(model, "_is_stateful", False):
         raise cannot_pack(model, "it carries a state from token to token, across the branches of a packed row")
@@ -60,52 +52,10 @@ def check_packed(model: Any) -> None:
         raise cannot_pack(model, "its attention does not go through transformers' AttentionInterface")
 
 
-def cannot_pack(model: Any, reason: object) -> ValueError:
-    """The exception for a model that cannot run packed: its name, the reason, and what to do instead."""
-    return ValueError(
-        f"{type(model).__name__} cannot run packed: {reason}. Padded rows do without: "
-        "attach_logprob_head(model, padded=True), DPOConfig(padded=True), or --padded true"
-    )
+class CannotPack(ValueError):
+    """A model that cannot run packed, with the reason; it may still run over padded rows."""
 
 
-@torch.no_grad()
-def check_parity(model: Any, padded: bool) -> None:
-    """Compare model(packed=...) with log-probs from the model's own padded logits, on a few random ids.
-
-    It detects what the rules above do not cover: an attention that ignores the layout, or unknown scaling of logits.
-
-    Raises:
-        ValueError: log-probs that are not finite or that differ by more than PARITY_TOLERANCE.
-    """
-    generator = torch.Generator().manual_seed(0)
-    lengths = (_PARITY_PROMPT, *_PARITY_RESPONSES)
-    vocab = model.config.get_text_config().vocab_size
-    text = torch.tensor(sorted(set(range(vocab)) - media_token_ids(model)))
-    draws = [torch.randint(0, len(text), (length,), generator=generator) for length in lengths]
-    # Responses that differ in their first token are distinct branches, whatever the draw.
-    draws[2][0] = (draws[1][0] + 1) % len(text)
-    prompt, chosen, rejected = (text[draw].numpy() for draw in draws)
-    (batch,) = pack([{"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}])
-    device = input_device(model)
-    training = model.training
-    model.eval()
-    try:
-        ours = model(packed=batch.to(device)).logps
-        truth = padded_logprobs(model, *(tensor.to(device) for tensor in batch.padded()), use_cache=False)
-    finally:
-        model.train(training)
-    if not bool(truth.isfinite().all()):
-        raise ValueError(
-            f"{type(model).__name__}: its own log-probs are not finite on a few random ids: look for NaN and inf in "
-            "its weights"
-        )
-    difference = float((ours - truth).abs().max())
-    if difference <= PARITY_TOLERANCE[model.dtype]:
-        return
-    apart = f"differ by {difference:.2g} nats, more than {PARITY_TOLERANCE[model.dtype]}"
-    if not padded:
-        raise cannot_pack(model, f"packed and padded log-probs of the same tokens {apart}")
-    raise ValueError(
-        f"{type(model).__name__}: log-probs from its backbone and its head {apart}, from those of its own logits: its "
-        "forward does more to the logits than dpofast knows of"
-    )
+def cannot_pack(model: Any, reason: object) -> CannotPack:
+    """The exception for a model that cannot run packed: its name and the reason."""
+    return CannotPack(f"{type(model).__name__} cannot run packed: {reason}")

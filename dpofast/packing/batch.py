@@ -164,6 +164,10 @@ class PackedBatch:
         input_ids = torch.where(in_prompt, prompt_ids, torch.where(attended, response_ids, pad_id))
         return input_ids, attended.long(), (attended & ~in_prompt).long()
 
+    def lengths(self) -> Tensor:
+        """Tokens of every sequence, prompt and response: (S,) int64 on the batch's device."""
+        return self._prompt_lengths() + self.cu_targets.diff().long().to(self.targets.device)
+
     def _prompt_lengths(self) -> Tensor:
         """Prompt length of every sequence, (S,) int64 on the batch's device."""
         # A sequence's first target is predicted by its last prompt row.

@@ -15,6 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from dpofast.data.load import tokenize_preferences
 from dpofast.head.engine.plan import HeadPlan
 from dpofast.model.attach import attach_logprob_head
+from dpofast.model.dropout import disable_dropout
 from dpofast.model.load import load_causal_lm
 from dpofast.model.parts import backbone_of, base_causal_lm, is_composite
 from dpofast.model.wrappers import take_off_autocast
@@ -67,7 +68,7 @@ def prepare_models(model: Any, ref_model: Any, args: DPOConfig, processing_class
         for module in {id(part): part for part in (each, base_causal_lm(each))}.values():
             take_off_autocast(module)  # of an earlier training: this one has its own
         if args.disable_dropout:
-            _disable_dropout(each)
+            disable_dropout(each)
         if args.use_liger_kernel:
             _use_liger_layers(each, args)
         if hasattr(each, "peft_config"):
@@ -179,12 +180,3 @@ def _use_liger_layers(model: nn.Module, args: DPOConfig) -> None:
         apply_liger_kernel(model, args.liger_kernel_config)
     except ImportError as error:
         raise ValueError(f"use_liger_kernel: {error}") from error
-
-
-def _disable_dropout(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        # transformers hands this number to its attention functions
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0  # type: ignore[assignment]

@@ -175,7 +175,9 @@ def test_experts_are_chosen_token_by_token_as_in_padded_rows():
         assert torch.equal(ours[batch.logit_rows].sort().values, theirs.sort().values)
 
 
-@pytest.mark.parametrize(("family", "padded"), [("gpt2", False), ("gpt2", True), ("opt", False), ("gpt-j", True)])
+@pytest.mark.parametrize(
+    ("family", "padded"), [("gpt2", False), ("gpt2", True), ("opt", False), ("gpt-j", True), ("mpt", True)]
+)
 def test_a_sequence_longer_than_the_table_of_positions_is_refused(family, padded):
     model = attach_logprob_head(family_model(family), padded=padded)
     example = {"prompt_ids": [5] * 40, "chosen_ids": [6] * 25, "rejected_ids": [7] * 3}

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+import transformers
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from dpofast import attach_logprob_head, pack
-from dpofast.model.moe import balancing_loss, row_weights
+from dpofast.model.moe import balancing_coefficient, balancing_loss, row_weights
 from tests.support.families import family_model
 from tests.support.tiny import tiny_model, tiny_pairs
 from tests.support.tiny_training import losses_of, make_trainer, weights_of
@@ -89,3 +90,14 @@ def test_bad_coefficients(tmp_path):
         make_trainer(tmp_path, model=family_model("mixtral"), padded=True)
     with pytest.raises(ValueError, match="balance: expected packed rows"):
         attach_logprob_head(tiny_model(), padded=True)(packed=pack(tiny_pairs(2))[0], balance=True)
+
+
+def test_a_weight_without_experts_to_weigh_is_refused():
+    dbrx = transformers.DbrxConfig()
+    assert balancing_coefficient(dbrx, None) == balancing_coefficient(dbrx, 0.0) == 0.0
+    with pytest.raises(
+        ValueError, match="router_aux_loss_coef: expected a model whose config says.*dbrx does not: set it"
+    ):
+        balancing_coefficient(dbrx, 0.01)
+    with pytest.raises(ValueError, match="expected a model with experts in some layer, got none: set it to 0"):
+        balancing_loss((), 2, torch.ones(3))

@@ -22,7 +22,7 @@ from dpofast.integrations._trl.rows import ROWS_KEY, PaddedRows
 from dpofast.integrations._trl.scores import FusedOptions, is_reference_pass, score_labels
 from dpofast.model.attach import PackedForward, attach_logprob_head, detach_logprob_head, packed_class
 from dpofast.model.lm_head import logprob_head, restore_head
-from dpofast.model.support import PARITY_TOLERANCE
+from dpofast.model.parity import PARITY_TOLERANCE
 from dpofast.model.wrappers import exchange_class, input_device, take_off_autocast
 from dpofast.reference import padded_logprobs
 
@@ -198,5 +198,5 @@ def _check_padded_parity(model: Any) -> None:
     if not difference <= PARITY_TOLERANCE[model.dtype]:
         raise ValueError(
             f"{type(model).__name__}: log-probs from its hidden states and from its logits differ by {difference:.2g} "
-            "nats: it scales its logits in a way that dpofast does not know"
+            "nats: it scales its logits in a way that dpofast does not know: call unpatch_trl() for this model"
         )

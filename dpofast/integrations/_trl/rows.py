@@ -7,6 +7,7 @@ share nothing. A row without labels (a prompt that fills max_length) is not comp
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from dpofast.packing.batch import PackedBatch
 from dpofast.packing.pack import pack
+from dpofast.packing.split import split_prompts
 
 # The model's argument for the rows, beside trl's own; a RowsBatch gives them under this name too.
 ROWS_KEY = "dpofast_rows"
@@ -118,15 +120,21 @@ class PaddedRows:
             for i, j in pairs
         )
 
-    def packed(self, device: torch.device, *, every_token: bool = False) -> PackedRows | None:
+    def packed(
+        self, device: torch.device, *, every_token: bool = False, kinds: Callable[[Tensor], Tensor] | None = None
+    ) -> PackedRows | None:
         """The packed rows on the device, or None where no row has a label. Computed once for each device.
 
-        every_token also gives the last token of a row a position, and computes rows without labels: what a loss over
-        every token of the padded rows needs (the balancing loss of a mixture of experts).
+        kinds makes of the sequences' lengths (S,) the kinds (S,) that share prompts only among themselves (its results
+        are not kept). every_token also gives the last token of a row a position, and computes rows without labels: what
+        a loss over every token of the padded rows needs (the balancing loss of a mixture of experts).
         """
+        if kinds is not None:
+            packed = self._pack(every_token, kinds)
+            return None if packed is None else packed.to(device)
         key = (every_token, device)
         if key not in self._made:
-            packed = self._pack(every_token)
+            packed = self._pack(every_token, None)
             self._made[key] = None if packed is None else packed.to(device)
         return self._made[key]
 
@@ -134,7 +142,7 @@ class PaddedRows:
         labels = self.labels[row]
         return self.ids[row][: labels[0] if len(labels) else None]
 
-    def _pack(self, every_token: bool) -> PackedRows | None:
+    def _pack(self, every_token: bool, kinds: Callable[[Tensor], Tensor] | None) -> PackedRows | None:
         if self.num_labels == 0:
             return None
         # prompt -> response -> rows, by content
@@ -145,6 +153,8 @@ class PaddedRows:
             groups.setdefault(prompt.tobytes(), {}).setdefault(self.ids[row][len(prompt) :].tobytes(), []).append(row)
         examples = [self._example(list(responses.values()), every_token) for responses in groups.values()]
         (batch,) = pack(examples)
+        if kinds is not None:
+            batch = split_prompts(batch, kinds(batch.lengths() - int(every_token)))
         sequence_of = np.zeros(len(self.ids), np.int64)
         # Pair k of a group names its first branch and branch k + 1.
         pairs = iter(batch.pairs.numpy())

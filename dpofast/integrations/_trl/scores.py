@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ from dpofast.model.attach import PackedForward
 from dpofast.model.forward import packed_backbone
 from dpofast.model.lm_head import logit_options, logprob_head
 from dpofast.model.parts import whole_backbone
+from dpofast.model.rope import depends_on_length, table_lengths
 
 # Inputs other than the tokens that do not affect the result.
 _NEUTRAL = {"use_cache", "return_dict", "logits_to_keep", "output_hidden_states"}
@@ -137,7 +139,9 @@ def score_labels(
     reason = _unpackable(model, call)
     if reason is None:
         rows = _rows_of(call)
-        packed = rows.packed(call.input_ids.device, every_token=balance)
+        longest = max(map(len, rows.ids))
+        kinds = partial(table_lengths, model) if depends_on_length(model, longest) else None
+        packed = rows.packed(call.input_ids.device, every_token=balance, kinds=kinds)
         if packed is not None:
             _count(options, rows)
             return _score_packed(model, call, packed, rows.shape)
@@ -209,7 +213,7 @@ def is_reference_pass(model: Any) -> bool:
 
 def _score_packed(model: Any, call: _Call, packed: PackedRows, shape: tuple[int, int]) -> Scores:
     """The backbone over the packed row; the balancing loss over every token of the padded rows."""
-    output = packed_backbone(model, packed.batch, **call.router_option)
+    output = packed_backbone(model, packed.batch, appended=int(call.balance), **call.router_option)
     hidden = output.last_hidden_state[0].index_select(0, packed.logit_rows)
     aux_loss = None
     if call.balance:

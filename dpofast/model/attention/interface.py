@@ -107,6 +107,8 @@ def _attention_over(former: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
             return plain(module, query, key, value, attention_mask, *args, **options)
         if options.get("position_bias") is not None:
             raise ValueError(f"{type(module).__name__}: packed attention has no position_bias, which this model needs")
+        if attention_mask is not None and attention_mask.numel() > 1:
+            packed_layout.foreign_masks.append(f"{type(module).__name__}'s of shape {tuple(attention_mask.shape)}")
         return _counted(
             query,
             key,

@@ -43,12 +43,14 @@ class PackedLayout:
         segments: of the packed row.
         calls: attention layers that have read the layout. packed_backbone compares it with the number of layers: a
             model whose attention drops keyword arguments would otherwise compute something else without an exception.
+        foreign_masks: masks of a layer's own, in words, which the layout would take the place of; refused like calls.
     """
 
     def __init__(self, segments: Segments) -> None:
         """Compute nothing yet."""
         self.segments = segments
         self.calls = 0
+        self.foreign_masks: list[str] = []
         self._derived: dict[Hashable, Any] = {}
 
     def once(self, key: Hashable, make: Callable[[], Any]) -> Any:

@@ -1,0 +1,230 @@
+"""Checks an attached model's log-probs against its own logits, on a few random ids, when the head is attached.
+
+What the rules of support.py do not know of shows here: an attention that ignores the layout, logits that are scaled in
+an unknown way, a forward that is another one in train mode. 16-bit models are compared in float32 as well, where a
+wrong mask cannot hide in rounding.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+from dpofast.head.linear_logprobs import linear_logprobs
+from dpofast.model.dropout import active_dropout, config_rates
+from dpofast.model.forward import packed_hidden, padded_hidden
+from dpofast.model.lm_head import KNOWN_LOGIT_ENTRIES, logit_options, logprob_head
+from dpofast.model.parts import media_token_ids, whole_backbone
+from dpofast.model.support import CannotPack, cannot_pack
+from dpofast.model.wrappers import input_device
+from dpofast.packing.batch import PackedBatch
+from dpofast.packing.pack import pack
+from dpofast.reference import padded_logprobs
+
+_PROMPT, _RESPONSES = 5, (4, 6)
+# Largest |ours − its own| log-prob, nats; a wrong mask or a missing logit scale is off by 0.1.
+PARITY_TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-3, torch.float16: 5e-2, torch.bfloat16: 3e-1}
+# Pairs and forwards by which a model is tried that draws random numbers in train mode.
+_PAIRS_OF_RANDOM, _DRAWS = 16, 4
+_SIXTEEN_BIT = (torch.float16, torch.bfloat16)
+# Config entries that families change their logits by.
+_LOGIT_ENTRY = re.compile("(?<!attn_)logit(?!s_to_keep)|(?<!attn_)soft_?cap|mup|lm_head|output_mult|unpadded_vocab")
+
+
+@torch.no_grad()
+def check_parity(model: Any, padded: bool) -> None:
+    """Compare model(packed=...) with log-probs from the model's own padded logits, in eval and in train mode.
+
+    In train mode too, unless some dropout is on: the policy would differ from its reference by chance.
+
+    Raises:
+        ValueError: log-probs that are not finite or that differ by more than PARITY_TOLERANCE.
+    """
+    batch = _random_batch(model)
+    training, devices = model.training, _generator_devices(batch)
+    model.eval()
+    try:
+        before = _generator_states(devices)
+        truth = _check_equal(model, batch, padded, lambda: model(packed=batch).logps, model.dtype)
+        if _drawn(before, devices):
+            raise ValueError(
+                f"{type(model).__name__}: its forward draws random numbers in eval mode too, as attention by hashing "
+                "does, so that a sequence has no one log-prob: choose another model"
+            )
+        if model.dtype in _SIXTEEN_BIT and _runs_in_float32(model):
+            with _InFloat32():
+                truth = _check_equal(model, batch, padded, lambda: _logps(model, batch, padded), torch.float32)
+        if not active_dropout(model):
+            _check_train_mode(model, batch, padded, truth)
+    finally:
+        model.train(training)
+
+
+def _random_batch(model: Any, pairs: int = 1) -> PackedBatch:
+    """Pairs of random ids of text, on the device that the model takes them on."""
+    generator = torch.Generator().manual_seed(0)
+    text = torch.tensor(sorted(set(range(model.config.get_text_config().vocab_size)) - media_token_ids(model)))
+    examples = []
+    for _ in range(pairs):
+        draws = [torch.randint(0, len(text), (length,), generator=generator) for length in (_PROMPT, *_RESPONSES)]
+        # Responses that differ in their first token are distinct branches, whatever the draw.
+        draws[2][0] = (draws[1][0] + 1) % len(text)
+        columns = ("prompt_ids", "chosen_ids", "rejected_ids")
+        examples.append({column: text[draw].numpy() for column, draw in zip(columns, draws, strict=True)})
+    (batch,) = pack(examples)
+    return batch.to(input_device(model))
+
+
+def _check_equal(
+    model: Any, batch: PackedBatch, padded: bool, compute: Callable[[], Tensor], dtype: torch.dtype
+) -> Tensor:
+    """The model's own log-probs of the batch, (N,), if those of compute() equal them."""
+    name = type(model).__name__
+    try:
+        ours = compute()
+    except CannotPack:
+        raise
+    except ValueError as error:  # a head of another width than the backbone's
+        cause = _logit_cause(model)
+        if cause is None:
+            raise
+        raise ValueError(f"{name}: its logits are not those of its head on its backbone's output: {cause}") from error
+    truth = padded_logprobs(model, *batch.padded(), use_cache=False)
+    if not bool(truth.isfinite().all()):
+        raise ValueError(
+            f"{name}: its own log-probs are not finite on a few random ids: look for NaN and inf in its weights"
+        )
+    difference = float((ours - truth).abs().max())
+    if difference <= PARITY_TOLERANCE[dtype]:
+        return truth
+    cause = _logit_cause(model)
+    apart = f"differ by {difference:.2g} nats, more than {PARITY_TOLERANCE[dtype]}"
+    if not padded and cause is None:
+        raise cannot_pack(model, f"packed and padded log-probs of the same tokens {apart}")
+    if cause is None:
+        entries = ", ".join(f"{entry}={value}" for entry, value in _unknown_entries(model).items())
+        cause = "its forward does more to the logits than dpofast knows of" + (
+            entries and f"; its config has {entries}"
+        )
+    raise ValueError(f"{name}: log-probs from its backbone and its head {apart}, from those of its own logits: {cause}")
+
+
+def _logit_cause(model: Any) -> str | None:
+    """Why a model's logits are not its head's of its backbone's output, as far as that can be read off; else None."""
+    if _sees_later_tokens(model):
+        return "they depend on later tokens, so it is no causal language model (an encoder needs is_decoder=True)"
+    backbone = {id(module) for module in whole_backbone(model).modules()}
+    head = model.get_output_embeddings()
+    between = [
+        path
+        for path, module in model.named_modules()
+        if id(module) not in backbone and module is not head and any(True for _ in module.parameters(recurse=False))
+    ]
+    if between:
+        return f"other layers with weights run between the two ({', '.join(between)})"
+    return None
+
+
+def _unknown_entries(model: Any) -> dict[str, Any]:
+    """Entries of the config that by their names change logits, are not off, and are not known to logit_options."""
+    config = model.config.get_text_config()
+    return {
+        name: value
+        for name, value in config.to_dict().items()
+        if _LOGIT_ENTRY.search(name) and name not in KNOWN_LOGIT_ENTRIES and type(value) in (int, float) and value != 1
+    }
+
+
+def _sees_later_tokens(model: Any) -> bool:
+    ids = _random_batch(model).padded()[0][:1]
+    whole, begin = (model(input_ids=part, use_cache=False).logits for part in (ids, ids[:, :-1]))
+    difference = float((whole[:, : begin.shape[1]] - begin).abs().max())
+    return difference > PARITY_TOLERANCE[model.dtype] / 20
+
+
+def _logps(model: Any, batch: PackedBatch, padded: bool) -> Tensor:
+    """(N,) log-probs through the backbone and the head, whose weight takes the dtype of the hidden states."""
+    hidden = padded_hidden(model, batch) if padded else packed_hidden(model, batch)[0]
+    options = logit_options(model.config.get_text_config())
+
+    def compute(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
+        bias = None if bias is None else bias.to(hidden.dtype)
+        targets = batch.targets.to(weight.device)  # accelerate may place the head on a device of its own
+        return linear_logprobs(hidden, weight.to(hidden.dtype), targets, bias=bias, **options)
+
+    return logprob_head(model)(hidden, compute=compute)[0].to(batch.input_ids.device)
+
+
+def _check_train_mode(model: Any, batch: PackedBatch, padded: bool, truth: Tensor) -> None:
+    """Refuse a forward that in train mode is random, or another one than in eval mode.
+
+    truth (N,) are the batch's log-probs in eval mode. Where the forward draws random numbers, more ids are tried,
+    several times: a router that samples does so for few tokens.
+    """
+    in_float32 = model.dtype in _SIXTEEN_BIT and _runs_in_float32(model)
+    tolerance = PARITY_TOLERANCE[torch.float32 if in_float32 else model.dtype]
+    devices = _generator_devices(batch)
+
+    def logps(batch: PackedBatch, *, train: bool) -> Tensor:
+        model.train(train)
+        with _InFloat32() if in_float32 else nullcontext():
+            return _logps(model, batch, padded)
+
+    with torch.random.fork_rng(devices=devices):
+        before = _generator_states(devices)
+        difference = float((logps(batch, train=True) - truth).abs().max())
+        if _drawn(before, devices):
+            batch = _random_batch(model, _PAIRS_OF_RANDOM)
+            truth = logps(batch, train=False)
+            for _ in range(_DRAWS):
+                difference = max(difference, float((logps(batch, train=True) - truth).abs().max()))
+    if difference > tolerance:
+        rates = config_rates(model)
+        advice = f"set {', '.join(rates)} of its config to 0 where it reads them, or " if rates else ""
+        raise ValueError(
+            f"{type(model).__name__}: its log-probs in train mode differ by {difference:.2g} nats from those in eval "
+            "mode although all dropout is off: something else in it is random, such as a router that samples its "
+            f"experts, and policy and reference would differ by chance: {advice}choose another model"
+        )
+
+
+def _generator_devices(batch: PackedBatch) -> list[torch.device]:
+    return [batch.input_ids.device] if batch.input_ids.is_cuda else []
+
+
+def _drawn(before: list[Tensor], devices: list[torch.device]) -> bool:
+    """Whether random numbers were drawn since the generators were in these states."""
+    return not all(torch.equal(*states) for states in zip(before, _generator_states(devices), strict=True))
+
+
+def _generator_states(devices: list[torch.device]) -> list[Tensor]:
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)]
+
+
+def _runs_in_float32(model: Any) -> bool:
+    """Whether all weights are plain floating-point numbers: of a quantized one only its layers know the value."""
+    return all(parameter.dtype in PARITY_TOLERANCE for parameter in model.parameters())
+
+
+class _InFloat32(TorchDispatchMode):
+    """Operations compute in float32 what they would in 16 bits: their inputs are cast, one operation at a time."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run func on float32 copies of its 16-bit inputs; operations that write into an input run as they are."""
+        kwargs = kwargs or {}
+        if not func._schema.is_mutable:
+            args, kwargs = tree_map(_widened, (args, kwargs))
+        return func(*args, **kwargs)
+
+
+def _widened(value: Any) -> Any:
+    if isinstance(value, Tensor) and value.dtype in _SIXTEEN_BIT:
+        return value.float()
+    return torch.float32 if isinstance(value, torch.dtype) and value in _SIXTEEN_BIT else value
