@@ -26,9 +26,10 @@ from dpofast.head.options import LogprobOutput
 from dpofast.losses.config import PreferenceLoss
 from dpofast.losses.functional import PreferenceOutput
 from dpofast.losses.sequences import segment_sums
-from dpofast.model.attention.interface import restore_attention, use_packed_attention
-from dpofast.model.forward import backbone_of, packed_hidden, padded_hidden
+from dpofast.model.attention.interface import register_again, restore_attention, use_packed_attention
+from dpofast.model.forward import packed_hidden, padded_hidden
 from dpofast.model.lm_head import logit_options, logprob_head, restore_head
+from dpofast.model.parts import backbone_of, base_causal_lm, media_token_ids
 from dpofast.model.support import check_lm_head, check_packed, check_parity
 from dpofast.model.wrappers import exchange_class, take_off_autocast
 from dpofast.packing.batch import PackedBatch
@@ -96,7 +97,7 @@ def attach_logprob_head(model: Any, *, padded: bool = False) -> Any:
         # before anything wraps or shards the head: a wrapper takes the class that it meets
         logprob_head(base)
         if not padded:
-            use_packed_attention(base)
+            use_packed_attention(backbone_of(base))
         check_parity(base, padded)
     except Exception as error:
         hooks = base.get_output_embeddings()._forward_hooks
@@ -119,7 +120,7 @@ def detach_logprob_head(model: Any) -> Any:
         exchange_class(base, type(base)._unpacked_class)
         restore_head(base)
         if not padded:
-            restore_attention(base)
+            restore_attention(backbone_of(base))
     return model
 
 
@@ -143,6 +144,12 @@ class PackedForward:
     def __reduce_ex__(self, protocol: Any) -> Any:
         """The class is made at run time, so pickle and deepcopy are told how to make it again."""
         return _rebuilt, (self._unpacked_class, self._padded_rows), self.__dict__
+
+    def __setstate__(self, state: Any) -> None:
+        """Another process may not have attached a model yet, and its attention is registered by name."""
+        super().__setstate__(state)  # type: ignore[misc]
+        if not self._padded_rows:
+            register_again(backbone_of(self))
 
 
 def _rebuilt(cls: type, padded: bool) -> Any:
@@ -209,6 +216,12 @@ def _packed_output(
         largest, vocab = int(batch.input_ids.max()), getattr(words, "num_embeddings", None)
         if vocab is not None and largest >= vocab:
             raise ValueError(f"packed: expected token ids below the model's vocabulary of {vocab}, got {largest}")
+    media = media_token_ids(model)
+    if media and bool(torch.isin(batch.input_ids, torch.tensor(sorted(media), device=batch.input_ids.device)).any()):
+        raise ValueError(
+            f"packed: expected text alone, got ids among {sorted(media)}, which stand for images or sound in "
+            f"{type(model).__name__}: take these rows out"
+        )
     if model._padded_rows and balance:
         raise ValueError("balance: expected packed rows for a load-balancing loss, and the model runs over padded ones")
     if model._padded_rows:
@@ -244,11 +257,6 @@ def _packed_output(
 
 def _moved(value: Any, device: torch.device) -> Any:
     return None if value is None else value.to(device)
-
-
-def base_causal_lm(model: Any) -> Any:
-    """The transformers model inside a PEFT wrapper, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def runs_padded(model: Any) -> bool:

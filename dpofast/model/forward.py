@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dpofast.model.attention.layout import PackedLayout
 from dpofast.model.moe import balancing_loss, row_weights
+from dpofast.model.parts import backbone_of
 from dpofast.model.support import cannot_pack
 from dpofast.packing.batch import PackedBatch
 
@@ -88,18 +89,6 @@ def padded_hidden(model: Any, batch: PackedBatch) -> Tensor:
     return hidden.index_select(0, torch.tensor(targets).argsort().to(hidden.device))
 
 
-def backbone_of(model: Any) -> Any:
-    """The model without its LM head: its base_model. Llama 4's names one that it lacks, and its `model` is taken.
-
-    Raises:
-        ValueError: neither is there.
-    """
-    backbone = model.base_model if model.base_model is not model else getattr(model, "model", None)
-    if backbone is None:
-        raise ValueError(f"{type(model).__name__}: expected a model whose backbone is its base_model, and it has none")
-    return backbone
-
-
 def similar_lengths(lengths: Tensor) -> list[list[int]]:
     """Rows in groups, longest first, each at least four fifths as long as the longest of its group."""
     order = lengths.argsort(descending=True, stable=True)
@@ -126,7 +115,7 @@ def _check_positions(model: Any, positions: int) -> None:
 
 def _has_position_table(model: Any, most: int) -> bool:
     words = model.get_input_embeddings()
-    tables = [m.weight for m in model.modules() if isinstance(m, nn.Embedding) and m is not words]
+    tables = [m.weight for m in backbone_of(model).modules() if isinstance(m, nn.Embedding) and m is not words]
     # GPT-J and CodeGen keep theirs, of sines, as buffers.
-    tables += [buffer for buffer in model.buffers() if buffer.ndim == 2]
+    tables += [buffer for buffer in backbone_of(model).buffers() if buffer.ndim == 2]
     return any(most <= len(table) <= most + _SPARE_POSITIONS for table in tables)

@@ -8,13 +8,15 @@ from typing import Any, NamedTuple
 import torch
 from datasets import Dataset
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 from transformers.integrations.liger import apply_liger_kernel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dpofast.data.load import tokenize_preferences
 from dpofast.head.engine.plan import HeadPlan
-from dpofast.model.attach import attach_logprob_head, base_causal_lm
+from dpofast.model.attach import attach_logprob_head
+from dpofast.model.load import load_causal_lm
+from dpofast.model.parts import backbone_of, base_causal_lm, is_composite
 from dpofast.model.wrappers import take_off_autocast
 from dpofast.training.config import DPOConfig
 from dpofast.training.fsdp import check_whole
@@ -43,7 +45,7 @@ def prepare_models(model: Any, ref_model: Any, args: DPOConfig, processing_class
         raise ValueError(f"ref_model: loss_type {loss.kind!r} has no reference; leave it out")
     if isinstance(model, str):
         processing_class = processing_class or AutoTokenizer.from_pretrained(model)
-        model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        model = load_causal_lm(model, dtype=torch.float32)
     if processing_class is None and model.config.name_or_path:  # token ids need none
         processing_class = AutoTokenizer.from_pretrained(model.config.name_or_path)
     if peft_config is not None:
@@ -73,6 +75,7 @@ def prepare_models(model: Any, ref_model: Any, args: DPOConfig, processing_class
 
             fuse_lora(each)
         attach_logprob_head(each, padded=args.padded)
+        _freeze_what_text_never_reaches(base_causal_lm(each))
         if args.torch_compile:
             _compile_layers(each, args)
     if len({vocabulary(each) for each in models}) > 1:
@@ -144,6 +147,15 @@ def _compile_layers(model: nn.Module, args: DPOConfig) -> None:
         )
     for layer in layers:
         layer.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
+
+
+def _freeze_what_text_never_reaches(model: Any) -> None:
+    """A composite's encoders get no gradient from text; DDP would wait for it, and the optimizer would hold them."""
+    if is_composite(model):
+        reached = {id(p) for part in (backbone_of(model), model.get_output_embeddings()) for p in part.parameters()}
+        for parameter in model.parameters():
+            if id(parameter) not in reached:
+                parameter.requires_grad_(False)
 
 
 def _use_liger_layers(model: nn.Module, args: DPOConfig) -> None:

@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 from dpofast.common.ranks import Ranks
 from dpofast.data.formats import REF_COLUMNS
-from dpofast.model.attach import base_causal_lm
+from dpofast.model.parts import base_causal_lm
 from dpofast.model.wrappers import is_dispatched
 from dpofast.scoring.ref_cache import CACHE_FOLDER, add_reference_columns
 from dpofast.scoring.score import Forward

@@ -5,17 +5,15 @@ import functools
 
 import pytest
 import torch
-from accelerate import Accelerator, dispatch_model
-from accelerate.state import AcceleratorState
-from liger_kernel.transformers import _apply_liger_kernel_to_instance
+from accelerate import dispatch_model
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from trl.trainer.utils import add_fused_lm_head
 
 from dpofast import attach_logprob_head, detach_logprob_head, pack, reference, sequence_logprobs
 from dpofast.model.lm_head import LogprobLinear
 from dpofast.model.wrappers import input_device
 from tests.support.tiny import tiny_model, tiny_pairs
+from tests.support.wrappers import WRAPPERS, autocast, hooked, mixed_precision
 
 EXACT = {"atol": 1e-5, "rtol": 1e-5}
 
@@ -32,50 +30,6 @@ def truth(batch):
     with torch.no_grad():
         logps = reference.padded_logprobs(tiny_model(), *batch.padded(), use_cache=False)
     return sequence_logprobs(type("Output", (), {"logps": logps})(), batch)
-
-
-@pytest.fixture(autouse=True)
-def no_accelerator_before():
-    """accelerate keeps the mixed precision of the process's first Accelerator."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-def autocast(model):
-    return Accelerator(mixed_precision="bf16", cpu=True).prepare(model)
-
-
-def liger_head(model):
-    _apply_liger_kernel_to_instance(model, rope=False, rms_norm=False, swiglu=False)
-    return model
-
-
-def trl_head(model):
-    add_fused_lm_head(model)
-    return model
-
-
-def hooked(model):
-    return dispatch_model(model, {"": "cpu"}, main_device="cpu", force_hooks=True)
-
-
-def unwrapped(model):
-    """accelerate's unwrapping binds the innermost function of the class's forward to the instance."""
-    return Accelerator(mixed_precision="bf16", cpu=True).unwrap_model(autocast(model), keep_fp32_wrapper=False)
-
-
-WRAPPERS = {
-    "autocast": [autocast],
-    "liger": [liger_head],
-    "trl": [trl_head],
-    "hooks": [hooked],
-    "unwrapped": [unwrapped],
-    "trl-twice": [trl_head, trl_head],
-    "sft": [trl_head, autocast],
-    "sft-liger": [liger_head, trl_head, autocast],
-    "hooks-sft": [hooked, trl_head, autocast],
-}
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -112,7 +66,8 @@ def test_a_model_that_is_prepared_after_attaching_keeps_its_autocast(batch):
     assert attach_logprob_head(model) is model and "_original_forward" in vars(model)
     assert torch.equal(model(packed=batch).logps, rounded)
     assert not torch.equal(rounded, attach_logprob_head(tiny_model())(packed=batch).logps)
-    bare = Accelerator(mixed_precision="bf16", cpu=True).unwrap_model(model, keep_fp32_wrapper=False)
+    with mixed_precision() as accelerator:
+        bare = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     assert torch.equal(bare(packed=batch).logps, attach_logprob_head(tiny_model())(packed=batch).logps)
 
 

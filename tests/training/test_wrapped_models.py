@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
 from dpofast.training import prepare
+from tests.support.composites import tiny_composite
 from tests.support.tiny import tiny_model
 from tests.support.tiny_training import losses_of, make_trainer, weights_of
 
@@ -85,3 +86,15 @@ def test_liger_that_cannot_run_is_refused_before_anything_is_done(options, messa
     with pytest.raises(ValueError, match=message):
         make_trainer(tmp_path / "run", use_liger_kernel=True, **options)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("peft_config", [None, LORA])
+def test_what_text_never_reaches_in_a_composite_is_frozen(peft_config, tmp_path):
+    torch.manual_seed(0)
+    trainer = make_trainer(tmp_path, model=tiny_composite("qwen2_vl"), peft_config=peft_config)
+    trained = [name for name, p in trainer.model.named_parameters() if p.requires_grad]
+    assert trained and not any("visual" in name for name in trained)
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    moved = [name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])]
+    assert sorted(moved) == sorted(trained)

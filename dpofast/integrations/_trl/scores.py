@@ -21,8 +21,9 @@ from dpofast.head.linear_logprobs import linear_logprobs
 from dpofast.head.options import LogprobOutput
 from dpofast.integrations._trl.rows import PackedRows, PaddedRows
 from dpofast.model.attach import PackedForward
-from dpofast.model.forward import backbone_of, packed_backbone
+from dpofast.model.forward import packed_backbone
 from dpofast.model.lm_head import logit_options, logprob_head
+from dpofast.model.parts import whole_backbone
 
 # Inputs other than the tokens that do not affect the result.
 _NEUTRAL = {"use_cache", "return_dict", "logits_to_keep", "output_hidden_states"}
@@ -225,7 +226,7 @@ def _score_packed(model: Any, call: _Call, packed: PackedRows, shape: tuple[int,
 def _score_padded(model: Any, call: _Call) -> Scores:
     """The backbone over the padded rows; positions that predict a label reach the LM head."""
     inputs = {name: value for name, value in call.kwargs.items() if name not in _NEUTRAL}
-    output = backbone_of(model)(*call.args, **inputs, use_cache=False, **call.router_option)
+    output = whole_backbone(model)(*call.args, **inputs, use_cache=False, **call.router_option)
     labels, (height, width) = call.labels, call.labels.shape
     if call.rows is None or call.rows.shape != (height, width):
         # waits for the device, as trl's own boolean indexing does

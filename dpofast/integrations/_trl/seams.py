@@ -30,7 +30,7 @@ from dpofast.integrations._trl.forward import SCORING, FusedForward, Scoring, fu
 from dpofast.integrations._trl.logits import ScoredLogits
 from dpofast.integrations._trl.rows import ROWS_KEY
 from dpofast.integrations._trl.scores import NOISE, FusedOptions
-from dpofast.model.attach import base_causal_lm
+from dpofast.model.parts import base_causal_lm
 
 TRAINER = "trl.trainer.dpo_trainer"
 _HEAD_PARAMETERS = {"model", "temperature", "cast_lm_head_to_fp32", "outputs"}
