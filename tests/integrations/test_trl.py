@@ -5,8 +5,11 @@ import pickle
 
 import pytest
 import torch
+import torch.distributed as dist
 import trl.trainer.dpo_trainer as trl_module
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import (
     BertConfig,
     BertModel,
@@ -319,3 +322,24 @@ def test_a_head_that_is_trained_beside_an_adapter(level, tmp_path):
     fast = train(tmp_path / "fast", patched=True, level=level, peft_config=adapter, max_steps=3)
     assert_same_run(plain, fast)
     assert any("lm_head" in name and gradient.abs().max() > 0 for name, gradient in fast[1].items())
+
+
+@pytest.mark.parametrize("level", ["forward", "kernel"])
+@pytest.mark.parametrize("family", ["llama", "llama-tied"])
+def test_a_sharded_head_is_whole_while_it_computes(family, level, tmp_path):
+    theirs, ours = both_heads(tiny_model(family), level)
+    expected = fused_call(theirs).log_probs
+    expected.sum().backward()
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        if family == "llama":  # a unit of its own; a tied weight belongs to the whole model's
+            fully_shard(ours.lm_head, mesh=mesh)
+        fully_shard(ours, mesh=mesh)
+        got = fused_call(ours).log_probs
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+        got.sum().backward()
+        gradient = ours.lm_head.weight.grad.full_tensor()
+        torch.testing.assert_close(gradient, theirs.lm_head.weight.grad, atol=1e-5, rtol=1e-5)
+    finally:
+        dist.destroy_process_group()

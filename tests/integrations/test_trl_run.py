@@ -123,3 +123,17 @@ def test_mixed_precision(tmp_path):
     for theirs, ours in zip(plain.state.log_history[:4], fast.state.log_history[:4], strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=2e-2)
         assert ours["logps/chosen"] == pytest.approx(theirs["logps/chosen"], abs=0.3)
+
+
+def test_a_model_that_another_trainer_left_wrapped(tmp_path):
+    """accelerate and trl leave forwards on the instance, which hide those of the class."""
+
+    def run(folder, **options):
+        model = tiny_model()
+        train(folder / "before", patched=False, model=model, ref_model=tiny_model(), bf16=True, max_steps=2)
+        assert "forward" in vars(model)
+        return train(folder, model=model, ref_model=tiny_model(), max_steps=3, **options)
+
+    plain = run(tmp_path / "plain", patched=False)
+    for level in ("forward", "kernel"):
+        assert_same_run(plain, run(tmp_path / level, patched=True, level=level))
