@@ -348,5 +348,6 @@ def _why_not_packed(message: str) -> str:
 
 
 def _why_refused(message: str) -> str:
-    why = message.partition("those of its own logits: ")[2] or message.splitlines()[0].partition(": ")[2] or message
+    message = " ".join(message.split())
+    why = message.partition("those of its own logits: ")[2] or message.partition(": ")[2].partition(". ")[0]
     return "its forward in train mode is random with all dropout off" if "log-probs in train mode" in why else why

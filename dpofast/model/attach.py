@@ -220,6 +220,7 @@ def _packed_output(
     options = {"max_logits_bytes": max_logits_bytes, **logit_options(model.config.get_text_config())}
 
     def compute(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> LogprobOutput | PreferenceOutput:
+        hidden = hidden.to(weight.dtype)  # as Mamba does, whose residuals are float32
         if preference is None:
             return linear_logprobs(hidden, weight, batch.targets, bias=bias, stats=stats, **options)
         return linear_preference_loss(

@@ -30,6 +30,10 @@ def check_lm_head(model: Any) -> None:
         raise ValueError(
             f"{name}: expected a decoder-only causal language model (AutoModelForCausalLM), not an encoder"
         )
+    if "lsh" in getattr(config, "attn_layers", ()):  # Reformer
+        raise ValueError(
+            f"{name}: expected a forward that is the same at every call, and its attention hashes at random"
+        )
     if config.get_text_config() is not config:
         raise ValueError(f"{name}: expected a text-only model; load its language model alone")
     head = model.get_output_embeddings()

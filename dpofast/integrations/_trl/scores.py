@@ -228,7 +228,7 @@ def _head_scores(model: Any, hidden: Tensor, targets: Tensor, stats: tuple[str, 
     gathered = getattr(utils, "maybe_gather_lm_head_ctx", None)
     with gathered(weight, bias) if gathered else nullcontext():
         return linear_logprobs(
-            hidden.to(weight.device),
+            hidden.to(weight.device, weight.dtype),
             weight,
             targets.to(weight.device),
             bias=bias,
