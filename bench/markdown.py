@@ -350,4 +350,7 @@ def _why_not_packed(message: str) -> str:
 def _why_refused(message: str) -> str:
     message = " ".join(message.split())
     why = message.partition("those of its own logits: ")[2] or message.partition(": ")[2].partition(". ")[0]
-    return "its forward in train mode is random with all dropout off" if "log-probs in train mode" in why else why
+    if "log-probs in train mode" in why:
+        return "its forward in train mode is random with all dropout off"
+    # the message says before what "they" and "the two" are
+    return why.replace("they depend", "its logits depend").replace("between the two", "between backbone and head")
