@@ -92,6 +92,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "diffllama": {"attention_dropout": 0.0},
     # read from the config while the layers run, so a rate above 0 is refused by name
     "falcon": {"hidden_dropout": 0.0, "attention_dropout": 0.0},
+    "persimmon": {"attention_dropout": 0.0},
 }  # fmt: skip
 # Whole configs of types whose own defaults are refused by their class.
 WHOLE: dict[str, dict[str, Any]] = dict.fromkeys(

@@ -348,5 +348,9 @@ def _why_not_packed(message: str) -> str:
 
 
 def _why_refused(message: str) -> str:
-    why = message.partition("those of its own logits: ")[2] or message.splitlines()[0].partition(": ")[2] or message
-    return "its forward in train mode is random with all dropout off" if "log-probs in train mode" in why else why
+    message = " ".join(message.split())
+    why = message.partition("those of its own logits: ")[2] or message.partition(": ")[2].partition(". ")[0]
+    if "log-probs in train mode" in why:
+        return "its forward in train mode is random with all dropout off"
+    # the message says before what "they" and "the two" are
+    return why.replace("they depend", "its logits depend").replace("between the two", "between backbone and head")

@@ -253,6 +253,7 @@ def _packed_output(
     options = {"max_logits_bytes": max_logits_bytes, **logit_options(model.config.get_text_config())}
 
     def compute(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> LogprobOutput | PreferenceOutput:
+        hidden = hidden.to(weight.dtype)  # as Mamba does, whose residuals are float32
         there = functools.partial(_moved, device=weight.device)  # accelerate may place the head on a device of its own
         targets = there(batch.targets)
         if preference is None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from dpofast.head.linear_logprobs import linear_logprobs
@@ -58,11 +58,12 @@ def check_parity(model: Any, padded: bool) -> None:
                 f"{type(model).__name__}: its forward draws random numbers in eval mode too, as attention by hashing "
                 "does, so that a sequence has no one log-prob: choose another model"
             )
-        if model.dtype in _SIXTEEN_BIT and _runs_in_float32(model):
+        in_float32 = model.dtype in _SIXTEEN_BIT and _runs_in_float32(model, batch)
+        if in_float32:
             with _InFloat32():
                 truth = _check_equal(model, batch, padded, lambda: _logps(model, batch, padded), torch.float32)
         if not active_dropout(model):
-            _check_train_mode(model, batch, padded, truth)
+            _check_train_mode(model, batch, padded, truth, in_float32)
     finally:
         model.train(training)
 
@@ -162,13 +163,12 @@ def _logps(model: Any, batch: PackedBatch, padded: bool) -> Tensor:
     return logprob_head(model)(hidden, compute=compute)[0].to(batch.input_ids.device)
 
 
-def _check_train_mode(model: Any, batch: PackedBatch, padded: bool, truth: Tensor) -> None:
+def _check_train_mode(model: Any, batch: PackedBatch, padded: bool, truth: Tensor, in_float32: bool) -> None:
     """Refuse a forward that in train mode is random, or another one than in eval mode.
 
     truth (N,) are the batch's log-probs in eval mode. Where the forward draws random numbers, more ids are tried,
     several times: a router that samples does so for few tokens.
     """
-    in_float32 = model.dtype in _SIXTEEN_BIT and _runs_in_float32(model)
     tolerance = PARITY_TOLERANCE[torch.float32 if in_float32 else model.dtype]
     devices = _generator_devices(batch)
 
@@ -208,18 +208,26 @@ def _generator_states(devices: list[torch.device]) -> list[Tensor]:
     return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)]
 
 
-def _runs_in_float32(model: Any) -> bool:
-    """Whether all weights are plain floating-point numbers: of a quantized one only its layers know the value."""
-    return all(parameter.dtype in PARITY_TOLERANCE for parameter in model.parameters())
+def _runs_in_float32(model: Any, batch: PackedBatch) -> bool:
+    """Whether a 16-bit model's own forward runs in _InFloat32: no quantized layers, foreign kernels, lack of memory."""
+    if not all(parameter.dtype in PARITY_TOLERANCE for parameter in model.parameters()):
+        return False
+    ids, attended, _ = batch.padded()
+    try:
+        with _InFloat32():
+            return model(input_ids=ids, attention_mask=attended, use_cache=False).logits.dtype is torch.float32
+    except (RuntimeError, TypeError):
+        return False
 
 
-class _InFloat32(TorchDispatchMode):
-    """Operations compute in float32 what they would in 16 bits: their inputs are cast, one operation at a time."""
+class _InFloat32(TorchFunctionMode):
+    """torch's functions compute in float32 what they would in 16 bits: their inputs are cast, one call at a time."""
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run func on float32 copies of its 16-bit inputs; operations that write into an input run as they are."""
-        kwargs = kwargs or {}
-        if not func._schema.is_mutable:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call func with float32 copies of its 16-bit inputs; what writes into an input gets that input itself."""
+        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
+        writes = name == "__setitem__" or "out" in kwargs or (name.endswith("_") and not name.endswith("__"))
+        if not writes and name != "__get__":  # a property
             args, kwargs = tree_map(_widened, (args, kwargs))
         return func(*args, **kwargs)
 

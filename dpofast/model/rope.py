@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map
 from dpofast.packing.batch import PackedBatch
 from dpofast.packing.split import prompt_rows_follow, split_prompts
 
+_MODULES = "_dpofast_rotary_modules"  # an attribute of the model
 _ATTRIBUTE = "dpofast_table_lengths"
 
 
@@ -40,12 +41,15 @@ class TableLengths:
 def follow_lengths(model: nn.Module) -> None:
     """Hook the model's rotary modules whose table depends on the length; calls without TableLengths are unchanged."""
     stop_following(model)
-    for module in _rotary_modules(model):
+    found = [module for module in model.modules() if hasattr(module, "original_max_seq_len") and _kinds(module)]
+    for module in found:
         module.register_forward_hook(_own_tables, with_kwargs=True)
+    vars(model)[_MODULES] = found
 
 
 def stop_following(model: Any) -> None:
     """Undo follow_lengths."""
+    vars(model).pop(_MODULES, None)
     for module in model.modules():
         for key in [key for key, hook in module._forward_hooks.items() if hook is _own_tables]:
             del module._forward_hooks[key]
@@ -145,7 +149,8 @@ def _border(model: nn.Module) -> int | None:
 
 
 def _rotary_modules(model: nn.Module) -> list[Any]:
-    return [module for module in model.modules() if hasattr(module, "original_max_seq_len") and _kinds(module)]
+    """The modules that follow_lengths found; a search in each call would take as long as a small layer."""
+    return vars(model).get(_MODULES, [])
 
 
 def _kinds(module: Any) -> dict[str | None, str]:

@@ -30,6 +30,10 @@ def check_lm_head(model: Any) -> None:
         raise ValueError(
             f"{name}: expected a decoder-only causal language model (AutoModelForCausalLM), not an encoder"
         )
+    if "lsh" in getattr(config, "attn_layers", ()):  # Reformer
+        raise ValueError(
+            f"{name}: expected a forward that is the same at every call, and its attention hashes at random"
+        )
     backbone_of(model)
     head = model.get_output_embeddings()
     if plain_heads(head) is None:

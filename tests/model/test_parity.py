@@ -187,3 +187,11 @@ def test_positions_beyond_whispers_table_are_refused():
     (long,) = pack([{"prompt_ids": [5] * 60, "chosen_ids": [6] * 10, "rejected_ids": [7]}])
     with pytest.raises(ValueError, match=r"the model's table holds 64 \(max_target_positions\): cut the data"):
         model(packed=long)
+
+
+def test_attention_by_random_hashes_is_refused():
+    options = {"vocab_size": VOCAB, "hidden_size": 32, "axial_pos_embds": False, "attn_layers": ["local", "lsh"]}
+    torch.manual_seed(0)
+    model = transformers.ReformerModelWithLMHead(transformers.ReformerConfig(**options, is_decoder=True))
+    with pytest.raises(ValueError, match="ReformerModelWithLMHead: expected a forward that is the same at every call"):
+        attach_logprob_head(model, padded=True)

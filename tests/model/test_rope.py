@@ -8,7 +8,8 @@ import random
 import pytest
 import torch
 from datasets import Dataset
-from transformers import PhimoeConfig
+from transformers import MixtralConfig, MixtralForCausalLM, PhimoeConfig
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.models.phimoe.modeling_phimoe import PhimoeRotaryEmbedding
 
 from dpofast import DPOConfig, DPOTrainer, attach_logprob_head, detach_logprob_head, pack
@@ -16,7 +17,7 @@ from dpofast.integrations._trl.forward import fuse
 from dpofast.integrations._trl.scores import FusedOptions
 from dpofast.model.rope import table_of_length
 from tests.support.alone import alone
-from tests.support.tiny import VOCAB, tiny_model
+from tests.support.tiny import SHAPE, VOCAB, tiny_model
 
 BORDER = 32
 LONGROPE = {
@@ -185,3 +186,36 @@ def test_a_table_whose_scale_depends_on_the_length_too():
         expected = PhimoeRotaryEmbedding(config)(x, torch.arange(length)[None])
         for ours, theirs in zip(table_of_length(rotary, x, positions, length, {}), expected, strict=True):
             torch.testing.assert_close(ours[..., :10, :], theirs[..., :10, :])
+
+
+@torch.no_grad()
+def balance_alone(model, batch, drop):
+    """transformers' balancing loss over the routers of each sequence alone, without its last `drop` tokens."""
+    rows, attended, _ = batch.padded()
+    routed = []
+    for row, length in zip(rows, attended.sum(1).tolist(), strict=True):
+        logits = model(input_ids=row[None, :length], output_router_logits=True).router_logits
+        routed.append([layer[: length - drop] for layer in logits])
+    return load_balancing_loss_func(tuple(map(torch.cat, zip(*routed, strict=True))), 4, 2)
+
+
+def test_experts_are_balanced_over_the_rows_as_each_sequence_routes_them():
+    torch.manual_seed(0)
+    model = MixtralForCausalLM(
+        MixtralConfig(**SHAPE, **LONGROPE, head_dim=8, num_local_experts=4, num_experts_per_tok=2)
+    ).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4)
+    batch = batch_of(PAIRS)
+    rows, attended, in_response = batch.padded()
+    ours, every = balance_alone(model, batch, 1), balance_alone(model, batch, 0)
+    truth = alone(model, batch)
+    attach_logprob_head(model)
+    torch.testing.assert_close(model(packed=batch, balance=True).aux_loss, ours, atol=1e-5, rtol=0)
+    fuse(model, FusedOptions("forward", "raise"))
+    labels = torch.where(in_response.bool(), rows, -100)
+    output = model(fused_lm_head=True, input_ids=rows, attention_mask=attended, labels=labels,
+                   output_router_logits=True)  # fmt: skip
+    torch.testing.assert_close(output.log_probs[in_response[:, 1:].bool()].double(), truth, atol=2e-5, rtol=0)
+    torch.testing.assert_close(output.aux_loss, every, atol=1e-5, rtol=0)

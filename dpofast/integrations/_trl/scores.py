@@ -252,7 +252,7 @@ def _head_scores(model: Any, hidden: Tensor, targets: Tensor, stats: tuple[str, 
 
     def compute(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> LogprobOutput:
         return linear_logprobs(
-            hidden.to(weight.device),
+            hidden.to(weight.device, weight.dtype),
             weight,
             targets.to(weight.device),
             bias=bias,
