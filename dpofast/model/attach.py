@@ -30,7 +30,7 @@ from dpofast.model.attention.interface import register_again, restore_attention,
 from dpofast.model.forward import packed_hidden, padded_hidden
 from dpofast.model.lm_head import logit_options, logprob_head, restore_head
 from dpofast.model.parity import check_parity
-from dpofast.model.parts import backbone_of, base_causal_lm, media_token_ids
+from dpofast.model.parts import backbone_of, base_causal_lm, is_composite, media_token_ids
 from dpofast.model.rope import follow_lengths, stop_following
 from dpofast.model.support import CannotPack, check_lm_head, check_packed
 from dpofast.model.wrappers import exchange_class, take_off_autocast
@@ -114,12 +114,17 @@ def _attach(model: Any, padded: bool) -> None:
     except Exception as error:
         hooks = base.get_output_embeddings()._forward_hooks
         detach_logprob_head(model)
-        if hooks and not isinstance(error, ValueError):
+        name, reason = type(base).__name__, f"{type(error).__name__}: {error}"
+        if isinstance(error, ValueError) and str(error).startswith(name):  # a refusal
+            raise
+        if hooks:
             names = ", ".join(getattr(hook, "__qualname__", type(hook).__name__) for hook in hooks.values())
             raise ValueError(
-                f"{type(base).__name__}: a forward hook on its LM head ({names}) cannot take what the head returns "
-                f"here, a tuple of log-probs and no logits: remove it ({type(error).__name__}: {error})"
+                f"{name}: a forward hook on its LM head ({names}) cannot take what the head returns here, a tuple of "
+                f"log-probs and no logits: remove it ({reason})"
             ) from error
+        if is_composite(base):
+            raise ValueError(f"{name}: it does not run on text alone: {reason}") from error
         raise
 
 

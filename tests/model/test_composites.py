@@ -48,3 +48,16 @@ def test_attention_over_the_whole_prompt_is_refused_by_name():
     config = PaliGemmaConfig(text_config=text, vision_config={**sizes, "image_size": 28, "projection_dim": 32})
     with pytest.raises(ValueError, match="PaliGemmaForConditionalGeneration: it attends to the whole of its prompt"):
         attach_logprob_head(PaliGemmaForConditionalGeneration(config))
+
+
+def test_a_composite_that_needs_images_is_refused_by_name():
+    model = tiny_composite("llava")
+
+    class Needing(type(model)):
+        def forward(self, pixel_values, **inputs):
+            return super().forward(pixel_values=pixel_values, **inputs)
+
+    model.__class__ = Needing
+    with pytest.raises(ValueError, match="Needing: it does not run on text alone: TypeError: .*'pixel_values'"):
+        attach_logprob_head(model)
+    assert type(model) is Needing

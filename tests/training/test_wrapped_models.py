@@ -28,6 +28,13 @@ def after_training(model, tmp_path):
     return model
 
 
+def after_dpo(model, tmp_path):
+    """Another DPO run in bfloat16, at learning rate 0."""
+    make_trainer(tmp_path / "first", model=model, bf16=True, learning_rate=0.0, max_steps=1).train()
+    assert "forward" in vars(model)
+    return model
+
+
 def adapted():
     torch.manual_seed(0)
     return get_peft_model(tiny_model(), LORA)
@@ -35,9 +42,10 @@ def adapted():
 
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("make", [tiny_model, adapted])
-def test_dpo_after_another_training_is_dpo_on_a_fresh_model(make, bf16, tmp_path):
+@pytest.mark.parametrize("trained", [after_training, after_dpo])
+def test_dpo_after_another_training_is_dpo_on_a_fresh_model(trained, make, bf16, tmp_path):
     fresh = make_trainer(tmp_path / "fresh", model=make(), bf16=bf16)
-    again = make_trainer(tmp_path / "again", model=after_training(make(), tmp_path), bf16=bf16)
+    again = make_trainer(tmp_path / "again", model=trained(make(), tmp_path), bf16=bf16)
     fresh.train()
     again.train()
     assert losses_of(fresh) == losses_of(again)
