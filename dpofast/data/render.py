@@ -61,7 +61,10 @@ class Template:
             BadRow: the template refuses the row, leaves text of it out, or writes the prompt differently in front of a
                 response.
         """
-        first: BadRow | None = None
+        for turn in (turn for part in (prompt, *responses) for turn in part):
+            _texts(turn)  # refuses what is no text
+        reason: BadRow | None = None
+        is_null = any(turn.get("content") is None for part in (prompt, *responses) for turn in part)
         tried: list[Any] = []
         for form in (_as_given, _as_text, _as_parts):
             turns = [[form(turn) for turn in part] for part in (prompt, *responses)]
@@ -73,9 +76,11 @@ class Template:
             except BadRow as problem:
                 if problem.fatal:
                     raise
-                first = first or problem
-        assert first is not None
-        raise first
+                # What the data's own form meets; of null content, which many templates cannot write, what text meets.
+                if reason is None or (is_null and form is _as_text):
+                    reason = problem
+        assert reason is not None
+        raise reason
 
     def _rendered(self, prompt: Turns, responses: Sequence[Turns]) -> Rendered:
         alone = self._text(prompt, generation=True)
@@ -165,7 +170,9 @@ class Template:
                 continue
             shared = len(commonprefix([alone, text]))
             turns = self._text_or_none(prompt)
-            if shared < (len(alone) if turns is None else len(commonprefix([alone, turns]))):
+            whole_turns = len(alone) if turns is None else len(commonprefix([alone, turns]))
+            pieces = [piece.strip() for turn in prompt for piece in _texts(turn)]
+            if shared < whole_turns or any(piece in alone and piece not in alone[:shared] for piece in pieces):
                 start = max(0, shared - 40)
                 raise BadRow(
                     "the chat template writes the prompt differently in front of a response",
