@@ -54,7 +54,14 @@ def read_chunks(dataset: Dataset, columns: Collection[str], bounds: Iterable[tup
     """Yield the columns of every chunk (start, stop) of rows as an Arrow table.
 
     A table's pages are released when the next one is requested.
+
+    Raises:
+        DataError: the dataset has a transform (set_transform), which would be passed by.
     """
+    if dataset.format["type"] == "custom":
+        raise DataError(
+            "expected a dataset of stored rows, got one with a transform: apply it with map, or tokenize it"
+        )
     files = mapped_files(dataset)
     rows: Any = dataset.with_format("arrow", columns=list(columns))
     for start, stop in bounds:

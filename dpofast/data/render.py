@@ -85,11 +85,15 @@ class Template:
     def _rendered(self, prompt: Turns, responses: Sequence[Turns]) -> Rendered:
         alone = self._text(prompt, generation=True)
         whole = tuple(self._text(prompt + response) for response in responses)
-        if self._tools and alone == self._text_or_none(prompt, generation=True, tools=None):
-            raise BadRow("the chat template does not write `tools`", "use one that does, or remove the column")
         self._check_written(prompt, alone, len(prompt), lambda turns: self._text_or_none(turns, generation=True))
         for response, text in zip(responses, whole, strict=True):
             self._check_written(prompt + response, text, len(prompt), self._text_or_none)
+        if self._tools and alone == self._text_or_none(prompt, generation=True, tools=None):
+            raise BadRow(
+                "the chat template leaves out `tools`",
+                f"the prompt is {excerpt(alone, 0, 200)} with and without them: use a template that writes them, or "
+                "remove the column",
+            )
         self._check_prompt(prompt, alone, whole)
         ids = [self._ids(prompt, alone, generation=True)]
         ids += [self._ids(prompt + each, text) for each, text in zip(responses, whole, strict=True)]

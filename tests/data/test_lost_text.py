@@ -186,7 +186,7 @@ def test_tool_calls_are_written_or_refused():
     assert "leaves out the tool calls of a turn of role 'assistant'" in message and "'[u]hi|[a]|'" in message
     inside = TURNS | {"prompt": [user("hi"), assistant("", tool_calls=[CALL]), {"role": "tool", "content": "ok"}]}
     assert "leaves out the tool calls" in refused(inside, PLAIN)
-    assert "does not write `tools`" in refused(TURNS | {"tools": TOOLS}, PLAIN)
+    assert "leaves out `tools`" in refused(TURNS | {"tools": TOOLS}, PLAIN)
     assert "leaves out the reasoning_content" in refused(TURNS | {"chosen": [assistant("y", reasoning_content="so")]})
 
 
