@@ -143,6 +143,9 @@ def _load_folder(path: Path, split: str, skip: bool, cache_dir: str | None) -> D
 
 
 def _load_saved(path: Path, split: str) -> Dataset:
+    for file in path.rglob("*"):
+        if not file.is_dir():
+            files.check_regular(file)
     try:
         saved = datasets.load_from_disk(str(path))
     # What is wrong with the JSON beside the Arrow files is raised as exceptions of many kinds.
@@ -236,7 +239,7 @@ def _load_text(path: Path, skip: bool, cache_dir: str | None) -> Dataset:
     # These columns may first appear after the first row.
     late = dict.fromkeys(TEMPLATE_COLUMNS, "json") if kinds.get("chosen") == "messages" else {}
     if "chosen" in kinds:
-        late |= dict.fromkeys(sorted(formats.CONTEXT_COLUMNS), "json")
+        late |= dict.fromkeys(sorted(formats.context_columns()), "json")
     features = {column: _FEATURES[kind] for column, kind in (kinds | late).items()}
     try:
         dataset = Dataset.from_generator(

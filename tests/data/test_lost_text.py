@@ -107,8 +107,8 @@ def test_hidden_columns_are_not_read():
     )
     with pytest.raises(DataError, match="column 'rejected' is missing"):
         tokenize_preferences(rows.with_format(columns=["prompt", "chosen"]), make_tokenizer())
-    everything = rows.with_format("numpy", columns=["prompt"], output_all_columns=True)
-    assert texts(everything, make_tokenizer())[0] == "Hi"
+    everything = ROWS.with_format("numpy", columns=["prompt"], output_all_columns=True)
+    assert texts(everything, make_tokenizer())[0] == "p0"
 
 
 # ---- Arrow's nulls --------------------------------------------------------------------------------------------------
@@ -256,6 +256,14 @@ def test_a_column_that_is_named_like_a_prompt_must_be_in_it(column):
     assert f"column '{column}'" in refused(without | {"chosen": "I am", "rejected": "I do"}, bos_token=None)
 
 
+def test_a_conversation_in_another_column_is_a_prompt_where_there_is_none():
+    row = {"messages": [user("Who are you?")], "chosen": "I am", "rejected": "I do"}
+    assert "column 'messages' holds text that is not in the prompt" in refused(row)
+    assert row_texts(TEXT | {"messages": [user("Who?"), assistant("more")]})[0] == "Who are you?"
+    whole = {"chosen": [user("hi"), assistant("yes")], "rejected": [user("hi"), assistant("no")]}
+    assert row_texts(whole | {"messages": whole["chosen"]}) == ("[u]hi|[a]", "yes|", "no|")
+
+
 def test_such_a_column_of_json_lines_is_read_too(tmp_path):
     (tmp_path / "rows.jsonl").write_text(json.dumps(TEXT) + "\n" + json.dumps(TEXT | {"system": "Arr."}) + "\n")
     dataset = load_preferences(tmp_path / "rows.jsonl", cache_dir=str(tmp_path / "cache"))
@@ -272,7 +280,11 @@ def test_a_text_prompt_beside_conversations_must_repeat_their_beginning():
 
 def test_a_prompt_that_the_responses_repeat_is_not_trained_twice():
     row = {"prompt": "Q: hello A:", "chosen": "Q: hello A: arr", "rejected": "Q: hello A: hi"}
-    assert "both responses repeat the prompt" in refused(row)
+    with pytest.raises(DataError, match="both responses repeat the prompt in 1 of 1 rows.*'Q: hello A: arr'"):
+        row_texts(row)
+    chance = [{"prompt": "Hi", "chosen": f"Hi {i}", "rejected": "Hi!"} for i in range(2)]
+    rows = Dataset.from_list([*chance, TEXT, TEXT])
+    assert texts(rows, make_tokenizer()) == ("Hi", "Hi 0</s>", "Hi!</s>"), "of few rows it is chance"
     turns = {"chosen": [user("hi"), assistant("yes")], "rejected": [user("hi"), assistant("no")]}
     assert row_texts(TURNS | turns) == ("[u]hi|[a]", "yes|", "no|")
     system = {"role": "system", "content": "S"}

@@ -321,3 +321,14 @@ def test_snapshot(tmp_path):
     path.unlink()
     with pytest.raises(DataError, match="changed while it was read"):
         snapshot.check()
+
+
+def test_links_and_pipes_in_saved_folders(load, tmp_path):
+    (tmp_path / "pairs.jsonl").symlink_to(tmp_path / "nothing")
+    with pytest.raises(DataError, match=r"pairs\.jsonl: no such file; it is a link to one that is missing"):
+        load(tmp_path / "pairs.jsonl")
+    Dataset.from_list([ROW]).save_to_disk(tmp_path / "saved")
+    (tmp_path / "saved" / "dataset_info.json").unlink()
+    os.mkfifo(tmp_path / "saved" / "dataset_info.json")
+    with pytest.raises(DataError, match=r"dataset_info\.json: expected a regular file"):
+        load(tmp_path / "saved")
