@@ -163,8 +163,10 @@ def _text_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, responses: Sequen
     eos = tokenizer.eos_token
     if not eos:
         raise BadRow("the tokenizer has no eos_token", "text responses end with it; set it", fatal=True)
-    texts = [prompt]
+    texts, bos = [prompt], tokenizer.bos_token
     for response in responses:
+        if prompt and bos and bos != eos and response.lstrip().startswith(bos):
+            raise BadRow("a response begins with BOS", f"{excerpt(response, 0, 60)}: only a prompt does; take it out")
         # A response may end with EOS itself, and a line end after it.
         ends = response.rstrip().endswith(eos)
         texts.append(prompt + (response.rstrip() if ends else response + eos))
@@ -172,7 +174,7 @@ def _text_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, responses: Sequen
     found = []
     for text in texts:
         ids = tokenizer(text)["input_ids"]
-        if tokenizer.bos_token and text.startswith(tokenizer.bos_token) and ids[:2] == [tokenizer.bos_token_id] * 2:
+        if bos and text.startswith(bos) and ids[:2] == [tokenizer.bos_token_id] * 2:
             ids = ids[1:]
         written = 0  # times that EOS stands at the text's end
         while text.endswith(eos * (written + 1)):

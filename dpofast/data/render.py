@@ -21,7 +21,8 @@ Turns = list[Any]
 
 # What a response's last turn may say beside its content.
 _REASONING = ("reasoning_content", "reasoning", "thinking")
-_SAYING = ("content", "tool_calls", "function_call", *_REASONING)
+_CALLS = ("tool_calls", "function_call")
+_SAYING = ("content", *_CALLS, *_REASONING)
 
 
 class Rendered(NamedTuple):
@@ -156,9 +157,9 @@ class Template:
             is_context = index < prompt and turn["role"] == "assistant" and turn.get("tool_calls")
             if not is_context and any(t.strip() not in text for t in texts) and unchanged(_altered(turn)):
                 raise _left_out(turn, index, "text", "".join(texts), text)
-            if turn.get("tool_calls"):
-                if unchanged({name: value for name, value in turn.items() if name != "tool_calls"}):
-                    raise _left_out(turn, index, "tool calls", str(turn["tool_calls"]), text)
+            for key in _CALLS:
+                if turn.get(key) and unchanged({name: value for name, value in turn.items() if name != key}):
+                    raise _left_out(turn, index, key.replace("_", " "), str(turn[key]), text)
         last = turns[-1]
         for key in _REASONING if len(turns) > prompt else ():
             if isinstance(last.get(key), str) and last[key].strip() not in text:
@@ -195,9 +196,11 @@ def _left_out(turn: Turn, index: int, what: str, value: str, text: str) -> BadRo
 
 
 def _texts(turn: Turn) -> list[str]:
-    """The texts of a turn's content that are not blank. Raises BadRow for parts that are no text."""
+    """The texts of a turn's content that are not blank. Raises BadRow for what is no text."""
     content = turn.get("content")
-    if isinstance(content, str):
+    if content is None:
+        found = []
+    elif isinstance(content, str):
         found = [content]
     elif isinstance(content, list) and all(isinstance(part, Mapping) for part in content):
         other = next((part for part in content if not isinstance(part.get("text"), str)), None)
@@ -209,14 +212,17 @@ def _texts(turn: Turn) -> list[str]:
             )
         found = [part["text"] for part in content]
     else:
-        found = []
+        raise BadRow(
+            "content is neither text nor a list of parts",
+            f'expected a string, null or a list of {{"type": "text", "text": ...}}, got {excerpt(str(content), 0, 60)}',
+        )
     return [text for text in found if text.strip()]
 
 
 def _spellings(content: list[Any]) -> list[str]:
     """How Python and JSON begin to spell a list of parts, where a template does not walk through it."""
     part = next(iter(content), None)
-    if not isinstance(part, Mapping) or "type" not in part:
+    if not isinstance(part, Mapping) or not part:
         return []
     names = list(part)
     return [f"[{{'{names[0]}': ", f'[{{"{names[0]}": ']

@@ -184,6 +184,8 @@ def test_tool_calls_are_written_or_refused():
     assert row_texts(row)[1] == json.dumps([CALL]) + "|"
     message = refused(row, PLAIN)
     assert "leaves out the tool calls of a turn of role 'assistant'" in message and "'[u]hi|[a]|'" in message
+    old = {"function_call": {"name": "look", "arguments": "{}"}}
+    assert "leaves out the function call" in refused(TURNS | {"chosen": [assistant("", **old)]})
     inside = TURNS | {"prompt": [user("hi"), assistant("", tool_calls=[CALL]), {"role": "tool", "content": "ok"}]}
     assert "leaves out the tool calls" in refused(inside, PLAIN)
     assert "leaves out `tools`" in refused(TURNS | {"tools": TOOLS}, PLAIN)
@@ -227,6 +229,18 @@ def test_content_is_written_in_the_form_that_the_template_takes(template, form):
 def test_parts_that_are_no_text_are_refused():
     row = TURNS | {"prompt": [user([{"type": "image", "url": "x"}, {"type": "text", "text": "what?"}])]}
     assert "content holds a part that is no text" in refused(row) and "images are not supported" in refused(row)
+
+
+@pytest.mark.parametrize("content", [5, ["a", "b"], {"text": "a"}])
+def test_content_of_another_kind_is_refused(tmp_path, content):
+    (tmp_path / "rows.jsonl").write_text(json.dumps(TURNS | {"chosen": [assistant(content)]}) + "\n")
+    dataset = load_preferences(tmp_path / "rows.jsonl", cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(DataError, match="line 1: content is neither text nor a list of parts"):
+        tokenize_preferences(dataset, make_tokenizer(chat_template=CHAT))
+
+
+def test_parts_without_a_type_are_text():
+    assert row_texts(TURNS | {"chosen": [assistant([{"text": "yo"}])]})[1] == "yo|"
 
 
 @pytest.mark.parametrize("error", ["1 / 0", "'x'.missing.more", "[1] | dictsort", "range(10**6) | list"])
@@ -319,6 +333,11 @@ def test_special_tokens_stand_once(processor):
         assert report.shortened_prompts == 0
     encoded, _ = tokenize_preferences(Dataset.from_list([row | {"prompt": "<s>Q"}]), tokenizer)
     assert encoded[0]["prompt_ids"] == [0, *ids("Q")], "a prompt that was rendered with its BOS"
+
+
+def test_a_response_does_not_begin_with_bos():
+    message = refused({"prompt": "Q", "chosen": "<s>y", "rejected": "n"})
+    assert "a response begins with BOS: '<s>y'" in message
 
 
 def test_content_that_ends_with_eos_ends_once():
