@@ -21,6 +21,11 @@ class PackingError : public std::invalid_argument {
   const int64_t example;
 };
 
+// Throws PackingError for an argument below 1.
+inline void check_at_least_one(const char* name, int64_t value) {
+  if (value < 1) throw PackingError(-1, std::string(name) + ": expected 1 or more, got " + std::to_string(value));
+}
+
 // Throws PackingError for a micro-batch whose positions or targets exceed int32.
 inline void check_positions(int64_t tokens, int64_t targets) {
   if (tokens <= kMaxPositions && targets <= kMaxPositions) return;

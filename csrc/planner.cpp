@@ -129,7 +129,20 @@ Bins pack_sorted(const Items& items, const Limits& limits, Pack pack) {
 
 }  // namespace
 
-void check_items(const Items& items) {
+void check_plan_arguments(const Items& items, const Limits& limits, int64_t ranks) {
+  check_at_least_one("max_tokens", limits.tokens);
+  check_at_least_one("max_targets", limits.targets);
+  check_at_least_one("ranks", ranks);
+  if (ranks > kMaxRanks) {
+    throw PackingError(-1, "ranks: expected at most " + std::to_string(kMaxRanks) + ", got " + std::to_string(ranks));
+  }
+  if (items.targets.empty() && items.count() && limits.targets != kUnlimited) {
+    throw PackingError(-1, "targets: expected one a length with max_targets, got none");
+  }
+  if (!items.targets.empty() && items.targets.size() != items.tokens.size()) {
+    throw PackingError(-1, "targets: expected " + std::to_string(items.tokens.size()) + ", one a length, got " +
+                               std::to_string(items.targets.size()));
+  }
   const auto check = [](const char* name, const std::vector<int64_t>& sizes) {
     for (size_t i = 0; i < sizes.size(); ++i) {
       if (sizes[i] >= 1 && sizes[i] <= kMaxPositions) continue;

@@ -11,8 +11,12 @@ namespace dpofast {
 // Bins are numbered by descending load. Loads depend on the sizes only, not on their order. An item beyond the limits
 // has a bin of its own.
 
-// Throws PackingError for sizes outside [1, 2^31).
-void check_items(const Items& items);
+// Each rank takes memory of its own; no cluster has more.
+constexpr int64_t kMaxRanks = int64_t{1} << 20;
+
+// Throws PackingError for sizes outside [1, 2^31), targets that are not one a length, a limit on targets without
+// targets, limits below 1, and ranks outside [1, kMaxRanks].
+void check_plan_arguments(const Items& items, const Limits& limits, int64_t ranks);
 
 // Best-fit decreasing without further improvement.
 Bins best_fit_decreasing(const Items& items, const Limits& limits);

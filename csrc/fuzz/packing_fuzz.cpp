@@ -213,8 +213,8 @@ void check_plan(Random& random) {
     for (int64_t i = 0; i < count; ++i) items.targets.push_back(1 + random.below(longest));
     limits.targets = 1 + random.below(2 * longest);
   }
-  check_items(items);
   const int64_t ranks = 1 + random.below(4);
+  check_plan_arguments(items, limits, ranks);
   const bool equal_counts = random.one_in(2);
   const RankedBins plan = plan_ranks(items, limits, ranks, equal_counts);
   const int64_t bins = plan.bins.loads.size();

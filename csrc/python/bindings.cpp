@@ -3,6 +3,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <optional>
+
 #include "../batches.hpp"
 #include "sequences.hpp"
 
@@ -17,6 +19,14 @@ dpofast::Span<T> span(const Array<T>& array) {
   return {array.data(), static_cast<int64_t>(array.size())};
 }
 
+// Throws PackingError for an array of another number of dimensions.
+template <typename T>
+void check_dimensions(const char* name, const Array<T>& array, py::ssize_t dimensions) {
+  if (array.ndim() == dimensions) return;
+  throw dpofast::PackingError(-1, std::string(name) + ": expected an array of " + std::to_string(dimensions) +
+                                      " dimensions, got " + std::to_string(array.ndim()));
+}
+
 // Moves the vector into a numpy array without a copy.
 template <typename T>
 py::array to_numpy(std::vector<T>&& values) {
@@ -25,19 +35,24 @@ py::array to_numpy(std::vector<T>&& values) {
   return py::array_t<T>({static_cast<py::ssize_t>(owner->size())}, owner->data(), release);
 }
 
-py::tuple plan(const Array<int64_t>& lengths, const py::object& targets, int64_t max_tokens, int64_t max_targets,
-               int64_t ranks, bool equal_counts) {
-  const auto vector = [](const Array<int64_t>& array) {
+py::tuple plan(const Array<int64_t>& lengths, const std::optional<Array<int64_t>>& targets, int64_t max_tokens,
+               int64_t max_targets, int64_t ranks, bool equal_counts) {
+  const auto vector = [](const char* name, const Array<int64_t>& array) {
+    check_dimensions(name, array, 1);
     return std::vector<int64_t>(array.data(), array.data() + array.size());
   };
-  dpofast::Items items{vector(lengths), {}};
-  if (!targets.is_none()) items.targets = vector(targets.cast<Array<int64_t>>());
+  dpofast::Items items{vector("lengths", lengths), {}};
+  if (targets) items.targets = vector("targets", *targets);
+  if (targets && items.targets.empty() && items.count()) {
+    throw dpofast::PackingError(-1, "targets: expected one a length, got none");
+  }
+  const dpofast::Limits limits{max_tokens, max_targets};
   dpofast::RankedBins ranked;
   std::vector<int64_t> members(items.tokens.size()), bounds;
   {
     py::gil_scoped_release nogil;
-    dpofast::check_items(items);
-    ranked = dpofast::plan_ranks(items, {max_tokens, max_targets}, ranks, equal_counts);
+    dpofast::check_plan_arguments(items, limits, ranks);
+    ranked = dpofast::plan_ranks(items, limits, ranks, equal_counts);
     for (const int64_t load : ranked.bins.loads) dpofast::check_positions(load, 0);
     bounds.assign(ranked.bins.loads.size() + 1, 0);
     for (const int64_t bin : ranked.bins.bin_of) ++bounds[bin + 1];
@@ -60,6 +75,17 @@ class Packer {
         pair_counts_(std::move(pair_counts)),
         pairs_(std::move(pairs)),
         grouped_(std::move(grouped)) {
+    dpofast::check_at_least_one("max_tokens", max_tokens);
+    dpofast::check_at_least_one("max_targets", max_targets);
+    dpofast::check_at_least_one("vocab_size", vocab_size);
+    dpofast::check_at_least_one("threads", threads);
+    check_dimensions("branch_counts", branch_counts_, 1);
+    check_dimensions("pair_counts", pair_counts_, 1);
+    check_dimensions("pairs", pairs_, 2);
+    check_dimensions("grouped", grouped_, 1);
+    if (pairs_.shape(1) != 2) {
+      throw dpofast::PackingError(-1, "pairs: expected 2 columns, got " + std::to_string(pairs_.shape(1)));
+    }
     const dpofast::Examples examples{sequences_->span(), span(branch_counts_), span(pair_counts_), span(pairs_),
                                      span(grouped_)};
     py::gil_scoped_release nogil;
@@ -93,6 +119,7 @@ class Packer {
   py::array canonical() const { return to_numpy(std::vector<int64_t>(groups_.canonical)); }
 
   void fill(Array<int64_t> longs, Array<int32_t> ints, int64_t threads) const {
+    dpofast::check_at_least_one("threads", threads);
     int64_t long_count = 0, int_count = 0;
     for (const dpofast::BatchShape& shape : layout_->shapes) {
       long_count += shape.longs();
@@ -121,9 +148,10 @@ class Packer {
 PYBIND11_MODULE(_C, module) {
   module.doc() = "dpofast's packer; use dpofast.packing. Bad input raises ValueError.";
   module.attr("UNLIMITED") = dpofast::kUnlimited;
-  module.def("plan", &plan, py::arg("lengths").noconvert(), py::arg("targets"), py::arg("max_tokens"),
+  module.def("plan", &plan, py::arg("lengths").noconvert(), py::arg("targets").noconvert(), py::arg("max_tokens"),
              py::arg("max_targets"), py::arg("ranks"), py::arg("equal_counts"),
-             "lengths (n,) int64 (targets the same, or None) -> item indices (n,), micro-batch after micro-batch; "
+             "lengths (n,) int64 (targets the same, or None; limits and ranks 1 or more) -> item indices (n,), "
+             "micro-batch after micro-batch; "
              "bounds (M + 1,) into them; loads (M,); rank bounds (R + 1,) into the micro-batches.");
   py::class_<dpofast::Sequences, std::shared_ptr<dpofast::Sequences>>(module, "Sequences")
       .def("__len__", &dpofast::Sequences::size)
@@ -137,7 +165,7 @@ PYBIND11_MODULE(_C, module) {
   py::class_<Packer>(module, "Packer")
       .def(py::init<std::shared_ptr<dpofast::Sequences>, Array<int64_t>, Array<int64_t>, Array<int64_t>, Array<uint8_t>,
                     int64_t, int64_t, bool, int64_t, int64_t>(),
-           py::arg("sequences"), py::arg("branch_counts").noconvert(), py::arg("pair_counts").noconvert(),
+           py::arg("sequences").none(false), py::arg("branch_counts").noconvert(), py::arg("pair_counts").noconvert(),
            py::arg("pairs").noconvert(), py::arg("grouped").noconvert(), py::arg("max_tokens"), py::arg("max_targets"),
            py::arg("share_prompts"), py::arg("vocab_size"), py::arg("threads"))
       .def_property_readonly("shapes", &Packer::shapes, "(B, 6) int64: T, N, G, S, P, padded_tokens.")

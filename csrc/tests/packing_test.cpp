@@ -103,7 +103,15 @@ void test_errors() {
   table.branch_counts[0] = int64_t{1} << 62;
   expect_error("counts", "examples[0]: branch_counts and pair_counts go beyond", [&] { group(table); });
   expect_error("positions", "int32 positions allow", [] { check_positions(kMaxPositions + 1, 0); });
-  expect_error("sizes", "lengths[1] is 0", [] { check_items({{1, 0}, {}}); });
+  const auto plan = [](const Items& items, const Limits& limits, int64_t ranks) {
+    check_plan_arguments(items, limits, ranks);
+  };
+  expect_error("sizes", "lengths[1] is 0", [&] { plan({{1, 0}, {}}, {}, 1); });
+  expect_error("limit", "max_tokens: expected 1 or more, got -5", [&] { plan({{1}, {}}, {-5}, 1); });
+  expect_error("ranks", "ranks: expected 1 or more, got 0", [&] { plan({{1}, {}}, {}, 0); });
+  expect_error("too many ranks", "ranks: expected at most 1048576", [&] { plan({{1}, {}}, {}, kMaxRanks + 1); });
+  expect_error("targets", "targets: expected 2, one a length, got 1", [&] { plan({{1, 2}, {1}}, {}, 1); });
+  expect_error("no targets", "targets: expected one a length with", [&] { plan({{1}, {}}, {kUnlimited, 9}, 1); });
 }
 
 void test_planner() {

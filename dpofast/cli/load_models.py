@@ -53,39 +53,37 @@ def load_model(name: str, loading: Loading) -> Any:
     Raises:
         ValueError: it is none, its weights are no safetensors, or they cannot be read, with the reason.
     """
-    from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from dpofast.model.load import load_causal_lm
 
     if is_adapter(name):
         return _with_adapter(name, loading)
     _refuse_pickles(name, "pytorch_model*.bin", "*.safetensors")
     options: dict[str, Any] = {"trust_remote_code": loading.trust_remote_code}
     try:
-        config = AutoConfig.from_pretrained(name, **options)
-        if not any(kind.endswith(("ForCausalLM", "LMHeadModel")) for kind in config.architectures or ["ForCausalLM"]):
-            raise ValueError(
-                f"its architecture is {config.architectures}, and a decoder-only causal language model is needed"
-            )
         if loading.load_in_4bit:
             options |= {"quantization_config": four_bits(DTYPES[loading.dtype]), "device_map": {"": device()}}
-        return AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[loading.dtype], use_safetensors=True, **options)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{named(name)}: no causal language model can be loaded from it: {one_line(error)}") from error
+        return load_causal_lm(name, dtype=DTYPES[loading.dtype], **options)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        reason = one_line(error).removeprefix(f"{name}: ")
+        raise ValueError(f"{named(name)}: no causal language model can be loaded from it: {reason}") from error
 
 
 def _with_adapter(folder: str, loading: Loading) -> Any:
     from safetensors import SafetensorError
 
+    from dpofast.model.load import load_adapter
+
     try:
-        from peft import PeftModel
+        import peft  # noqa: F401
     except ImportError as error:
         raise ValueError(f"{folder} is a LoRA adapter, which needs peft: pip install peft") from error
     _refuse_pickles(folder, "adapter_model.bin", "*.safetensors")
     base = load_model(base_of(folder), loading)
     try:
-        return PeftModel.from_pretrained(base, folder).eval()
+        return load_adapter(base, folder).eval()
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{folder}: its adapter cannot be loaded: {one_line(error)}") from error
+        reason = one_line(error).removeprefix(f"{folder}: ")
+        raise ValueError(f"{folder}: its adapter cannot be loaded: {reason}") from error
 
 
 def is_adapter(name: str) -> bool:

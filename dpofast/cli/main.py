@@ -49,10 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("dpofast: stopped; what was written so far can be resumed", file=sys.stderr)
         return 130
-    except (ValueError, FloatingPointError, OSError) as error:
+    except (ValueError, FloatingPointError, OSError, ImportError) as error:  # an option's package is not installed
         if os.environ.get("DPOFAST_TRACEBACK"):
             raise
-        return _refuse(str(error))
+        return _refuse(str(error).strip())
 
 
 def _refuse(message: str) -> int:

@@ -135,7 +135,7 @@ def main(argv: Sequence[str]) -> int:
             peft_config=peft_config,
             callbacks=callbacks,
         )
-    except (RuntimeError, ImportError) as error:  # a reporter that is not installed, or not wholly
+    except RuntimeError as error:  # a reporter that is not installed
         raise ValueError(one_line(error)) from error
     for report in trainer.data_reports.values() if trainer.is_world_process_zero() else ():
         print(report.summary())

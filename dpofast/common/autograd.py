@@ -1,7 +1,8 @@
-"""First-order-only backward passes: differentiating them again raises instead of giving a wrong gradient.
+"""Reverse-mode first derivatives alone: any other derivative raises instead of being wrong.
 
 torch's own once_differentiable raises only where the incoming gradient requires grad. For
-loss.backward(create_graph=True) it does not, and a gradient penalty would treat our gradient as a constant.
+loss.backward(create_graph=True) it does not, and a gradient penalty would treat our gradient as a constant. A
+torch.library operator drops the tangents of forward mode without a word.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _Backward = Callable[..., tuple[Tensor | None, ...]]
 
@@ -25,7 +27,26 @@ def no_second_derivative(ctx: Any, *_: Any) -> Any:
     )
 
 
-class _Constant(torch.autograd.Function):
+def no_forward_mode(*tensors: Tensor | None) -> None:
+    """Raise RuntimeError for an input that carries a tangent of forward-mode differentiation (jvp, jacfwd)."""
+    if any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        _refuse_forward_mode()
+
+
+def _refuse_forward_mode(ctx: Any = None, *_: Any) -> Any:
+    raise RuntimeError(
+        "dpofast's log-probs have no forward-mode derivatives (jvp, jacfwd, make_dual): use reverse mode (backward, "
+        "grad), or the 'reference' backend"
+    )
+
+
+class ReverseModeFunction(torch.autograd.Function):
+    """Base of autograd functions with a backward alone."""
+
+    jvp = staticmethod(_refuse_forward_mode)
+
+
+class _Constant(ReverseModeFunction):
     """(gradient, *what it depends on) -> gradient; raises when differentiated."""
 
     @staticmethod

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dpofast import reference
-from dpofast.common.autograd import first_order_only
+from dpofast.common.autograd import ReverseModeFunction, first_order_only
 from dpofast.common.backend import choose_backend
 from dpofast.head.engine.dtypes import accumulate_dtype
 from dpofast.head.engine.interface import row_coefficients
@@ -73,7 +73,7 @@ def logprobs(
     return flat.reshape(targets.shape)
 
 
-class _Logprobs(torch.autograd.Function):
+class _Logprobs(ReverseModeFunction):
     """logits (R, V), targets (R,) -> (R,). Forward keeps nothing but the logits, and on Triton two floats a row."""
 
     @staticmethod

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dpofast.common.autograd import first_order_only
+from dpofast.common.autograd import ReverseModeFunction, first_order_only
 from dpofast.common.backend import choose_backend
 from dpofast.head.engine import passes
 from dpofast.head.engine.interface import HeadInputs, KeptRows, Needs, RowSums, row_coefficients
@@ -87,7 +87,7 @@ def vocab_parallel_logprobs(
     return logps, dict(zip(options.stats, values, strict=True))
 
 
-class _VocabParallelLogprobs(torch.autograd.Function):
+class _VocabParallelLogprobs(ReverseModeFunction):
     """(hidden, weight, bias, targets) -> logps and the statistics named in options; a gradient of logps only."""
 
     @staticmethod

@@ -168,14 +168,13 @@ class PreferenceLoss(LossOptions):
     def needs_lengths(self) -> bool:
         """Whether the responses' token counts are needed."""
         modified = self.ld_alpha is not None or self.use_weighting or self.rpo_alpha is not None
-        return modified or any(KINDS[kind].lengths for kind in self.kinds)
+        return modified or any(KINDS[kind].needs_lengths(self) for kind in self.kinds)
 
     @property
     def per_token(self) -> bool:
         """Whether every kind that compares responses compares their log-probs per token."""
-        compared = [kind for kind in self.kinds if kind != "sft"]
-        summed = "ipo" in compared and not self.ipo_average
-        return bool(compared) and not summed and all(KINDS[kind].per_token for kind in compared)
+        compared = [KINDS[kind] for kind in self.kinds if kind != "sft"]
+        return bool(compared) and all(kind.per_token and kind.needs_lengths(self) for kind in compared)
 
     @staticmethod
     def decode(encoded: str) -> PreferenceLoss:

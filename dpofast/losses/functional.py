@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpofast.common.autograd import first_order_only
+from dpofast.common.autograd import ReverseModeFunction, first_order_only
 from dpofast.common.backend import choose_backend
 from dpofast.losses.coefficients import pair_losses, pair_terms, pairs_of_tokens, runs_fused
 from dpofast.losses.config import PreferenceLoss, checked_loss
@@ -136,7 +136,7 @@ def token_preference_loss(
     return _output(values, loss, totals, logps, rewards)
 
 
-class _Fused(torch.autograd.Function):
+class _Fused(ReverseModeFunction):
     """token_preference_loss by kernels/preference.py: backward multiplies the coefficients that forward saved."""
 
     @staticmethod

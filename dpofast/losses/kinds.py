@@ -175,7 +175,7 @@ def _orpo(x: Pairs, loss: LossOptions) -> Tensor:
 def _cpo(x: Pairs, loss: LossOptions) -> Tensor:
     """CPO, arXiv 2401.08417: −ls(β(p_w − p_l)) − λ·p_w/n_w, λ = cpo_alpha."""
     preference = -F.logsigmoid(loss.beta * (x.policy_chosen - x.policy_rejected))
-    return preference + loss.cpo_alpha * x.chosen_nll()
+    return preference + loss.cpo_alpha * x.chosen_nll() if loss.cpo_alpha else preference
 
 
 def _kto_pair(x: Pairs, loss: LossOptions) -> Tensor:
@@ -194,7 +194,7 @@ class Kind:
         reference: whether it needs reference log-probs.
         coupled: whether a pair's loss depends on the other pairs.
         divergence: whether f_divergence_type changes it.
-        lengths: whether it needs n_w and n_l.
+        lengths: whether it needs n_w and n_l; an option's name, where it needs them unless that is 0 or False.
         smoothing: the range of label_smoothing, a key of SMOOTHING_RANGES; None if it is not used.
         options: fields of LossOptions that it reads beside the shared ones.
         nll: whether it contains an NLL term of the chosen response.
@@ -205,11 +205,15 @@ class Kind:
     reference: bool = True
     coupled: bool = False
     divergence: bool = False
-    lengths: bool = False
+    lengths: bool | str = False
     smoothing: str | None = None
     options: tuple[str, ...] = ()
     nll: bool = False
     per_token: bool = False
+
+    def needs_lengths(self, loss: LossOptions) -> bool:
+        """Whether it needs n_w and n_l with these options."""
+        return bool(getattr(loss, self.lengths)) if isinstance(self.lengths, str) else self.lengths
 
 
 SMOOTHING_RANGES: dict[str, Callable[[float], bool]] = {
@@ -223,7 +227,7 @@ KINDS: dict[str, Kind] = {
     "sigmoid_norm": Kind(_sigmoid_norm, divergence=True, lengths=True, smoothing="[0, 0.5]", per_token=True),
     "robust": Kind(_robust, divergence=True, smoothing="[0, 0.5)"),
     "hinge": Kind(_hinge, divergence=True),
-    "ipo": Kind(_ipo, divergence=True, lengths=True, options=("ipo_average",), per_token=True),
+    "ipo": Kind(_ipo, divergence=True, lengths="ipo_average", options=("ipo_average",), per_token=True),
     "exo_pair": Kind(_exo_pair, divergence=True, smoothing="(0, 1)"),
     "discopop": Kind(_discopop, divergence=True, options=("discopop_tau",)),
     "nca_pair": Kind(_nca_pair),
@@ -238,5 +242,5 @@ KINDS: dict[str, Kind] = {
     "sft": Kind(_sft, reference=False, lengths=True, nll=True),
     "simpo": Kind(_simpo, reference=False, lengths=True, options=("simpo_gamma",), per_token=True),
     "orpo": Kind(_orpo, reference=False, lengths=True, nll=True, per_token=True),
-    "cpo": Kind(_cpo, reference=False, lengths=True, options=("cpo_alpha",), nll=True),
+    "cpo": Kind(_cpo, reference=False, lengths="cpo_alpha", options=("cpo_alpha",), nll=True),
 }

@@ -1,6 +1,9 @@
 """The packed forward inside models of transformers.
 
 attach      attach_logprob_head: model(packed=batch) returns log-probs, or the whole preference loss
+parts       the language model of a composite model, a model without its head
+wrappers    what other libraries put over a model's forward: taken off, kept, or refused
+load        load models and adapters whole
 lm_head     LogprobLinear, the class of an attached model's LM head, and what model families do to their logits
 forward     runs the backbone: hidden states of a packed batch, over its packed row or over padded rows
 support     which models can run so; the parity check against the model's own logits

@@ -11,6 +11,8 @@ Weights, their names and the rest of the model stay as they are.
 from __future__ import annotations
 
 import functools
+import inspect
+import warnings
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,10 +26,12 @@ from dpofast.head.options import LogprobOutput
 from dpofast.losses.config import PreferenceLoss
 from dpofast.losses.functional import PreferenceOutput
 from dpofast.losses.sequences import segment_sums
-from dpofast.model.attention.interface import restore_attention, use_packed_attention
-from dpofast.model.forward import backbone_of, packed_hidden, padded_hidden
+from dpofast.model.attention.interface import register_again, restore_attention, use_packed_attention
+from dpofast.model.forward import packed_hidden, padded_hidden
 from dpofast.model.lm_head import logit_options, logprob_head, restore_head
+from dpofast.model.parts import backbone_of, base_causal_lm, media_token_ids
 from dpofast.model.support import check_lm_head, check_packed, check_parity
+from dpofast.model.wrappers import exchange_class, take_off_autocast
 from dpofast.packing.batch import PackedBatch
 
 # FSDP2 looks for the tensors of a module's output in pytrees, and hooks on them gather the weights for the backward.
@@ -68,7 +72,8 @@ def attach_logprob_head(model: Any, *, padded: bool = False) -> Any:
 
     Raises:
         ValueError: a model that cannot run so, by name and with the reason: an encoder, an adapter on the head, numbers
-            that differ from the model's own; and for packed rows no AttentionInterface, a stateful or hybrid backbone.
+            that differ from the model's own; and for packed rows no AttentionInterface, a stateful or hybrid backbone;
+            a forward set on the instance by something that model/wrappers.py does not know.
     """
     base = base_causal_lm(model)
     if isinstance(base, PackedForward):
@@ -80,16 +85,29 @@ def attach_logprob_head(model: Any, *, padded: bool = False) -> Any:
     check_lm_head(base)
     if not padded:
         check_packed(base)
+    if sum([take_off_autocast(module) for module in {id(model): model, id(base): base}.values()]):
+        warnings.warn(
+            f"{type(base).__name__}: accelerate's autocast, which an earlier training put over its forward, is taken "
+            "off: from now on the model runs in the precision of its weights and of the autocast that you enter",
+            stacklevel=2,
+        )
     plain_class: Any = type(base)
-    base.__class__ = packed_class(plain_class, padded)
-    # before anything wraps or shards the head: a wrapper takes the class that it meets
-    logprob_head(base)
-    if not padded:
-        use_packed_attention(base)
+    exchange_class(base, packed_class(plain_class, padded))
     try:
+        # before anything wraps or shards the head: a wrapper takes the class that it meets
+        logprob_head(base)
+        if not padded:
+            use_packed_attention(backbone_of(base))
         check_parity(base, padded)
-    except Exception:
+    except Exception as error:
+        hooks = base.get_output_embeddings()._forward_hooks
         detach_logprob_head(model)
+        if hooks and not isinstance(error, ValueError):
+            names = ", ".join(getattr(hook, "__qualname__", type(hook).__name__) for hook in hooks.values())
+            raise ValueError(
+                f"{type(base).__name__}: a forward hook on its LM head ({names}) cannot take what the head returns "
+                f"here, a tuple of log-probs and no logits: remove it ({type(error).__name__}: {error})"
+            ) from error
         raise
     return model
 
@@ -99,10 +117,10 @@ def detach_logprob_head(model: Any) -> Any:
     base = base_causal_lm(model)
     if isinstance(base, PackedForward):
         padded = base._padded_rows
-        base.__class__ = type(base)._unpacked_class
+        exchange_class(base, type(base)._unpacked_class)
         restore_head(base)
         if not padded:
-            restore_attention(base)
+            restore_attention(backbone_of(base))
     return model
 
 
@@ -127,6 +145,12 @@ class PackedForward:
         """The class is made at run time, so pickle and deepcopy are told how to make it again."""
         return _rebuilt, (self._unpacked_class, self._padded_rows), self.__dict__
 
+    def __setstate__(self, state: Any) -> None:
+        """Another process may not have attached a model yet, and its attention is registered by name."""
+        super().__setstate__(state)  # type: ignore[misc]
+        if not self._padded_rows:
+            register_again(backbone_of(self))
+
 
 def _rebuilt(cls: type, padded: bool) -> Any:
     packed: Any = packed_class(cls, padded)
@@ -140,7 +164,6 @@ def packed_class(cls: Any, padded: bool) -> type:
     A class and not a forward set on the instance, which a deepcopy would share with its original.
     """
 
-    @functools.wraps(cls.forward)  # generate() reads the parameters of forward
     def forward(
         self: Any,
         *args: Any,
@@ -162,6 +185,10 @@ def packed_class(cls: Any, padded: bool) -> type:
             raise ValueError(f"model(packed=...): expected no further model inputs, got {extra or 'positional ones'}")
         return _packed_output(self, packed, stats, preference, balance, max_logits_bytes)
 
+    # generate() and Trainer read the parameters of forward; functools.wraps would also leave a link to the class's own
+    # forward, which accelerate follows when it unwraps a model
+    forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]
+    forward.__doc__ = cls.forward.__doc__
     members = {
         "forward": forward,
         "_unpacked_class": cls,
@@ -189,6 +216,12 @@ def _packed_output(
         largest, vocab = int(batch.input_ids.max()), getattr(words, "num_embeddings", None)
         if vocab is not None and largest >= vocab:
             raise ValueError(f"packed: expected token ids below the model's vocabulary of {vocab}, got {largest}")
+    media = media_token_ids(model)
+    if media and bool(torch.isin(batch.input_ids, torch.tensor(sorted(media), device=batch.input_ids.device)).any()):
+        raise ValueError(
+            f"packed: expected text alone, got ids among {sorted(media)}, which stand for images or sound in "
+            f"{type(model).__name__}: take these rows out"
+        )
     if model._padded_rows and balance:
         raise ValueError("balance: expected packed rows for a load-balancing loss, and the model runs over padded ones")
     if model._padded_rows:
@@ -198,30 +231,32 @@ def _packed_output(
     options = {"max_logits_bytes": max_logits_bytes, **logit_options(model.config.get_text_config())}
 
     def compute(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> LogprobOutput | PreferenceOutput:
+        there = functools.partial(_moved, device=weight.device)  # accelerate may place the head on a device of its own
+        targets = there(batch.targets)
         if preference is None:
-            return linear_logprobs(hidden, weight, batch.targets, bias=bias, stats=stats, **options)
+            return linear_logprobs(hidden, weight, targets, bias=bias, stats=stats, **options)
         return linear_preference_loss(
             hidden,
             weight,
-            batch.targets,
+            targets,
             batch.cu_targets,
             batch.pairs,
-            preference.ref_logps,
+            there(preference.ref_logps),
             loss=preference.loss,
             num_pairs=preference.num_pairs,
             num_chosen_tokens=preference.num_chosen_tokens,
-            earlier_rewards=preference.earlier_rewards,
+            earlier_rewards=there(preference.earlier_rewards),
             bias=bias,
             **options,
         )
 
     output_class: Any = LogprobOutput if preference is None else PreferenceOutput
-    return replace(output_class(*logprob_head(model)(hidden, compute=compute)), aux_loss=aux_loss)
+    output = (_moved(value, batch.input_ids.device) for value in logprob_head(model)(hidden, compute=compute))
+    return replace(output_class(*output), aux_loss=aux_loss)
 
 
-def base_causal_lm(model: Any) -> Any:
-    """The transformers model inside a PEFT wrapper, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+def _moved(value: Any, device: torch.device) -> Any:
+    return None if value is None else value.to(device)
 
 
 def runs_padded(model: Any) -> bool:

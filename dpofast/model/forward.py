@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dpofast.model.attention.layout import PackedLayout
 from dpofast.model.moe import balancing_loss, row_weights
+from dpofast.model.parts import backbone_of
 from dpofast.model.support import cannot_pack
 from dpofast.packing.batch import PackedBatch
 
@@ -50,7 +51,8 @@ def packed_hidden(model: Any, batch: PackedBatch, *, balance: bool = False) -> t
     With balance also the load-balancing loss of a mixture of experts, a float32 scalar; else None.
     """
     output = packed_backbone(model, batch, **({"output_router_logits": True} if balance else {}))
-    hidden = output.last_hidden_state[0].index_select(0, batch.logit_rows)
+    hidden = output.last_hidden_state[0]
+    hidden = hidden.index_select(0, batch.logit_rows.to(hidden.device))
     if not balance:
         return hidden, None
     top_k = model.config.get_text_config().num_experts_per_tok
@@ -80,22 +82,11 @@ def padded_hidden(model: Any, batch: PackedBatch) -> Tensor:
         output = backbone_of(model)(
             input_ids=input_ids[index, :longest], attention_mask=attended[index, :longest], use_cache=False
         )
-        flat = predicts[rows, :longest].flatten().nonzero().squeeze(1).to(device)
-        parts.append(output.last_hidden_state.flatten(0, 1).index_select(0, flat))
+        hidden = output.last_hidden_state.flatten(0, 1)
+        parts.append(hidden.index_select(0, predicts[rows, :longest].flatten().nonzero().squeeze(1).to(hidden.device)))
         targets += [target for row in rows for target in range(bounds[row], bounds[row + 1])]
-    return torch.cat(parts).index_select(0, torch.tensor(targets).argsort().to(device))
-
-
-def backbone_of(model: Any) -> Any:
-    """The model without its LM head: its base_model. Llama 4's names one that it lacks, and its `model` is taken.
-
-    Raises:
-        ValueError: neither is there.
-    """
-    backbone = model.base_model if model.base_model is not model else getattr(model, "model", None)
-    if backbone is None:
-        raise ValueError(f"{type(model).__name__}: expected a model whose backbone is its base_model, and it has none")
-    return backbone
+    hidden = torch.cat(parts)
+    return hidden.index_select(0, torch.tensor(targets).argsort().to(hidden.device))
 
 
 def similar_lengths(lengths: Tensor) -> list[list[int]]:
@@ -124,7 +115,7 @@ def _check_positions(model: Any, positions: int) -> None:
 
 def _has_position_table(model: Any, most: int) -> bool:
     words = model.get_input_embeddings()
-    tables = [m.weight for m in model.modules() if isinstance(m, nn.Embedding) and m is not words]
+    tables = [m.weight for m in backbone_of(model).modules() if isinstance(m, nn.Embedding) and m is not words]
     # GPT-J and CodeGen keep theirs, of sines, as buffers.
-    tables += [buffer for buffer in model.buffers() if buffer.ndim == 2]
+    tables += [buffer for buffer in backbone_of(model).buffers() if buffer.ndim == 2]
     return any(most <= len(table) <= most + _SPARE_POSITIONS for table in tables)

@@ -16,6 +16,8 @@ from peft.tuners.lora import Linear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from dpofast.common.autograd import ReverseModeFunction
+
 
 def fuse_lora(model: nn.Module) -> int:
     """Make LoRA layers over nn.Linear compute the formula above in one autograd function. Returns how many they are.
@@ -72,7 +74,7 @@ def _hooked(module: nn.Module) -> bool:
     return any(hooks) or "forward" in vars(module)
 
 
-class _LoraLinear(torch.autograd.Function):
+class _LoraLinear(ReverseModeFunction):
     """(N, I), W (O, I), b (O,) or None, A (R, I), B (O, R), s -> (N, O)."""
 
     @staticmethod

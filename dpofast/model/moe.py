@@ -47,7 +47,7 @@ def balancing_loss(router_logits: tuple[Tensor, ...], top_k: int, weights: Tenso
     chosen = weights.new_zeros(experts)
     probability = weights.new_zeros(experts)
     for logits in router_logits:
-        routing = logits.float().softmax(dim=-1)
+        routing = logits.to(weights.device).float().softmax(dim=-1)
         _, selected = routing.topk(top_k, dim=-1)
         chosen = chosen.index_add(0, selected.flatten(), weights.repeat_interleave(top_k))
         probability = probability + weights @ routing

@@ -10,9 +10,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 
-from dpofast.model.lm_head import refused_head
+from dpofast.model.lm_head import plain_heads, refused_head
+from dpofast.model.parts import backbone_of, media_token_ids
+from dpofast.model.wrappers import input_device
 from dpofast.packing.pack import pack
 from dpofast.reference import padded_logprobs
 
@@ -32,20 +33,15 @@ def check_lm_head(model: Any) -> None:
     config = getattr(model, "config", None)
     if config is None or not hasattr(model, "get_output_embeddings"):
         raise ValueError(f"{name}: expected a transformers causal language model")
-    if getattr(config, "is_encoder_decoder", False) or not hasattr(model, "generate"):
+    encodes = any(getattr(part, "is_encoder_decoder", False) for part in (config, config.get_text_config()))
+    if encodes or not hasattr(model, "generate"):
         raise ValueError(
             f"{name}: expected a decoder-only causal language model (AutoModelForCausalLM), not an encoder"
         )
-    if config.get_text_config() is not config:
-        raise ValueError(f"{name}: expected a text-only model; load its language model alone")
+    backbone_of(model)
     head = model.get_output_embeddings()
-    if type(head) is not nn.Linear:
+    if plain_heads(head) is None:
         raise refused_head(model)
-    if "forward" in vars(head):  # bound to nn.Linear's forward, so that LogprobLinear's would never run
-        raise ValueError(
-            f"{name}: expected a head whose forward is its class's, got one with a forward set on the module, as "
-            "accelerate's hooks for several devices do: load the model on one device"
-        )
 
 
 def check_packed(model: Any) -> None:
@@ -56,11 +52,11 @@ def check_packed(model: Any) -> None:
     """
     if getattr(model, "_is_stateful", False):
         raise cannot_pack(model, "it carries a state from token to token, across the branches of a packed row")
-    foreign = set(getattr(model.config, "layer_types", None) or _LAYER_TYPES) - _LAYER_TYPES
+    foreign = set(getattr(model.config.get_text_config(), "layer_types", None) or _LAYER_TYPES) - _LAYER_TYPES
     if foreign:
         known = " and ".join(sorted(_LAYER_TYPES))
         raise cannot_pack(model, f"it has {', '.join(sorted(foreign))} layers, and only {known} layers can")
-    if not getattr(model, "_supports_attention_backend", False):
+    if not getattr(backbone_of(model), "_supports_attention_backend", False):
         raise cannot_pack(model, "its attention does not go through transformers' AttentionInterface")
 
 
@@ -83,13 +79,14 @@ def check_parity(model: Any, padded: bool) -> None:
     """
     generator = torch.Generator().manual_seed(0)
     lengths = (_PARITY_PROMPT, *_PARITY_RESPONSES)
-    prompt, chosen, rejected = (
-        torch.randint(0, model.config.vocab_size, (length,), generator=generator).numpy() for length in lengths
-    )
+    vocab = model.config.get_text_config().vocab_size
+    text = torch.tensor(sorted(set(range(vocab)) - media_token_ids(model)))
+    draws = [torch.randint(0, len(text), (length,), generator=generator) for length in lengths]
     # Responses that differ in their first token are distinct branches, whatever the draw.
-    rejected[0] = (chosen[0] + 1) % model.config.vocab_size
+    draws[2][0] = (draws[1][0] + 1) % len(text)
+    prompt, chosen, rejected = (text[draw].numpy() for draw in draws)
     (batch,) = pack([{"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}])
-    device = model.get_output_embeddings().weight.device
+    device = input_device(model)
     training = model.training
     model.eval()
     try:

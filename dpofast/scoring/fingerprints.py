@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dpofast.data.arrow import chunk_bounds, read_chunks
 from dpofast.data.formats import ID_COLUMNS
-from dpofast.model.attach import base_causal_lm
+from dpofast.model.parts import base_causal_lm
 
 # blake2b hashes 1 GB/s a thread, outside of Python's lock. The digest depends on this size: keep it.
 _CHUNK_BYTES = 1 << 22

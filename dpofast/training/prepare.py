@@ -8,12 +8,16 @@ from typing import Any, NamedTuple
 import torch
 from datasets import Dataset
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
+from transformers.integrations.liger import apply_liger_kernel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dpofast.data.load import tokenize_preferences
 from dpofast.head.engine.plan import HeadPlan
 from dpofast.model.attach import attach_logprob_head
+from dpofast.model.load import load_causal_lm
+from dpofast.model.parts import backbone_of, base_causal_lm, is_composite
+from dpofast.model.wrappers import take_off_autocast
 from dpofast.training.config import DPOConfig
 from dpofast.training.fsdp import check_whole
 
@@ -41,7 +45,7 @@ def prepare_models(model: Any, ref_model: Any, args: DPOConfig, processing_class
         raise ValueError(f"ref_model: loss_type {loss.kind!r} has no reference; leave it out")
     if isinstance(model, str):
         processing_class = processing_class or AutoTokenizer.from_pretrained(model)
-        model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        model = load_causal_lm(model, dtype=torch.float32)
     if processing_class is None and model.config.name_or_path:  # token ids need none
         processing_class = AutoTokenizer.from_pretrained(model.config.name_or_path)
     if peft_config is not None:
@@ -53,14 +57,25 @@ def prepare_models(model: Any, ref_model: Any, args: DPOConfig, processing_class
         if hasattr(each, "_orig_mod"):
             raise ValueError(f"{name}: expected a model, got torch.compile's wrapper of one: set torch_compile instead")
         check_whole(each, name)
+    absent = [name for name, weight in model.named_parameters() if weight.is_meta and weight.requires_grad]
+    if absent:
+        raise ValueError(
+            f"model: expected trainable weights in memory, got {absent[0]} offloaded to the CPU or disk by accelerate: "
+            "load it without device_map, or train an adapter on frozen weights"
+        )
     for each in models:
+        for module in {id(part): part for part in (each, base_causal_lm(each))}.values():
+            take_off_autocast(module)  # of an earlier training: this one has its own
         if args.disable_dropout:
             _disable_dropout(each)
+        if args.use_liger_kernel:
+            _use_liger_layers(each, args)
         if hasattr(each, "peft_config"):
             from dpofast.model.lora import fuse_lora
 
             fuse_lora(each)
         attach_logprob_head(each, padded=args.padded)
+        _freeze_what_text_never_reaches(base_causal_lm(each))
         if args.torch_compile:
             _compile_layers(each, args)
     if len({vocabulary(each) for each in models}) > 1:
@@ -132,6 +147,38 @@ def _compile_layers(model: nn.Module, args: DPOConfig) -> None:
         )
     for layer in layers:
         layer.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
+
+
+def _freeze_what_text_never_reaches(model: Any) -> None:
+    """A composite's encoders get no gradient from text; DDP would wait for it, and the optimizer would hold them."""
+    if is_composite(model):
+        reached = {id(p) for part in (backbone_of(model), model.get_output_embeddings()) for p in part.parameters()}
+        for parameter in model.parameters():
+            if id(parameter) not in reached:
+                parameter.requires_grad_(False)
+
+
+def _use_liger_layers(model: nn.Module, args: DPOConfig) -> None:
+    """Liger's fused layers, without its fused loss, whose forward would take the place of the packed one.
+
+    The Trainer applies them again when training begins, which changes nothing; the reference is to run them too.
+    """
+    config = args.liger_kernel_config or {}
+    if config.get("fused_linear_cross_entropy") or config.get("cross_entropy"):
+        raise ValueError(
+            "liger_kernel_config: expected no cross_entropy and no fused_linear_cross_entropy, which compute another "
+            "loss: leave them out; the LM head is fused by dpofast"
+        )
+    if args.device.type == "cpu":
+        raise ValueError(
+            "use_liger_kernel: Liger's layers are Triton kernels and need a GPU, and this run is on the CPU: leave it "
+            "off there"
+        )
+    args.liger_kernel_config = {**config, "cross_entropy": False, "fused_linear_cross_entropy": False}
+    try:
+        apply_liger_kernel(model, args.liger_kernel_config)
+    except ImportError as error:
+        raise ValueError(f"use_liger_kernel: {error}") from error
 
 
 def _disable_dropout(model: nn.Module) -> None:

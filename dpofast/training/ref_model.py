@@ -15,6 +15,8 @@ from transformers import TrainerCallback
 
 from dpofast.common.ranks import Ranks
 from dpofast.data.formats import REF_COLUMNS
+from dpofast.model.parts import base_causal_lm
+from dpofast.model.wrappers import is_dispatched
 from dpofast.scoring.ref_cache import CACHE_FOLDER, add_reference_columns
 from dpofast.scoring.score import Forward
 from dpofast.training.config import DPOConfig
@@ -99,7 +101,8 @@ def make_reference(
     live = args.preference_loss().needs_reference and not args.precompute_ref_log_probs
     reference = ReferenceModel(policy, ref_model, new_adapter=new_adapter, live=live)
     if reference.model is not None:
-        reference.model.to(args.device)
+        if not is_dispatched(base_causal_lm(reference.model)):
+            reference.model.to(args.device)
         cast_parameters(reference.model, dtype)
     elif args.sync_ref_model:
         raise ValueError(
@@ -171,7 +174,9 @@ class MovingReference(TrainerCallback):
 
 @contextlib.contextmanager
 def on_device(model: Any, device: torch.device) -> Iterator[None]:
-    """Inside, the whole model is on the device; FSDP and DeepSpeed otherwise leave it on the CPU until training begins.
+    """Inside, the whole model is on the device, or where accelerate dispatched it.
+
+    FSDP and DeepSpeed otherwise leave it on the CPU until training begins.
 
     Raises:
         ValueError: a model that DeepSpeed's ZeRO-3 has partitioned already.
@@ -183,6 +188,9 @@ def on_device(model: Any, device: torch.device) -> Iterator[None]:
             "training: load it before the DPOConfig that names the DeepSpeed file is made, or bring the columns "
             "ref_chosen_logps and ref_rejected_logps in the data"
         )
+    if is_dispatched(base_causal_lm(model)):
+        yield
+        return
     home = parameters[0].device
     model.to(device)
     try:

@@ -114,6 +114,8 @@ class DPOTrainer(CheckpointedTrainer):
         self._data = PreferenceData(args, models.tokenizer, vocabulary(models.policy))
         self.data_reports = self._data.reports
         self.pair_records: dict[str, PairRecords] = {}
+        if optimizers[0] is None:
+            self.get_optimizer_cls_and_kwargs(args, models.policy)  # raises where its package is not installed
         with _kept_use_cache(models.policy):
             super().__init__(
                 model=models.policy,

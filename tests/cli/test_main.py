@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM
 
 from dpofast.cli.load_models import four_bits
@@ -262,6 +263,15 @@ def test_four_bits_need_bitsandbytes(run, monkeypatch):
     config = four_bits(torch.bfloat16)
     assert config.load_in_4bit and config.bnb_4bit_quant_type == "nf4" and config.bnb_4bit_use_double_quant
     assert config.bnb_4bit_compute_dtype == torch.bfloat16
+
+
+def test_an_optimizer_whose_package_is_missing_is_one_message_before_anything_is_written(run, monkeypatch):
+    def missing(context):
+        raise ImportError("You need to install `bitsandbytes`\n")
+
+    monkeypatch.setitem(transformers.trainer._OPTIMIZER_HANDLERS, "adamw_8bit", missing)
+    code, _, err, output = run(ROWS, "--optim", "adamw_8bit")
+    assert code == 2 and err == "dpofast: error: You need to install `bitsandbytes`\n" and not output.exists()
 
 
 def test_data_without_a_row_that_can_be_used_counts_the_reasons(run):

@@ -191,18 +191,18 @@ def test_report_says_which_path_is_active_and_why(tmp_path):
 def test_a_model_that_cannot_be_packed(tmp_path):
     shape = {"vocab_size": VOCAB, "hidden_size": 32, "n_layer": 2, "n_head": 4}
     model = BloomForCausalLM(BloomConfig(**shape))
-    patch_trl()
-    with pytest.raises(ValueError, match=r"BloomForCausalLM.*AttentionInterface.*on_unpackable=.kernel"):
+    patch_trl(on_unpackable="raise")
+    with pytest.raises(ValueError, match=r"BloomForCausalLM: cannot run packed: its att.*on_unpackable=.kernel"):
         build(tmp_path, model=model)
-    patch_trl(on_unpackable="kernel")
     torch.manual_seed(0)
     plain = train(tmp_path / "plain", patched=False, model=copy.deepcopy(model), max_steps=4)
-    patch_trl(on_unpackable="kernel")
-    trainer = build(tmp_path / "fast", model=copy.deepcopy(model), max_steps=4)
+    patch_trl()
+    with pytest.warns(UserWarning, match="BloomForCausalLM keeps trl's padded forward.*AttentionInterface"):
+        trainer = build(tmp_path / "fast", model=copy.deepcopy(model), max_steps=4)
     trainer.train()
     for theirs, ours in zip(plain[0].state.log_history[:4], trainer.state.log_history[:4], strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-4)
-    assert "BloomForCausalLM: padded, because BloomForCausalLM cannot run packed: its attention" in report()
+    assert "BloomForCausalLM: padded, because its attention does not go through" in report()
 
 
 def test_a_model_without_attention_gets_the_kernel():
@@ -223,9 +223,9 @@ def test_a_head_that_scales_its_logits_unknown_to_dpofast():
     with torch.no_grad():
         model.lm_head.weight.mul_(20)
     plain = type(model)
-    for level, message in (("kernel", "scales its logits"), ("forward", "cannot run packed")):
+    for level in ("kernel", "forward"):
         patch_trl(level=level)
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match="Doubled: log-probs .* scales its logits"):
             trl_module.add_fused_lm_head(model)
         assert type(model) is plain
 
@@ -245,11 +245,29 @@ def test_a_model_without_a_plain_head_is_refused():
 def test_prompt_learning_adapters_are_not_packed(tmp_path):
     options = {"peft_config": PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3), "max_steps": 3}
     plain = train(tmp_path / "plain", patched=False, gradient_checkpointing=False, **options)
-    patch_trl()
-    with pytest.raises(ValueError, match="LlamaForCausalLM: cannot run packed, it was given .*past_key_values"):
+    patch_trl(on_unpackable="raise")
+    with pytest.raises(ValueError, match="LlamaForCausalLM: cannot run packed: it was given .*past_key_values"):
         build(tmp_path / "refused", gradient_checkpointing=False, **options).train()
-    fast = train(tmp_path / "fast", patched=True, level="kernel", gradient_checkpointing=False, **options)
+    with pytest.warns(UserWarning, match="LlamaForCausalLM keeps trl's padded forward.*past_key_values"):
+        fast = train(tmp_path / "fast", patched=True, gradient_checkpointing=False, **options)
     assert_same_run(plain, fast)
+
+
+def test_neftune_draws_trls_noise(tmp_path):
+    """The scale is alpha / sqrt(width * D) of the padded rows, and a prompt has other noise in each of its rows."""
+    options = {"neftune_noise_alpha": 5.0, "max_steps": 3}
+    plain = train(tmp_path / "plain", patched=False, **options)
+    quiet = train(tmp_path / "quiet", patched=False, max_steps=3)
+    with pytest.warns(UserWarning, match="keeps trl's padded forward.*NEFTune"):
+        fast = train(tmp_path / "fast", patched=True, **options)
+    assert_same_run(plain, fast)
+    assert abs(plain[0].state.log_history[0]["logps/chosen"] - quiet[0].state.log_history[0]["logps/chosen"]) > 1e-3
+    # the reference has no noise, and runs packed
+    assert fast[0].ref_model._dpofast_fused.calls["packed"] == 3
+    assert_same_run(plain, train(tmp_path / "kernel", patched=True, level="kernel", **options))
+    patch_trl(on_unpackable="raise")
+    with pytest.raises(ValueError, match="neftune_noise_alpha=.*cannot run packed: NEFTune"):
+        build(tmp_path / "refused", precompute_ref_log_probs=True, **options)
 
 
 def test_options_are_checked():
@@ -291,3 +309,13 @@ def test_a_head_attached_by_hand_makes_way():
         torch.testing.assert_close(fused_call(ours).log_probs, fused_call(theirs).log_probs, atol=1e-5, rtol=1e-5)
         assert "1 x packed" in report()
         unpatch_trl()
+
+
+@pytest.mark.parametrize("level", ["forward", "kernel"])
+def test_a_head_that_is_trained_beside_an_adapter(level, tmp_path):
+    """The policy has PEFT's copy of the head, and the reference, the adapter off, the original."""
+    adapter = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    plain = train(tmp_path / "plain", patched=False, peft_config=adapter, max_steps=3)
+    fast = train(tmp_path / "fast", patched=True, level=level, peft_config=adapter, max_steps=3)
+    assert_same_run(plain, fast)
+    assert any("lm_head" in name and gradient.abs().max() > 0 for name, gradient in fast[1].items())

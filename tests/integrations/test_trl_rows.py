@@ -94,3 +94,12 @@ def test_what_cannot_be_read_is_refused():
         PaddedRows.from_tensors(input_ids, torch.zeros_like(mask), labelled)
     with pytest.raises(ValueError, match="padded on the right"):
         PaddedRows.from_tensors(input_ids, torch.tensor([[1, 0, 1], [1, 1, 0]]), labelled)
+
+
+def test_rows_hold_memory_of_their_own():
+    input_ids, mask, labelled = padded([([5, 6, 7], 1), ([5, 6], 1)])
+    rows = PaddedRows.from_tensors(input_ids, mask, labelled)
+    for tensor in (input_ids, mask, labelled):
+        tensor.zero_()
+    assert [row.tolist() for row in rows.ids] == [[5, 6, 7], [5, 6]]
+    assert [row.tolist() for row in rows.labels] == [[1, 2], [1]]

@@ -124,3 +124,20 @@ def test_shapes_that_do_not_fit(change, message):
 )
 def test_which_losses_compare_log_probs_per_token(options, per_token):
     assert PreferenceLoss(**options).per_token is per_token
+
+
+@pytest.mark.parametrize(
+    ("loss", "expected"),
+    [
+        # ((−10 + 11) − (−12 + 11) − 1 / (2·0.5))²
+        (PreferenceLoss(kind="ipo", ipo_average=False, beta=0.5), 1.0),
+        # −ln σ(0.5·(−10 + 12)), without the NLL term
+        (PreferenceLoss(kind="cpo", cpo_alpha=0.0, beta=0.5), math.log(1 + math.exp(-1.0))),
+    ],
+    ids=["ipo, summed", "cpo without its NLL term"],
+)
+def test_an_option_that_divides_by_nothing_needs_no_lengths(loss, expected):
+    output = preference_loss(
+        torch.tensor([-10.0, -12.0]), torch.tensor([[0, 1]]), torch.tensor([-11.0, -11.0]), loss=loss
+    )
+    assert math.isclose(output.loss.item(), expected, rel_tol=1e-6)

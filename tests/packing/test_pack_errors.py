@@ -145,3 +145,58 @@ def test_reference_logprobs_that_are_no_floats(ref):
     columns = {name: (np.array(row[name]), np.array([0, 1])) for name in ("prompt_ids", "chosen_ids", "rejected_ids")}
     with pytest.raises(ValueError, match="ref_chosen_logps"):
         pack(columns | {"ref_chosen_logps": [ref], "ref_rejected_logps": [-1.0]})
+
+
+A = np.array
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((A([3, 4]), A([1]), 9, 9, 1), "targets: expected 2, one a length, got 1"),
+        ((A([3, 4]), A([1, 1, 1]), 9, 9, 1), "targets: expected 2, one a length, got 3"),
+        ((A([3, 4]), A([], np.int64), 9, 9, 1), "targets: expected one a length, got none"),
+        ((A([3, 4]), None, 9, 9, 1), "targets: expected one a length with max_targets, got none"),
+        ((A([3, 4]), A([1, 0]), 9, 9, 1), r"targets\[1\] is 0; expected 1 to 2147483647"),
+        ((A([[3, 4]]), None, 9, _C.UNLIMITED, 1), "lengths: expected an array of 1 dimensions, got 2"),
+        ((A([3]), None, 0, _C.UNLIMITED, 1), "max_tokens: expected 1 or more, got 0"),
+        ((A([3]), A([1]), 9, -5, 1), "max_targets: expected 1 or more, got -5"),
+        ((A([3]), None, 9, _C.UNLIMITED, 0), "ranks: expected 1 or more, got 0"),
+        ((A([3]), None, 9, _C.UNLIMITED, -1), "ranks: expected 1 or more, got -1"),
+        ((A([3]), None, 9, _C.UNLIMITED, 2**62), "ranks: expected at most 1048576, got 4611686018427387904"),
+    ],
+)
+@pytest.mark.parametrize("equal_counts", [False, True])
+def test_the_extensions_plan_checks_its_own_arguments(arguments, message, equal_counts):
+    with pytest.raises(ValueError, match=message):
+        _C.plan(*arguments, equal_counts)
+
+
+@pytest.mark.parametrize("other", [A([3.0]), A([3], np.int32), [3]], ids=["float", "int32", "list"])
+def test_the_extensions_plan_takes_int64_arrays_only(other):
+    for arguments in ((other, None), (A([3]), other), (None, None)):
+        with pytest.raises(TypeError, match="incompatible function arguments"):
+            _C.plan(*arguments, 9, _C.UNLIMITED, 1, False)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"max_tokens": 0}, "max_tokens: expected 1 or more, got 0"),
+        ({"max_targets": -1}, "max_targets: expected 1 or more, got -1"),
+        ({"vocab_size": 0}, "vocab_size: expected 1 or more, got 0"),
+        ({"threads": 0}, "threads: expected 1 or more, got 0"),
+        ({"pairs": A([0, 1])}, "pairs: expected an array of 2 dimensions, got 1"),
+        ({"pairs": A([[0, 1, 1, 0]])}, "pairs: expected 2 columns, got 4"),
+        ({"branch_counts": A([[2]])}, "branch_counts: expected an array of 1 dimensions, got 2"),
+    ],
+)
+def test_the_extensions_packer_checks_its_own_arguments(change, message):
+    sequences = _C.Sequences.from_objects([[1], [2], [3]], lambda index: None)
+    arrays = {"branch_counts": A([2]), "pair_counts": A([1]), "pairs": A([[0, 1]]), "grouped": A([0], np.uint8)}
+    limits = {"max_tokens": 9, "max_targets": 9, "share_prompts": True, "vocab_size": 9, "threads": 1}
+    assert _C.Packer(sequences, **arrays, **limits).shapes.shape == (1, 6)
+    with pytest.raises(ValueError, match=message):
+        _C.Packer(sequences, **{**arrays, **limits, **change})
+    with pytest.raises(TypeError, match="incompatible"):
+        _C.Packer(None, **arrays, **limits)

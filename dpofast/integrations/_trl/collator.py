@@ -1,25 +1,74 @@
 """trl's collator for preference pairs, which also reads the padded rows (PaddedRows) while they are on the CPU.
 
-Reading them later from tensors on a device would be a sync at every step. The class has a module of its own, so that
-data-loading workers can unpickle it.
+Reading them later from tensors on a device would be a sync at every step. The classes have a module of their own, so
+that data-loading workers can unpickle them.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeGuard
 
+from torch import Tensor
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from dpofast.integrations._trl.rows import ROWS_KEY, PaddedRows
 
+# What PaddedRows are read from.
+_SOURCES = ("input_ids", "attention_mask", "completion_mask")
+
+
+class RowsBatch(dict[str, Any]):
+    """trl's batch with trl's keys. Its PaddedRows follow it to devices and processes, and are no entry of it.
+
+    Rows describe the tensors that they were read from: a batch whose tensors were replaced or written to has none.
+    """
+
+    def __init__(self, tensors: Mapping[str, Any], rows: PaddedRows | None = None) -> None:
+        """Keep trl's tensors, and the rows that were read from them."""
+        super().__init__(tensors)
+        self._rows, self._read = rows, self._state()
+
+    @property
+    def rows(self) -> PaddedRows | None:
+        """The padded rows on the CPU, or None where these tensors are not those that they were read from."""
+        same = all(a is b and x == y for (a, x), (b, y) in zip(self._read, self._state(), strict=True))
+        return self._rows if same else None
+
+    def _state(self) -> list[tuple[Any, object]]:
+        """The tensors, and how often each was written to.
+
+        Inference tensors do not say that, nor what accelerate puts in a tensor's place: they never equal themselves.
+        """
+        return [(value, value._version if _counts(value) else object()) for value in map(self.get, _SOURCES)]
+
+    def to(self, device: Any, non_blocking: bool = False) -> RowsBatch:
+        """The batch with its tensors on the device."""
+        moved = {name: value.to(device, non_blocking=non_blocking) for name, value in self.items()}
+        return RowsBatch(moved, self.rows)
+
+    def pin_memory(self) -> RowsBatch:
+        """The batch in page-locked memory, for torch's DataLoader."""
+        return RowsBatch({name: value.pin_memory() for name, value in self.items()}, self.rows)
+
+    def __missing__(self, name: str) -> Any:
+        if name == ROWS_KEY:
+            return self.rows
+        raise KeyError(name)
+
+    def __reduce__(self) -> Any:
+        return RowsBatch, (dict(self), self.rows)
+
+
+def _counts(value: Any) -> TypeGuard[Tensor]:
+    return isinstance(value, Tensor) and not value.is_inference()
+
 
 class RowsCollator(DataCollatorForPreference):  # type: ignore[misc]
-    """DataCollatorForPreference with one more key, which accelerate leaves on the CPU."""
+    """DataCollatorForPreference whose batches know their rows."""
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """The padded batch and its PaddedRows."""
-        output = super().torch_call(examples)
-        output[ROWS_KEY] = PaddedRows.from_tensors(
-            output["input_ids"], output["attention_mask"], output["completion_mask"] != 0
-        )
-        return output
+        """The padded batch."""
+        batch = super().torch_call(examples)
+        rows = PaddedRows.from_tensors(batch["input_ids"], batch["attention_mask"], batch["completion_mask"] != 0)
+        return RowsBatch(batch, rows)

@@ -21,7 +21,9 @@ from dpofast.common.constants import IGNORE_INDEX
 from dpofast.integrations._trl.rows import ROWS_KEY, PaddedRows
 from dpofast.integrations._trl.scores import FusedOptions, is_reference_pass, score_labels
 from dpofast.model.attach import PackedForward, attach_logprob_head, detach_logprob_head, packed_class
+from dpofast.model.lm_head import logprob_head, restore_head
 from dpofast.model.support import PARITY_TOLERANCE
+from dpofast.model.wrappers import exchange_class, input_device, take_off_autocast
 from dpofast.reference import padded_logprobs
 
 LEVELS = ("forward", "kernel")
@@ -53,9 +55,11 @@ def fuse(model: Any, options: FusedOptions) -> str | None:
     """Give the model a forward that takes fused_lm_head=True. Returns why it runs padded, or None where it runs packed.
 
     Raises:
-        ValueError: a model that cannot run packed (level "forward", on_unpackable "raise"), or whose plain logits the
-            padded path does not reproduce, by name and with the reason.
+        ValueError: a model that cannot run packed (level "forward", on_unpackable "raise"), one without a plain head,
+            or one whose plain logits the padded path does not reproduce, by name and with the reason.
     """
+    take_off_autocast(model)  # of an earlier training: trl's trainer puts on its own
+    name = type(model).__name__
     unfuse(model)
     detach_logprob_head(model)  # one that was attached by hand may run padded
     reason = None if options.level == "forward" else 'level "kernel" was asked for'
@@ -64,16 +68,15 @@ def fuse(model: Any, options: FusedOptions) -> str | None:
             attach_logprob_head(model)
         except ValueError as error:
             reason = str(error).partition(". ")[0]  # what follows is advice for other callers
-            if options.on_unpackable != "kernel":
-                raise ValueError(
-                    f"{reason}. Keep trl's padded forward with dpofast's head instead: "
-                    'patch_trl(on_unpackable="kernel") or patch_trl(level="kernel")'
-                ) from error
+            reason = reason.removeprefix(name).removeprefix(" cannot run packed").removeprefix(": ")
+    logprob_head(model)  # before anything wraps or shards it
     plain_class: Any = type(model)
-    model.__class__ = _fused_class(plain_class)
+    exchange_class(model, _fused_class(plain_class))
     if reason is not None:
         try:
             _check_padded_parity(model)
+            if options.level == "forward":
+                options.run_padded(name, reason)
         except ValueError:
             unfuse(model)
             raise
@@ -85,9 +88,10 @@ def unfuse(model: Any) -> None:
     """Undo fuse: restore the model's own class and attention."""
     if not isinstance(model, FusedForward):
         return
-    model.__class__ = type(model)._fused_over
+    exchange_class(model, type(model)._fused_over)
     model.__dict__.pop("_dpofast_fused", None)  # not there where fuse failed
     detach_logprob_head(model)
+    restore_head(model)  # which padded models have as well
 
 
 class FusedForward:
@@ -175,20 +179,16 @@ def _check_padded_parity(model: Any) -> None:
     """Compare the padded path's log-probs with those of the model's own logits, on a few random ids.
 
     Raises:
-        ValueError: no nn.Linear head, or log-probs that differ: the model scales its logits in an unknown way.
+        ValueError: log-probs that differ: the model scales its logits in an unknown way.
     """
-    name = type(model).__name__
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if type(head) is not torch.nn.Linear:
-        raise ValueError(f"{name}: expected a plain nn.Linear head, got {type(head).__name__}")
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, head.weight.shape[0], (1, _PARITY_TOKENS), generator=generator).to(head.weight.device)
+    generator, vocab = torch.Generator().manual_seed(0), model.config.get_text_config().vocab_size
+    ids = torch.randint(0, vocab, (1, _PARITY_TOKENS), generator=generator).to(input_device(model))
     ones = torch.ones_like(ids)
     completion = ones.clone()
     completion[:, 0] = 0
     training = model.training
     model.eval()
-    model._dpofast_fused = FusedOptions("kernel", "raise")
+    model._dpofast_fused = FusedOptions("kernel", "raise")  # whose temperature is 1
     try:
         scores = score_labels(model, (), {"input_ids": ids, "attention_mask": ones}, ids, None, ())
         theirs = padded_logprobs(model, ids, ones, completion, use_cache=False)
@@ -197,6 +197,6 @@ def _check_padded_parity(model: Any) -> None:
     difference = float((scores.grids["log_probs"][0].double() - theirs.double()).abs().max())
     if not difference <= PARITY_TOLERANCE[model.dtype]:
         raise ValueError(
-            f"{name}: log-probs from its hidden states and from its logits differ by {difference:.2g} nats: it scales "
-            "its logits in a way that dpofast does not know"
+            f"{type(model).__name__}: log-probs from its hidden states and from its logits differ by {difference:.2g} "
+            "nats: it scales its logits in a way that dpofast does not know"
         )

@@ -16,7 +16,7 @@ from torch import Tensor
 from dpofast.packing.batch import PackedBatch
 from dpofast.packing.pack import pack
 
-# The key under which the collator passes the rows to the model, beside the padded tensors.
+# The model's argument for the rows, beside trl's own; a RowsBatch gives them under this name too.
 ROWS_KEY = "dpofast_rows"
 
 
@@ -58,7 +58,7 @@ class PackedRows:
 class PaddedRows:
     """The tokens and labels of a padded batch, on the CPU; read by the collator where possible.
 
-    It has no method `to`, so that accelerate leaves it on the CPU.
+    It holds memory of its own: a data-loading worker moves the batch's tensors into shared memory and frees theirs.
 
     Attributes:
         shape: rows and width of the padded batch.
@@ -91,7 +91,7 @@ class PaddedRows:
             raise ValueError("attention_mask: expected rows of at least one token, padded on the right")
         if (attended != (np.arange(attended.shape[1]) < lengths[:, None])).any():
             raise ValueError("attention_mask: expected rows of at least one token, padded on the right")
-        ids, labels = input_ids.cpu().numpy(), labelled.cpu().numpy() & attended
+        ids, labels = input_ids.cpu().numpy().copy(), labelled.cpu().numpy() & attended
         labels[:, 0] = False
         return PaddedRows(
             shape=(len(ids), ids.shape[1]),

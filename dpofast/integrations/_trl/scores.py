@@ -7,25 +7,28 @@ backbone runs trl's rows as they are. Either way only the positions that predict
 from __future__ import annotations
 
 import sys
+import warnings
 from collections import Counter
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from dpofast.common.constants import IGNORE_INDEX
 from dpofast.head.linear_logprobs import linear_logprobs
 from dpofast.head.options import LogprobOutput
 from dpofast.integrations._trl.rows import PackedRows, PaddedRows
 from dpofast.model.attach import PackedForward
-from dpofast.model.forward import backbone_of, packed_backbone
-from dpofast.model.lm_head import logit_options
+from dpofast.model.forward import packed_backbone
+from dpofast.model.lm_head import logit_options, logprob_head
+from dpofast.model.parts import whole_backbone
 
 # Inputs other than the tokens that do not affect the result.
 _NEUTRAL = {"use_cache", "return_dict", "logits_to_keep", "output_hidden_states"}
+# alpha / sqrt(width * D) for every token of the padded rows: a packed row is wider, and shares prompts.
+NOISE = "NEFTune scales and draws its noise for the rows of a padded batch"
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class FusedOptions:
 
     Attributes:
         level: "forward" (packed) or "kernel" (padded backbone).
-        on_unpackable: "raise", or "kernel": rows that cannot be packed go through the padded backbone.
+        on_unpackable: "kernel": rows that cannot be packed go through the padded backbone, with a warning; or "raise".
         temperature: divides the logits.
         stats: per-token statistics beside the log-probs.
         max_logits_bytes: as in linear_logprobs, None for its default.
@@ -51,6 +54,23 @@ class FusedOptions:
     def __deepcopy__(self, memo: dict[int, Any]) -> FusedOptions:
         """Itself: copies of a model count in the same counter."""
         return self
+
+    def run_padded(self, name: str, reason: str) -> None:
+        """Allow the model of this name its padded backbone for this reason, with a warning.
+
+        Raises:
+            ValueError: on_unpackable is "raise".
+        """
+        if self.on_unpackable == "raise":
+            raise ValueError(
+                f"{name}: cannot run packed: {reason}. Keep trl's padded forward with dpofast's head instead: "
+                'patch_trl(on_unpackable="kernel") or patch_trl(level="kernel")'
+            )
+        warnings.warn(
+            f"{name} keeps trl's padded forward, with dpofast's head: {reason}. "
+            'patch_trl(on_unpackable="raise") refuses that',
+            stacklevel=2,
+        )
 
 
 class Scores(NamedTuple):
@@ -123,8 +143,13 @@ def score_labels(
             return _score_packed(model, call, packed, rows.shape)
         reason = "no row has a label"
         call = replace(call, rows=rows)
-    options.calls[f"padded: {reason}"] += 1
+    options.calls[_padded(reason)] += 1
     return _score_padded(model, call)
+
+
+def _padded(reason: str) -> str:
+    """What FusedOptions.calls counts padded forwards under."""
+    return f"padded: {reason}"
 
 
 def _rows_of(call: _Call) -> PaddedRows:
@@ -151,16 +176,21 @@ def _unpackable(model: Any, call: _Call) -> str | None:
         return 'level "kernel" was asked for' if options.level == "kernel" else "the model cannot be packed"
     given = call.kwargs.keys() - _NEUTRAL - {"input_ids", "attention_mask"}
     tokens = call.input_ids
-    if not given and len(call.args) <= 1 and tokens is not None and tokens.shape == call.labels.shape:
+    if given or len(call.args) > 1 or tokens is None or tokens.shape != call.labels.shape:
+        what = ", ".join(sorted(given)) or "inputs of another shape than the labels"
+        reason = f"it was given {what} (images, prompt-learning adapters)"
+    elif _draws_noise(model):
+        reason = NOISE
+    else:
         return None
-    what = ", ".join(sorted(given)) or "inputs of another shape than the labels"
-    reason = f"it was given {what}"
-    if options.on_unpackable != "kernel":
-        raise ValueError(
-            f"{type(model).__name__}: cannot run packed, {reason} (images, prompt-learning adapters): use "
-            'patch_trl(on_unpackable="kernel") or patch_trl(level="kernel")'
-        )
+    if not options.calls[_padded(reason)]:
+        options.run_padded(type(model).__name__, reason)
     return reason
+
+
+def _draws_noise(model: Any) -> bool:
+    """Whether transformers' NEFTune is on and active."""
+    return model.training and hasattr(model.get_input_embeddings(), "neftune_noise_alpha")
 
 
 def is_reference_pass(model: Any) -> bool:
@@ -196,7 +226,7 @@ def _score_packed(model: Any, call: _Call, packed: PackedRows, shape: tuple[int,
 def _score_padded(model: Any, call: _Call) -> Scores:
     """The backbone over the padded rows; positions that predict a label reach the LM head."""
     inputs = {name: value for name, value in call.kwargs.items() if name not in _NEUTRAL}
-    output = backbone_of(model)(*call.args, **inputs, use_cache=False, **call.router_option)
+    output = whole_backbone(model)(*call.args, **inputs, use_cache=False, **call.router_option)
     labels, (height, width) = call.labels, call.labels.shape
     if call.rows is None or call.rows.shape != (height, width):
         # waits for the device, as trl's own boolean indexing does
@@ -213,16 +243,10 @@ def _score_padded(model: Any, call: _Call) -> Scores:
 
 
 def _head_scores(model: Any, hidden: Tensor, targets: Tensor, stats: tuple[str, ...]) -> LogprobOutput:
-    from trl.trainer import utils
-
+    """Inside the head's call, where a weight that FSDP2 or ZeRO-3 sharded is whole."""
     options: FusedOptions = model._dpofast_fused
-    head = model.get_output_embeddings()
-    weight, bias = head.weight, head.bias
-    if isinstance(weight, DTensor):  # FSDP2: each rank has its own rows, so it needs the whole head
-        weight, bias = weight.full_tensor(), None if bias is None else bias.full_tensor()
-    # ZeRO-3 shards a head that is not called as a module; trl knows how to gather it.
-    gathered = getattr(utils, "maybe_gather_lm_head_ctx", None)
-    with gathered(weight, bias) if gathered else nullcontext():
+
+    def compute(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> LogprobOutput:
         return linear_logprobs(
             hidden.to(weight.device),
             weight,
@@ -233,6 +257,8 @@ def _head_scores(model: Any, hidden: Tensor, targets: Tensor, stats: tuple[str, 
             max_logits_bytes=options.max_logits_bytes,
             **logit_options(model.config.get_text_config()),
         )
+
+    return LogprobOutput(*logprob_head(model)(hidden, compute=compute))
 
 
 def _per_token(scores: LogprobOutput) -> list[tuple[str, Tensor]]:
@@ -254,15 +280,13 @@ def _grid(values: Tensor, cells: Tensor, shape: tuple[int, int]) -> Tensor:
 
 
 def _balancing_loss(model: Any, router_logits: tuple[Tensor, ...], attention_mask: Tensor | None) -> Tensor:
-    """The family's own load-balancing loss over the router logits of every layer."""
-    functions = sys.modules[type(model).__module__]
+    """The load-balancing loss over the router logits of every layer: Mixtral's, as trl computes it for each family."""
     config = model.config.get_text_config()
     experts = getattr(model, "num_experts", None) or getattr(config, "num_experts", None)
     chosen = getattr(model, "num_experts_per_tok", None) or getattr(config, "num_experts_per_tok", None)
-    balance = getattr(functions, "load_balancing_loss_func", None)
-    if balance is None or experts is None or chosen is None:
+    if experts is None or chosen is None:
         raise ValueError(
-            f"{type(model).__name__}: expected a mixture of experts with num_experts, num_experts_per_tok and a "
-            "load_balancing_loss_func in its file, as output_router_logits asks for its balancing loss"
+            f"{type(model).__name__}: expected a mixture of experts with num_experts and num_experts_per_tok, as "
+            "output_router_logits asks for its balancing loss"
         )
-    return balance(router_logits, experts, chosen, attention_mask)
+    return load_balancing_loss_func(router_logits, experts, chosen, attention_mask)

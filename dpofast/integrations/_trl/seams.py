@@ -2,10 +2,13 @@
 
 | seam                 | trl          | what is replaced in trl.trainer.dpo_trainer                                 |
 |----------------------|--------------|-----------------------------------------------------------------------------|
-| fused_lm_head        | 1.15 and on  | add_fused_lm_head, DataCollatorForPreference                                |
+| fused_lm_head        | 1.15 and on  | add_fused_lm_head                                                           |
 | compute_loss         | 0.29 to 1.14 | DPOTrainer._compute_loss, compute_ref_log_probs: models called inside them  |
 |                      |              | return ScoredLogits (logits.py); the functions that read log-probs          |
 | concatenated_forward | 0.19 to 0.28 | DPOTrainer.concatenated_forward, the same way                               |
+
+From 0.29 on the rows travel from the collator to the model: DataCollatorForPreference makes a RowsBatch of trl's keys,
+DPOTrainer._prepare_inputs keeps it one, and _compute_loss and compute_ref_log_probs give the rows to the model.
 """
 
 from __future__ import annotations
@@ -26,8 +29,8 @@ from dpofast.head.options import STATS
 from dpofast.integrations._trl.forward import SCORING, FusedForward, Scoring, fuse
 from dpofast.integrations._trl.logits import ScoredLogits
 from dpofast.integrations._trl.rows import ROWS_KEY
-from dpofast.integrations._trl.scores import FusedOptions
-from dpofast.model.attach import base_causal_lm
+from dpofast.integrations._trl.scores import NOISE, FusedOptions
+from dpofast.model.parts import base_causal_lm
 
 TRAINER = "trl.trainer.dpo_trainer"
 _HEAD_PARAMETERS = {"model", "temperature", "cast_lm_head_to_fp32", "outputs"}
@@ -44,11 +47,14 @@ _READERS: dict[str, Callable[..., Any]] = {
 
 
 class Replaced(NamedTuple):
-    """A name that was replaced, and what it was."""
+    """A name that was replaced, and what it was: _INHERITED where the owner had none of its own."""
 
     owner: Any
     name: str
     value: Any
+
+
+_INHERITED = object()
 
 
 @dataclass
@@ -73,13 +79,16 @@ class Patch:
 
     def replace(self, owner: Any, name: str, value: Any) -> None:
         """Set owner.name, and remember what it was."""
-        self.replaced.append(Replaced(owner, name, owner.__dict__[name]))
+        self.replaced.append(Replaced(owner, name, owner.__dict__.get(name, _INHERITED)))
         setattr(owner, name, value)
 
     def undo(self) -> None:
         """Restore all that was replaced."""
         for owner, name, value in reversed(self.replaced):
-            setattr(owner, name, value)
+            if value is _INHERITED:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, value)
 
     def fuse(self, model: Any, **options: Any) -> None:
         """Fuse a model with the patch's options and these, and note whether it runs packed or padded."""
@@ -149,7 +158,9 @@ def _check_fused_head(module: Any) -> None:
 
 
 def _install_fused_head(module: Any, patch: Patch) -> None:
-    from dpofast.integrations._trl.collator import RowsCollator
+    trainer_class = module.DPOTrainer
+    construct, compute_loss = trainer_class.__init__, trainer_class._compute_loss
+    compute_reference = trainer_class.compute_ref_log_probs
 
     def add_fused_lm_head(
         model: Any,
@@ -166,16 +177,60 @@ def _install_fused_head(module: Any, patch: Patch) -> None:
             )
         patch.fuse(model, temperature=temperature, stats=tuple(name for name in outputs if name != "log_probs"))
 
+    @functools.wraps(construct)
+    def constructed(self: Any, *args: Any, **kwargs: Any) -> None:
+        _check_noise(patch, construct, self, *args, **kwargs)
+        construct(self, *args, **kwargs)
+
+    @functools.wraps(compute_loss)
+    def loss(self: Any, model: Any, inputs: Any, return_outputs: bool) -> Any:
+        return compute_loss(self, model, _model_inputs(inputs), return_outputs)
+
+    @functools.wraps(compute_reference)
+    def reference(self: Any, model: Any, inputs: Any) -> Any:
+        return compute_reference(self, model, _model_inputs(inputs))
+
     patch.replace(module, "add_fused_lm_head", add_fused_lm_head)
+    patch.replace(trainer_class, "__init__", constructed)
+    patch.replace(trainer_class, "_compute_loss", loss)
+    patch.replace(trainer_class, "compute_ref_log_probs", reference)
+    _install_rows(module, patch)
+
+
+def _model_inputs(inputs: Any) -> Any:
+    """trl's batch, with the model's argument for the rows where they are known."""
+    rows = getattr(inputs, "rows", None)
+    return inputs if rows is None else {**inputs, ROWS_KEY: rows}
+
+
+def _install_rows(module: Any, patch: Patch) -> None:
+    """Read the padded rows in the collator, and keep them with the batch as it becomes the model's inputs."""
+    from dpofast.integrations._trl.collator import RowsBatch, RowsCollator
+
+    prepare = module.DPOTrainer._prepare_inputs
+
+    @functools.wraps(prepare)
+    def prepared(self: Any, inputs: Any) -> Any:
+        rows = getattr(inputs, "rows", None)
+        outputs = prepare(self, inputs)
+        return outputs if rows is None else RowsBatch(outputs, rows)
+
     patch.replace(module, "DataCollatorForPreference", RowsCollator)
+    patch.replace(module.DPOTrainer, "_prepare_inputs", prepared)
+
+
+def _check_noise(patch: Patch, construct: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    """Refuse NEFTune where the first step would, before any reference pass; construct is DPOTrainer's constructor."""
+    config = inspect.signature(construct).bind(*args, **kwargs).arguments.get("args")
+    noise = getattr(config, "neftune_noise_alpha", None) is not None
+    if noise and patch.level == "forward" and patch.on_unpackable == "raise":
+        FusedOptions(patch.level, patch.on_unpackable).run_padded("DPOTrainer(neftune_noise_alpha=...)", NOISE)
 
 
 # ---- trl before 1.15 ------------------------------------------------------------------------------------------------
 
 
 def _install_compute_loss(module: Any, patch: Patch) -> None:
-    from dpofast.integrations._trl.collator import RowsCollator
-
     trainer_class = module.DPOTrainer
     compute_loss, compute_reference = trainer_class._compute_loss, trainer_class.compute_ref_log_probs
     stats = ("entropy", "mean_logits", "is_top1")
@@ -185,7 +240,7 @@ def _install_compute_loss(module: Any, patch: Patch) -> None:
         mask = inputs["completion_mask"]
         if hasattr(trainer, "_truncate_inputs"):  # 0.29 truncates on the device, after the collator
             *_, mask = trainer._truncate_inputs(inputs["input_ids"], inputs["attention_mask"], mask)
-        with _scoring(trainer, patch, stats, lambda *_: mask != 0, inputs.get(ROWS_KEY)):
+        with _scoring(trainer, patch, stats, lambda *_: mask != 0, getattr(inputs, "rows", None)):
             yield
 
     @functools.wraps(compute_loss)
@@ -202,7 +257,7 @@ def _install_compute_loss(module: Any, patch: Patch) -> None:
 
     patch.replace(trainer_class, "_compute_loss", scored_loss)
     patch.replace(trainer_class, "compute_ref_log_probs", scored_reference)
-    patch.replace(module, "DataCollatorForPreference", RowsCollator)
+    _install_rows(module, patch)
     _install_readers(module, patch, stats)
 
 
@@ -255,6 +310,7 @@ def _install_readers(module: Any, patch: Patch, stats: tuple[str, ...]) -> None:
 
     @functools.wraps(construct)
     def constructed(self: Any, *args: Any, **kwargs: Any) -> None:
+        _check_noise(patch, construct, self, *args, **kwargs)
         with _fused_when_prepared(patch):
             construct(self, *args, **kwargs)
         if getattr(self, "use_liger_kernel", False) or getattr(self.args, "use_liger_loss", False):

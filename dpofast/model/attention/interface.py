@@ -65,20 +65,30 @@ def attention_report(device: torch.device) -> dict[str, str]:
     return report
 
 
-def use_packed_attention(model: Any) -> None:
-    """Make the model's attention take packed layouts; calls without one run its own implementation as before."""
-    former = model.config._attn_implementation
-    if former.startswith(_PREFIX):
+def use_packed_attention(backbone: Any) -> None:
+    """Make a backbone's attention take packed layouts; calls without one run its own implementation as before."""
+    former = backbone.config._attn_implementation
+    if not former.startswith(_PREFIX):
+        _register(former)
+        backbone.set_attn_implementation(_PREFIX + former)
+
+
+def register_again(backbone: Any) -> None:
+    """Register what the config of a pickled backbone names: another process may not have done so."""
+    _register(backbone.config._attn_implementation.removeprefix(_PREFIX))
+
+
+def restore_attention(backbone: Any) -> None:
+    """Undo use_packed_attention."""
+    backbone.set_attn_implementation(backbone.config._attn_implementation.removeprefix(_PREFIX))
+
+
+def _register(former: str) -> None:
+    if _PREFIX + former in ALL_ATTENTION_FUNCTIONS:
         return
     AttentionInterface.register(_PREFIX + former, _attention_over(former))
     if former in ALL_MASK_ATTENTION_FUNCTIONS:
         AttentionMaskInterface.register(_PREFIX + former, ALL_MASK_ATTENTION_FUNCTIONS[former])
-    model.set_attn_implementation(_PREFIX + former)
-
-
-def restore_attention(model: Any) -> None:
-    """Undo use_packed_attention."""
-    model.set_attn_implementation(model.config._attn_implementation.removeprefix(_PREFIX))
 
 
 def _attention_over(former: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
