@@ -80,10 +80,15 @@ def check_values(dataset: Dataset, source: str) -> None:
     files = mapped_files(dataset)
     start = 0
     for batch in dataset.data.table.to_batches():
-        try:
-            batch.validate(full=True)
-        except pa.ArrowException as error:
-            rows, reason = f"rows {start} to {start + len(batch) - 1}", " ".join(str(error).split())
-            raise DataError(f"{source}: damaged Arrow data in {rows}: {reason}") from error
+        check_batch(batch, start, source)
         start += len(batch)
         release_pages(files)
+
+
+def check_batch(batch: pa.RecordBatch, start: int, source: str) -> None:
+    """Raise DataError, naming the batch's rows from `start` on, where one of its buffers is damaged."""
+    try:
+        batch.validate(full=True)
+    except pa.ArrowException as error:
+        rows, reason = f"rows {start} to {start + len(batch) - 1}", " ".join(str(error).split())
+        raise DataError(f"{source}: damaged Arrow data in {rows}: {reason}") from error

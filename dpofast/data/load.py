@@ -22,7 +22,7 @@ from datasets import Dataset, DatasetDict, Features, Json, List, Value
 from dpofast.common.atomic_files import put
 from dpofast.common.hub import check_hub_name, nearest_path
 from dpofast.data import files, formats, read_rows
-from dpofast.data.arrow import check_values, mapped_files
+from dpofast.data.arrow import check_batch, check_values, mapped_files
 from dpofast.data.files import Snapshot, kind_of
 from dpofast.data.formats import TEMPLATE_COLUMNS, BadRow, DataError
 from dpofast.data.report import DataReport, Skipped, bad_rows, no_usable_row
@@ -221,8 +221,11 @@ def _copy_rows(file: pq.ParquetFile, target: Path, snapshot: Snapshot) -> None:
     try:
         with open(aside, "wb") as sink:
             with pa.ipc.new_stream(sink, file.schema_arrow) as stream:
+                start = 0
                 for batch in file.iter_batches(batch_size=_PARQUET_ROWS):
+                    check_batch(batch, start, str(snapshot.paths[0]))
                     stream.write_batch(batch)
+                    start += len(batch)
         snapshot.check()
         put(aside, target)
     finally:

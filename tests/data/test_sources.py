@@ -209,6 +209,14 @@ def test_saved_dataset_with_json_of_another_shape(load, tmp_path, name, content)
         assert "saved" in str(error)
 
 
+def test_text_of_parquet_that_is_not_utf8(load, tmp_path):
+    broken = pa.StringArray.from_buffers(2, pa.py_buffer(np.array([0, 1, 2], np.int32)), pa.py_buffer(b"a\xff"))
+    table = pa.table({"prompt": ["p", "p"], "chosen": broken, "rejected": ["b", "b"]})
+    pq.write_table(table, tmp_path / "pairs.parquet")
+    with pytest.raises(DataError, match=r"pairs\.parquet: damaged Arrow data in rows 0 to 1: .*UTF8"):
+        load(tmp_path / "pairs.parquet")
+
+
 def test_two_columns_of_one_name(load, tmp_path):
     columns = [pa.array([text]) for text in ("3", "4", "5", "6")]
     table = pa.Table.from_arrays(columns, names=["prompt", "chosen", "rejected", "chosen"])
