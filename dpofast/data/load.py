@@ -146,6 +146,18 @@ def _load_saved(path: Path, split: str) -> Dataset:
     for file in path.rglob("*"):
         if not file.is_dir():
             files.check_regular(file)
+    snapshot = Snapshot.of(map(Path, mapped_files(_saved_split(path, split))))
+    # Mapped anew, so that what is mapped is what was hashed, or the check finds another file.
+    dataset = _saved_split(path, split)
+    check_values(dataset, str(path))
+    snapshot.check()
+    # Later passes look up their cached results by this fingerprint. The saved one does not change if an Arrow file is
+    # replaced.
+    dataset._fingerprint = snapshot.digest
+    return dataset
+
+
+def _saved_split(path: Path, split: str) -> Dataset:
     try:
         saved = datasets.load_from_disk(str(path))
     # What is wrong with the JSON beside the Arrow files is raised as exceptions of many kinds.
@@ -156,14 +168,7 @@ def _load_saved(path: Path, split: str) -> Dataset:
     splits = saved if isinstance(saved, DatasetDict) else {"train": saved}
     if split not in splits:
         raise DataError(f"{path}: no split {split!r}; it has {', '.join(map(repr, splits))}")
-    dataset = splits[split]
-    snapshot = Snapshot.of(map(Path, mapped_files(dataset)))
-    check_values(dataset, str(path))
-    snapshot.check()
-    # Later passes look up their cached results by this fingerprint. The saved one does not change if an Arrow file is
-    # replaced.
-    dataset._fingerprint = snapshot.digest
-    return dataset
+    return splits[split]
 
 
 def _load_hub(name: str, split: str, cache_dir: str | None) -> Dataset:

@@ -316,6 +316,24 @@ def test_a_file_that_changes_while_it_is_loaded(load, tmp_path, monkeypatch):
     assert load(path)["chosen"] == ["x"] * 3, "nothing of the old file was kept"
 
 
+def test_a_saved_dataset_that_is_exchanged_while_it_is_loaded(load, tmp_path, monkeypatch):
+    for name in ("saved", "other"):
+        Dataset.from_list([ROW | {"chosen": name}]).save_to_disk(tmp_path / name)
+    (mine,), (other,) = ((tmp_path / name).glob("*.arrow") for name in ("saved", "other"))
+    read, calls = loading.datasets.load_from_disk, []
+
+    def exchanged(path):
+        calls.append(path)
+        if len(calls) == 2:
+            os.replace(other, mine)
+        return read(path)
+
+    monkeypatch.setattr(loading.datasets, "load_from_disk", exchanged)
+    with pytest.raises(DataError, match="changed while it was read"):
+        load(tmp_path / "saved")
+    assert load(tmp_path / "saved")["chosen"] == ["other"]
+
+
 def test_snapshot(tmp_path):
     path = tmp_path / "file"
     path.write_text("one")
