@@ -98,6 +98,28 @@ def test_a_transform_that_fails_is_named():
         tokenize_preferences(ROWS.with_transform(lambda batch: {"prompt": []}), make_tokenizer())
 
 
+def test_a_formatter_that_is_not_datasets_own_is_refused():
+    shown = ROWS.with_format(None)
+    shown._format_type = "mine"  # as Dataset.set_format leaves it for a formatter that a library registered
+    with pytest.raises(DataError, match="format 'mine' is not one of datasets' own"):
+        tokenize_preferences(shown, make_tokenizer())
+
+
+def test_a_transform_sees_no_columns_of_ours(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("\n" + json.dumps(TEXT) + "\n" + json.dumps(TEXT | {"chosen": ""}) + "\n")
+    dataset = load_preferences(tmp_path / "rows.jsonl", cache_dir=str(tmp_path / "cache"))
+    seen = []
+
+    def transform(batch):
+        seen.append(sorted(batch))
+        return {name: [value.upper() for value in values] for name, values in batch.items()}
+
+    with pytest.raises(DataError, match=r"rows\.jsonl, line 3: the chosen response is empty"):
+        tokenize_preferences(dataset.with_transform(transform), make_tokenizer())
+    assert seen[0] == ["chosen", "prompt", "rejected"]
+    assert texts(dataset.select([0]).with_transform(transform), make_tokenizer())[0] == "WHO ARE YOU?"
+
+
 def test_hidden_columns_are_not_read():
     rows = Dataset.from_list([{"prompt": "Hi", "chosen": "Hi y", "rejected": "Hi n"}])
     assert texts(rows.with_format("numpy", columns=["chosen", "rejected"]), make_tokenizer()) == (
