@@ -54,7 +54,14 @@ def read_chunks(dataset: Dataset, columns: Collection[str], bounds: Iterable[tup
     """Yield the columns of every chunk (start, stop) of rows as an Arrow table.
 
     A table's pages are released when the next one is requested.
+
+    Raises:
+        DataError: the dataset has a transform (set_transform), which would be passed by.
     """
+    if dataset.format["type"] == "custom":
+        raise DataError(
+            "expected a dataset of stored rows, got one with a transform: apply it with map, or tokenize it"
+        )
     files = mapped_files(dataset)
     rows: Any = dataset.with_format("arrow", columns=list(columns))
     for start, stop in bounds:
@@ -73,10 +80,15 @@ def check_values(dataset: Dataset, source: str) -> None:
     files = mapped_files(dataset)
     start = 0
     for batch in dataset.data.table.to_batches():
-        try:
-            batch.validate(full=True)
-        except pa.ArrowException as error:
-            rows, reason = f"rows {start} to {start + len(batch) - 1}", " ".join(str(error).split())
-            raise DataError(f"{source}: damaged Arrow data in {rows}: {reason}") from error
+        check_batch(batch, start, source)
         start += len(batch)
         release_pages(files)
+
+
+def check_batch(batch: pa.RecordBatch, start: int, source: str) -> None:
+    """Raise DataError, naming the batch's rows from `start` on, where one of its buffers is damaged."""
+    try:
+        batch.validate(full=True)
+    except pa.ArrowException as error:
+        rows, reason = f"rows {start} to {start + len(batch) - 1}", " ".join(str(error).split())
+        raise DataError(f"{source}: damaged Arrow data in {rows}: {reason}") from error

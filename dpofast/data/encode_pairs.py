@@ -34,6 +34,7 @@ class EncodedPair(NamedTuple):
         truncated: responses that were cut at their end, 0 to 2.
         cut_prompt: 1 where the prompt was cut at its start, else 0.
         dropped: the text at the prompt's end that a response displaces, or None.
+        repeated: where both text responses begin with the prompt, what they and it say; else None.
     """
 
     prompt: list[int]
@@ -42,6 +43,7 @@ class EncodedPair(NamedTuple):
     truncated: int
     cut_prompt: int
     dropped: str | None
+    repeated: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,11 +65,13 @@ class PairEncoder:
     def encode(self, row: Mapping[str, Any]) -> EncodedPair:
         """Return the pair. Raises BadRow."""
         kinds = formats.row_kinds(row, self.columns)
-        dropped = None
+        dropped = repeated = None
         if "prompt_ids" in kinds:
             prompt, chosen, rejected = (formats.token_ids(column, row[column]) for column in ID_COLUMNS)
         else:
             alone, *whole = self._tokenize(row, kinds)
+            if kinds.get("prompt") == kinds["chosen"] == "text":
+                repeated = _repetition(row["prompt"], row["chosen"], row["rejected"])
             start = min(_shared(alone, ids) for ids in whole)
             if start < len(alone):
                 assert self.tokenizer is not None
@@ -83,12 +87,12 @@ class PairEncoder:
         largest = max(map(max, (prompt, chosen, rejected)))
         if self.vocab_size is not None and largest >= self.vocab_size:
             raise BadRow(f"a token id is outside the vocabulary of {self.vocab_size}", f"got {largest}")
-        return self._cut(prompt, chosen, rejected, dropped)
+        return self._cut(prompt, chosen, rejected)._replace(dropped=dropped, repeated=repeated)
 
-    def _cut(self, prompt: list[int], chosen: list[int], rejected: list[int], dropped: str | None) -> EncodedPair:
+    def _cut(self, prompt: list[int], chosen: list[int], rejected: list[int]) -> EncodedPair:
         """Cut to max_length: the ends of the responses, or with keep_end the start of the prompt that both share."""
         if self.max_length is None:
-            return EncodedPair(prompt, chosen, rejected, 0, 0, dropped)
+            return EncodedPair(prompt, chosen, rejected, 0, 0, None)
         if self.truncation_mode == "keep_end":
             longest = max(len(chosen), len(rejected))
             room = self.max_length - longest
@@ -97,7 +101,7 @@ class PairEncoder:
                     f"a response fills max_length={self.max_length}",
                     f"its {longest} tokens leave none for the prompt; raise max_length or use keep_start",
                 )
-            return EncodedPair(prompt[-room:], chosen, rejected, 0, int(room < len(prompt)), dropped)
+            return EncodedPair(prompt[-room:], chosen, rejected, 0, int(room < len(prompt)), None)
         room = self.max_length - len(prompt)
         if room <= 0:
             raise BadRow(
@@ -108,7 +112,7 @@ class PairEncoder:
         chosen, rejected = chosen[:room], rejected[:room]
         if chosen == rejected:
             raise BadRow(f"chosen and rejected are equal within max_length={self.max_length}")
-        return EncodedPair(prompt, chosen, rejected, truncated, 0, dropped)
+        return EncodedPair(prompt, chosen, rejected, truncated, 0, None)
 
     def _tokenize(self, row: Mapping[str, Any], kinds: Mapping[str, str]) -> list[list[int]]:
         """Token ids of the prompt alone, and with each response."""
@@ -144,7 +148,7 @@ class PairEncoder:
 
     def _check_context(self, row: Mapping[str, Any], prompt: str) -> None:
         for column in filter(formats.is_context, self.columns):
-            formats.check_context(column, row.get(column), prompt)
+            formats.check_context(column, row.get(column), prompt, [row["chosen"], row["rejected"]])
 
 
 def _shared(ids: Sequence[int], others: Sequence[int]) -> int:
@@ -159,8 +163,10 @@ def _text_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, responses: Sequen
     eos = tokenizer.eos_token
     if not eos:
         raise BadRow("the tokenizer has no eos_token", "text responses end with it; set it", fatal=True)
-    texts = [prompt]
+    texts, bos = [prompt], tokenizer.bos_token
     for response in responses:
+        if prompt and bos and bos != eos and response.lstrip().startswith(bos):
+            raise BadRow("a response begins with BOS", f"{excerpt(response, 0, 60)}: only a prompt does; take it out")
         # A response may end with EOS itself, and a line end after it.
         ends = response.rstrip().endswith(eos)
         texts.append(prompt + (response.rstrip() if ends else response + eos))
@@ -168,7 +174,7 @@ def _text_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, responses: Sequen
     found = []
     for text in texts:
         ids = tokenizer(text)["input_ids"]
-        if tokenizer.bos_token and text.startswith(tokenizer.bos_token) and ids[:2] == [tokenizer.bos_token_id] * 2:
+        if bos and text.startswith(bos) and ids[:2] == [tokenizer.bos_token_id] * 2:
             ids = ids[1:]
         written = 0  # times that EOS stands at the text's end
         while text.endswith(eos * (written + 1)):
@@ -183,16 +189,9 @@ def _prompt_once(prompt: Any, chosen: Any, rejected: Any) -> tuple[Any, Any, Any
     """Return prompt and responses with the prompt written once, and with turns that ask moved from responses to it.
 
     Raises:
-        BadRow: text responses that repeat the prompt, or conversations whose responses begin with different questions.
+        BadRow: the responses begin with different questions.
     """
     if isinstance(prompt, str):
-        start = prompt.strip()
-        if len(start.split()) > 1 and all(text.lstrip().startswith(start) for text in (chosen, rejected)):
-            raise BadRow(
-                "both responses repeat the prompt",
-                f"it would be trained on as their text: prompt {excerpt(prompt, 0, 80)}, chosen "
-                f"{excerpt(chosen, 0, 80)}; leave the column `prompt` out, or cut it off from the responses",
-            )
         return prompt, chosen, rejected
     repeated = next(
         (k for k in range(len(prompt), 0, -1) if prompt[-k:] == chosen[:k] == rejected[:k]),
@@ -209,6 +208,14 @@ def _prompt_once(prompt: Any, chosen: Any, rejected: Any) -> tuple[Any, Any, Any
                 "other response has another: pairs share their prompt",
             )
     return prompt, chosen, rejected
+
+
+def _repetition(prompt: str, chosen: str, rejected: str) -> str | None:
+    """Quote the texts where both responses begin with the prompt, which in one row may be chance."""
+    start = prompt.strip()
+    if not start or not all(text.lstrip().startswith(start) for text in (chosen, rejected)):
+        return None
+    return f"prompt {excerpt(prompt, 0, 80)}, chosen {excerpt(chosen, 0, 80)}, rejected {excerpt(rejected, 0, 80)}"
 
 
 def _check_beside(text: str, prompt: list[Any]) -> None:

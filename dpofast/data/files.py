@@ -34,6 +34,8 @@ def kind_of(path: Path) -> str:
 
 def check_regular(path: Path) -> None:
     """Raise DataError for what would block or never end when it is read: a pipe, a device, a socket."""
+    if not path.exists():
+        raise DataError(f"{path}: no such file; it is a link to one that is missing")
     if not path.is_file():
         raise DataError(
             f"{path}: expected a regular file, got a pipe, a device or a socket, which cannot be read twice: write the "

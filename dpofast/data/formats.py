@@ -38,8 +38,11 @@ CONTEXT_COLUMNS = frozenset(
     )
     + ("history", "context_messages", "problem")
 )
+# Columns that hold the whole conversation where there is a prompt, and the prompt where there is none.
+_OTHER_PROMPTS = frozenset(("messages", "conversation", "conversations", "user", "human"))
 MOST_NESTED = 64  # levels of a JSON value: deeper ones exhaust the stacks of the parsers that read them later
 
+_ROLES = ("system", "user", "assistant", "human", "gpt", "tool")
 _EXPECTED = "expected chosen and rejected (prompt is optional), or prompt_ids, chosen_ids and rejected_ids"
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 _INT32_MAX = int(np.iinfo(np.int32).max)
@@ -94,7 +97,9 @@ def used_columns(columns: Collection[str]) -> tuple[str, ...]:
         )
     is_ids = found.issuperset(ID_COLUMNS) or bool(found & {*ID_COLUMNS} and not found & {"chosen", "rejected"})
     needed: tuple[str, ...] = ID_COLUMNS if is_ids else ("chosen", "rejected")
-    optional = () if is_ids else ("prompt", *TEMPLATE_COLUMNS, *sorted(filter(is_context, found)))
+    names = CONTEXT_COLUMNS if "prompt" in found else context_columns()
+    context = [name for name in sorted(found) if name.lower() in names]
+    optional = () if is_ids else ("prompt", *TEMPLATE_COLUMNS, *context)
     if found & {*REF_COLUMNS}:
         needed += REF_COLUMNS
     for column in needed:
@@ -112,8 +117,13 @@ def check_once(columns: Collection[str]) -> None:
 
 
 def is_context(column: str) -> bool:
-    """Whether a column's name says that it holds a part of the prompt, which has no place beside `prompt`."""
-    return column.lower() in CONTEXT_COLUMNS
+    """Whether a column's name says that it holds the prompt, or a part of it that has no place beside `prompt`."""
+    return column.lower() in context_columns()
+
+
+def context_columns() -> frozenset[str]:
+    """Return every name for which is_context holds, in lower case."""
+    return CONTEXT_COLUMNS | _OTHER_PROMPTS
 
 
 def is_optional(column: str) -> bool:
@@ -275,10 +285,13 @@ def without_nulls(value: Any) -> Any:
     return value
 
 
-def check_context(column: str, value: Any, prompt: str) -> None:
+def check_context(column: str, value: Any, prompt: str, responses: Any) -> None:
     """Raise BadRow where a column that is named like a part of the prompt holds text that the prompt does not."""
+    names = _ROLES if isinstance(value, list) else ()
+    if column.lower() in _OTHER_PROMPTS:
+        prompt = "\n".join([prompt, *strings(responses)])
     for text in strings(value):
-        if text.strip() and text.strip() not in prompt:
+        if text not in names and text.strip() and text.strip() not in prompt:
             raise BadRow(
                 f"column '{column}' holds text that is not in the prompt, and would not be trained on",
                 f"{excerpt(text, 0, 60)}: write it into `prompt` (a system prompt as its first turn), or remove the "

@@ -22,7 +22,7 @@ from datasets import Dataset, DatasetDict, Features, Json, List, Value
 from dpofast.common.atomic_files import put
 from dpofast.common.hub import check_hub_name, nearest_path
 from dpofast.data import files, formats, read_rows
-from dpofast.data.arrow import check_values, mapped_files
+from dpofast.data.arrow import check_batch, check_values, mapped_files
 from dpofast.data.files import Snapshot, kind_of
 from dpofast.data.formats import TEMPLATE_COLUMNS, BadRow, DataError
 from dpofast.data.report import DataReport, Skipped, bad_rows, no_usable_row
@@ -143,6 +143,21 @@ def _load_folder(path: Path, split: str, skip: bool, cache_dir: str | None) -> D
 
 
 def _load_saved(path: Path, split: str) -> Dataset:
+    for file in path.rglob("*"):
+        if not file.is_dir():
+            files.check_regular(file)
+    snapshot = Snapshot.of(map(Path, mapped_files(_saved_split(path, split))))
+    # Mapped anew, so that what is mapped is what was hashed, or the check finds another file.
+    dataset = _saved_split(path, split)
+    check_values(dataset, str(path))
+    snapshot.check()
+    # Later passes look up their cached results by this fingerprint. The saved one does not change if an Arrow file is
+    # replaced.
+    dataset._fingerprint = snapshot.digest
+    return dataset
+
+
+def _saved_split(path: Path, split: str) -> Dataset:
     try:
         saved = datasets.load_from_disk(str(path))
     # What is wrong with the JSON beside the Arrow files is raised as exceptions of many kinds.
@@ -153,14 +168,7 @@ def _load_saved(path: Path, split: str) -> Dataset:
     splits = saved if isinstance(saved, DatasetDict) else {"train": saved}
     if split not in splits:
         raise DataError(f"{path}: no split {split!r}; it has {', '.join(map(repr, splits))}")
-    dataset = splits[split]
-    snapshot = Snapshot.of(map(Path, mapped_files(dataset)))
-    check_values(dataset, str(path))
-    snapshot.check()
-    # Later passes look up their cached results by this fingerprint. The saved one does not change if an Arrow file is
-    # replaced.
-    dataset._fingerprint = snapshot.digest
-    return dataset
+    return splits[split]
 
 
 def _load_hub(name: str, split: str, cache_dir: str | None) -> Dataset:
@@ -218,8 +226,11 @@ def _copy_rows(file: pq.ParquetFile, target: Path, snapshot: Snapshot) -> None:
     try:
         with open(aside, "wb") as sink:
             with pa.ipc.new_stream(sink, file.schema_arrow) as stream:
+                start = 0
                 for batch in file.iter_batches(batch_size=_PARQUET_ROWS):
+                    check_batch(batch, start, str(snapshot.paths[0]))
                     stream.write_batch(batch)
+                    start += len(batch)
         snapshot.check()
         put(aside, target)
     finally:
@@ -236,7 +247,7 @@ def _load_text(path: Path, skip: bool, cache_dir: str | None) -> Dataset:
     # These columns may first appear after the first row.
     late = dict.fromkeys(TEMPLATE_COLUMNS, "json") if kinds.get("chosen") == "messages" else {}
     if "chosen" in kinds:
-        late |= dict.fromkeys(sorted(formats.CONTEXT_COLUMNS), "json")
+        late |= dict.fromkeys(sorted(formats.context_columns()), "json")
     features = {column: _FEATURES[kind] for column, kind in (kinds | late).items()}
     try:
         dataset = Dataset.from_generator(

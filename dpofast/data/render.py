@@ -21,7 +21,8 @@ Turns = list[Any]
 
 # What a response's last turn may say beside its content.
 _REASONING = ("reasoning_content", "reasoning", "thinking")
-_SAYING = ("content", "tool_calls", "function_call", *_REASONING)
+_CALLS = ("tool_calls", "function_call")
+_SAYING = ("content", *_CALLS, *_REASONING)
 
 
 class Rendered(NamedTuple):
@@ -61,7 +62,10 @@ class Template:
             BadRow: the template refuses the row, leaves text of it out, or writes the prompt differently in front of a
                 response.
         """
-        first: BadRow | None = None
+        for turn in (turn for part in (prompt, *responses) for turn in part):
+            _texts(turn)  # refuses what is no text
+        reason: BadRow | None = None
+        is_null = any(turn.get("content") is None for part in (prompt, *responses) for turn in part)
         tried: list[Any] = []
         for form in (_as_given, _as_text, _as_parts):
             turns = [[form(turn) for turn in part] for part in (prompt, *responses)]
@@ -73,18 +77,24 @@ class Template:
             except BadRow as problem:
                 if problem.fatal:
                     raise
-                first = first or problem
-        assert first is not None
-        raise first
+                # What the data's own form meets; of null content, which many templates cannot write, what text meets.
+                if reason is None or (is_null and form is _as_text):
+                    reason = problem
+        assert reason is not None
+        raise reason
 
     def _rendered(self, prompt: Turns, responses: Sequence[Turns]) -> Rendered:
         alone = self._text(prompt, generation=True)
         whole = tuple(self._text(prompt + response) for response in responses)
-        if self._tools and alone == self._text_or_none(prompt, generation=True, tools=None):
-            raise BadRow("the chat template does not write `tools`", "use one that does, or remove the column")
         self._check_written(prompt, alone, len(prompt), lambda turns: self._text_or_none(turns, generation=True))
         for response, text in zip(responses, whole, strict=True):
             self._check_written(prompt + response, text, len(prompt), self._text_or_none)
+        if self._tools and alone == self._text_or_none(prompt, generation=True, tools=None):
+            raise BadRow(
+                "the chat template leaves out `tools`",
+                f"the prompt is {excerpt(alone, 0, 200)} with and without them: use a template that writes them, or "
+                "remove the column",
+            )
         self._check_prompt(prompt, alone, whole)
         ids = [self._ids(prompt, alone, generation=True)]
         ids += [self._ids(prompt + each, text) for each, text in zip(responses, whole, strict=True)]
@@ -147,9 +157,9 @@ class Template:
             is_context = index < prompt and turn["role"] == "assistant" and turn.get("tool_calls")
             if not is_context and any(t.strip() not in text for t in texts) and unchanged(_altered(turn)):
                 raise _left_out(turn, index, "text", "".join(texts), text)
-            if turn.get("tool_calls"):
-                if unchanged({name: value for name, value in turn.items() if name != "tool_calls"}):
-                    raise _left_out(turn, index, "tool calls", str(turn["tool_calls"]), text)
+            for key in _CALLS:
+                if turn.get(key) and unchanged({name: value for name, value in turn.items() if name != key}):
+                    raise _left_out(turn, index, key.replace("_", " "), str(turn[key]), text)
         last = turns[-1]
         for key in _REASONING if len(turns) > prompt else ():
             if isinstance(last.get(key), str) and last[key].strip() not in text:
@@ -165,7 +175,9 @@ class Template:
                 continue
             shared = len(commonprefix([alone, text]))
             turns = self._text_or_none(prompt)
-            if shared < (len(alone) if turns is None else len(commonprefix([alone, turns]))):
+            whole_turns = len(alone) if turns is None else len(commonprefix([alone, turns]))
+            pieces = [piece.strip() for turn in prompt for piece in _texts(turn)]
+            if shared < whole_turns or any(piece in alone and piece not in alone[:shared] for piece in pieces):
                 start = max(0, shared - 40)
                 raise BadRow(
                     "the chat template writes the prompt differently in front of a response",
@@ -184,9 +196,11 @@ def _left_out(turn: Turn, index: int, what: str, value: str, text: str) -> BadRo
 
 
 def _texts(turn: Turn) -> list[str]:
-    """The texts of a turn's content that are not blank. Raises BadRow for parts that are no text."""
+    """The texts of a turn's content that are not blank. Raises BadRow for what is no text."""
     content = turn.get("content")
-    if isinstance(content, str):
+    if content is None:
+        found = []
+    elif isinstance(content, str):
         found = [content]
     elif isinstance(content, list) and all(isinstance(part, Mapping) for part in content):
         other = next((part for part in content if not isinstance(part.get("text"), str)), None)
@@ -198,14 +212,17 @@ def _texts(turn: Turn) -> list[str]:
             )
         found = [part["text"] for part in content]
     else:
-        found = []
+        raise BadRow(
+            "content is neither text nor a list of parts",
+            f'expected a string, null or a list of {{"type": "text", "text": ...}}, got {excerpt(str(content), 0, 60)}',
+        )
     return [text for text in found if text.strip()]
 
 
 def _spellings(content: list[Any]) -> list[str]:
     """How Python and JSON begin to spell a list of parts, where a template does not walk through it."""
     part = next(iter(content), None)
-    if not isinstance(part, Mapping) or "type" not in part:
+    if not isinstance(part, Mapping) or not part:
         return []
     names = list(part)
     return [f"[{{'{names[0]}': ", f'[{{"{names[0]}": ']

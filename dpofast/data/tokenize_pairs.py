@@ -34,8 +34,8 @@ from dpofast.data.report import DataReport, bad_rows, no_usable_row
 # cannot be used: the reason that rows are counted by, and the whole message.
 LINE, FILE, ERROR, DETAIL = "_line", "_file", "_error", "_detail"
 _ADDED = (LINE, FILE, ERROR, DETAIL)
-_TRUNCATED, _CUT, _DROPPED = "_truncated", "_cut", "_dropped"
-_WORKING_COLUMNS = [ERROR, DETAIL, _TRUNCATED, _CUT, _DROPPED]
+_TRUNCATED, _CUT, _DROPPED, _REPEATED = "_truncated", "_cut", "_dropped", "_repeated"
+_WORKING_COLUMNS = [ERROR, DETAIL, _TRUNCATED, _CUT, _DROPPED, _REPEATED]
 # Formats in which a dataset shows the values that are stored, and no others.
 _PLAIN_FORMATS = {None, "python", "arrow", "numpy", "torch", "tensorflow", "jax", "pandas", "polars"}
 # datasets caches the result of map by a fingerprint of the encoder; this hash makes it change with the code.
@@ -66,7 +66,8 @@ class _Encoder:
         kinds: dict[str, Any] = {column: List(Value("int32")) for column in ID_COLUMNS}
         kinds |= {column: Value("float32") for column in REF_COLUMNS if column in self.pairs.columns}
         kinds |= {"row": Value("int64"), ERROR: Value("string"), DETAIL: Value("string")}
-        return Features(kinds | {_TRUNCATED: Value("int8"), _CUT: Value("int8"), _DROPPED: Value("string")})
+        kinds |= {_TRUNCATED: Value("int8"), _CUT: Value("int8")}
+        return Features(kinds | {_DROPPED: Value("string"), _REPEATED: Value("string")})
 
     def __call__(self, batch: Mapping[str, Sequence[Any]], indices: Sequence[int]) -> dict[str, list[Any]]:
         numbers = batch[LINE] if self.unit == "line" else indices
@@ -95,9 +96,10 @@ class _Encoder:
     def _encode(self, row: Mapping[str, Any]) -> dict[str, Any]:
         row = {name: value if name in self.exact else formats.without_nulls(value) for name, value in row.items()}
         pair = self.pairs.encode(row)
-        example = {"prompt_ids": pair.prompt, "chosen_ids": pair.chosen, "rejected_ids": pair.rejected}
+        example: dict[str, Any] = {"prompt_ids": pair.prompt, "chosen_ids": pair.chosen, "rejected_ids": pair.rejected}
         example |= {column: row[column] for column in REF_COLUMNS if column in self.pairs.columns}
-        return example | {_TRUNCATED: pair.truncated, _CUT: pair.cut_prompt, _DROPPED: pair.dropped}
+        example |= {_TRUNCATED: pair.truncated, _CUT: pair.cut_prompt}
+        return example | {_DROPPED: pair.dropped, _REPEATED: pair.repeated}
 
 
 def transformed(transform: Callable[[dict[str, Any]], Any], batch: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
@@ -217,11 +219,13 @@ def tokenize_preferences(
     report = _report(table, source, encoder.unit)
     if report.kept == 0:
         raise no_usable_row(report)
+    _check_repeated(table, source, report.kept)
     if report.shortened_prompts:
         warnings.warn(
-            f"{report.source}: {report.shortened_prompts:,} prompts end in tokens that differ in front of a response "
-            f"and are left out there (first of all {printable(report.dropped)}): the model is trained on a prompt that "
-            "is not quite the one it sees later; use a template that writes both alike, or end prompts at a word",
+            f"{printable(source)}: {report.shortened_prompts:,} prompts end in tokens that differ in front of a "
+            f"response and are left out there (first of all {printable(report.dropped)}): the model is trained on a "
+            "prompt that is not quite the one it sees later; use a template that writes both alike, or end prompts at "
+            "a word",
             stacklevel=1,
         )
     files = mapped_files(encoded)
@@ -237,6 +241,17 @@ def tokenize_preferences(
         desc=printable(f"Leaving out bad rows of {source}"),
     )
     return good.with_format(None), report
+
+
+def _check_repeated(table: pa.Table, source: str, kept: int) -> None:
+    """Raise DataError where both responses of most rows begin with the prompt: in few rows that is chance."""
+    repeated = table.column(_REPEATED).drop_null()
+    if 2 * len(repeated) > kept:
+        raise DataError(
+            f"{source}: both responses repeat the prompt in {len(repeated):,} of {kept:,} rows, and it would be "
+            f"trained on as their text; leave the column `prompt` out (what both begin with is the prompt then), or "
+            f"cut it off from the responses. The first: {repeated[0].as_py()}"
+        )
 
 
 def _view(dataset: Dataset) -> tuple[Dataset, Callable[[dict[str, Any]], Any] | None]:

@@ -50,12 +50,20 @@ def read_examples(examples: Any) -> FlatExamples:
     """
     _refuse_containers(examples)
     if hasattr(examples, "with_format") and hasattr(examples, "__getitem__"):  # a datasets.Dataset
-        examples = examples.with_format("arrow")[:]
+        examples = _shown(examples)
     if isinstance(examples, (pa.Table, pa.RecordBatch)):
         if "branches" in examples.schema.names:
             return _read_rows(examples.to_pylist())
         examples = dict(zip(examples.schema.names, examples.columns, strict=True))
     return _read_columns(examples) if isinstance(examples, Mapping) else _read_rows(examples)
+
+
+def _shown(dataset: Any) -> Any:
+    """What a Dataset shows: an Arrow table of the columns that its format does not hide, or the rows of a transform."""
+    view = dataset.format
+    if view["type"] == "custom":
+        return list(dataset)
+    return dataset.with_format("arrow", columns=None if view["output_all_columns"] else view["columns"])[:]
 
 
 def _refuse_containers(examples: Any) -> None:

@@ -116,7 +116,11 @@ def source_rows(source: str, dataset: Dataset, snapshot: Snapshot) -> SourceRows
     """The rows of a source that load_preferences has loaded as `dataset`.
 
     Files are read again: the dataset has only the columns that make a pair.
+
+    Raises:
+        DataError: they have changed since the snapshot.
     """
+    snapshot.check()
     path, files = Path(source), snapshot.paths
     if not files or is_saved(path):
         parts = chunk_bounds(len(dataset), WINDOW)

@@ -8,6 +8,7 @@ from datasets import Dataset
 
 from dpofast.data import arrow as mapped
 from dpofast.data.arrow import chunk_bounds, mapped_files, read_chunks, release_pages
+from dpofast.data.formats import DataError
 
 ROWS = 10_000
 
@@ -80,3 +81,8 @@ def test_nothing_to_release(dataset, monkeypatch):
     release_pages(["/no/such/file"])
     monkeypatch.setattr(mapped, "_LIBC", None)
     release_pages(mapped_files(dataset))
+
+
+def test_a_transform_is_not_passed_by(dataset):
+    with pytest.raises(DataError, match="expected a dataset of stored rows, got one with a transform"):
+        next(read_chunks(dataset.with_transform(lambda batch: batch), ["ids"], [(0, 1)]))

@@ -11,13 +11,11 @@ import pytest
 from datasets import Dataset, DatasetDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
 
 from dpofast.data.formats import split_prompt
 from dpofast.data.load import DataError, Skipped, load_preferences, tokenize_preferences
+from tests.support.byte_tokenizer import AB, EOS, ids, make_tokenizer
 
-EOS, AB = 1, 259
 TEMPLATE = (
     "{% if tools %}T{{ tools[0].name }}{% endif %}"
     "{% for m in messages %}{% if m.role == 'refused' %}{{ raise_exception('no such role') }}{% endif %}"
@@ -26,25 +24,7 @@ TEMPLATE = (
 )
 
 
-def make_tokenizer(template=None, **options):
-    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    spelled = {byte: chr(byte) for byte in visible}
-    spelled |= {byte: chr(256 + i) for i, byte in enumerate(b for b in range(256) if b not in spelled)}
-    vocab = {"<s>": 0, "</s>": 1, "<unk>": 2, "ab": AB} | {spelled[byte]: 3 + byte for byte in range(256)}
-    backend = Tokenizer(models.BPE(vocab=vocab, merges=[("a", "b")], unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    if template:
-        backend.post_processor = processors.TemplateProcessing(
-            single=template, special_tokens=[("<s>", 0), ("</s>", 1)]
-        )
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **{"bos_token": "<s>", "eos_token": "</s>"} | options)
-
-
 PLAIN = make_tokenizer(chat_template=TEMPLATE)
-
-
-def ids(text):
-    return [3 + byte for byte in text.encode()]
 
 
 def tokenize(*rows, tokenizer=PLAIN, **options):
@@ -423,3 +403,19 @@ def test_options():
             tokenize_preferences(wrong, PLAIN)
     with pytest.raises(DataError, match="^<dataset>: there are no rows$"):
         tokenize_preferences(dataset.select([]), PLAIN)
+
+
+def test_keep_end_cuts_the_prompt_that_both_responses_share():
+    rows = [
+        {"prompt": "0123456789", "chosen": "yes", "rejected": "n"},
+        {"prompt": "01", "chosen": "yes", "rejected": "n"},
+    ]
+    examples, report = tokenize(*rows, max_length=7, truncation_mode="keep_end")
+    assert [(e["prompt_ids"], e["chosen_ids"], e["rejected_ids"]) for e in examples] == [
+        (ids("789"), [*ids("yes"), EOS], [*ids("n"), EOS]),
+        (ids("01"), [*ids("yes"), EOS], [*ids("n"), EOS]),
+    ]
+    assert (report.truncated, report.cut_prompts) == (0, 1)
+    assert "prompts cut to max_length, their beginning gone: 1" in report.summary()
+    with pytest.raises(DataError, match="a response fills max_length=4: its 4 tokens leave none for the prompt"):
+        tokenize(rows[1], max_length=4, truncation_mode="keep_end")

@@ -201,3 +201,14 @@ def test_ids_beyond_any_vocabulary_are_refused():
 def test_other_containers_are_refused_with_the_way_on(examples, message):
     with pytest.raises(ValueError, match=f"examples: expected mappings, .*{message}"):
         pack(examples)
+
+
+def test_a_dataset_is_packed_as_it_shows_itself():
+    rows = Dataset.from_list([{"prompt_ids": [3], "chosen_ids": [4], "rejected_ids": [5], "ref_chosen_logps": -1.0}])
+    shown = rows.with_transform(lambda batch: {**batch, "chosen_ids": [[7, 8]], "ref_chosen_logps": [None]})
+    (batch,) = pack(shown)
+    assert batch.targets.tolist() == [7, 8, 5]
+    with pytest.raises(ValueError, match="ref_rejected_logps: expected 1 floats beside ref_chosen_logps"):
+        pack(rows)
+    (batch,) = pack(rows.with_format("numpy", columns=["prompt_ids", "chosen_ids", "rejected_ids"]))
+    assert batch.ref_logps is None

@@ -137,6 +137,16 @@ def test_the_extension_refuses_buffers_that_are_too_small():
             packer().fill(*small, threads=1)
 
 
+@pytest.mark.parametrize("ref", [10**400, 10**5000, -(10**400), "nan", [1.0], None], ids=range(6))
+def test_reference_logprobs_that_are_no_floats(ref):
+    row = {"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3], "ref_rejected_logps": -1.0}
+    with pytest.raises(ValueError, match=r"examples\[0\]: ref_chosen_logps: expected a finite float, got"):
+        pack([row | {"ref_chosen_logps": ref}])
+    columns = {name: (np.array(row[name]), np.array([0, 1])) for name in ("prompt_ids", "chosen_ids", "rejected_ids")}
+    with pytest.raises(ValueError, match="ref_chosen_logps"):
+        pack(columns | {"ref_chosen_logps": [ref], "ref_rejected_logps": [-1.0]})
+
+
 A = np.array
 
 
