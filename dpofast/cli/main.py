@@ -11,6 +11,9 @@ import os
 import sys
 from collections.abc import Sequence
 
+from dpofast.common.output import flush_or_give_up, lasting_output, open_standard_streams
+from dpofast.common.printable import printable, printable_messages
+
 _USAGE = """usage: dpofast <command> [options]
 
 commands:
@@ -29,10 +32,13 @@ _COMMANDS = {
     "demo": "dpofast.demo.run",
     "info": "dpofast.cli.info",
 }
+# Of these standard output is the result; of the others it is news of a run, which goes on where it is lost.
+_PRINTED = ("eval", "info")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, or 2 after a message about the user's input."""
+    open_standard_streams()
     arguments = list(sys.argv[1:] if argv is None else argv)
     command, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
     if command in ("", "-h", "--help"):
@@ -41,8 +47,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command not in _COMMANDS:
         print(_USAGE, file=sys.stderr)
         return _refuse(f"expected a command among {', '.join(_COMMANDS)}, got {command!r}")
+    with printable_messages(), lasting_output(stdout=command not in _PRINTED):
+        code = _run(command, rest)
+        lost = flush_or_give_up(sys.stdout)
+        if lost is not None and command in _PRINTED:
+            code = _refuse(f"standard output cannot be written to: {lost.strerror or lost}")
+        flush_or_give_up(sys.stderr)
+    return code
+
+
+def _run(command: str, arguments: Sequence[str]) -> int:
     try:
-        return importlib.import_module(_COMMANDS[command]).main(rest)
+        return importlib.import_module(_COMMANDS[command]).main(arguments)
     except KeyboardInterrupt:
         print("dpofast: stopped; what was written so far can be resumed", file=sys.stderr)
         return 130
@@ -53,5 +69,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _refuse(message: str) -> int:
-    print(f"dpofast: error: {message}", file=sys.stderr)
+    print(f"dpofast: error: {printable(message)}", file=sys.stderr)
     return 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from dpofast.cli.arguments import parse, quiet
 from dpofast.cli.load_models import Loading, is_adapter, load_model, load_tokenizer, lora, named, one_line
+from dpofast.common.printable import printable
 from dpofast.training.config import DPOConfig
 from dpofast.training.trainer import DPOTrainer
 
@@ -133,29 +135,45 @@ def main(argv: Sequence[str]) -> int:
     except (RuntimeError, ImportError) as error:  # a reporter that is not installed, or not wholly
         raise ValueError(one_line(error)) from error
     for report in trainer.data_reports.values() if trainer.is_world_process_zero() else ():
-        print(report.summary())
+        print(printable(report.summary()))
     _run(trainer, Path(config.output_dir), resume, html_report=train.html_report)
     return 0
 
 
 def _run(trainer: DPOTrainer, output: Path, resume: str | None, *, html_report: bool) -> None:
-    from dpofast.report.page import write_report
     from dpofast.report.progress import follow
+
+    follow(trainer, output / "metrics.jsonl")
+    with trainer.output_locked():
+        if trainer.is_world_process_zero():
+            _checked_output(trainer.args)  # another run may have come and gone since the first look
+        trainer.train(resume_from_checkpoint=resume)
+        trainer.save_model()
+        if trainer.is_world_process_zero():
+            written = ["model", "metrics.jsonl", *_draw(trainer, output, html_report=html_report)]
+            print(f"{', '.join(written)} are in {printable(str(output))}")
+
+
+def _draw(trainer: DPOTrainer, output: Path, *, html_report: bool) -> list[str]:
+    """Draw the run's pictures; returns their files. The model is written by now, so one that fails is a warning."""
+    from dpofast.report.page import write_report
     from dpofast.report.training_plot import plot_training
 
-    written = ["model", "metrics.jsonl"]
-    follow(trainer, output / "metrics.jsonl")
-    trainer.train(resume_from_checkpoint=resume)
-    trainer.save_model()
-    if not trainer.is_world_process_zero():
-        return
-    logged = any("loss" in entry for entry in trainer.state.log_history)  # not in a run shorter than logging_steps
-    if logged:
-        plot_training(output / "metrics.jsonl", output / "training.png")
-        written.append("training.png")
-        if html_report:
-            written.append(write_report(trainer, output / "report.html").name)
-    print(f"{', '.join(written)} are in {output}")
+    if not any("loss" in entry for entry in trainer.state.log_history):  # a run shorter than logging_steps
+        return []
+    drawn = []
+    for name, draw in (
+        ("training.png", lambda path: plot_training(output / "metrics.jsonl", path)),
+        ("report.html", lambda path: write_report(trainer, path)),
+    ):
+        if name == "report.html" and not html_report:
+            continue
+        try:
+            draw(output / name)
+            drawn.append(name)
+        except (OSError, ValueError) as error:
+            warnings.warn(f"{output / name} could not be written: {error}", stacklevel=2)
+    return drawn
 
 
 def _checked_loading(train: TrainArguments) -> Loading:
@@ -192,7 +210,7 @@ def _checked_output(config: Any) -> str | None:
 
     Files of an earlier run would mix with this one's: an adapter left beside full weights is loaded with them.
     """
-    from dpofast.checkpointing.folder import resolve_checkpoint
+    from dpofast.checkpointing.folder import LOCK, resolve_checkpoint
     from dpofast.scoring.ref_cache import CACHE_FOLDER
 
     output, resume = Path(config.output_dir), config.resume_from_checkpoint
@@ -200,7 +218,7 @@ def _checked_output(config: Any) -> str | None:
         raise ValueError(f"output_dir: {output} is a file, and a folder is needed")
     if resume is None:
         # A run that was killed before its first step has left reference log-probs, with which this one goes on.
-        if output.is_dir() and any(entry.name != CACHE_FOLDER for entry in output.iterdir()):
+        if output.is_dir() and any(entry.name not in (CACHE_FOLDER, LOCK) for entry in output.iterdir()):
             raise ValueError(
                 f"output_dir: {output} is not empty: name another, remove it, or go on with its run by "
                 "--resume_from_checkpoint latest"

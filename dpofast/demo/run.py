@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import shutil
 import time
 from collections.abc import Sequence
@@ -91,10 +92,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         ("training.png", "loss, accuracy, margin and rewards"),
     ):
         print(f"  {out / name}  {what}")
+    model_dir, train_file, test_file, next_dir = (
+        shlex.quote(str(path)) for path in (out / "reference", out / _TRAIN, out / _TEST, f"{out}-2")
+    )
     print(
         "Next, the same with options of your own (or with a model and pairs of yours):\n"
-        f"  dpofast train --model {out / 'reference'} --data {out / _TRAIN} --eval_data {out / _TEST} "
-        f"--output_dir {out}-2 --per_device_train_batch_size 32 --learning_rate 1e-4 --beta 0.5"
+        f"  dpofast train --model {model_dir} --data {train_file} --eval_data {test_file} "
+        f"--output_dir {next_dir} --per_device_train_batch_size 32 --learning_rate 1e-4 --beta 0.5"
     )
     return 0
 
