@@ -59,10 +59,12 @@ class Interruption:
             self.__exit__()
             signal.raise_signal(number)
             return
-        first, self.signal = self.signal is None, signal.Signals(number)
+        first = self.signal is None
+        if first or self.signal == _HANGUP:
+            self.signal = signal.Signals(number)
         if first:
             again = "" if self._launched or number == _HANGUP else "; again to stop at once"
-            text = f"\ndpofast: {self.signal.name}: the step ends with a checkpoint, then the run{again}\n"
+            text = f"\ndpofast: {signal.Signals(number).name}: the step ends with a checkpoint, then the run{again}\n"
             # print() may not be entered again while it runs. Standard error may be what hung up.
             with contextlib.suppress(OSError):
                 os.write(2, text.encode())

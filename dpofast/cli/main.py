@@ -32,31 +32,31 @@ _COMMANDS = {
     "demo": "dpofast.demo.run",
     "info": "dpofast.cli.info",
 }
-# Of these standard output is the result; of the others it is news of a run, which goes on where it is lost.
-_PRINTED = ("eval", "info")
+# What these print is news of a run, which goes on where it is lost; of the others it is the result.
+_LONG = ("train", "score", "demo")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, or 2 after a message about the user's input."""
-    open_standard_streams()
     arguments = list(sys.argv[1:] if argv is None else argv)
     command, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
-    if command in ("", "-h", "--help"):
-        print(_USAGE)
-        return 0 if command else 2
-    if command not in _COMMANDS:
-        print(_USAGE, file=sys.stderr)
-        return _refuse(f"expected a command among {', '.join(_COMMANDS)}, got {command!r}")
-    with printable_messages(), lasting_output(stdout=command not in _PRINTED):
+    open_standard_streams()
+    with printable_messages(), lasting_output(stdout=command in _LONG):
         code = _run(command, rest)
         lost = flush_or_give_up(sys.stdout)
-        if lost is not None and command in _PRINTED:
+        if lost is not None and command not in _LONG:
             code = _refuse(f"standard output cannot be written to: {lost.strerror or lost}")
         flush_or_give_up(sys.stderr)
     return code
 
 
 def _run(command: str, arguments: Sequence[str]) -> int:
+    if command in ("", "-h", "--help"):
+        print(_USAGE)
+        return 0 if command else 2
+    if command not in _COMMANDS:
+        print(_USAGE, file=sys.stderr)
+        return _refuse(f"expected a command among {', '.join(_COMMANDS)}, got {command!r}")
     try:
         return importlib.import_module(_COMMANDS[command]).main(arguments)
     except KeyboardInterrupt:

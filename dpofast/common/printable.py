@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import warnings
 from collections.abc import Iterator
 
 # Python counts these as space. A terminal does not: they move its cursor, or break a line where no one sees it.
 _NO_SPACE = frozenset("\r\v\f\x1c\x1d\x1e\x1f\x85\u2028\u2029")
+# What transformers prints bold or in colours, also where nobody could see it.
+_STYLE = re.compile("\x1b\\[[0-9;]*m")
 
 
 def printable(text: str) -> str:
@@ -27,7 +30,7 @@ def _is_space(char: str) -> bool:
 
 class _PrintableRecord(logging.LogRecord):
     def getMessage(self) -> str:
-        return printable(super().getMessage())
+        return printable(_STYLE.sub("", super().getMessage()))
 
 
 @contextlib.contextmanager
