@@ -11,7 +11,7 @@ import weakref
 import pytest
 import torch
 
-from dpofast.head.engine.workspace import Scratch
+from dpofast.head.engine import workspace
 from dpofast.training import out_of_memory
 from tests.support.ranks_cases import RunsOutOfMemory
 from tests.support.tiny import tiny_dataset, tiny_model
@@ -41,7 +41,8 @@ def test_a_step_that_does_not_fit_is_done_again_in_smaller_parts(tmp_path, caplo
 
 def test_a_scratch_buffer_that_cannot_be_mapped_halves_max_tokens(tmp_path, monkeypatch):
     """mmap's error is an OSError, which is no MemoryError."""
-    monkeypatch.setattr("dpofast.head.engine.workspace._LEAST_BYTES", 0)
+    trainer, expected = (make_trainer(tmp_path, **SGD) for _ in range(2))
+    expected.train()
     real, sizes = mmap.mmap, []
 
     def mapped(descriptor, size, **options):
@@ -50,13 +51,9 @@ def test_a_scratch_buffer_that_cannot_be_mapped_halves_max_tokens(tmp_path, monk
             raise OSError(errno.ENOMEM, "Cannot allocate memory")
         return real(descriptor, size, **options)
 
+    monkeypatch.setattr(workspace, "_LEAST_BYTES", 1)
     monkeypatch.setattr(mmap, "mmap", mapped)
-    monkeypatch.setattr("dpofast.head.engine.tiled_engine._LOGITS", Scratch())
-    trainer = make_trainer(tmp_path, **SGD, precompute_ref_log_probs=False)
     trainer.train()
-    monkeypatch.undo()
-    expected = make_trainer(tmp_path, **SGD, precompute_ref_log_probs=False)
-    expected.train()
     assert len(sizes) > 1 and trainer.max_tokens < expected.max_tokens
     torch.testing.assert_close(weights_of(trainer), weights_of(expected), atol=1e-5, rtol=1e-5)
 
