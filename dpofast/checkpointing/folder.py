@@ -122,8 +122,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             if manifest["format"] != _FORMAT:
                 age = "a newer" if manifest["format"] > _FORMAT else "an older"
                 raise DamagedCheckpoint(f"{folder}: was written by {age} dpofast: install that to resume from it")
-            return manifest
-    except (ValueError, TypeError, KeyError) as error:
+            if _lists_files(manifest["files"]):  # a forged one may have a right checksum too
+                return manifest
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         if isinstance(error, DamagedCheckpoint):
             raise
     raise DamagedCheckpoint(f"{folder}: its {MANIFEST} is damaged: it is not what was written (SHA-256)")
@@ -138,6 +139,9 @@ def verify_resumable(folder: str | Path) -> dict[str, Any]:
     manifest = verify(folder)
     if any(_is_pickled_weights(path.name) for path in Path(folder).iterdir()):
         raise DamagedCheckpoint(f"{folder}: holds weights in a pickle (.bin), and only safetensors are loaded")
+    facts = {"step": int, "world_size": int, "run": dict, "save_only_model": bool}
+    if not all(isinstance(manifest.get(name), kind) for name, kind in facts.items()):
+        raise DamagedCheckpoint(f"{folder}: its {MANIFEST} is not that of a run: expected {', '.join(facts)} in it")
     if manifest["save_only_model"]:
         raise DamagedCheckpoint(
             f"{folder}: was written with save_only_model=True, so it has no optimizer state to go on with: begin a new "
@@ -230,6 +234,19 @@ def rotate(output_dir: Path, limit: int | None, keep: Collection[Path]) -> None:
             )
         else:
             shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _lists_files(files: Any) -> bool:
+    """Whether each file of a manifest lies in its folder, and has its size and checksum."""
+    return isinstance(files, dict) and all(
+        isinstance(entry, dict)
+        and isinstance(entry.get("bytes"), int)
+        and isinstance(entry.get("sha256"), str)
+        and Path(name).as_posix() == name
+        and not Path(name).is_absolute()
+        and ".." not in Path(name).parts
+        for name, entry in files.items()
+    )
 
 
 def _aside(folder: Path, why: str) -> Path:

@@ -15,6 +15,8 @@ from typing import Any
 
 _HANGUP = getattr(signal, "SIGHUP", None)  # Windows has none
 _RECORDED = tuple(filter(None, (signal.SIGINT, signal.SIGTERM, _HANGUP)))
+# Set by torchrun, accelerate and DeepSpeed, srun, Open MPI, and MPICH.
+_LAUNCHERS = ("LOCAL_RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 
 
 class TrainingInterrupted(KeyboardInterrupt):
@@ -39,7 +41,7 @@ class Interruption:
     def __enter__(self) -> Interruption:
         """Install the handlers."""
         self.signal, self._process = None, os.getpid()
-        self._launched = "LOCAL_RANK" in os.environ
+        self._launched = any(name in os.environ for name in _LAUNCHERS)
         if threading.current_thread() is threading.main_thread():
             for number in _RECORDED:
                 if signal.getsignal(number) not in (signal.SIG_IGN, None):

@@ -58,6 +58,7 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         ValueError: an option, a model or data that cannot be used, a partial file of another run, or an output that
             another process writes.
+        OSError: the output cannot be written (a full disk).
     """
     (arguments,) = parse((ScoreArguments,), argv, prog="dpofast score", description=__doc__)
     quiet(sys.stderr.isatty())
@@ -79,8 +80,14 @@ def main(argv: Sequence[str]) -> int:
         if start:
             done = f"{start:,} of {len(prepared.tokens):,} pairs are scored already"
             print(printable(f"going on with {partial.path}: {done}"))
-        partial.append(scored(arguments, prepared, start=start, ld_alpha=arguments.ld_alpha))
-        write_scored(output, source_rows(arguments.data, prepared.dataset), partial)
+        try:
+            partial.append(scored(arguments, prepared, start=start, ld_alpha=arguments.ld_alpha))
+            write_scored(output, source_rows(arguments.data, prepared.dataset), partial)
+        except OSError as error:
+            raise OSError(
+                f"output: {output} cannot be written: {error.strerror or error}; what is scored so far is in "
+                f"{partial.path}, and the same command goes on with it"
+            ) from error
     print(printable(prepared.report.summary()))
     print(printable(f"{len(prepared.tokens):,} scored pairs are in {output}"))
     return 0

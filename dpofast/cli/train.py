@@ -145,7 +145,7 @@ def _run(trainer: DPOTrainer, output: Path, resume: str | None, *, html_report: 
 
     follow(trainer, output / "metrics.jsonl")
     with trainer.output_locked():
-        if trainer.is_world_process_zero():
+        if resume is None and trainer.is_world_process_zero():
             _checked_output(trainer.args)  # another run may have come and gone since the first look
         trainer.train(resume_from_checkpoint=resume)
         trainer.save_model()

@@ -246,6 +246,21 @@ def test_a_trainer_state_of_another_shape_is_refused(run, content, message):
         make_trainer(run, **SAVING).train(resume_from_checkpoint=str(run / "checkpoint-6"))
 
 
+@pytest.mark.parametrize(
+    "files",
+    [[1], {"a": 1}, {"a": {"bytes": "1", "sha256": ""}}, {"../a": {"bytes": 1, "sha256": ""}}, {"/etc/passwd": {}}],
+    ids=str,
+)
+def test_a_manifest_of_another_shape_is_refused(run, files):
+    manifest = {key: value for key, value in read_manifest(run / "checkpoint-6").items() if key != "checksum"}
+    (run / "checkpoint-6" / MANIFEST).write_bytes(_serialized({**manifest, "files": files}))
+    with pytest.raises(DamagedCheckpoint, match="its manifest.json is damaged"):
+        verify(run / "checkpoint-6")
+    (run / "checkpoint-6" / MANIFEST).write_bytes(_serialized({**manifest, "run": [1]}))
+    with pytest.raises(DamagedCheckpoint, match="its manifest.json is not that of a run: expected step"):
+        verify_resumable(run / "checkpoint-6")
+
+
 def test_a_named_pipe_in_place_of_a_manifest_is_not_read(run):
     (run / "checkpoint-6" / MANIFEST).unlink()
     os.mkfifo(run / "checkpoint-6" / MANIFEST)

@@ -60,8 +60,9 @@ def test_a_closed_terminal_is_one_event_however_many_signals_it_sends():
         assert interruption.signal is signal.SIGTERM
 
 
-def test_under_a_launcher_a_signal_that_its_agent_passes_on_is_no_second_one(monkeypatch, capfd):
-    monkeypatch.setenv("LOCAL_RANK", "0")
+@pytest.mark.parametrize("launcher", ["LOCAL_RANK", "SLURM_PROCID"])
+def test_under_a_launcher_a_signal_that_its_agent_passes_on_is_no_second_one(monkeypatch, capfd, launcher):
+    monkeypatch.setenv(launcher, "0")
     with Interruption() as interruption:
         for _ in range(3):
             signal.raise_signal(signal.SIGTERM)

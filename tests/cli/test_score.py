@@ -233,3 +233,17 @@ def test_an_output_that_came_meanwhile_is_not_written_over(folder, tmp_path, cap
     monkeypatch.setattr(score_command, "prepare", another_run_ends)
     assert score(folder, output) == 2 and "exists already" in capsys.readouterr().err
     assert output.read_text() == "theirs" and [path.name for path in tmp_path.iterdir()] == ["scored.jsonl"]
+
+
+def test_a_full_disk_keeps_the_scores_and_says_how_to_go_on(folder, tmp_path, capsys, monkeypatch):
+    output = tmp_path / "scored.jsonl"
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(score_command, "write_scored", full)
+        assert score(folder, output) == 2
+    err = capsys.readouterr().err
+    assert f"{output} cannot be written: No space left on device; what is scored so far is in {output}.partial" in err
+    assert score(folder, output) == 0 and len(lines(output)) == 30
