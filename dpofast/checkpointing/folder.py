@@ -18,12 +18,17 @@ import tempfile
 import warnings
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
+from itertools import count
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainerState
+
 from dpofast.common.atomic_files import sync
 
-MANIFEST = "manifest.json"
+MANIFEST, STATE = "manifest.json", "trainer_state.json"
+LOCK = ".lock"  # of an output folder, while a run writes to it
 _FORMAT = 2  # 2: LogWindow.state_dict() in progress*.pt
 _ASIDE = ".tmp-"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -58,7 +63,7 @@ def seal(staged: Path, folder: Path, facts: dict[str, Any]) -> None:
     sync(manifest)
     for directory in {staged, *(path.parent for path in files)}:
         sync(directory)
-    replaced = folder.with_name(f"{_ASIDE}replaced-{folder.name}")
+    replaced = _aside(folder, "replaced")
     if folder.exists():
         os.rename(folder, replaced)
     os.rename(staged, folder)
@@ -101,6 +106,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         DamagedCheckpoint: it is missing, changed, or of a format that this version does not read.
     """
     try:
+        if (folder / MANIFEST).exists() and not (folder / MANIFEST).is_file():  # a named pipe would be read for ever
+            raise OSError(0, "it is no regular file")
         raw = (folder / MANIFEST).read_bytes()
     except FileNotFoundError:
         raise DamagedCheckpoint(
@@ -115,8 +122,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             if manifest["format"] != _FORMAT:
                 age = "a newer" if manifest["format"] > _FORMAT else "an older"
                 raise DamagedCheckpoint(f"{folder}: was written by {age} dpofast: install that to resume from it")
-            return manifest
-    except (ValueError, TypeError, KeyError) as error:
+            if _lists_files(manifest["files"]):  # a forged one may have a right checksum too
+                return manifest
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         if isinstance(error, DamagedCheckpoint):
             raise
     raise DamagedCheckpoint(f"{folder}: its {MANIFEST} is damaged: it is not what was written (SHA-256)")
@@ -131,11 +139,15 @@ def verify_resumable(folder: str | Path) -> dict[str, Any]:
     manifest = verify(folder)
     if any(_is_pickled_weights(path.name) for path in Path(folder).iterdir()):
         raise DamagedCheckpoint(f"{folder}: holds weights in a pickle (.bin), and only safetensors are loaded")
+    facts = {"step": int, "world_size": int, "run": dict, "save_only_model": bool}
+    if not all(isinstance(manifest.get(name), kind) for name, kind in facts.items()):
+        raise DamagedCheckpoint(f"{folder}: its {MANIFEST} is not that of a run: expected {', '.join(facts)} in it")
     if manifest["save_only_model"]:
         raise DamagedCheckpoint(
             f"{folder}: was written with save_only_model=True, so it has no optimizer state to go on with: begin a new "
             "run from its weights, with the folder as the model and another output_dir"
         )
+    _check_state(Path(folder), manifest["step"])
     return manifest
 
 
@@ -155,7 +167,7 @@ def resolve_checkpoint(resume: Any, output_dir: str | Path) -> Path:
             warnings.warn(f"resuming from {newest}; passed over: {'; '.join(damaged)}", stacklevel=2)
         return newest
     folder = Path(resume)
-    if not any((folder / name).is_file() for name in (MANIFEST, "trainer_state.json")):
+    if not any((folder / name).is_file() for name in (MANIFEST, STATE)):
         raise ValueError(f"resume_from_checkpoint: {folder} is no checkpoint folder (it has no {MANIFEST})")
     try:
         verify_resumable(folder)
@@ -201,7 +213,8 @@ def checkpoints(output_dir: str | Path) -> list[Path]:
 def rotate(output_dir: Path, limit: int | None, keep: Collection[Path]) -> None:
     """Delete the oldest checkpoints down to `limit`, never those in `keep`, the first of which was just written.
 
-    Checkpoints of later steps are left over from before a resume, and are deleted first.
+    Checkpoints of later steps are left over from before a resume, and are deleted first. One that cannot be deleted (a
+    file of it is open elsewhere, on NFS) is warned of, and tried again after the next save.
     """
     if limit is None or limit <= 0:
         return
@@ -210,9 +223,36 @@ def rotate(output_dir: Path, limit: int | None, keep: Collection[Path]) -> None:
     surplus = max(len(others) + len(kept) - limit, 0)
     for path in sorted(others, key=lambda path: (_step(path) < newest, _step(path)))[:surplus]:
         # Killed in between, it leaves no checkpoint-N with half of its files.
-        doomed = path.with_name(f"{_ASIDE}deleted-{path.name}")
-        os.rename(path, doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+        doomed = _aside(path, "deleted")
+        try:
+            os.rename(path, doomed)
+        except OSError as error:
+            warnings.warn(
+                f"{path}: cannot be deleted ({error.strerror or error}), so more than save_total_limit={limit} "
+                "checkpoints are left until it can",
+                stacklevel=2,
+            )
+        else:
+            shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _lists_files(files: Any) -> bool:
+    """Whether each file of a manifest lies in its folder, and has its size and checksum."""
+    return isinstance(files, dict) and all(
+        isinstance(entry, dict)
+        and isinstance(entry.get("bytes"), int)
+        and isinstance(entry.get("sha256"), str)
+        and Path(name).as_posix() == name
+        and not Path(name).is_absolute()
+        and ".." not in Path(name).parts
+        for name, entry in files.items()
+    )
+
+
+def _aside(folder: Path, why: str) -> Path:
+    """Returns a name that is free: an earlier folder of that name may hold files that could not be removed."""
+    names = (f"{_ASIDE}{why}-{folder.name}{f'-{number}' if number else ''}" for number in count())
+    return next(path for path in map(folder.with_name, names) if not os.path.lexists(path))
 
 
 def remove_leftovers(output_dir: str | Path) -> None:
@@ -236,6 +276,32 @@ def check_writable(output_dir: str | Path) -> None:
             os.fsync(probe.fileno())
     except OSError as error:
         raise ValueError(f"output_dir: {path} cannot be written to: {error.strerror}") from error
+
+
+def _check_state(folder: Path, step: int) -> None:
+    """Check that the file is one of transformers' Trainer, of this step.
+
+    Raises:
+        DamagedCheckpoint: it is not.
+    """
+    try:
+        state = json.loads((folder / STATE).read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise DamagedCheckpoint(f"{folder}: its {STATE} cannot be read: {error}") from error
+    known = {field.name for field in fields(TrainerState)}
+    if not isinstance(state, dict) or not state.keys() <= known:
+        found = sorted(state.keys() - known) if isinstance(state, dict) else type(state).__name__
+        raise DamagedCheckpoint(f"{folder}: its {STATE} is not one of transformers' TrainerState: found {found}")
+    logs, callbacks = state.get("log_history"), state.get("stateful_callbacks")
+    if state.get("global_step") != step or not _all_objects(logs) or not isinstance(callbacks, dict):
+        raise DamagedCheckpoint(
+            f"{folder}: its {STATE} is not that of step {step}: expected this global_step, a log_history of objects "
+            "and an object stateful_callbacks"
+        )
+
+
+def _all_objects(values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(value, dict) for value in values)
 
 
 def _serialized(manifest: dict[str, Any]) -> bytes:

@@ -7,8 +7,8 @@ with other data, options or weights (identity.py).
 
 A save that fails, on a full disk for example, is reported and training continues: the next save is tried as usual, and
 once more when training ends. If that fails too, train() writes the weights alone if they fit and raises OSError.
-SIGTERM and SIGINT let the step end, write a checkpoint and stop. An evaluation that is due runs first, because the
-resumed run would skip it.
+SIGTERM, SIGINT and SIGHUP let the step end, write a checkpoint and stop. An evaluation that is due runs first, because
+the resumed run would skip it. A second run into the same folder is refused while the first one trains.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ import os
 import shutil
 import sys
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import Trainer
-from transformers.trainer_callback import ExportableState
 
+from dpofast.checkpointing.callback_state import callback_states, restore_callback_states
 from dpofast.checkpointing.folder import (
+    LOCK,
+    STATE,
     check_writable,
     newest_whole,
     read_manifest,
@@ -50,6 +50,9 @@ from dpofast.checkpointing.identity import (
     tokenizer_identity,
 )
 from dpofast.checkpointing.signals import Interruption, TrainingInterrupted
+from dpofast.checkpointing.write_errors import as_os_errors, room
+from dpofast.common.locks import WriteLock
+from dpofast.common.output import lasting_output
 from dpofast.common.ranks import Ranks
 
 
@@ -81,6 +84,7 @@ class CheckpointedTrainer(Trainer):
         super().__init__(model=model, args=args, **options)
         self.ranks = Ranks()
         self._interruption = Interruption()
+        self._lock = WriteLock(Path(self.args.output_dir), Path(self.args.output_dir, LOCK))
 
     def run_identity(self) -> dict[str, Any]:
         """Returns what a resumed run must have in common with the one that wrote its checkpoint: names and JSON values.
@@ -122,9 +126,9 @@ class CheckpointedTrainer(Trainer):
         Raises:
             DamagedCheckpoint: the named checkpoint is damaged, incomplete or of another format; nothing was loaded.
             ValueError: there is no checkpoint, or it was written by another run (data, options, number of processes);
-                or FSDP has sharded the model already, in a train() before this one.
+                another process trains into output_dir; or FSDP has sharded the model already, in a train() before.
             OSError: the last state could not be written (see the module).
-            TrainingInterrupted: SIGTERM or SIGINT came, and a checkpoint was written.
+            TrainingInterrupted: SIGTERM, SIGINT or SIGHUP came, and a checkpoint was written.
         """
         if self.is_fsdp_enabled and first_shard(self.model) is not None:
             raise ValueError(
@@ -134,14 +138,30 @@ class CheckpointedTrainer(Trainer):
         self._saved_step = self._ended_step = -1
         self._save_is_due = self._stopped = False
         self._same_length = True
-        self._resume_folder: str | None = self._together(lambda: self._prepare(resume_from_checkpoint))
-        with self._interruption:
+        with self.output_locked(), lasting_output(), self._interruption:
+            self._resume_folder: str | None = self._together(lambda: self._prepare(resume_from_checkpoint))
             try:
                 return super().train(self._resume_folder, trial, ignore_keys_for_eval)
             except TrainingInterrupted as stop:
                 if self.is_world_process_zero():
                     print(f"dpofast: {stop}", file=sys.stderr)
                 raise
+
+    @contextlib.contextmanager
+    def output_locked(self) -> Iterator[None]:
+        """Inside, no other process trains into output_dir; train() enters it by itself. A collective.
+
+        Raises:
+            ValueError: another process does.
+        """
+        with contextlib.ExitStack() as held:
+            self._together(lambda: self._lock_output(held))
+            yield
+
+    def _lock_output(self, held: contextlib.ExitStack) -> None:
+        if self.args.should_save:
+            Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
+            held.enter_context(self._lock)
 
     def _prepare(self, resume: str | bool | None) -> str | None:
         """Check what is to be resumed before anything is loaded; returns the folder to resume from."""
@@ -217,7 +237,7 @@ class CheckpointedTrainer(Trainer):
             self._together(self.save_model)
             weights = f"the weights alone are in {self.args.output_dir}"
         except OSError as error:
-            weights = f"nor could the weights alone ({error})"
+            weights = f"nor could the weights alone: {error}"
         raise OSError(f"training is done, and {self._unsaved}; {weights}")
 
     # ---- writing ----------------------------------------------------------------------------------------------------
@@ -263,12 +283,8 @@ class CheckpointedTrainer(Trainer):
     def _seal(self, staged: Path, folder: Path) -> None:
         if not self.args.should_save:
             return
-        states = defaultdict(list)
-        for callback in [*self.callback_handler.callbacks, self.control]:
-            if isinstance(callback, ExportableState):
-                states[type(callback).__name__].append(callback.state())
-        self.state.stateful_callbacks = {name: found if found[1:] else found[0] for name, found in states.items()}
-        self.state.save_to_json(str(staged / "trainer_state.json"))
+        self.state.stateful_callbacks = callback_states([*self.callback_handler.callbacks, self.control])
+        self.state.save_to_json(str(staged / STATE))
         ranks = range(self.args.world_size) if self.args.world_size > 1 else ()
         missing = [rank for rank in ranks if not (staged / f"rng_state_{rank}.pth").is_file()]
         if missing and not (self.args.save_only_model or self.args.save_on_each_node):
@@ -287,7 +303,7 @@ class CheckpointedTrainer(Trainer):
             shutil.rmtree(staged, ignore_errors=True)
             newest, _ = newest_whole(staged.parent)
         self._unsaved = (
-            f"the checkpoint of step {self.state.global_step} could not be written: {error}{_room(staged.parent)}; "
+            f"the checkpoint of step {self.state.global_step} could not be written: {error}{room(staged.parent)}; "
             + (f"the newest whole one is {newest}" if newest else "there is no whole one yet")
         )
         if self.is_world_process_zero():
@@ -298,8 +314,17 @@ class CheckpointedTrainer(Trainer):
         """Like Trainer's; raises OSError on a full disk, and ValueError for weights that are not finite."""
         if not _internal_call:
             self._together(self._check_finite)
-        with _write_errors():
-            super().save_model(output_dir, _internal_call)
+        try:
+            with as_os_errors():
+                super().save_model(output_dir, _internal_call)
+        except OSError as error:
+            if _internal_call:
+                raise
+            target = Path(output_dir or self.args.output_dir)
+            raise OSError(
+                f"the model could not be written to {target}: {error}{room(target)}; "
+                f"{where_to_go_on(self.args.output_dir)}"
+            ) from error
 
     def _check_finite(self) -> None:
         """Raise ValueError for weights that are not finite: after the last step no loss would show an overflow."""
@@ -362,13 +387,9 @@ class CheckpointedTrainer(Trainer):
 
     def _load_callback_state(self) -> None:
         """Restore callbacks' counters, even without restore_callback_states_from_checkpoint; their options stay."""
-        found = defaultdict(list)
-        for callback in self.callback_handler.callbacks:
-            found[type(callback).__name__].append(callback)
-        for name, states in self.state.stateful_callbacks.items():
-            for callback, state in zip(found[name], states if isinstance(states, list) else [states], strict=False):
-                for attribute, value in state["attributes"].items():
-                    setattr(callback, attribute, value)
+        restore_callback_states(
+            self.callback_handler.callbacks, self.state.stateful_callbacks, self._resume_folder or self.args.output_dir
+        )
 
     def _load_best_model(self) -> None:
         self._together(lambda: verify(self.state.best_model_checkpoint) if self.args.should_save else None)
@@ -383,7 +404,7 @@ class CheckpointedTrainer(Trainer):
         """Run on every rank; an error on one is raised on all, so that none waits. Returns the first result."""
         problem, result = None, None
         try:
-            with _write_errors():
+            with as_os_errors():
                 result = part()
         except (OSError, ValueError) as error:
             problem = error
@@ -392,22 +413,3 @@ class CheckpointedTrainer(Trainer):
         if first is not None:
             raise problem or first
         return next((theirs for _, theirs in outcomes if theirs is not None), None)
-
-
-@contextlib.contextmanager
-def _write_errors() -> Iterator[None]:
-    """Turn the errors of safetensors' and torch's writers into OSError."""
-    try:
-        yield
-    except SafetensorError as error:
-        raise OSError(f"safetensors: {error}") from error
-    except RuntimeError as error:
-        if "PytorchStreamWriter" not in str(error):
-            raise
-        raise OSError(f"torch.save: {str(error).splitlines()[0]}") from error
-
-
-def _room(folder: Path) -> str:
-    with contextlib.suppress(OSError):
-        return f" ({shutil.disk_usage(folder).free / 1e6:,.0f} MB are free)"
-    return ""

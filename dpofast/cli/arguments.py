@@ -6,10 +6,11 @@ import argparse
 import json
 import warnings
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 from transformers import HfArgumentParser
+
+from dpofast.cli.config_file import read_yaml
 
 
 def parse(
@@ -156,33 +157,22 @@ class _GroupFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 def _yaml_flags(path: str) -> list[str]:
     """Returns the file's mapping as command-line flags, so that file and flags pass through one parser."""
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-            names = [key.value for key, _ in node.value]
-            for name in names:
-                if names.count(name) > 1:  # yaml keeps the last, in silence
-                    raise ValueError(f"config: {path}: {name} stands there twice, and only one can hold")
-            return super().construct_mapping(node, deep)
-
-    try:
-        options = yaml.load(Path(path).read_text(encoding="utf-8"), Loader)  # a SafeLoader
-    except OSError as error:
-        raise ValueError(f"config: {path}: cannot be read: {error.strerror}") from error
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"config: {path}: not a YAML file: {error}") from error
+    options = read_yaml(path)
     if not isinstance(options, dict):
         raise ValueError(f"config: {path}: expected a mapping of option names to values, got {type(options).__name__}")
     flags = []
     for name, value in options.items():
+        if not isinstance(name, str):
+            raise ValueError(f"config: {path}: expected option names, got {name!r}")
         if value is False and name.endswith("_strategy"):
             value = "no"  # what YAML makes of an unquoted no
-        if isinstance(value, dict):
-            value = json.dumps(value)
-        if value is not None:
+        try:
             values = value if isinstance(value, list) else [value]
-            flags += [f"--{name}", *map(str, values)]
+            words = [json.dumps(part) if isinstance(part, (dict, list)) else str(part) for part in values]
+        except TypeError as error:  # a mapping with keys or values that JSON does not have
+            raise ValueError(f"config: {path}: {name}: {error}") from error
+        if value is not None:
+            flags += [f"--{name}", *words]
     return flags
 
 

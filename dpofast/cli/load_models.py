@@ -6,6 +6,7 @@ A folder that holds a LoRA adapter is its base model with the adapter on it.
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,12 +39,13 @@ def load_tokenizer(name: str, *, trust_remote_code: bool) -> Any:
     """
     from transformers import AutoTokenizer
 
+    _refuse_special_files(name)
     source = name
     if is_adapter(name) and not any((Path(name) / f).exists() for f in ("tokenizer_config.json", "tokenizer.json")):
         source = base_of(name)
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # JSON of another shape makes the libraries raise anything
         raise ValueError(f"{named(source)}: no tokenizer can be loaded from it: {one_line(error)}") from error
 
 
@@ -55,6 +57,7 @@ def load_model(name: str, loading: Loading) -> Any:
     """
     from dpofast.model.load import load_causal_lm
 
+    _refuse_special_files(name)
     if is_adapter(name):
         return _with_adapter(name, loading)
     _refuse_pickles(name, "pytorch_model*.bin", "*.safetensors")
@@ -63,14 +66,12 @@ def load_model(name: str, loading: Loading) -> Any:
         if loading.load_in_4bit:
             options |= {"quantization_config": four_bits(DTYPES[loading.dtype]), "device_map": {"": device()}}
         return load_causal_lm(name, dtype=DTYPES[loading.dtype], **options)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except Exception as error:  # as above
         reason = one_line(error).removeprefix(f"{name}: ")
         raise ValueError(f"{named(name)}: no causal language model can be loaded from it: {reason}") from error
 
 
 def _with_adapter(folder: str, loading: Loading) -> Any:
-    from safetensors import SafetensorError
-
     from dpofast.model.load import load_adapter
 
     try:
@@ -81,7 +82,7 @@ def _with_adapter(folder: str, loading: Loading) -> Any:
     base = load_model(base_of(folder), loading)
     try:
         return load_adapter(base, folder).eval()
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # as above
         reason = one_line(error).removeprefix(f"{folder}: ")
         raise ValueError(f"{folder}: its adapter cannot be loaded: {reason}") from error
 
@@ -95,16 +96,37 @@ def base_of(folder: str) -> str:
     """Returns the name of the base model from an adapter's folder.
 
     Raises:
-        ValueError: it names none.
+        ValueError: it names none, or itself, also by way of another adapter.
     """
+    base = _base_name(folder)
+    seen, further = {Path(folder).resolve()}, base
+    while is_adapter(further):
+        if Path(further).resolve() in seen:
+            raise ValueError(f"{folder}: its adapter's base model is an adapter on itself: {further}")
+        seen.add(Path(further).resolve())
+        further = _base_name(further)
+    return base
+
+
+def _base_name(folder: str) -> str:
     path = Path(folder) / _ADAPTER
     try:
-        base = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (OSError, ValueError) as error:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: cannot be read: {one_line(error)}") from error
-    if not base:
+    base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
+    if not base or not isinstance(base, str):
         raise ValueError(f"{path}: expected the adapter's base model as base_model_name_or_path, and it names none")
     return base
+
+
+def _refuse_special_files(name: str) -> None:
+    """Raise ValueError for a named pipe or a device among a folder's files, which might be read for ever."""
+    folder = Path(name)
+    if folder.is_dir():
+        for path in folder.iterdir():
+            if path.exists() and not path.is_file() and not path.is_dir():
+                raise ValueError(f"{path}: expected a file of a model, and it is a named pipe or a device")
 
 
 def _refuse_pickles(name: str, pickles: str, weights: str) -> None:
@@ -112,10 +134,11 @@ def _refuse_pickles(name: str, pickles: str, weights: str) -> None:
     folder = Path(name)
     if folder.is_dir() and any(folder.glob(pickles)) and not any(folder.glob(weights)):
         found = ", ".join(sorted(path.name for path in folder.glob(pickles)))
-        way = (
-            'python -c "from transformers import AutoModelForCausalLM as M; '
-            f"M.from_pretrained('{name}', use_safetensors=False).save_pretrained('{name}-safetensors')\""
+        code = (
+            "from transformers import AutoModelForCausalLM as M; "
+            f"M.from_pretrained({name!r}, use_safetensors=False).save_pretrained({name + '-safetensors'!r})"
         )
+        way = f"python -c {shlex.quote(code)}"
         if is_adapter(name):
             way = "load the adapter with peft and save_pretrained() it again"
         raise ValueError(

@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from dpofast.common.output import flush_or_give_up, lasting_output, open_standard_streams
 from dpofast.common.printable import printable, printable_messages
 
 _USAGE = """usage: dpofast <command> [options]
@@ -31,12 +32,25 @@ _COMMANDS = {
     "demo": "dpofast.demo.run",
     "info": "dpofast.cli.info",
 }
+# What these print is news of a run, which goes on where it is lost; of the others it is the result.
+_LONG = ("train", "score", "demo")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, or 2 after a message about the user's input."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     command, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
+    open_standard_streams()
+    with printable_messages(), lasting_output(stdout=command in _LONG):
+        code = _run(command, rest)
+        lost = flush_or_give_up(sys.stdout)
+        if lost is not None and command not in _LONG:
+            code = _refuse(f"standard output cannot be written to: {lost.strerror or lost}")
+        flush_or_give_up(sys.stderr)
+    return code
+
+
+def _run(command: str, arguments: Sequence[str]) -> int:
     if command in ("", "-h", "--help"):
         print(_USAGE)
         return 0 if command else 2
@@ -44,8 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_USAGE, file=sys.stderr)
         return _refuse(f"expected a command among {', '.join(_COMMANDS)}, got {command!r}")
     try:
-        with printable_messages():
-            return importlib.import_module(_COMMANDS[command]).main(rest)
+        return importlib.import_module(_COMMANDS[command]).main(arguments)
     except KeyboardInterrupt:
         print("dpofast: stopped; what was written so far can be resumed", file=sys.stderr)
         return 130

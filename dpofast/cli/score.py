@@ -16,6 +16,7 @@ from pathlib import Path
 from dpofast.cli.arguments import parse, quiet
 from dpofast.cli.load_models import base_of, is_adapter
 from dpofast.cli.scored_pairs import ScoringArguments, prepare, scored
+from dpofast.common.locks import WriteLock
 from dpofast.common.printable import printable
 from dpofast.scoring.score_file import PartialScores, source_rows, source_snapshot, weights_of, write_scored
 
@@ -37,20 +38,27 @@ class ScoreArguments(ScoringArguments):
         path = Path(self.output)
         if path.suffix not in (".jsonl", ".parquet"):
             raise ValueError(f"output: expected a file that ends in .jsonl or .parquet, got {self.output!r}")
-        if path.exists() and (path.is_dir() or not self.overwrite):
-            way = "name a file" if path.is_dir() else "name another, or pass --overwrite"
-            raise ValueError(f"output: {path} exists already: {way}")
+        self.check_output()
         if Path(self.data).exists() and path.resolve() == Path(self.data).resolve():
             raise ValueError("output: expected another file than --data")
         if self.ld_alpha is not None and not 0 <= self.ld_alpha <= 1:
             raise ValueError(f"ld_alpha: expected a number in [0, 1], got {self.ld_alpha}")
+
+    def check_output(self) -> None:
+        """Refuse an output that exists."""
+        path = Path(self.output)
+        if path.exists() and (path.is_dir() or not self.overwrite):
+            way = "name a file" if path.is_dir() else "name another, or pass --overwrite"
+            raise ValueError(f"output: {path} exists already: {way}")
 
 
 def main(argv: Sequence[str]) -> int:
     """Score, and return 0.
 
     Raises:
-        ValueError: an option, a model or data that cannot be used, or a partial file of another run.
+        ValueError: an option, a model or data that cannot be used, a partial file of another run, or an output that
+            another process writes.
+        OSError: the output cannot be written (a full disk).
     """
     (arguments,) = parse((ScoreArguments,), argv, prog="dpofast score", description=__doc__)
     quiet(sys.stderr.isatty())
@@ -66,13 +74,21 @@ def main(argv: Sequence[str]) -> int:
         "tokens": prepared.tokens._fingerprint,
     }
     partial = PartialScores(output.with_name(output.name + ".partial"), identity)
-    start = partial.resume(overwrite=arguments.overwrite)
-    if start:
-        print(
-            printable(f"going on with {partial.path}: {start:,} of {len(prepared.tokens):,} pairs are scored already")
-        )
-    partial.append(scored(arguments, prepared, start=start, ld_alpha=arguments.ld_alpha))
-    write_scored(output, source_rows(arguments.data, prepared.dataset, snapshot), partial)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with WriteLock(output, output.with_name(f".{output.name}.lock")):
+        arguments.check_output()  # another run may have written it since the first look
+        start = partial.resume(overwrite=arguments.overwrite)
+        if start:
+            done = f"{start:,} of {len(prepared.tokens):,} pairs are scored already"
+            print(printable(f"going on with {partial.path}: {done}"))
+        try:
+            partial.append(scored(arguments, prepared, start=start, ld_alpha=arguments.ld_alpha))
+            write_scored(output, source_rows(arguments.data, prepared.dataset, snapshot), partial)
+        except OSError as error:
+            raise OSError(
+                f"output: {output} cannot be written: {error.strerror or error}; what is scored so far is in "
+                f"{partial.path}, and the same command goes on with it"
+            ) from error
     print(prepared.report.summary())
     print(printable(f"{len(prepared.tokens):,} scored pairs are in {output}"))
     return 0

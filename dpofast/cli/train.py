@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -155,23 +156,39 @@ def _preview(train: TrainArguments, config: DPOConfig) -> int:
 
 
 def _run(trainer: DPOTrainer, output: Path, resume: str | None, *, html_report: bool) -> None:
-    from dpofast.report.page import write_report
     from dpofast.report.progress import follow
+
+    follow(trainer, output / "metrics.jsonl")
+    with trainer.output_locked():
+        if resume is None and trainer.is_world_process_zero():
+            _checked_output(trainer.args)  # another run may have come and gone since the first look
+        trainer.train(resume_from_checkpoint=resume)
+        trainer.save_model()
+        if trainer.is_world_process_zero():
+            written = ["model", "metrics.jsonl", *_draw(trainer, output, html_report=html_report)]
+            print(f"{', '.join(written)} are in {printable(str(output))}")
+
+
+def _draw(trainer: DPOTrainer, output: Path, *, html_report: bool) -> list[str]:
+    """Draw the run's pictures; returns their files. The model is written by now, so one that fails is a warning."""
+    from dpofast.report.page import write_report
     from dpofast.report.training_plot import plot_training
 
-    written = ["model", "metrics.jsonl"]
-    follow(trainer, output / "metrics.jsonl")
-    trainer.train(resume_from_checkpoint=resume)
-    trainer.save_model()
-    if not trainer.is_world_process_zero():
-        return
-    logged = any("loss" in entry for entry in trainer.state.log_history)  # not in a run shorter than logging_steps
-    if logged:
-        plot_training(output / "metrics.jsonl", output / "training.png")
-        written.append("training.png")
-        if html_report:
-            written.append(write_report(trainer, output / "report.html").name)
-    print(printable(f"{', '.join(written)} are in {output}"))
+    if not any("loss" in entry for entry in trainer.state.log_history):  # a run shorter than logging_steps
+        return []
+    drawn = []
+    for name, draw in (
+        ("training.png", lambda path: plot_training(output / "metrics.jsonl", path)),
+        ("report.html", lambda path: write_report(trainer, path)),
+    ):
+        if name == "report.html" and not html_report:
+            continue
+        try:
+            draw(output / name)
+            drawn.append(name)
+        except (OSError, ValueError) as error:
+            warnings.warn(f"{output / name} could not be written: {error}", stacklevel=2)
+    return drawn
 
 
 def _checked_loading(train: TrainArguments) -> Loading:
@@ -208,7 +225,7 @@ def _checked_output(config: Any) -> str | None:
 
     Files of an earlier run would mix with this one's: an adapter left beside full weights is loaded with them.
     """
-    from dpofast.checkpointing.folder import resolve_checkpoint
+    from dpofast.checkpointing.folder import LOCK, resolve_checkpoint
     from dpofast.scoring.ref_cache import CACHE_FOLDER
 
     output, resume = Path(config.output_dir), config.resume_from_checkpoint
@@ -216,7 +233,7 @@ def _checked_output(config: Any) -> str | None:
         raise ValueError(f"output_dir: {output} is a file, and a folder is needed")
     if resume is None:
         # A run that was killed before its first step has left reference log-probs, with which this one goes on.
-        if output.is_dir() and any(entry.name != CACHE_FOLDER for entry in output.iterdir()):
+        if output.is_dir() and any(entry.name not in (CACHE_FOLDER, LOCK) for entry in output.iterdir()):
             raise ValueError(
                 f"output_dir: {output} is not empty: name another, remove it, or go on with its run by "
                 "--resume_from_checkpoint latest"

@@ -4,6 +4,9 @@
 - autograd: backward passes that refuse second derivatives; autograd inside operators
 - ranks: Ranks, collectives on plain numbers, on the CPU
 - atomic_files: atomic, durable file writes
+- locks: WriteLock, held by the one process that writes
+- output: printing that outlives a full disk or a closed terminal
+- printable: text with its control characters escaped
 - memory: peak memory of this process
 - constants: IGNORE_INDEX
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import shutil
 import time
 from collections.abc import Sequence
@@ -17,6 +18,8 @@ from rich.markup import escape
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
+from dpofast.checkpointing.folder import LOCK
+from dpofast.common.locks import WriteLock
 from dpofast.data.load import load_preferences, tokenize_preferences
 from dpofast.demo.answers import Answers, answer, likelier_share
 from dpofast.demo.language_model import train_language_model
@@ -46,17 +49,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo and return 0.
 
     Raises:
-        ValueError: the output directory is not empty and --overwrite was not given.
+        ValueError: the output directory is not empty and --overwrite was not given, or another process writes to it.
     """
     args = _arguments(argv)
     out: Path = args.output_dir
-    if out.exists() and any(out.iterdir()) and not args.overwrite:
-        raise ValueError(f"output_dir: {out} is not empty; pass --overwrite to write over it, or another --output_dir")
+    out.mkdir(parents=True, exist_ok=True)
+    with WriteLock(out, out / LOCK):
+        if any(entry.name != LOCK for entry in out.iterdir()) and not args.overwrite:
+            raise ValueError(
+                f"output_dir: {out} is not empty; pass --overwrite to write over it, or another --output_dir"
+            )
+        _run(args, out)
+    return 0
+
+
+def _run(args: argparse.Namespace, out: Path) -> None:
     size = QUICK if args.quick else Size()
     console = Console()
     start = time.perf_counter()
     _set_up_process()
-    out.mkdir(parents=True, exist_ok=True)
     for name in (_TRAIN, _TEST):
         shutil.copyfile(DATA / name, out / name)
 
@@ -91,12 +102,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         ("training.png", "loss, accuracy, margin and rewards"),
     ):
         print(f"  {out / name}  {what}")
+    model_dir, train_file, test_file, next_dir = (
+        shlex.quote(str(path)) for path in (out / "reference", out / _TRAIN, out / _TEST, f"{out}-2")
+    )
     print(
         "Next, the same with options of your own (or with a model and pairs of yours):\n"
-        f"  dpofast train --model {out / 'reference'} --data {out / _TRAIN} --eval_data {out / _TEST} "
-        f"--output_dir {out}-2 --per_device_train_batch_size 32 --learning_rate 1e-4 --beta 0.5"
+        f"  dpofast train --model {model_dir} --data {train_file} --eval_data {test_file} "
+        f"--output_dir {next_dir} --per_device_train_batch_size 32 --learning_rate 1e-4 --beta 0.5"
     )
-    return 0
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:

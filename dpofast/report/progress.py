@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import math
 import os
@@ -112,7 +113,7 @@ class ProgressCallback(TrainerCallback):
 class JsonlCallback(TrainerCallback):
     """Appends every log to a file as one JSON line with its step; a value that is not finite is written as null.
 
-    On a full disk the line is left out with a warning, and training continues.
+    Where it cannot be written to (a full disk) a log is left out with a warning, and training continues.
 
     Args:
         path: the file; its folders are made when training begins.
@@ -121,30 +122,49 @@ class JsonlCallback(TrainerCallback):
     def __init__(self, path: str | Path) -> None:
         """Keep the path."""
         self.path = Path(path)
+        self._begin: int | None = None  # the step up to which lines are kept, until that is done
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Empty the file, or when resuming keep the lines up to the resumed step: later steps are trained again."""
-        if not state.is_world_process_zero:
-            return
+        if state.is_world_process_zero:
+            self._begin = state.global_step
+            self._write_or_warn("", state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        """Append one line."""
+        if state.is_world_process_zero:
+            self._write_or_warn(_line({"step": state.global_step, **(logs or {})}), state.global_step)
+
+    def _write_or_warn(self, line: str, step: int) -> None:
+        try:
+            if self._begin is not None:
+                self._keep_up_to(self._begin)
+                self._begin = None
+            if line:
+                self._append(line)
+        except OSError as error:
+            left_out = f"the log of step {step} is left out" if line else "it is tried again with the first log"
+            warnings.warn(f"{self.path}: {left_out}: {error}", stacklevel=4)
+
+    def _keep_up_to(self, step: int) -> None:
         kept = []
-        if state.global_step > 0 and self.path.exists():
-            kept = [entry for entry in read_metrics(self.path) if entry["step"] <= state.global_step]
+        if step > 0 and self.path.exists():
+            kept = [entry for entry in read_metrics(self.path) if entry.get("step", math.inf) <= step]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         aside = self.path.with_name(f".tmp-{self.path.name}")  # killed in between, the former file is still there
         aside.write_text("".join(map(_line, kept)), encoding="utf-8")
         os.replace(aside, self.path)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
-        """Append one line."""
-        if not state.is_world_process_zero:
-            return
+    def _append(self, line: str) -> None:
         size = self.path.stat().st_size if self.path.exists() else 0
         try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(_line({"step": state.global_step, **(logs or {})}))
-        except OSError as error:
-            os.truncate(self.path, size)  # half a line would spoil the next one
-            warnings.warn(f"{self.path}: the log of step {state.global_step} is left out: {error}", stacklevel=2)
+                file.write(line)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.truncate(self.path, size)  # half a line would spoil the next one
+            raise
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
@@ -157,9 +177,12 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     entries = []
     for number, line in enumerate(lines[:-1], 1):
         try:
-            entries.append(json.loads(line))
-        except json.JSONDecodeError as error:
+            entry = json.loads(line)
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}, line {number}: expected one JSON object a line: {error}") from error
+        if not isinstance(entry, dict):
+            raise ValueError(f"{path}, line {number}: expected one JSON object a line, got {type(entry).__name__}")
+        entries.append(entry)
     return entries
 
 

@@ -19,7 +19,7 @@ from dpofast.packing.batch import PackedBatch
 _MAX_TOKENS_GPU, _MAX_TOKENS_CPU, _FORWARD_TOKENS_CPU, _AUTO_TOKENS_GPU = 16384, 2048, 1024, 65536
 # Of the memory that is free: the allocator's fragments and the longest rows of later steps need room too.
 _USED_SHARE = 0.85
-_CPU_MESSAGE = "DefaultCPUAllocator"
+_CPU_MESSAGES = ("DefaultCPUAllocator", "std::bad_alloc")  # in a RuntimeError, of torch's allocator and of C++'s
 SAVE_MEMORY = "set gradient_checkpointing, a smaller max_length or max_logits_bytes, bf16, or train a LoRA adapter"
 
 _logger = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ def largest_auto(device: torch.device) -> int:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error is that of a device's or of the CPU's allocator for memory that is not free."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and _CPU_MESSAGE in str(error)
+        isinstance(error, RuntimeError) and any(message in str(error) for message in _CPU_MESSAGES)
     )
 
 

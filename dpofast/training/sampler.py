@@ -18,6 +18,7 @@ from datasets import Dataset
 from torch.utils.data import BatchSampler, DataLoader
 from transformers import TrainingArguments
 
+from dpofast.checkpointing.signals import outlive_signals
 from dpofast.common.ranks import Ranks
 from dpofast.data.arrow import chunk_bounds, read_chunks
 from dpofast.data.formats import ID_COLUMNS
@@ -224,6 +225,7 @@ def step_loader(
         batch_sampler=sampler,
         collate_fn=_as_it_is,
         num_workers=args.dataloader_num_workers,
+        worker_init_fn=outlive_signals,
         persistent_workers=args.dataloader_persistent_workers,
         prefetch_factor=args.dataloader_prefetch_factor,
     )

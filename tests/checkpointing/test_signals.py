@@ -3,10 +3,11 @@
 import os
 import signal
 import threading
+import time
 
 import pytest
 
-from dpofast.checkpointing.signals import Interruption
+from dpofast.checkpointing.signals import Interruption, outlive_signals
 
 
 def test_signals_are_taken_over_only_while_training_and_in_the_main_thread():
@@ -50,3 +51,50 @@ def test_a_workers_signals_are_its_own(name, status):
             os._exit(0)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == status
         assert interruption.signal is None
+
+
+def test_a_closed_terminal_is_one_event_however_many_signals_it_sends():
+    with Interruption() as interruption:
+        for number in (signal.SIGHUP, signal.SIGHUP, signal.SIGTERM, signal.SIGHUP):
+            signal.raise_signal(number)
+        assert interruption.signal is signal.SIGTERM
+
+
+@pytest.mark.parametrize("launcher", ["LOCAL_RANK", "SLURM_PROCID"])
+def test_under_a_launcher_a_signal_that_its_agent_passes_on_is_no_second_one(monkeypatch, capfd, launcher):
+    monkeypatch.setenv(launcher, "0")
+    with Interruption() as interruption:
+        for _ in range(3):
+            signal.raise_signal(signal.SIGTERM)
+        assert interruption.signal is signal.SIGTERM
+    assert capfd.readouterr().err == "\ndpofast: SIGTERM: the step ends with a checkpoint, then the run\n"
+
+
+def test_standard_error_that_hung_up_does_not_break_the_handler(monkeypatch):
+    def hung_up(*_):
+        raise OSError(5, "Input/output error")
+
+    with Interruption() as interruption:
+        monkeypatch.setattr(os, "write", hung_up)
+        signal.raise_signal(signal.SIGHUP)
+        monkeypatch.undo()
+        assert interruption.signal is signal.SIGHUP
+
+
+@pytest.mark.parametrize("sender", ["parent", "another"])
+def test_a_data_loading_worker_ends_by_its_parent_alone(sender):
+    ready, started = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        outlive_signals()
+        os.write(started, b"x")
+        time.sleep(0.5)
+        os._exit(7)
+    os.read(ready, 1)
+    if sender == "parent":
+        os.kill(pid, signal.SIGTERM)
+    elif os.fork() == 0:
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+            os.kill(pid, number)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == (0 if sender == "parent" else 7)

@@ -280,10 +280,16 @@ FULL = OSError(errno.ENOSPC, "No space left on device")
             "save",
             RuntimeError("[enforce fail] . PytorchStreamWriter failed writing file data/0: file write failed"),
         ),
+        (
+            torch,
+            "save",
+            RuntimeError("[enforce fail at inline_container.cc:747] . file write failed: No space left on device"),
+        ),
         (Trainer, "save_model", SafetensorError("I/O error: No space left on device (os error 28)")),
+        (Trainer, "save_model", Exception("No space left on device (os error 28)")),
         (checkpoint_folder, "_serialized", FULL),
     ],
-    ids=["fsync", "read-only", "pickle", "weights", "manifest"],
+    ids=["fsync", "read-only", "pickle", "archive", "weights", "tokenizer", "manifest"],
 )
 def test_a_save_that_fails_is_said_and_the_next_one_is_tried(trained, tmp_path, monkeypatch, owner, name, error):
     trainer = make_trainer(tmp_path, **SAVING)

@@ -2,8 +2,10 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -318,3 +320,39 @@ def test_held_out_pairs_are_evaluated_without_being_asked(run, tmp_path):
     held_out.write_text("".join(json.dumps(row) + "\n" for row in ROWS[:4]))
     code, _, err, output = run(ROWS[4:], "--eval_data", str(held_out), "--num_train_epochs", "1")
     assert code == 0 and "eval_loss" in (output / "metrics.jsonl").read_text(), err
+
+
+def test_a_run_that_came_meanwhile_is_not_mixed_with(run, monkeypatch):
+    from dpofast.training.trainer import DPOTrainer
+
+    real = DPOTrainer.output_locked
+
+    def after_another(self):
+        Path(self.args.output_dir, "model.safetensors").write_text("theirs")
+        return real(self)
+
+    monkeypatch.setattr(DPOTrainer, "output_locked", after_another)
+    code, _, err, output = run(ROWS)
+    assert code == 2 and "is not empty" in err
+    assert (output / "model.safetensors").read_text() == "theirs" and not (output / "metrics.jsonl").exists()
+
+
+def test_pictures_that_cannot_be_written_do_not_fail_a_run_whose_model_is(run, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("dpofast.report.training_plot.plot_training", full)
+    with pytest.warns(UserWarning, match="training.png could not be written: .*No space left on device"):
+        code, out, err, output = run(ROWS)
+    assert code == 0 and "model, metrics.jsonl, report.html are in" in out, err
+    assert (output / "model.safetensors").exists()
+
+
+def test_names_that_steer_a_terminal_are_printed_escaped(run, tmp_path, model_dir):
+    evil = tmp_path / "m\x1b]0;title\x07"
+    shutil.copytree(model_dir, evil)
+    config = json.loads((evil / "config.json").read_text())
+    (evil / "config.json").write_text(json.dumps({**config, "architectures": ["\x1b[2J"]}))
+    code, out, err, _ = run(ROWS, model=evil)
+    assert code == 2 and r"m\x1b]0;title\x07: no causal" in err and "\x1b" not in out + err
+    assert run([{"\x1b[2J": 1}])[0] == 2

@@ -10,8 +10,10 @@ import pytest
 import torch
 from datasets import Dataset, load_from_disk
 
+from dpofast.cli import score as score_command
 from dpofast.cli.main import main
 from dpofast.scoring.score import WINDOW
+from dpofast.scoring.score_file import PartialScores
 from tests.support.tiny import save_tiny
 
 pytestmark = pytest.mark.slow(20)
@@ -204,3 +206,44 @@ def test_rows_that_have_no_place_in_parquet_are_refused(folder, tmp_path, capsys
     assert score(tmp_path, output, data="pairs.jsonl", model=folder / "adapter") == 2
     assert "output: these rows have no place in a Parquet file" in capsys.readouterr().err and not output.exists()
     assert not (tmp_path / ".scored.parquet.writing").exists()
+
+
+def test_a_second_run_with_the_same_output_is_refused(folder, tmp_path, capsys, monkeypatch):
+    output, refused = tmp_path / "scored.jsonl", []
+    real = PartialScores.resume
+
+    def while_it_is_locked(self, *, overwrite):
+        monkeypatch.undo()
+        refused.append((score(folder, output), capsys.readouterr().err))
+        return real(self, overwrite=overwrite)
+
+    monkeypatch.setattr(PartialScores, "resume", while_it_is_locked)
+    assert score(folder, output) == 0
+    assert refused[0][0] == 2 and f"scored.jsonl: process {os.getpid()} on " in refused[0][1]
+    assert [path.name for path in tmp_path.iterdir()] == ["scored.jsonl"] and len(lines(output)) == 30
+
+
+def test_an_output_that_came_meanwhile_is_not_written_over(folder, tmp_path, capsys, monkeypatch):
+    output, prepare = tmp_path / "scored.jsonl", score_command.prepare
+
+    def another_run_ends(arguments):
+        output.write_text("theirs")
+        return prepare(arguments)
+
+    monkeypatch.setattr(score_command, "prepare", another_run_ends)
+    assert score(folder, output) == 2 and "exists already" in capsys.readouterr().err
+    assert output.read_text() == "theirs" and [path.name for path in tmp_path.iterdir()] == ["scored.jsonl"]
+
+
+def test_a_full_disk_keeps_the_scores_and_says_how_to_go_on(folder, tmp_path, capsys, monkeypatch):
+    output = tmp_path / "scored.jsonl"
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(score_command, "write_scored", full)
+        assert score(folder, output) == 2
+    err = capsys.readouterr().err
+    assert f"{output} cannot be written: No space left on device; what is scored so far is in {output}.partial" in err
+    assert score(folder, output) == 0 and len(lines(output)) == 30

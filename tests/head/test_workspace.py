@@ -100,3 +100,8 @@ def test_a_graph_that_waits_for_its_backward_keeps_what_it_saved() -> None:
     gc.collect()
     loss.backward()
     assert torch.equal(first.grad, expected) and torch.equal(second.grad, expected)
+
+
+def test_memory_that_runs_out_is_a_memory_error() -> None:
+    with pytest.raises(MemoryError, match=r"no memory for a buffer of [\d,]{20,} bytes"):
+        Scratch().empty((1 << 30, 1 << 24), like=LIKE, dtype=torch.float32)

@@ -119,6 +119,36 @@ def test_a_line_that_does_not_fit_is_left_out_and_the_file_stays_whole(tmp_path)
     assert [entry["step"] for entry in read_metrics(callback.path)] == [1, 3]
 
 
+def test_a_log_that_cannot_be_written_at_all_does_not_end_the_run(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n')
+    (tmp_path / ".tmp-metrics.jsonl").mkdir()  # in the way of the new file
+    callback = JsonlCallback(path)
+    with pytest.warns(UserWarning, match="metrics.jsonl: it is tried again with the first log: .*Is a directory"):
+        callback.on_train_begin(None, state(1), None)
+    with pytest.warns(UserWarning, match="metrics.jsonl: the log of step 2 is left out: .*Is a directory"):
+        callback.on_log(None, state(2), None, logs={"loss": 2.0})
+    (tmp_path / ".tmp-metrics.jsonl").rmdir()
+    callback.on_log(None, state(3), None, logs={"loss": 3.0})
+    assert [entry["step"] for entry in read_metrics(path)] == [1, 3]
+    path.unlink()
+    path.mkdir()
+    with pytest.warns(UserWarning, match="metrics.jsonl: the log of step 4 is left out: "):
+        callback.on_log(None, state(4), None, logs={"loss": 4.0})
+    path.rmdir()
+    tmp_path.rmdir()  # a folder that somebody removed is made again
+    callback.on_log(None, state(5), None, logs={"loss": 5.0})
+    assert [entry["step"] for entry in read_metrics(path)] == [5]
+
+
+def test_a_line_of_another_shape_is_named(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    for line, got in (("[1]", "got list"), ("[" * 100_000, "maximum recursion")):
+        path.write_text(f'{{"step": 1}}\n{line}\n')
+        with pytest.raises(ValueError, match=f"metrics.jsonl, line 2: expected one JSON object a line.*{got}"):
+            read_metrics(path)
+
+
 def test_a_broken_line_is_named(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\nnonsense\n{"step": 2}\n', encoding="utf-8")

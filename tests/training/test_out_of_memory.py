@@ -1,7 +1,9 @@
 """Steps that do not fit into memory, and max_tokens that is found by probing."""
 
+import errno
 import gc
 import logging
+import mmap
 import subprocess
 import sys
 import weakref
@@ -9,6 +11,7 @@ import weakref
 import pytest
 import torch
 
+from dpofast.head.engine import workspace
 from dpofast.training import out_of_memory
 from tests.support.ranks_cases import RunsOutOfMemory
 from tests.support.tiny import tiny_dataset, tiny_model
@@ -34,6 +37,25 @@ def test_a_step_that_does_not_fit_is_done_again_in_smaller_parts(tmp_path, caplo
     torch.testing.assert_close(weights_of(trainer), weights_of(expected), atol=1e-5, rtol=1e-5)
     for log, other in zip(trainer.state.log_history, expected.state.log_history, strict=True):
         assert log.get("lengths/chosen") == other.get("lengths/chosen")  # pairs of the failed attempt are not counted
+
+
+def test_a_scratch_buffer_that_cannot_be_mapped_halves_max_tokens(tmp_path, monkeypatch):
+    """mmap's error is an OSError, which is no MemoryError."""
+    trainer, expected = (make_trainer(tmp_path, **SGD) for _ in range(2))
+    expected.train()
+    real, sizes = mmap.mmap, []
+
+    def mapped(descriptor, size, **options):
+        sizes.append(size)
+        if len(sizes) == 1:
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+        return real(descriptor, size, **options)
+
+    monkeypatch.setattr(workspace, "_LEAST_BYTES", 1)
+    monkeypatch.setattr(mmap, "mmap", mapped)
+    trainer.train()
+    assert len(sizes) > 1 and trainer.max_tokens < expected.max_tokens
+    torch.testing.assert_close(weights_of(trainer), weights_of(expected), atol=1e-5, rtol=1e-5)
 
 
 def test_the_last_backward_may_run_out_of_memory_too(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ MADV_FREE: Linux reclaims its pages when it is short of memory, and leaves them 
 from __future__ import annotations
 
 import ctypes
+import errno
 import math
 import mmap
 import threading
@@ -33,7 +34,11 @@ class Scratch:
         self._lock = threading.RLock()  # a collection inside may end another lease
 
     def empty(self, shape: tuple[int, ...], *, like: Tensor, dtype: torch.dtype) -> Tensor:
-        """Allocate a contiguous tensor on `like`'s device; its memory is reused once no tensor uses it any more."""
+        """Allocate a contiguous tensor on `like`'s device; its memory is reused once no tensor uses it any more.
+
+        Raises:
+            MemoryError: there is none, on a CPU; torch.OutOfMemoryError on a GPU.
+        """
         size = math.prod(shape) * dtype.itemsize
         if not like.is_cpu or size < _LEAST_BYTES or not hasattr(mmap, "MADV_FREE"):
             return like.new_empty(shape, dtype=dtype)
@@ -52,7 +57,12 @@ class Scratch:
             block, self._idle = self._idle, None
         if block is None or len(block) < size:
             del block  # before another is mapped
-            return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            try:
+                return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            except OSError as error:
+                if error.errno != errno.ENOMEM:
+                    raise
+                raise MemoryError(f"no memory for a buffer of {size:,} bytes") from error
         return block
 
     def _put_back(self, block: mmap.mmap) -> None:
