@@ -9,7 +9,11 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Sequence
+
+from dpofast._version import __version__
+from dpofast.common.names import did_you_mean
 
 _USAGE = """usage: dpofast <command> [options]
 
@@ -19,6 +23,8 @@ commands:
   score   add log-probs and implicit rewards to a file            dpofast score --help
   demo    a small model, from scratch to DPO, minutes             dpofast demo --help
   info    what is installed and which path is used
+
+dpofast --version prints the version.
 """
 
 # The module of a command is imported only when it runs: torch alone takes seconds.
@@ -38,18 +44,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command in ("", "-h", "--help"):
         print(_USAGE)
         return 0 if command else 2
+    if command in ("-V", "--version", "version"):
+        print(f"dpofast {__version__}")
+        return 0
     if command not in _COMMANDS:
         print(_USAGE, file=sys.stderr)
-        return _refuse(f"expected a command among {', '.join(_COMMANDS)}, got {command!r}")
+        meant = did_you_mean(command, _COMMANDS)
+        return _refuse(f"expected a command among {', '.join(_COMMANDS)}, got {command!r}{meant}")
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        return _run(command, rest)
+
+
+def _run(command: str, arguments: Sequence[str]) -> int:
     try:
-        return importlib.import_module(_COMMANDS[command]).main(rest)
+        return importlib.import_module(_COMMANDS[command]).main(arguments)
     except KeyboardInterrupt:
         print("dpofast: stopped; what was written so far can be resumed", file=sys.stderr)
         return 130
-    except (ValueError, FloatingPointError, OSError) as error:
+    # ImportError: an option whose package is not installed (an optimizer, DeepSpeed, a quantizer).
+    except (ValueError, FloatingPointError, OSError, ImportError) as error:
         if os.environ.get("DPOFAST_TRACEBACK"):
             raise
-        return _refuse(str(error))
+        return _refuse(" ".join(str(error).split()) if isinstance(error, ImportError) else str(error))
+
+
+def _show_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: object, **__: object
+) -> None:
+    """Print a warning as one line; where in the code it was raised is of no use to who runs a command."""
+    print(f"dpofast: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def _refuse(message: str) -> int:

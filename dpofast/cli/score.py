@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         ValueError: an option, a model or data that cannot be used, or a partial file of another run.
     """
-    (arguments,) = parse((ScoreArguments,), argv, prog="dpofast score", description=__doc__)
+    arguments, _ = parse((ScoreArguments,), argv, prog="dpofast score", description=__doc__)
     quiet(sys.stderr.isatty())
     output = Path(arguments.output)
     prepared = prepare(arguments)

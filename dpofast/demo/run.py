@@ -33,7 +33,7 @@ _TRAIN, _TEST = "pairs_train.jsonl", "pairs_test.jsonl"
 class Size:
     """Size of a run: optimizer steps of both stages, held-out questions to answer, and how many of them to print."""
 
-    text_steps: int = 600
+    text_steps: int = 900
     dpo_steps: int = 45
     questions: int = 40
     shown: int = 6

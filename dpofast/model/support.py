@@ -31,7 +31,12 @@ def check_lm_head(model: Any) -> None:
     name = type(model).__name__
     config = getattr(model, "config", None)
     if config is None or not hasattr(model, "get_output_embeddings"):
-        raise ValueError(f"{name}: expected a transformers causal language model")
+        raise ValueError(f"{name}: expected a transformers causal language model (AutoModelForCausalLM)")
+    if not getattr(config, "is_encoder_decoder", False) and model.get_output_embeddings() is None:
+        raise ValueError(
+            f"{name}: expected a model with its language-modelling head, and this one has none: pass the whole model "
+            "(AutoModelForCausalLM), of which this may be the backbone"
+        )
     if getattr(config, "is_encoder_decoder", False) or not hasattr(model, "generate"):
         raise ValueError(
             f"{name}: expected a decoder-only causal language model (AutoModelForCausalLM), not an encoder"
