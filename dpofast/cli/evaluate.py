@@ -162,7 +162,7 @@ def _show(arguments: EvalArguments, figures: dict[str, Estimate], length: Length
     count = figures["margin"].count
     if ties:
         why = ": is --ref_model the model itself?" if ties == count and not arguments.no_reference else "."
-        print(f"In {ties:,} of {count:,} pairs the two rewards tie, which counts as not accurate{why}")
+        print(f"In {ties:,} of {count:,} pairs the two rewards tie, which is not accurate{why}")
     if count == 1:
         print("A mean over one pair has no interval.")
     shares = _lengths(length)

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dpofast.cli.load_models import is_adapter, one_line
 from dpofast.common.atomic_files import put
 
 RUN_FILE = "run.yaml"
@@ -73,6 +74,20 @@ def with_run_options(argv: Sequence[str]) -> list[str]:
         )
     to = [] if "output_dir" in beside else ["--output_dir", str(folder)]
     return ["--config", str(folder / RUN_FILE), *rest, *to, "--resume_from_checkpoint", checkpoint]
+
+
+def first_adapter(folder: str) -> str | None:
+    """Returns the adapter that a run trained on, by the run.yaml beside the adapter that it wrote; None: a new one."""
+    import yaml
+
+    path = Path(folder, RUN_FILE)
+    if not (path.is_file() and is_adapter(folder)):
+        return None
+    try:
+        model = yaml.safe_load(path.read_text("utf-8"))["model"]
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: cannot be read as the options of a run: {one_line(error)}") from error
+    return model if isinstance(model, str) and is_adapter(model) else None
 
 
 def resume_command(folder: Path) -> str:

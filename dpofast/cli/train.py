@@ -169,11 +169,14 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _run(trainer: DPOTrainer, output: Path, resume: str | None, *, html_report: bool) -> None:
+    from transformers.utils import logging
+
     from dpofast.report.page import findings_of, write_report
     from dpofast.report.progress import follow
     from dpofast.report.training_plot import plot_training
 
     written = ["model", "metrics.jsonl"]
+    logging.disable_progress_bar()  # of "Writing model shards", which would break into the bar of the steps
     follow(trainer, output / "metrics.jsonl")
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
@@ -186,9 +189,11 @@ def _run(trainer: DPOTrainer, output: Path, resume: str | None, *, html_report: 
         if html_report:
             written.append(write_report(trainer, output / "report.html").name)
     print(f"{', '.join(written)} are in {output}")
-    for finding in findings_of(trainer):
-        where = f"; what to try: {output / 'report.html'}" if "report.html" in written else ""
-        print(f"warning: {finding.title} ({finding.name}){where}")
+    findings = findings_of(trainer)
+    if findings:
+        print("warnings" + (" (what to try is in report.html):" if "report.html" in written else ":"))
+    for finding in findings:
+        print(f"  {finding.title} ({finding.name})")
 
 
 def _checked_loading(train: TrainArguments, config: DPOConfig) -> Loading:

@@ -260,7 +260,7 @@ def test_pickled_weights_are_refused_with_the_way_to_convert_them(run, tmp_path)
     assert "pickled: its weights are pickles (pytorch_model.bin)" in err and "use_safetensors=False" in err
 
 
-def test_an_adapter_is_trained_on_and_is_its_own_reference(run, tmp_path):
+def test_an_adapter_is_trained_on_and_is_its_own_reference(run, tmp_path, capsys):
     code, _, err, output = run(ROWS, "--lora_r", "2", "--learning_rate", "1e-2")
     assert code == 0, err
     first = output.rename(tmp_path / "first")
@@ -273,6 +273,12 @@ def test_an_adapter_is_trained_on_and_is_its_own_reference(run, tmp_path):
     # at the first step the policy is its reference, the adapter included
     assert entries[0]["loss"] == pytest.approx(math.log(2), abs=1e-5) and abs(entries[0]["rewards/chosen"]) < 1e-5
     assert json.loads((output / "adapter_config.json").read_text())["r"] == 2
+    evaluated = ["eval", "--model", str(output), "--data", str(tmp_path / "pairs.jsonl"), "--output", "json"]
+    assert main(evaluated) == 2  # by default it would be compared with the base model
+    assert f"trained on from the adapter in {first}: name its reference" in capsys.readouterr().err
+    assert main([*evaluated, "--ref_model", str(first)]) == 0
+    margin = json.loads(capsys.readouterr().out)["metrics"]["margin"]["value"]
+    assert margin > entries[0]["rewards/margins"] + 1e-3
     code, _, err, _ = run(ROWS, "--lora_r", "4", model=first)
     assert code == 2 and "lora_r: " in err and "holds an adapter of its own" in err
 
@@ -391,7 +397,7 @@ def test_max_tokens_below_a_pair_and_the_reports_warnings_are_said_in_a_line_eac
     code, out, err, output = run(long, "--max_tokens", "8", "--max_length", "10")
     assert code == 0, err
     assert "max_tokens: 8 is less than the longest pair has, 12 positions" in err and len(err.splitlines()) == 1
-    assert f"warning: Many responses were cut (truncation); what to try: {output / 'report.html'}" in out
+    assert "warnings (what to try is in report.html):\n" in out and "\n  Many responses were cut (truncation)\n" in out
 
 
 def test_info_names_the_path(capsys):
