@@ -120,6 +120,11 @@ def check_same_run(then: Mapping[str, Any], now: Mapping[str, Any], folder: Any)
             "the new length, so the result is not that of a run which had it from the start",
             stacklevel=2,
         )
+    if "eval_dataset" in now and "eval_dataset" not in then:
+        warnings.warn(
+            f"resuming {folder} with an eval_dataset, which the run did not have before: its evaluations begin here",
+            stacklevel=2,
+        )
     return not length
 
 

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 from transformers import HfArgumentParser
 
 from dpofast.cli.config_file import read_yaml
+from dpofast.common.names import did_you_mean
 
 
 def parse(
@@ -23,6 +24,8 @@ def parse(
     help_end: str = "",
 ) -> tuple[Any, ...]:
     """Returns one object of each dataclass, from flags, or from --config file.yaml with flags on top of it.
+
+    The last entry is a dict of the options that were given, by name, as plain values.
 
     Args:
         classes: dataclasses whose fields are the options.
@@ -52,14 +55,28 @@ def parse(
     )
     if unknown:
         place = f" (from {path})" if path and unknown[0] not in given else ""
-        parser.error(f"unknown: {' '.join(unknown)}{place}")
-    return tuple(parsed[: len(classes)])
+        parser.error(f"unknown: {' '.join(unknown)}{place}{parser.meant(unknown)}")
+    return (*parsed[: len(classes)], parser.given(flags))
 
 
 DATA_HELP = (
     "Preference pairs: a .jsonl, .json, .csv or .tsv file (or .gz of one), a .parquet file, a folder of such files or "
     "of save_to_disk, or a hub name (name:config)."
 )
+# Options of trl's scripts -> what they are here.
+_ALSO_CALLED = {
+    "model_name_or_path": "model",
+    "dataset_name": "data",
+    "dataset_train_split": "split",
+    "dataset_test_split": "eval_split",
+    "ref_model_name_or_path": "ref_model",
+    "torch_dtype": "dtype",
+    "use_peft": "lora_r",
+    "epochs": "num_train_epochs",
+    "lr": "learning_rate",
+    "batch_size": "per_device_train_batch_size",
+    "output": "output_dir",
+}
 _SWITCHES = "An option without a value is a switch: --x turns it on, and --no_x turns off one that is on by default."
 
 
@@ -108,6 +125,21 @@ class _Parser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:  # argparse would print some hundred flags in front of it
         flag = "--help" if self._groups is None else "--help_all"
         raise ValueError(f"{message}; `{self.prog} {flag}` lists every option")
+
+    def given(self, flags: Sequence[str]) -> dict[str, Any]:
+        """Returns the values of the options that these flags set, by name."""
+        words = (self._option_string_actions.get(word.split("=", 1)[0]) for word in flags)
+        values = vars(self.parse_known_args(list(flags))[0])
+        return {action.dest: getattr(values[action.dest], "value", values[action.dest]) for action in words if action}
+
+    def meant(self, unknown: Sequence[str]) -> str:
+        """Returns "; did you mean --x?" for the first unknown flag that is near an option's name."""
+        flags = [word.split("=", 1)[0].lstrip("-").replace("-", "_") for word in unknown if word.startswith("-")]
+        known = [flag for flag in self._option_string_actions if "-" not in flag.lstrip("-")]
+        names = [flag.lstrip("-") for flag in known]
+        also_called = {theirs: ours for theirs, ours in _ALSO_CALLED.items() if ours in names}
+        found = (did_you_mean(flag, names, also_called) for flag in flags)
+        return next((text.replace("mean ", "mean --") for text in found if text), "")
 
     def refuse_repeated(self, argv: Sequence[str]) -> None:
         """argparse keeps the last of two equal flags, in silence."""

@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         ValueError: an option, a model or data that cannot be used.
     """
-    (arguments,) = parse((EvalArguments,), argv, prog="dpofast eval", description=__doc__)
+    arguments, _ = parse((EvalArguments,), argv, prog="dpofast eval", description=__doc__)
     quiet(sys.stderr.isatty())
     prepared = prepare(arguments)
     pairs = _table(scored(arguments, prepared), arguments)
@@ -100,6 +100,7 @@ def evaluation(pairs: PairTable) -> tuple[dict[str, Estimate], LengthStatistics]
     )
     figures = {
         "accuracy": share(pairs.margins > 0),
+        "ties": share(pairs.margins == 0),
         "margin": mean(pairs.margins),
         "loss": mean(pairs.losses),
         "reward, chosen": mean(pairs.rewards[:, 0]),
@@ -152,14 +153,19 @@ def _show(arguments: EvalArguments, figures: dict[str, Estimate], length: Length
     for column in table.columns[1:]:
         column.justify = "right"
     for name, estimate in figures.items():
-        if not math.isnan(estimate.value) and not (arguments.no_reference and name == "chosen below reference"):
+        left_out = (name == "ties" and not ties) or (arguments.no_reference and name == "chosen below reference")
+        if not math.isnan(estimate.value) and not left_out:
             form = "{:+.3f}" if "margin" in name or "reward" in name.split(",") else "{:.3f}"
             bounds = (estimate.low, estimate.high)
             interval = "-" if math.isnan(estimate.low) else " to ".join(form.format(bound) for bound in bounds)
             table.add_row(name, form.format(estimate.value), interval, f"{estimate.count:,}")
     Console().print(table)
+    count = figures["margin"].count
     if ties:
-        print(f"In {ties:,} of {figures['margin'].count:,} pairs the two rewards tie, which is not accurate.")
+        why = ": is --ref_model the model itself?" if ties == count and not arguments.no_reference else "."
+        print(f"In {ties:,} of {count:,} pairs the two rewards tie, which is not accurate{why}")
+    if count == 1:
+        print("A mean over one pair has no interval.")
     shares = _lengths(length)
     if math.isnan(shares["chosen_is_longer"]):
         return  # all pairs are of equal lengths
@@ -170,3 +176,8 @@ def _show(arguments: EvalArguments, figures: dict[str, Estimate], length: Length
         f"The chosen response is the longer one in {shares['chosen_is_longer']:.0%} of the pairs of unequal lengths; "
         f"the preferred response has {shares['preferred_tokens']:.1f} tokens on average{follows}."
     )
+    if shares["chosen_is_longer"] in (0, 1):
+        missing = "longer" if shares["chosen_is_longer"] == 0 else "shorter"
+        print(
+            f"No pair's chosen response is the {missing} one, so accuracy cannot be told from a preference for length."
+        )

@@ -13,17 +13,23 @@ from typing import Any
 
 import torch
 
+from dpofast.common.hub import check_hub_name
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _ADAPTER = "adapter_config.json"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Loading:
-    """How models are loaded: dtype (a name in DTYPES), trust_remote_code, and quantized to 4 bits or not."""
+    """How models are loaded: dtype (a name in DTYPES), trust_remote_code, quantized to 4 bits or not.
+
+    attn_implementation is transformers'; None is the model's own choice.
+    """
 
     dtype: str = "float32"
     trust_remote_code: bool = False
     load_in_4bit: bool = False
+    attn_implementation: str | None = None
 
     def __post_init__(self) -> None:
         """Check the dtype's name."""
@@ -43,6 +49,7 @@ def load_tokenizer(name: str, *, trust_remote_code: bool) -> Any:
     source = name
     if is_adapter(name) and not any((Path(name) / f).exists() for f in ("tokenizer_config.json", "tokenizer.json")):
         source = base_of(name)
+    check_name(source)
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except Exception as error:  # JSON of another shape makes the libraries raise anything
@@ -60,12 +67,14 @@ def load_model(name: str, loading: Loading) -> Any:
     _refuse_special_files(name)
     if is_adapter(name):
         return _with_adapter(name, loading)
+    check_name(name)
     _refuse_pickles(name, "pytorch_model*.bin", "*.safetensors")
     options: dict[str, Any] = {"trust_remote_code": loading.trust_remote_code}
+    attention = {} if loading.attn_implementation is None else {"attn_implementation": loading.attn_implementation}
     try:
         if loading.load_in_4bit:
             options |= {"quantization_config": four_bits(DTYPES[loading.dtype]), "device_map": {"": device()}}
-        return load_causal_lm(name, dtype=DTYPES[loading.dtype], **options)
+        return load_causal_lm(name, dtype=DTYPES[loading.dtype], **options, **attention)
     except Exception as error:  # as above
         reason = one_line(error).removeprefix(f"{name}: ")
         raise ValueError(f"{named(name)}: no causal language model can be loaded from it: {reason}") from error
@@ -147,29 +156,6 @@ def _refuse_pickles(name: str, pickles: str, weights: str) -> None:
         )
 
 
-def lora(rank: int, alpha: int | None) -> Any:
-    """Returns peft's LoraConfig on every linear layer but the LM head, with alpha 16 for None; or None for rank 0.
-
-    Raises:
-        ValueError: a rank below 0, an alpha below 1 or without a rank, or no peft.
-    """
-    if rank < 0:
-        raise ValueError(f"lora_r: expected 0 (train all weights) or a rank of 1 or more, got {rank}")
-    if rank == 0:
-        if alpha is not None:
-            raise ValueError(f"lora_alpha: {alpha} has no effect without an adapter: add its rank, --lora_r 16")
-        return None
-    alpha = 16 if alpha is None else alpha
-    if alpha < 1:
-        raise ValueError(f"lora_alpha: expected 1 or more, got {alpha}")
-    try:
-        from peft import LoraConfig
-    except ImportError as error:
-        raise ValueError("lora_r: LoRA needs peft: pip install peft") from error
-    # Dropout would make results depend on how pairs are packed, and the policy differ from its reference at step 0.
-    return LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
-
-
 def four_bits(dtype: torch.dtype) -> Any:
     """Returns transformers' BitsAndBytesConfig of QLoRA (arXiv 2305.14314): NF4, double quantization, compute in dtype.
 
@@ -196,6 +182,12 @@ def device() -> torch.device:
     """Returns where models run: the accelerator, or the CPU."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return accelerator or torch.device("cpu")
+
+
+def check_name(name: str) -> None:
+    """Raise ValueError for a model that is neither a folder nor can be on the hub, with the nearest folder's name."""
+    if not Path(name).is_dir():
+        check_hub_name(name)
 
 
 def named(model: str) -> str:

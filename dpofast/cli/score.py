@@ -60,7 +60,7 @@ def main(argv: Sequence[str]) -> int:
             another process writes.
         OSError: the output cannot be written (a full disk).
     """
-    (arguments,) = parse((ScoreArguments,), argv, prog="dpofast score", description=__doc__)
+    arguments, _ = parse((ScoreArguments,), argv, prog="dpofast score", description=__doc__)
     quiet(sys.stderr.isatty())
     output = Path(arguments.output)
     snapshot = source_snapshot(arguments.data, arguments.split)

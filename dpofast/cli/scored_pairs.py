@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from tqdm.auto import tqdm
 
 from dpofast.cli.arguments import DATA_HELP
 from dpofast.cli.load_models import Loading, device, is_adapter, load_model, load_tokenizer, named
+from dpofast.cli.run_options import first_adapter
 from dpofast.data.encode_pairs import TRUNCATION_MODES
 from dpofast.data.formats import REF_COLUMNS, place
 from dpofast.data.load import DataReport, load_preferences, tokenize_preferences
@@ -97,6 +99,11 @@ def prepare(arguments: ScoringArguments) -> Prepared:
         raise ValueError(
             f"ref_model: {named(arguments.model)} is no adapter, so its reference must be named (the model that "
             "training began with): --ref_model; or --no_reference for losses that have none"
+        )
+    if not (arguments.ref_model or arguments.no_reference or given) and (first := first_adapter(arguments.model)):
+        raise ValueError(
+            f"ref_model: {arguments.model} was trained on from the adapter in {first}: name its reference, which is "
+            f"that adapter (--ref_model {shlex.quote(first)}), or the base model"
         )
     model, ref_model = _models(arguments)
     tokens, report = tokenize_preferences(

@@ -1,4 +1,7 @@
-"""`dpofast train`: train a model or an adapter on preference pairs; writes metrics.jsonl, training.png, report.html."""
+"""`dpofast train`: train a model or an adapter on preference pairs; writes metrics.jsonl, training.png, report.html.
+
+Its options are kept in run.yaml of the output folder: `dpofast train --resume FOLDER` goes on with a run.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dpofast.cli.adapters import LoraArguments, train_on
 from dpofast.cli.arguments import DATA_HELP, parse, quiet
-from dpofast.cli.load_models import Loading, is_adapter, load_model, load_tokenizer, lora, named, one_line
+from dpofast.cli.load_models import Loading, is_adapter, load_model, load_tokenizer, named, one_line
+from dpofast.cli.run_options import RUN_FILE, resume_command, with_run_options, write_options
 from dpofast.common.printable import printable
 from dpofast.training.config import DPOConfig
 from dpofast.training.trainer import DPOTrainer
@@ -32,9 +37,12 @@ HELP_GROUPS = {
     ),
     "memory and packing": ("max_tokens", "share_prompts", "padded", "max_logits_bytes"),
     "data": ("split", "eval_split", "max_length", "truncation_mode", "on_bad_row", "dataset_num_proc", "preview"),
-    "adapter and quantization": ("lora_alpha", "load_in_4bit", "dtype", "disable_dropout", "trust_remote_code"),
+    "adapter and quantization": (
+        *("lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora", "load_in_4bit"),
+        *("dtype", "attn_implementation", "disable_dropout", "trust_remote_code"),
+    ),
     "run and report": (
-        *("config", "resume_from_checkpoint", "early_stopping_patience"),
+        *("config", "resume", "resume_from_checkpoint", "early_stopping_patience"),
         *("logging_steps", "token_statistics", "html_report"),
     ),
 }
@@ -45,11 +53,16 @@ HELP_END = (
 )
 
 
-@dataclass
-class TrainArguments:
+@dataclass(kw_only=True)
+class TrainArguments(LoraArguments):
     """Options of `dpofast train` beside those of DPOConfig, which has every transformers.TrainingArguments option."""
 
-    model: str = field(metadata={"help": "A folder or hub name that AutoModelForCausalLM loads (safetensors only)."})
+    model: str = field(
+        metadata={
+            "help": "A folder or hub name that AutoModelForCausalLM loads (safetensors only), or the folder of a LoRA "
+            "adapter, which is trained on."
+        }
+    )
     data: str = field(metadata={"help": DATA_HELP})
     eval_data: str | None = field(default=None, metadata={"help": "Held-out pairs, in the same formats."})
     split: str = field(default="train", metadata={"help": "The split of --data, where it has several."})
@@ -60,13 +73,23 @@ class TrainArguments:
     )
     dtype: str = field(default="float32", metadata={"help": "The dtype models are loaded in: float32 or bfloat16."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Allow a model's own Python code to run."})
-    lora_r: int = field(
-        default=0, metadata={"help": "Rank of a LoRA adapter on every linear layer; 0 trains all weights."}
-    )
-    lora_alpha: int | None = field(default=None, metadata={"help": "LoRA's alpha; default 16."})
     load_in_4bit: bool = field(
         default=False,
         metadata={"help": "QLoRA: the frozen weights in 4 bits, by bitsandbytes; needs --lora_r."},
+    )
+    attn_implementation: str | None = field(
+        default=None,
+        metadata={
+            "help": "transformers' attention for the model's own calls: padded rows (--padded) and the check of packed "
+            "ones, which attend by dpofast's backends. Default: the model's choice."
+        },
+    )
+    resume: str | None = field(
+        default=None,
+        metadata={
+            "help": "Go on with a run by the options in its run.yaml: its output folder, one of its checkpoints, or "
+            "latest with --output_dir. Further flags win."
+        },
     )
     early_stopping_patience: int | None = field(
         default=None,
@@ -90,9 +113,9 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         ValueError: an option, a model or data that cannot be used; nothing has been written then.
     """
-    train, config = parse(
+    train, config, given = parse(
         (TrainArguments, DPOConfig),
-        argv,
+        with_run_options(argv),
         prog="dpofast train",
         description=__doc__,
         help_groups=HELP_GROUPS,
@@ -103,14 +126,17 @@ def main(argv: Sequence[str]) -> int:
     config.disable_tqdm = config.disable_tqdm or not interactive
     if train.preview:
         return _preview(train, config)
-    peft_config = lora(train.lora_r, train.lora_alpha)
-    loading = _checked_loading(train)
+    loading = _checked_loading(train, config)
+    peft_config = train.lora_config()
+    if "output_dir" not in given:  # transformers would write into a folder called trainer_output
+        raise ValueError("output_dir: name the folder that the run is written to: --output_dir out")
     resume = _checked_output(config)
     config.logging_first_step = True
     if train.eval_data and config.eval_strategy == "no":
         config.eval_strategy = "epoch"
     callbacks = _early_stopping(train, config)
-    if train.dtype == "bfloat16" and train.lora_r == 0:
+    adapted = is_adapter(train.model)
+    if train.dtype == "bfloat16" and train.lora_r == 0 and not adapted:
         print(
             "dpofast: warning: with --dtype bfloat16 the weights themselves are bfloat16, and small updates round "
             "away; --bf16 keeps float32 weights and computes in bfloat16",
@@ -126,8 +152,9 @@ def main(argv: Sequence[str]) -> int:
     if train.eval_data:
         eval_data = load_preferences(train.eval_data, split=train.eval_split, on_bad_row=config.on_bad_row)
     try:
+        model = load_model(train.model, loading)
         trainer = DPOTrainer(
-            model=load_model(train.model, loading),
+            model=train_on(model) if adapted else model,
             ref_model=load_model(train.ref_model, loading) if train.ref_model else None,
             args=config,
             train_dataset=train_data,
@@ -140,7 +167,7 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError(one_line(error)) from error
     for report in trainer.data_reports.values() if trainer.is_world_process_zero() else ():
         print(report.summary())
-    _run(trainer, Path(config.output_dir), resume, html_report=train.html_report)
+    _run(trainer, Path(config.output_dir), resume, given, html_report=train.html_report)
     return 0
 
 
@@ -155,18 +182,30 @@ def _preview(train: TrainArguments, config: DPOConfig) -> int:
     return 0
 
 
-def _run(trainer: DPOTrainer, output: Path, resume: str | None, *, html_report: bool) -> None:
+def _run(trainer: DPOTrainer, output: Path, resume: str | None, options: dict[str, Any], *, html_report: bool) -> None:
+    from transformers.utils import logging
+
+    from dpofast.report.page import findings_of
     from dpofast.report.progress import follow
 
+    logging.disable_progress_bar()  # of "Writing model shards", which would break into the bar of the steps
     follow(trainer, output / "metrics.jsonl")
     with trainer.output_locked():
-        if resume is None and trainer.is_world_process_zero():
-            _checked_output(trainer.args)  # another run may have come and gone since the first look
+        if trainer.is_world_process_zero():
+            if resume is None:
+                _checked_output(trainer.args)  # another run may have come and gone since the first look
+            write_options(output, options)
         trainer.train(resume_from_checkpoint=resume)
         trainer.save_model()
-        if trainer.is_world_process_zero():
-            written = ["model", "metrics.jsonl", *_draw(trainer, output, html_report=html_report)]
-            print(f"{', '.join(written)} are in {printable(str(output))}")
+        if not trainer.is_world_process_zero():
+            return
+        written = ["model", "metrics.jsonl", *_draw(trainer, output, html_report=html_report)]
+        print(printable(f"{', '.join(written)} are in {output}"))
+        findings = findings_of(trainer)
+        if findings:
+            print("warnings" + (" (what to try is in report.html):" if "report.html" in written else ":"))
+        for finding in findings:
+            print(f"  {finding.title} ({finding.name})")
 
 
 def _draw(trainer: DPOTrainer, output: Path, *, html_report: bool) -> list[str]:
@@ -191,18 +230,27 @@ def _draw(trainer: DPOTrainer, output: Path, *, html_report: bool) -> list[str]:
     return drawn
 
 
-def _checked_loading(train: TrainArguments) -> Loading:
-    if train.load_in_4bit and train.lora_r == 0:
+def _checked_loading(train: TrainArguments, config: DPOConfig) -> Loading:
+    train.check_lora(disable_dropout=config.disable_dropout)
+    if train.resume is not None:
+        raise ValueError("resume: is a flag and no option of a YAML file: dpofast train --resume FOLDER")
+    adapted = is_adapter(train.model)
+    if adapted and train.lora_r:
+        raise ValueError(
+            f"lora_r: {train.model} holds an adapter of its own, which is trained on: leave lora_r out; or, for a new "
+            "adapter on top, merge this one into its base model first (peft: AutoPeftModelForCausalLM"
+            ".from_pretrained(...).merge_and_unload().save_pretrained(...))"
+        )
+    if train.load_in_4bit and train.lora_r == 0 and not adapted:
         raise ValueError("load_in_4bit: 4-bit weights cannot be trained themselves, only an adapter on them: --lora_r")
-    for name in filter(None, (train.model, train.ref_model)):
-        if is_adapter(name):
-            raise ValueError(
-                f"{name} holds a LoRA adapter: merge it into its base model first (peft: "
-                "AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(...))"
-            )
     if train.ref_model == train.model:
         raise ValueError(f"ref_model: {named(train.model)} is the model itself, which is the reference by default")
-    return Loading(dtype=train.dtype, trust_remote_code=train.trust_remote_code, load_in_4bit=train.load_in_4bit)
+    return Loading(
+        dtype=train.dtype,
+        trust_remote_code=train.trust_remote_code,
+        load_in_4bit=train.load_in_4bit,
+        attn_implementation=train.attn_implementation,
+    )
 
 
 def _early_stopping(train: TrainArguments, config: DPOConfig) -> list[Any]:
@@ -233,10 +281,10 @@ def _checked_output(config: Any) -> str | None:
         raise ValueError(f"output_dir: {output} is a file, and a folder is needed")
     if resume is None:
         # A run that was killed before its first step has left reference log-probs, with which this one goes on.
-        if output.is_dir() and any(entry.name not in (CACHE_FOLDER, LOCK) for entry in output.iterdir()):
+        if output.is_dir() and any(entry.name not in (CACHE_FOLDER, LOCK, RUN_FILE) for entry in output.iterdir()):
+            way = resume_command(output) if (output / RUN_FILE).is_file() else "--resume_from_checkpoint latest"
             raise ValueError(
-                f"output_dir: {output} is not empty: name another, remove it, or go on with its run by "
-                "--resume_from_checkpoint latest"
+                f"output_dir: {output} is not empty: name another, remove it, or go on with its run: {way}"
             )
         return None
     return str(resolve_checkpoint(resume, output))

@@ -2,7 +2,8 @@
 
 Per pair (means over pairs): rewards/{chosen,rejected,accuracies,margins}, logps/{chosen,rejected}, kl/{chosen,rejected}
 (policy minus reference log-prob per token, nats), lengths/{chosen,rejected} (tokens), displacement (share of pairs
-whose chosen response became less likely than under the reference). A tied margin counts as not accurate. With ld_alpha
+whose chosen response became less likely than under the reference), rewards/ties (share of pairs of equal rewards, which
+count as not accurate: before the first step all tie, but for rounding). With ld_alpha
 rewards, logps and kl are of the weighted log-probs, like TRL's. An evaluation also has LENGTH_METRICS (statistics.py).
 Per token, where the statistics were computed: entropy (nats), logits/{chosen,rejected}, mean_token_accuracy.
 """
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpofast.common.names import did_you_mean
 from dpofast.common.ranks import Ranks
 from dpofast.evaluation.statistics import LENGTH_METRICS
 from dpofast.head.options import LogprobOutput
@@ -27,7 +29,7 @@ TOKEN_STATISTICS = ("entropy", "mean_logits", "is_top1")
 def evaluation_metrics(*, with_reference: bool, token_statistics: bool) -> list[str]:
     """The names that an evaluation's metrics have, without their prefix: what metric_for_best_model may be."""
     kinds = ["rewards", "logps", "lengths", *(["kl"] if with_reference else [])]
-    names = ["loss", "rewards/margins", "rewards/accuracies", *LENGTH_METRICS]
+    names = ["loss", "rewards/margins", "rewards/accuracies", "rewards/ties", *LENGTH_METRICS]
     names += [f"{kind}/{side}" for kind in kinds for side in ("chosen", "rejected")]
     names += ["displacement"] if with_reference else []
     names += ["entropy", "logits/chosen", "logits/rejected", "mean_token_accuracy"] if token_statistics else []
@@ -43,7 +45,10 @@ def check_best_metric(args: Any, with_reference: bool, eval_dataset: Any) -> Non
     sets = [f"{part}_" for part in eval_dataset] if isinstance(eval_dataset, dict) else [""]
     if name.removeprefix("eval_") not in {part + metric for part in sets for metric in known}:
         several = f", each with one of {', '.join(sets)} in front of it" if sets != [""] else ""
-        raise ValueError(f"metric_for_best_model: expected one of {', '.join(known)}{several}, got {name!r}")
+        raise ValueError(
+            f"metric_for_best_model: expected one of {', '.join(known)}{several}, got {name!r}"
+            + did_you_mean(name, known, {"accuracy": "rewards/accuracies", "margin": "rewards/margins"})
+        )
 
 
 class MetricSums:
@@ -103,6 +108,7 @@ class MetricSums:
         margins = rewards[:, 0] - rewards[:, 1]
         self.add("rewards/margins", margins.sum(), count)
         self.add("rewards/accuracies", (margins > 0).sum(), count)
+        self.add("rewards/ties", (margins == 0).sum(), count)
 
     def add_tokens(self, output: LogprobOutput, batch: PackedBatch) -> None:
         """Add a micro-batch's per-token statistics (TOKEN_STATISTICS): over the tokens of every pair, like TRL."""
@@ -122,16 +128,22 @@ class MetricSums:
         self.add("mean_token_accuracy", total(output.is_top1, chosen), tokens["chosen"])
 
 
-def work_avoided(examples: Sequence[Mapping[str, Any]], batches: Sequence[PackedBatch]) -> dict[str, float]:
-    """How a padded trainer's tokens for these examples split up.
+def work_avoided(
+    examples: Sequence[Mapping[str, Any]], batches: Sequence[PackedBatch], *, padded: bool = False
+) -> dict[str, float]:
+    """What these micro-batches do not compute of a padded trainer's tokens for the same examples.
 
-    padding_fraction: pads among the tokens of 2·B rows as long as the longest; shared_fraction: positions that packing
-    saves among the real tokens (prompts that run once, last tokens that need no position).
+    padding_avoided: the share of 2·B rows as long as the longest that is pads, less those that padded=True computes;
+    sharing_avoided: the share of the real tokens that is shared (prompts that run once, last tokens that need no
+    position), 0 with padded=True, which shares nothing.
     """
     prompt = [len(example["prompt_ids"]) for example in examples]
     chosen = [len(example["chosen_ids"]) for example in examples]
     rejected = [len(example["rejected_ids"]) for example in examples]
     longest = max(p + max(c, r) for p, c, r in zip(prompt, chosen, rejected, strict=True))
+    all_padded = 2 * len(examples) * longest
+    if padded:
+        return {"padding_avoided": 1 - sum(b.padded_tokens for b in batches) / all_padded, "sharing_avoided": 0.0}
     real = 2 * sum(prompt) + sum(chosen) + sum(rejected)
     computed = sum(batch.num_tokens for batch in batches)
-    return {"padding_fraction": 1 - real / (2 * len(examples) * longest), "shared_fraction": 1 - computed / real}
+    return {"padding_avoided": 1 - real / all_padded, "sharing_avoided": 1 - computed / real}

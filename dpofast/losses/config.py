@@ -7,8 +7,9 @@ import json
 import math
 from dataclasses import dataclass, field
 
+from dpofast.common.names import did_you_mean
 from dpofast.losses.divergences import DIVERGENCES
-from dpofast.losses.kinds import KINDS, SMOOTHING_RANGES
+from dpofast.losses.kinds import KINDS, KINDS_ALSO_CALLED, SMOOTHING_RANGES
 from dpofast.losses.options import LossOptions
 
 _NUMBERS = (
@@ -64,7 +65,9 @@ class PreferenceLoss(LossOptions):
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         if not self.kinds or any(kind not in KINDS for kind in self.kinds):
-            raise ValueError(f"kind: expected one of {sorted(KINDS)}, or several of them, got {self.kind!r}")
+            unknown = [kind for kind in self.kinds if kind not in KINDS]
+            meant = did_you_mean(unknown[0], KINDS, KINDS_ALSO_CALLED) if unknown else ""
+            raise ValueError(f"kind: expected one of {sorted(KINDS)}, or several of them, got {self.kind!r}{meant}")
         self._check_ranges()
         self._check_combinations()
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}

@@ -244,3 +244,13 @@ KINDS: dict[str, Kind] = {
     "orpo": Kind(_orpo, reference=False, lengths=True, nll=True, per_token=True),
     "cpo": Kind(_cpo, reference=False, lengths="cpo_alpha", options=("cpo_alpha",), nll=True),
 }
+
+# What is often written for them, in messages about an unknown name.
+KINDS_ALSO_CALLED = {
+    "dpo": "sigmoid (DPO's own loss)",
+    "cdpo": "sigmoid with label_smoothing",
+    "rpo": "sigmoid with rpo_alpha",
+    "ld_dpo": "sigmoid with ld_alpha",
+    "wpo": "sigmoid with use_weighting",
+    "nll": "sft",
+}

@@ -155,8 +155,14 @@ def sequence_logprobs(output: LogprobOutput, batch: PackedBatch) -> Tensor:
     """Sums of the batch's target log-probs over each of its S sequences: (S,) float32, nats, differentiable.
 
     Raises:
+        TypeError: no LogprobOutput.
         ValueError: an output that is not of this batch.
     """
+    if not isinstance(output, LogprobOutput):
+        raise TypeError(
+            f"output: expected the LogprobOutput of model(packed=batch), got {type(output).__name__}: pass the output "
+            "itself and not its logps"
+        )
     if len(output.logps) != batch.num_targets:
         raise ValueError(f"output: expected {batch.num_targets} log-probs, one a target, got {len(output.logps)}")
     return segment_sums(output.logps, batch.cu_targets)

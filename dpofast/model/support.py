@@ -24,8 +24,13 @@ def check_lm_head(model: Any) -> None:
     name = type(model).__name__
     config = getattr(model, "config", None)
     if config is None or not hasattr(model, "get_output_embeddings"):
-        raise ValueError(f"{name}: expected a transformers causal language model")
+        raise ValueError(f"{name}: expected a transformers causal language model (AutoModelForCausalLM)")
     encodes = any(getattr(part, "is_encoder_decoder", False) for part in (config, config.get_text_config()))
+    if not encodes and model.get_output_embeddings() is None:
+        raise ValueError(
+            f"{name}: expected a model with its language-modelling head, and this one has none: pass the whole model "
+            "(AutoModelForCausalLM), of which this may be the backbone"
+        )
     if encodes or not hasattr(model, "generate"):
         raise ValueError(
             f"{name}: expected a decoder-only causal language model (AutoModelForCausalLM), not an encoder"

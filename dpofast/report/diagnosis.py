@@ -23,6 +23,8 @@ LEAST_PAIRS = 20
 LENGTH_CORRELATION = 0.3
 # Between the accuracies where the chosen response is the longer one and where it is the shorter one.
 LENGTH_ACCURACY_GAP = 0.15
+# With fewer pairs whose chosen response is the longer (the shorter) one, that side's accuracy says nothing.
+LEAST_OF_A_SIDE = 5
 # Share of pairs whose chosen response is less likely than under the reference.
 DISPLACED = 0.5
 # ... and by how much, nats a response on average: less is noise.
@@ -238,28 +240,66 @@ def likelihood_displacement(run: Run) -> Finding | None:
 
 
 def length_bias(run: Run) -> Finding | None:
-    """The implicit reward follows the length of the response."""
+    """The implicit reward follows the length of the response, or the pairs cannot show whether it does."""
     length = run.length
-    if length is None or run.compared is None or math.isnan(length.margin_correlation):
+    if length is None or run.compared is None:
         return None
-    r, (longer, shorter) = length.margin_correlation, (length.accuracy_chosen_longer, length.accuracy_chosen_shorter)
-    gap = longer.value - shorter.value
-    if abs(r) < max(LENGTH_CORRELATION, 2 / math.sqrt(len(run.compared))) or not gap * math.copysign(1, r) > (
-        LENGTH_ACCURACY_GAP
-    ):
+    sides = (length.accuracy_chosen_longer, length.accuracy_chosen_shorter)
+    if min(side.count for side in sides) < LEAST_OF_A_SIDE:
+        return _one_sided_length(run, length, len(run.compared))
+    r, (longer, shorter) = length.margin_correlation, sides
+    if not _follows_length(r, len(run.compared)):
         return None
-    which, margin = "longer" if r > 0 else "shorter", "Margin per token" if run.per_token else "Margin"
+    if not (longer.value - shorter.value) * math.copysign(1, r) > LENGTH_ACCURACY_GAP:
+        return None
+    return _length_finding(
+        run,
+        f"The model prefers the {'longer' if r > 0 else 'shorter'} response",
+        f"{_margin(run)} and length difference correlate with r = {r:+.2f}; accuracy is {longer.value:.0%} where the "
+        f"chosen response is the longer one and {shorter.value:.0%} where it is the shorter one (length-balanced: "
+        f"{length.accuracy_balanced:.0%}).",
+        f"Balance the data: the chosen response is the longer one in {length.chosen_longer:.0%} of these pairs.",
+    )
+
+
+def _one_sided_length(run: Run, length: LengthStatistics, count: int) -> Finding | None:
+    """The chosen response is always the longer one, or always the shorter one, so accuracy is accuracy about length."""
+    longer = length.accuracy_chosen_longer.count >= length.accuracy_chosen_shorter.count
+    side = length.accuracy_chosen_longer if longer else length.accuracy_chosen_shorter
+    # Most pairs being of equal length, their accuracy counts; a model that is right by chance prefers neither length.
+    if side.count <= count / 2 or side.low <= 0.5:
+        return None
+    which, r = "longer" if longer else "shorter", length.margin_correlation
+    # The margin grows with the difference in length where r has the sign of that difference.
+    grows = _follows_length(r, count) and (r > 0) == longer
+    correlate = f", and {_margin(run).lower()} and length difference correlate with r = {r:+.2f}" if grows else ""
+    return _length_finding(
+        run,
+        f"The model prefers the {which} response" if grows else "Accuracy cannot be told from a preference for length",
+        f"The chosen response is the {which} one in {side.count:,} of {count:,} pairs{correlate}: a model that looks "
+        f"at length alone is right in all of these, and the accuracy of {side.value:.0%} may be that and nothing else.",
+        f"Hold out pairs whose chosen response is the {'shorter' if longer else 'longer'} one, and train on some.",
+    )
+
+
+def _follows_length(r: float, count: int) -> bool:
+    return abs(r) >= max(LENGTH_CORRELATION, 2 / math.sqrt(count))  # False for NaN
+
+
+def _margin(run: Run) -> str:
+    return "Margin per token" if run.per_token else "Margin"
+
+
+def _length_finding(run: Run, title: str, text: str, data: str) -> Finding:
     per_token = "Compare responses per token: --loss_type sigmoid_norm, or --loss_type simpo without a reference."
     return Finding(
         "length_bias",
-        f"The model prefers the {which} response",
-        f"{margin} and length difference correlate with r = {r:+.2f}; accuracy is {longer.value:.0%} where the chosen "
-        f"response is the longer one and {shorter.value:.0%} where it is the shorter one (length-balanced: "
-        f"{length.accuracy_balanced:.0%}).",
+        title,
+        text,
         (
             "Count tokens beyond the shorter response's length less: --ld_alpha 0.5 (LD-DPO).",
             *([] if run.per_token else [per_token]),
-            f"Balance the data: the chosen response is the longer one in {length.chosen_longer:.0%} of these pairs.",
+            data,
         ),
     )
 

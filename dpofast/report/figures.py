@@ -151,8 +151,8 @@ def _histogram(axes: Axes, run: Run) -> None:
 
 
 def _work(axes: Axes, run: Run) -> None:
-    curve(axes, run.history, "padding_fraction", "pads, of a padded batch", color=_PURPLE, linewidth=1.4)
-    curve(axes, run.history, "shared_fraction", "repeated positions, of the real tokens", color=_GREEN, linewidth=1.4)
+    curve(axes, run.history, "padding_avoided", "pads, of a padded batch", color=_PURPLE, linewidth=1.4)
+    curve(axes, run.history, "sharing_avoided", "repeated positions, of the real tokens", color=_GREEN, linewidth=1.4)
     if axes.lines:
         axes.set_ylim(-0.03, 1.03)
 

@@ -25,7 +25,7 @@ from dpofast.common.memory import peak_memory
 from dpofast.data.formats import ID_COLUMNS
 from dpofast.evaluation.pair_records import KeptPair, PairRecords
 from dpofast.evaluation.statistics import share
-from dpofast.report.diagnosis import Finding, Run, diagnose
+from dpofast.report.diagnosis import LEAST_PAIRS, Finding, Run, diagnose
 from dpofast.report.figures import Picture, pictures
 from dpofast.report.template import PAGE
 
@@ -85,13 +85,22 @@ def write_report(trainer: Any, path: str | os.PathLike[str]) -> Path:
     Returns:
         The path.
     """
-    prefix, records = next(iter(trainer.pair_records.items()), ("eval", None))
+    prefix, records = _last_evaluation(trainer)
     run = run_of(trainer, prefix, records)
     page = render(run, facts_of(trainer, run), _pairs_html(trainer, records))
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
     return path
+
+
+def findings_of(trainer: Any) -> list[Finding]:
+    """Returns the warnings about a DPOTrainer's run so far, those of its report."""
+    return diagnose(run_of(trainer, *_last_evaluation(trainer)))
+
+
+def _last_evaluation(trainer: Any) -> tuple[str, PairRecords | None]:
+    return next(iter(trainer.pair_records.items()), ("eval", None))
 
 
 def run_of(trainer: Any, prefix: str, records: PairRecords | None) -> Run:
@@ -228,10 +237,15 @@ def render(run: Run, facts: Facts, pairs: str) -> str:
 
 
 def _warnings_html(findings: Sequence[Finding], run: Run) -> str:
+    unseen = ""
+    if not run.held_out():
+        unseen = "Without held-out pairs, overfitting and length bias cannot be seen."
+    elif run.length is None:
+        unseen = f"Length bias cannot be seen in fewer than {LEAST_PAIRS} held-out pairs."
     if not findings:
-        seen = "" if run.held_out() else " Without held-out pairs, overfitting and length bias cannot be seen."
-        return f'<p class="fine">Nothing conspicuous was found.{seen}</p>'
-    return "".join(
+        return f'<p class="fine">Nothing conspicuous was found. {unseen}</p>'
+    note = f"<p>{unseen}</p>" if unseen else ""
+    return note + "".join(
         f'<article class="warning" id="{finding.name}"><h3>{html.escape(finding.title)}</h3>'
         f"<p>{html.escape(finding.text)}</p><p>What to try:</p>"
         f"<ul>{''.join(f'<li>{html.escape(advice)}</li>' for advice in finding.advice)}</ul></article>"

@@ -9,13 +9,14 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers import ProgressCallback as TqdmCallback
 
@@ -25,6 +26,7 @@ from dpofast.common.memory import peak_memory
 _SHOWN = {
     "loss": ("{:.4f}", ("loss",)),
     "accuracy": ("{:.2f}", ("rewards/accuracies",)),
+    "ties": ("{:.2f}", ("rewards/ties",)),
     "margin": ("{:+.2f}", ("rewards/margins",)),
     "tokens/s": ("{:,.0f}", ("tokens_per_second", "train_tokens_per_second")),
 }
@@ -57,17 +59,19 @@ class ProgressCallback(TrainerCallback):
         """Keep both; the bar is made when training begins."""
         self.title = title
         self.console = console or Console()
-        self._bar: Progress | None = None
+        self._bar: _Bar | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Open the bar."""
         self._begin = time.monotonic(), state.global_step
         if not (self.console.is_terminal and state.is_world_process_zero):
             return
-        columns = (TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn())
-        shown = (TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[values]}"))
-        self._bar = Progress(*columns, *shown, console=self.console)
-        self._task = self._bar.add_task(self.title, total=state.max_steps, completed=state.global_step, values="")
+        self._bar = _Bar(
+            *(TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn()),
+            *(TextColumn("left"), TimeRemainingColumn()),
+            console=self.console,
+        )
+        self._task = self._bar.add_task(self.title, total=state.max_steps, completed=state.global_step)
         # An exception inside train() never reaches on_train_end, and the terminal's cursor would stay hidden.
         atexit.register(self._bar.stop)
         self._bar.start()
@@ -87,7 +91,7 @@ class ProgressCallback(TrainerCallback):
             memory, kind = peak_memory()
             values += f"  peak {kind} {memory / 2**30:.2f} GiB"
         if self._bar is not None and not held_out:
-            self._bar.update(self._task, values=values)
+            self._bar.values = values
         else:
             values += "" if held_out else self._left(state)
             step = f"{self.title}: step {state.global_step}/{state.max_steps}"
@@ -108,6 +112,17 @@ class ProgressCallback(TrainerCallback):
             self._bar.stop()
             atexit.unregister(self._bar.stop)
             self._bar = None
+
+
+class _Bar(Progress):
+    """Steps and times on one line and values on a second: on 80 columns one line would push the times out."""
+
+    values = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        if self.values:
+            yield Text(self.values, no_wrap=True, overflow="ellipsis")
 
 
 class JsonlCallback(TrainerCallback):
@@ -199,5 +214,6 @@ def _values(logs: Mapping[str, Any], prefix: str) -> str:
     parts = []
     for label, (form, names) in _SHOWN.items():
         found = [logs[prefix + name] for name in names if prefix + name in logs]
-        parts += [f"{label} {form.format(found[0])}"] if found else []
+        if found and (found[0] or label != "ties"):  # ties are shown where there are some
+            parts.append(f"{label} {form.format(found[0])}")
     return "  ".join(parts)

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field, fields
 import torch
 from transformers import TrainingArguments
 
+from dpofast.common.names import did_you_mean
 from dpofast.data.encode_pairs import TRUNCATION_MODES
 from dpofast.losses.config import PreferenceLoss
 from dpofast.losses.divergences import DIVERGENCES
-from dpofast.losses.kinds import KINDS
+from dpofast.losses.kinds import KINDS, KINDS_ALSO_CALLED
 from dpofast.training.sampler import SAMPLING_STRATEGIES
 
 
@@ -141,7 +142,10 @@ class DPOConfig(TrainingArguments):
             self.loss_type = [self.loss_type]
         unknown = [kind for kind in self.loss_type if kind not in KINDS]
         if unknown or not self.loss_type:
-            raise ValueError(f"loss_type: expected one of {sorted(KINDS)}, or several of them, got {self.loss_type}")
+            meant = did_you_mean(unknown[0], KINDS, KINDS_ALSO_CALLED) if unknown else ""
+            raise ValueError(
+                f"loss_type: expected one of {sorted(KINDS)}, or several of them, got {self.loss_type}{meant}"
+            )
         self.preference_loss()
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
             if getattr(self, name) < 1:

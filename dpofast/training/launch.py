@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import warnings
 from typing import Any
 
 import torch.distributed as dist
@@ -77,4 +78,19 @@ def check_pairs_per_step(num_pairs: int, args: DPOConfig, num_ranks: int) -> Non
         raise ValueError(
             f"dataloader_drop_last: {num_pairs} pairs are fewer than the {step} of a step, so nothing would be "
             "trained: leave it off, or set a smaller per_device_train_batch_size"
+        )
+
+
+def warn_of_long_pairs(longest: int, args: DPOConfig) -> None:
+    """Warn where a pair has more positions than max_tokens, which then does not bound a micro-batch.
+
+    Args:
+        longest: positions of the longest pair by itself.
+        args: the trainer's.
+    """
+    if isinstance(args.max_tokens, int) and longest > args.max_tokens:
+        warnings.warn(
+            f"max_tokens: {args.max_tokens} is less than the longest pair has, {longest} positions: such a pair runs "
+            "alone, and takes the memory of all its positions. A smaller max_length cuts it",
+            stacklevel=3,
         )

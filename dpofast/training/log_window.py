@@ -14,6 +14,9 @@ from dpofast.packing.batch import PackedBatch
 class LogWindow:
     """Metrics since the last read.
 
+    Args:
+        padded: micro-batches run as padded rows.
+
     Attributes:
         sums: sums of the pairs' metrics, to which every step adds.
         num_tokens: positions computed since the start of the run, on all ranks, as of the last read.
@@ -21,8 +24,9 @@ class LogWindow:
         last_targets: response tokens of the last step on this rank.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, padded: bool = False) -> None:
         """Start with no step."""
+        self._padded = padded
         self.num_tokens = 0
         self.last_tokens = self.last_targets = 0
         self._restart()
@@ -39,7 +43,7 @@ class LogWindow:
         self._seconds += seconds
         self._counts["tokens"] += self.last_tokens
         if batches:
-            self._counts.update({"shares": 1, **work_avoided(examples, batches)})  # type: ignore[dict-item]
+            self._counts.update({"shares": 1, **work_avoided(examples, batches, padded=self._padded)})  # type: ignore[dict-item]
 
     def state_dict(self) -> dict[str, Any]:
         """Returns tensors and plain values that load_state_dict() restores."""
@@ -66,7 +70,7 @@ class LogWindow:
         everyone = ranks.all_gather((dict(self._counts), self._seconds))
         counts: Counter[str] = sum((Counter(theirs) for theirs, _ in everyone), Counter())
         slowest = max(seconds for _, seconds in everyone)
-        for name in ("padding_fraction", "shared_fraction"):
+        for name in ("padding_avoided", "sharing_avoided"):
             metrics[name] = counts[name] / max(counts["shares"], 1)
         self.num_tokens += counts["tokens"]
         metrics["num_tokens"] = self.num_tokens

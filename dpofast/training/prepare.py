@@ -47,6 +47,12 @@ def prepare_models(model: Any, ref_model: Any, args: DPOConfig, processing_class
     if isinstance(model, str):
         processing_class = processing_class or AutoTokenizer.from_pretrained(model)
         model = load_causal_lm(model, dtype=torch.float32)
+    for each, name in ((model, "model"), (ref_model, "ref_model")):
+        if each is not None and not hasattr(getattr(each, "config", None), "get_text_config"):
+            raise ValueError(
+                f"{name}: expected a causal language model of transformers (AutoModelForCausalLM), got "
+                f"{type(each).__name__}"
+            )
     if processing_class is None and model.config.name_or_path:  # token ids need none
         processing_class = AutoTokenizer.from_pretrained(model.config.name_or_path)
     if peft_config is not None:

@@ -39,7 +39,7 @@ from dpofast.training.config import DPOConfig
 from dpofast.training.coupled import RunningRewards
 from dpofast.training.evaluate import evaluate_pairs
 from dpofast.training.fsdp import forward_dtype, is_sharded
-from dpofast.training.launch import check_options_of_sharded, check_pairs_per_step, own_arguments
+from dpofast.training.launch import check_options_of_sharded, check_pairs_per_step, own_arguments, warn_of_long_pairs
 from dpofast.training.log_window import LogWindow
 from dpofast.training.out_of_memory import (
     halved_max_tokens,
@@ -57,7 +57,7 @@ from dpofast.training.ref_model import (
     make_reference,
     with_reference_columns,
 )
-from dpofast.training.sampler import StepExamples, StepLoader, first_examples, step_loader
+from dpofast.training.sampler import PairLengths, StepExamples, StepLoader, first_examples, step_loader
 from dpofast.training.step import OptimizerStep, StepResult, StepSettings, micro_batches, rows_not_finite
 
 _OPTIMIZER_BYTES = 8  # AdamW's two float32 moments of a parameter
@@ -138,7 +138,7 @@ class DPOTrainer(CheckpointedTrainer):
         self._reference_identity = self._identity_of_reference(ref_model)  # before training changes the policy
         self._settings = self._step_settings(self._reference)
         self._running_rewards = self._add_callbacks(self._reference)
-        self._window = LogWindow()
+        self._window = LogWindow(padded=args.padded)
         if args.precompute_ref_log_probs and self.loss.needs_reference:
             if self.train_dataset is not None:
                 self.train_dataset = self._with_reference(self.train_dataset, "train")
@@ -153,6 +153,8 @@ class DPOTrainer(CheckpointedTrainer):
         check_best_metric(self.args, self.loss.needs_reference, self.eval_dataset)
         if self.train_dataset is not None:
             check_pairs_per_step(len(self.train_dataset), self.args, self.ranks.size)
+            if self.ranks.rank == 0 and len(self.train_dataset):
+                warn_of_long_pairs(int(PairLengths.of(self.train_dataset).positions.max()), self.args)
         if is_sharded(self.accelerator):
             check_options_of_sharded(self.args)
 

@@ -1,6 +1,7 @@
 """dpofast eval: the trainer's own numbers for full and adapter checkpoints, intervals, JSON, and refusals."""
 
 import json
+import re
 
 import pytest
 from datasets import Dataset
@@ -114,8 +115,20 @@ def test_the_table_says_it_for_people(folders, capsys):
 def test_a_model_against_itself_ties_everywhere(folders, capsys):
     flags = ["--model", str(folders / "base"), "--ref_model", str(folders / "base")]
     assert main(["eval", *flags, "--data", str(folders / "pairs.jsonl")]) == 0
-    assert "In 30 of 30 pairs the two rewards tie, which is not accurate" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "In 30 of 30 pairs the two rewards tie, which is not accurate: is --ref_model the model itself?" in printed
     assert evaluated(capsys, folders, "base", *flags[2:])["data"]["ties"] == 30
+    assert re.search(r"ties +│ +1\.000", printed) and re.search(r"accuracy +│ +0\.000", printed)
+
+
+def test_one_pair_and_pairs_of_one_sided_lengths_say_what_they_cannot_show(folders, capsys):
+    model = ["--model", str(folders / "full"), "--ref_model", str(folders / "base")]
+    one = folders / "one.jsonl"
+    one.write_text(json.dumps({"prompt": "3 4", "chosen": " 5 6 7", "rejected": " 8"}) + "\n")
+    assert main(["eval", *model, "--data", str(one)]) == 0
+    printed = capsys.readouterr().out
+    assert "A mean over one pair has no interval." in printed and re.search(r"margin +│ +[+-]\d\.\d+ │ +- │", printed)
+    assert "No pair's chosen response is the shorter one, so accuracy cannot be told from a preference" in printed
 
 
 def test_one_pair_has_means_without_an_interval(folders, capsys, tmp_path):

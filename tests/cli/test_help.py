@@ -66,4 +66,7 @@ def test_the_help_of_other_commands_has_all_their_options(shown, command):
 
 def test_an_unknown_option_names_where_all_are_listed(capsys):
     assert main(["train", "--model", "m", "--data", "d", "--output_dir", "o", "--betta", "1"]) == 2
-    assert "unknown: --betta 1; `dpofast train --help_all` lists every option" in capsys.readouterr().err
+    assert (
+        "unknown: --betta 1; did you mean --beta?; `dpofast train --help_all` lists every option"
+        in capsys.readouterr().err
+    )

@@ -1,6 +1,7 @@
 """dpofast train and info as a user calls them; everything wrong is one message, exit code 2, and nothing written."""
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -10,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+import yaml
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM
 
 from dpofast.cli.load_models import four_bits
@@ -99,7 +102,7 @@ def test_a_run_that_was_killed_before_its_first_step_is_just_started_again(run, 
     with monkeypatch.context() as patched:
         patched.setattr(DPOTrainer, "train", killed)
         code, _, _, output = run(ROWS)
-    assert code == 130 and [entry.name for entry in output.iterdir()] == ["reference"]
+    assert code == 130 and {entry.name for entry in output.iterdir()} == {"reference", "run.yaml"}
     (shard,) = output.glob("reference/*/*.safetensors")
     written = shard.stat().st_ino
     code, _, err, output = run(ROWS)
@@ -146,7 +149,7 @@ def test_missing_files_and_models(run, tmp_path, model_dir):
     code, _, err, output = run(None)
     assert code == 2 and "pairs.jsonl" in err and "no such file" in err
     code, _, err, _ = run(ROWS, model=tmp_path / "nowhere")
-    assert code == 2 and "nowhere (no such folder, so a hub name): no tokenizer can be loaded" in err
+    assert code == 2 and "nowhere: no such file or folder" in err
     bare = tmp_path / "bare"
     tiny_model().save_pretrained(bare)
     code, _, err, _ = run(ROWS, model=bare)
@@ -176,6 +179,16 @@ def test_missing_files_and_models(run, tmp_path, model_dir):
         (["--lora_r", "-1"], "lora_r: expected 0 (train all weights) or a rank of 1 or more, got -1"),
         (["--lora_r", "2", "--lora_alpha", "0"], "lora_alpha: expected 1 or more, got 0"),
         (["--lora_alpha", "32"], "lora_alpha: 32 has no effect without an adapter"),
+        (["--lora_dropout", "0.1"], "lora_dropout: 0.1 has no effect without an adapter: add its rank, --lora_r 16"),
+        (["--use_rslora"], "use_rslora: True has no effect without an adapter"),
+        (["--lora_target_modules", "q_proj"], "has no effect without an adapter"),
+        (["--lora_r", "2", "--lora_dropout", "0.1"], "has no effect while disable_dropout sets every dropout to 0"),
+        (["--lora_r", "2", "--lora_dropout", "1"], "lora_dropout: expected a number in [0, 1), got 1.0"),
+        (["--lora_r", "2", "--lora_target_modules", "nowhere"], "nowhere"),
+        (["--optim", "adamw_8bit"], "bitsandbytes"),
+        (["--loss_type", "dpo"], "got ['dpo']; did you mean sigmoid (DPO's own loss)?"),
+        (["--loss_type", "sigmod"], "did you mean sigmoid?"),
+        (["--resume", "latest"], "out has no run.yaml"),
         (["--load_in_4bit"], "load_in_4bit: 4-bit weights cannot be trained themselves"),
         (["--early_stopping_patience", "2"], "early_stopping_patience: needs held-out pairs"),
         (["--early_stopping_patience", "0", "--eval_data", "x"], "early_stopping_patience: expected 1 or more"),
@@ -250,11 +263,44 @@ def test_pickled_weights_are_refused_with_the_way_to_convert_them(run, tmp_path)
     assert "pickled: its weights are pickles (pytorch_model.bin)" in err and "use_safetensors=False" in err
 
 
-def test_an_adapter_is_refused_as_the_model_to_train(run):
-    code, _, err, output = run(ROWS, "--lora_r", "2")
+def test_an_adapter_is_trained_on_and_is_its_own_reference(run, tmp_path, capsys):
+    code, _, err, output = run(ROWS, "--lora_r", "2", "--learning_rate", "1e-2")
     assert code == 0, err
-    code, _, err, _ = run(ROWS, model=output)
-    assert code == 2 and "holds a LoRA adapter: merge it into its base model first" in err
+    first = output.rename(tmp_path / "first")
+    before = load_file(first / "adapter_model.safetensors")
+    code, _, err, output = run(ROWS, "--learning_rate", "1e-2", model=first)
+    assert code == 0, err
+    after = load_file(output / "adapter_model.safetensors")
+    assert set(after) == set(before) and all(not after[name].equal(before[name]) for name in before)
+    entries = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    # at the first step the policy is its reference, the adapter included
+    assert entries[0]["loss"] == pytest.approx(math.log(2), abs=1e-5) and abs(entries[0]["rewards/chosen"]) < 1e-5
+    assert json.loads((output / "adapter_config.json").read_text())["r"] == 2
+    evaluated = ["eval", "--model", str(output), "--data", str(tmp_path / "pairs.jsonl"), "--output", "json"]
+    assert main(evaluated) == 2  # by default it would be compared with the base model
+    assert f"trained on from the adapter in {first}: name its reference" in capsys.readouterr().err
+    assert main([*evaluated, "--ref_model", str(first)]) == 0
+    margin = json.loads(capsys.readouterr().out)["metrics"]["margin"]["value"]
+    assert margin > entries[0]["rewards/margins"] + 1e-3
+    code, _, err, _ = run(ROWS, "--lora_r", "4", model=first)
+    assert code == 2 and "lora_r: " in err and "holds an adapter of its own" in err
+
+
+def test_the_options_of_an_adapter_reach_it(run):
+    flags = ("--lora_r", "2", "--lora_alpha", "8", "--use_rslora", "--lora_target_modules", "q_proj", "v_proj")
+    code, _, err, output = run(ROWS, *flags, "--lora_dropout", "0.1", "--no_disable_dropout")
+    assert code == 0, err
+    saved = json.loads((output / "adapter_config.json").read_text())
+    assert (saved["r"], saved["lora_alpha"], saved["lora_dropout"], saved["use_rslora"]) == (2, 8, 0.1, True)
+    assert sorted(saved["target_modules"]) == ["q_proj", "v_proj"]
+
+
+def test_attention_of_the_models_own_is_chosen_and_an_unknown_one_refused(run):
+    code, _, err, _ = run(ROWS, "--attn_implementation", "nonsense")
+    assert code == 2 and "nonsense" in err and "Traceback" not in err
+    code, _, err, output = run(ROWS, "--attn_implementation", "eager", "--padded")
+    assert code == 0, err
+    assert yaml.safe_load((output / "run.yaml").read_text())["attn_implementation"] == "eager"
 
 
 def test_four_bits_need_bitsandbytes(run, monkeypatch):
@@ -293,6 +339,77 @@ def test_unknown_options_and_commands(run, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["train", "--help"])
     assert stop.value.code == 0 and {"--max_tokens", "--padded"} <= set(capsys.readouterr().out.split())
+
+
+def test_the_version(capsys):
+    assert main(["--version"]) == 0
+    assert re.fullmatch(r"dpofast \d+\.\d+\.\d+\S*\n", capsys.readouterr().out)
+
+
+def test_misspelled_commands_and_flags_name_the_nearest(run, capsys):
+    assert main(["trian"]) == 2 and "got 'trian'; did you mean train?" in capsys.readouterr().err
+    code, _, err, _ = run(ROWS, "--learning-rat", "1")
+    assert code == 2 and "unknown: --learning-rat 1; did you mean --learning_rate?" in err
+    code, _, err, _ = run(ROWS, "--dataset_name", "x")
+    assert code == 2 and "did you mean --data?" in err
+
+
+def test_a_run_without_a_folder_to_write_to_is_refused(model_dir, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "--model", str(model_dir), "--data", "x.jsonl"]) == 2
+    assert "output_dir: name the folder that the run is written to" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("way", ["folder", "checkpoint", "latest"])
+def test_a_run_is_gone_on_with_by_its_own_options(run, way, tmp_path, capsys, monkeypatch):
+    flags = ("--save_strategy", "steps", "--save_steps", "2", "--learning_rate", "1e-2", "--loss_type", "ipo", "sft")
+    code, _, err, output = run(ROWS, *flags, "--max_steps", "2", "--hub_token", "secret")
+    assert code == 0, err
+    kept = yaml.safe_load((output / "run.yaml").read_text())
+    assert kept["loss_type"] == ["ipo", "sft"] and kept["learning_rate"] == 0.01 and "hub_token" not in kept
+    assert kept["data"] == str(tmp_path / "pairs.jsonl") and "output_dir" not in kept
+    monkeypatch.chdir(tmp_path)
+    named = {"folder": ["out"], "checkpoint": ["out/checkpoint-2"], "latest": ["latest", "--output_dir", "out"]}
+    assert main(["train", "--resume", *named[way], "--max_steps", "4"]) == 0
+    err = capsys.readouterr().err
+    assert re.fullmatch(r"dpofast: warning: resuming .*checkpoint-2 as a run of another length: .*\n", err), err
+    steps = [json.loads(line)["step"] for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps) and max(steps) == 4
+    assert yaml.safe_load((output / "run.yaml").read_text())["max_steps"] == 4
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--resume", "latest"], "resume: latest is the newest checkpoint of --output_dir, which is missing"),
+        (["--resume", "nowhere"], "has no run.yaml, the options of a run"),
+        (["--resume", "latest", "--output_dir", "o", "--config", "c.yaml"], "leave --config out"),
+        (["--resume", "o", "--resume_from_checkpoint", "latest"], "leave --resume_from_checkpoint out"),
+    ],
+)
+def test_what_cannot_be_resumed(flags, message, capsys):
+    assert main(["train", *flags]) == 2 and message in capsys.readouterr().err
+
+
+def test_held_out_pairs_that_a_resumed_run_did_not_have_are_said(run, tmp_path):
+    flags = ("--save_strategy", "steps", "--save_steps", "2", "--max_steps", "2")
+    code, _, err, output = run(ROWS, *flags)
+    assert code == 0, err
+    (tmp_path / "held-out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS[:4]))
+    code, _, err, _ = run(
+        ROWS, *flags, "--eval_data", str(tmp_path / "held-out.jsonl"), "--resume_from_checkpoint", "latest"
+    )
+    assert code == 0 and "with an eval_dataset, which the run did not have before" in err, err
+    assert all(line.startswith("dpofast: ") for line in err.splitlines()), err
+
+
+def test_max_tokens_below_a_pair_and_the_reports_warnings_are_said_in_a_line_each(run):
+    long = [{"prompt": f"{i} 4 5", "chosen": " 6 7 8 9" + f" {i}" * 9, "rejected": " 7 8 9"} for i in range(10, 34)]
+    code, out, err, output = run(long, "--max_tokens", "8", "--max_length", "10")
+    assert code == 0, err
+    assert "max_tokens: 8 is less than the longest pair has, 12 positions" in err and len(err.splitlines()) == 1
+    assert "warnings (what to try is in report.html):\n" in out and "\n  Many responses were cut (truncation)\n" in out
 
 
 def test_info_names_the_path(capsys):

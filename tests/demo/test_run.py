@@ -134,6 +134,20 @@ def test_quick_demo_tells_what_it_did_and_wrote(quick):
     assert not re.search(r"\{'loss'|it/s", printed), "transformers' own progress is off"
 
 
+@pytest.mark.slow(120)
+def test_the_whole_demo_makes_answers_kind_and_keeps_their_facts(tmp_path):
+    command = [sys.executable, "-m", "dpofast", "demo", "--output_dir", str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+
+    def row(name):
+        return tuple(map(int, re.search(rf"{name}, of 40 +│ (\d+) +│ (\d+)", done.stdout).groups()))
+
+    (kind_before, kind_after), (right_before, right_after) = row("kind answers"), row("answers with the right fact")
+    assert kind_before <= 24 and kind_after >= 36
+    assert right_before >= 36 and right_after >= right_before - 1  # sampled answers: one more or less is chance
+
+
 def test_demo_refuses_a_directory_with_something_in_it(tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
     assert main(["demo", "--output_dir", str(tmp_path)]) == 2

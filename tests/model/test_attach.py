@@ -181,8 +181,9 @@ def test_an_adapter_on_the_head_is_refused():
             "T5ForConditionalGeneration: expected a decoder-only",
         ),
         (lambda: torch.nn.Linear(2, 2), "Linear: expected a transformers causal language model"),
+        (lambda: tiny_model().model, "LlamaModel: expected a model with its language-modelling head, and this one has"),
     ],
-    ids=["bert", "t5", "no-model"],
+    ids=["bert", "t5", "no-model", "backbone"],
 )
 def test_what_is_no_decoder_is_refused_by_name(make, message):
     model = make()
@@ -190,6 +191,13 @@ def test_what_is_no_decoder_is_refused_by_name(make, message):
     with pytest.raises(ValueError, match=message):
         attach_logprob_head(model)
     assert type(model) is original
+
+
+def test_log_probs_in_the_place_of_the_output_are_refused():
+    (batch,) = pack(tiny_pairs(2))
+    output = attach_logprob_head(tiny_model())(packed=batch)
+    with pytest.raises(TypeError, match=r"expected the LogprobOutput of model\(packed=batch\), got Tensor"):
+        sequence_logprobs(output.logps, batch)
 
 
 def test_a_twist_that_only_the_numbers_show_is_refused():

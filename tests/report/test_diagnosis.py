@@ -112,6 +112,40 @@ def test_length_bias_goes_both_ways_and_says_which():
     assert "--ld_alpha" in " ".join(finding.advice) and "simpo" in " ".join(finding.advice)
 
 
+@pytest.mark.parametrize("side", [1, -1])
+def test_length_bias_is_said_where_every_chosen_response_is_on_one_side(side):
+    longer = side * DRAW.integers(8, 18, 60)
+    follows = diagnose(Run(history=history(), pairs=pairs(side * 0.1 * longer, side * abs(longer))))
+    (finding,) = diagnose(Run(history=history(), pairs=pairs(0.1 * abs(longer), longer)))
+    which, other = ("longer", "shorter") if side > 0 else ("shorter", "longer")
+    assert [found.name for found in follows] == ["length_bias"]
+    assert finding.name == "length_bias" and finding.title == f"The model prefers the {which} response"
+    assert f"the {which} one in 60 of 60 pairs, and margin and length difference correlate" in finding.text
+    assert f"whose chosen response is the {other} one" in finding.advice[-1]
+
+
+@pytest.mark.parametrize(
+    ("margins", "longer"),
+    [
+        (np.full(60, 0.7), np.full(60, 10)),  # no spread at all, so that there is no correlation
+        (DRAW.normal(1.0, 0.2, 60), DRAW.integers(8, 18, 60)),  # whatever the difference is
+        (np.where(np.arange(60) < 3, -0.5, 0.7), np.where(np.arange(60) < 3, -1, 1) * 10),  # three pairs are no side
+    ],
+    ids=["constant", "uncorrelated", "three-of-the-other-side"],
+)
+def test_accuracy_that_may_be_length_alone_is_said(margins, longer):
+    (finding,) = [f for f in diagnose(Run(history=history(), pairs=pairs(margins, longer))) if f.name == "length_bias"]
+    assert f"longer one in {(longer > 0).sum()} of 60 pairs" in finding.text
+    assert "accuracy of 100% may be that and nothing else" in finding.text
+
+
+def test_one_sided_pairs_without_a_preference_or_among_pairs_of_equal_length_are_no_length_bias():
+    chance = Run(history=history(), pairs=pairs(DRAW.normal(0, 1, 60), DRAW.integers(8, 18, 60)))
+    assert "length_bias" not in [finding.name for finding in diagnose(chance)]
+    mostly_equal = Run(history=history(), pairs=pairs(np.full(60, 0.7), np.where(np.arange(60) < 25, 9, 0)))
+    assert diagnose(mostly_equal) == []
+
+
 def test_a_loss_that_compares_log_probs_per_token_is_judged_by_them():
     # a nat less for each token of a rejected response, 0.8 for each of a chosen one: sums prefer the shorter response
     lengths = np.stack([50 + LENGTHS, np.full(200, 50)], axis=1)

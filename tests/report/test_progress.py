@@ -27,10 +27,10 @@ def state(step=0):
     return SimpleNamespace(global_step=step, max_steps=10, is_world_process_zero=True)
 
 
-def shown(terminal, *logs):
+def shown(terminal, *logs, width=160):
     """What ProgressCallback prints for a run with these logs, one a step."""
     printed = io.StringIO()
-    callback = ProgressCallback("DPO", Console(file=printed, force_terminal=terminal, width=160, color_system=None))
+    callback = ProgressCallback("DPO", Console(file=printed, force_terminal=terminal, width=width, color_system=None))
     callback.on_train_begin(None, state(), None)
     for step, log in enumerate(logs, 1):
         callback.on_step_end(None, state(step), None)
@@ -73,6 +73,20 @@ def test_on_a_terminal_a_bar_shows_the_values_and_evaluations_are_lines():
     assert "2/10" in printed and "loss 0.5000  accuracy 0.75  margin +1.25  tokens/s 12,346  peak RAM" in printed
     assert "DPO: step 2/10  held-out: loss 0.2500" in printed and "DPO: step 1/10" not in printed
     assert printed.count("\x1b[?25l") == printed.count("\x1b[?25h") == 1, "the cursor is hidden, and shown again"
+
+
+@pytest.mark.parametrize("width", [80, 110])
+def test_a_narrow_terminal_keeps_steps_times_and_values(width):
+    last = shown(True, TRAINED, TRAINED, width=width).split("\x1b[2K")[-1].replace("\x1b[?25h", "")
+    bar, values = [line.rstrip() for line in last.splitlines() if line.strip()]
+    assert re.fullmatch(r"DPO ━+[╸╺]?━* +2/10 \d:\d\d:\d\d left (-:--:--|\d:\d\d:\d\d)", bar), bar
+    assert re.fullmatch(r"loss 0\.5000  accuracy 0\.75  margin \+1\.25  tokens/s 12,346  peak RAM \S+ GiB", values)
+    assert max(len(bar), len(values)) <= width
+
+
+def test_ties_are_shown_where_there_are_some():
+    first, second = shown(False, {**TRAINED, "rewards/accuracies": 0.0, "rewards/ties": 1.0}, TRAINED).splitlines()
+    assert "accuracy 0.00  ties 1.00  margin" in first and "ties" not in second
 
 
 @pytest.mark.parametrize("disable_tqdm", [False, True])

@@ -114,6 +114,23 @@ def test_lora_trains_only_its_adapter_against_the_base_model(tmp_path, precomput
     assert "eval_rewards/margins" in trainer.evaluate(tiny_dataset(5, seed=3))
 
 
+@pytest.mark.parametrize("name", ["model", "ref_model"])
+def test_what_is_no_model_of_transformers_is_refused_by_its_argument(tmp_path, name):
+    with pytest.raises(ValueError, match=f"^{name}: expected a causal language model of transformers .*got Linear"):
+        make_trainer(tmp_path, **{name: torch.nn.Linear(2, 2)})
+
+
+def test_pairs_tie_in_the_first_step_and_padded_rows_avoid_no_padding_of_their_own(tmp_path):
+    trainer = make_trainer(tmp_path, padded=True, max_steps=2)
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    # policy and reference are one model, whose passes may differ in the last bit
+    assert logged[0]["rewards/ties"] >= 0.5 and logged[0]["rewards/ties"] + logged[0]["rewards/accuracies"] <= 1
+    assert logged[1]["rewards/ties"] == 0
+    # all pairs of a step fit in one micro-batch, which is padded as a padded trainer would
+    assert all(entry["padding_avoided"] == entry["sharing_avoided"] == 0 for entry in logged)
+
+
 def test_metrics_add_up(tmp_path):
     trainer = make_trainer(tmp_path, token_statistics=True, evaluation=tiny_dataset(9, seed=1), num_train_epochs=2)
     trainer.train()
@@ -123,7 +140,7 @@ def test_metrics_add_up(tmp_path):
         assert entry["rewards/margins"] == pytest.approx(margin, abs=1e-6)
         assert 0 < entry["entropy"] <= math.log(97) + 1e-6
         assert 0 <= entry["mean_token_accuracy"] <= 1
-        assert 0 <= entry["padding_fraction"] < 1 and 0 < entry["shared_fraction"] < 1
+        assert 0 <= entry["padding_avoided"] < 1 and 0 < entry["sharing_avoided"] < 1
         assert entry["tokens_per_second"] > 0 and entry["truncated"] == 0
     tokens = sum(len(e["prompt_ids"]) + len(e["chosen_ids"]) + len(e["rejected_ids"]) - 2 for e in tiny_pairs())
     assert logged[-1]["num_tokens"] == 2 * tokens
