@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -57,7 +57,7 @@ def load_model(name: str, loading: Loading) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     if is_adapter(name):
-        return _with_adapter(name, loading)
+        return load_adapter(name, loading).model
     _refuse_pickles(name, "pytorch_model*.bin", "*.safetensors")
     options: dict[str, Any] = {"trust_remote_code": loading.trust_remote_code}
     try:
@@ -73,8 +73,25 @@ def load_model(name: str, loading: Loading) -> Any:
         raise ValueError(f"{named(name)}: no causal language model can be loaded from it: {one_line(error)}") from error
 
 
-def _with_adapter(folder: str, loading: Loading) -> Any:
+class Adapter(NamedTuple):
+    """A PEFT model from an adapter's folder, and whether without its adapter it is its base model.
+
+    It is not where loading the adapter wrote into the base weights: trained biases, PiSSA and its like.
+    """
+
+    model: Any
+    keeps_base: bool
+
+
+def load_adapter(folder: str, loading: Loading) -> Adapter:
+    """Returns the base model that an adapter's folder names, with the adapter on it.
+
+    Raises:
+        ValueError: as load_model.
+    """
     from safetensors import SafetensorError
+
+    from dpofast.model.adapters import check_adapter, probe_logps, same_weights
 
     try:
         from peft import PeftModel
@@ -82,10 +99,14 @@ def _with_adapter(folder: str, loading: Loading) -> Any:
         raise ValueError(f"{folder} is a LoRA adapter, which needs peft: pip install peft") from error
     _refuse_pickles(folder, "adapter_model.bin", "*.safetensors")
     base = load_model(base_of(folder), loading)
+    before = probe_logps(base)
     try:
-        return PeftModel.from_pretrained(base, folder).eval()
+        model = PeftModel.from_pretrained(base, folder).eval()
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{folder}: its adapter cannot be loaded: {one_line(error)}") from error
+    check_adapter(model)
+    with model.disable_adapter():
+        return Adapter(model, same_weights(probe_logps(model), before))
 
 
 def is_adapter(name: str) -> bool:

@@ -33,7 +33,11 @@ HELP_GROUPS = {
     "adapter and quantization": ("lora_alpha", "load_in_4bit", "dtype", "disable_dropout", "trust_remote_code"),
     "run and report": (
         *("config", "resume_from_checkpoint", "early_stopping_patience"),
-        *("logging_steps", "token_statistics", "html_report"),
+        *("logging_steps", "token_statistics", "html_report", "bf16"),
+    ),
+    "names of TRL's that are not needed": (
+        *("padding_free", "pad_to_multiple_of", "pad_token", "precompute_ref_batch_size", "activation_offloading"),
+        "model_init_kwargs",
     ),
 }
 HELP_END = (
@@ -59,7 +63,6 @@ class TrainArguments:
         metadata={"help": "The reference, a folder or hub name; default: the model as it is before training."},
     )
     dtype: str = field(default="float32", metadata={"help": "The dtype models are loaded in: float32 or bfloat16."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Allow a model's own Python code to run."})
     lora_r: int = field(
         default=0, metadata={"help": "Rank of a LoRA adapter on every linear layer; 0 trains all weights."}
     )
@@ -98,7 +101,7 @@ def main(argv: Sequence[str]) -> int:
     quiet(interactive)
     config.disable_tqdm = config.disable_tqdm or not interactive
     peft_config = lora(train.lora_r, train.lora_alpha)
-    loading = _checked_loading(train)
+    loading = _checked_loading(train, config)
     resume = _checked_output(config)
     config.logging_first_step = True
     if train.eval_data and config.eval_strategy == "no":
@@ -114,7 +117,7 @@ def main(argv: Sequence[str]) -> int:
     from dpofast.data.load import load_preferences
 
     # What is cheap to check comes first; nothing is written before all input was accepted.
-    tokenizer = load_tokenizer(train.model, trust_remote_code=train.trust_remote_code)
+    tokenizer = load_tokenizer(train.model, trust_remote_code=config.trust_remote_code)
     train_data = load_preferences(train.data, split=train.split, on_bad_row=config.on_bad_row)
     eval_data = None
     if train.eval_data:
@@ -158,7 +161,7 @@ def _run(trainer: DPOTrainer, output: Path, resume: str | None, *, html_report: 
     print(f"{', '.join(written)} are in {output}")
 
 
-def _checked_loading(train: TrainArguments) -> Loading:
+def _checked_loading(train: TrainArguments, config: DPOConfig) -> Loading:
     if train.load_in_4bit and train.lora_r == 0:
         raise ValueError("load_in_4bit: 4-bit weights cannot be trained themselves, only an adapter on them: --lora_r")
     for name in filter(None, (train.model, train.ref_model)):
@@ -169,7 +172,7 @@ def _checked_loading(train: TrainArguments) -> Loading:
             )
     if train.ref_model == train.model:
         raise ValueError(f"ref_model: {named(train.model)} is the model itself, which is the reference by default")
-    return Loading(dtype=train.dtype, trust_remote_code=train.trust_remote_code, load_in_4bit=train.load_in_4bit)
+    return Loading(dtype=train.dtype, trust_remote_code=config.trust_remote_code, load_in_4bit=train.load_in_4bit)
 
 
 def _early_stopping(train: TrainArguments, config: DPOConfig) -> list[Any]:

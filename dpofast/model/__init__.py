@@ -6,5 +6,6 @@ forward     runs the backbone: hidden states of a packed batch, over its packed 
 support     which models can run so; the parity check against the model's own logits
 moe         the load-balancing loss of mixtures of experts over packed rows
 lora        fuse_lora: PEFT's LoRA layers with fewer passes over memory
+adapters    PEFT: what is refused, what wrapping does to a model, what is trained outside of an adapter
 attention/  attention of a packed row: each response sees its prompt and itself
 """

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -32,21 +33,44 @@ class LogprobLinear(nn.Linear):
         return tuple(getattr(output, field.name) for field in fields(output))
 
 
-def logprob_head(model: Any) -> Any:
-    """The model's head, ready for `compute`: an nn.Linear becomes a LogprobLinear.
+def logprob_head(model: Any) -> Callable[..., Any]:
+    """What head(hidden, compute=...) is called on: the model's head, whose nn.Linear becomes a LogprobLinear.
 
     Asked for before each call, because a head may be exchanged after the model was attached: resize_token_embeddings
-    makes a new nn.Linear, and PEFT's modules_to_save wraps the head and passes calls on to the copy that is active.
+    makes a new nn.Linear. Of PEFT's wrappers, modules_to_save passes calls on to the copy that is active, and
+    trainable_token_indices puts trained rows into the weight, which is then computed here.
 
     Raises:
         ValueError: a head that is neither, such as one with an adapter.
     """
     head = model.get_output_embeddings()
-    if type(head) is nn.Linear:
-        head.__class__ = LogprobLinear
-    if not isinstance(head, LogprobLinear) and not hasattr(head, "modules_to_save"):
+    linears = plain_heads(head)
+    if linears is None:
         raise refused_head(model)
-    return head
+    for linear in linears:
+        if type(linear) is nn.Linear:
+            linear.__class__ = LogprobLinear
+    tokens = getattr(head, "token_adapter", None)
+    if tokens is None or tokens.disable_adapters or tokens.merged or not tokens.active_adapters:
+        return head if tokens is None else linears[0]
+    return partial(_with_trained_rows, tokens)
+
+
+def plain_heads(head: Any) -> list[Any] | None:
+    """The nn.Linear that a head is, or those that a wrapper of PEFT for a trained head holds; None for any other."""
+    linears = [head]
+    if hasattr(head, "modules_to_save"):
+        linears = [head.original_module, *head.modules_to_save.values()]
+    elif hasattr(head, "token_adapter"):
+        linears = [head.token_adapter.base_layer]
+    plain = all(type(linear) is nn.Linear or isinstance(linear, LogprobLinear) for linear in linears)  # or FSDP's of it
+    return linears if plain else None
+
+
+def _with_trained_rows(tokens: Any, hidden: Tensor, compute: Callable[[Tensor, Tensor, Tensor | None], Any]) -> Any:
+    """LogprobLinear's call on the weight with the rows of PEFT's TrainableTokensLayer, which leaves the bias out."""
+    output = compute(hidden, tokens.get_merged_weights(tokens.active_adapters), None)
+    return tuple(getattr(output, field.name) for field in fields(output))
 
 
 def restore_head(model: Any) -> None:
@@ -61,7 +85,8 @@ def refused_head(model: Any) -> ValueError:
     """The refusal of a head that is no plain nn.Linear."""
     return ValueError(
         f"{type(model).__name__}: expected a plain nn.Linear head, got {type(model.get_output_embeddings()).__name__}: "
-        "leave the head out of the adapter's target_modules and unquantized"
+        "leave the head out of the adapter's target_modules (modules_to_save=['lm_head'] trains all of it) and "
+        "unquantized"
     )
 
 

@@ -10,9 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 
-from dpofast.model.lm_head import refused_head
+from dpofast.model.lm_head import plain_heads, refused_head
 from dpofast.packing.pack import pack
 from dpofast.reference import padded_logprobs
 
@@ -39,7 +38,7 @@ def check_lm_head(model: Any) -> None:
     if config.get_text_config() is not config:
         raise ValueError(f"{name}: expected a text-only model; load its language model alone")
     head = model.get_output_embeddings()
-    if type(head) is not nn.Linear:
+    if plain_heads(head) is None:
         raise refused_head(model)
     if "forward" in vars(head):  # bound to nn.Linear's forward, so that LogprobLinear's would never run
         raise ValueError(

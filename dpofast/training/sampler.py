@@ -192,8 +192,8 @@ class StepLoader(DataLoader[Any]):
     """A DataLoader over steps. Trainer calls set_epoch on a loader, and torch's has none."""
 
     def set_epoch(self, epoch: int) -> None:
-        """Pass it to the sampler."""
-        self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
+        """Pass it to the sampler, or to the dataset of a stream."""
+        (self.batch_sampler or self.dataset).set_epoch(epoch)  # type: ignore[union-attr]
 
 
 def step_loader(
@@ -222,10 +222,12 @@ def step_loader(
     return StepLoader(
         StepDataset(dataset, lengths),
         batch_sampler=sampler,
-        collate_fn=_as_it_is,
+        collate_fn=as_it_is,
         num_workers=args.dataloader_num_workers,
         persistent_workers=args.dataloader_persistent_workers,
         prefetch_factor=args.dataloader_prefetch_factor,
+        # not every supported transformers has it
+        multiprocessing_context=getattr(args, "dataloader_multiprocessing_context", None),
     )
 
 
@@ -243,7 +245,7 @@ def first_examples(dataset: Dataset, positions: int, *, share_prompts: bool) -> 
     return examples
 
 
-def _as_it_is(step: Any) -> Any:
+def as_it_is(step: Any) -> Any:
     """A collate_fn that worker processes can be sent."""
     return step
 

@@ -1,4 +1,4 @@
-"""Checks of devices, processes and launchers, and the trainer's own copy of its arguments."""
+"""Checks of devices, processes, launchers and streams, and the trainer's own copy of its arguments."""
 
 from __future__ import annotations
 
@@ -7,36 +7,75 @@ import os
 from typing import Any
 
 import torch.distributed as dist
+from datasets import IterableDataset
 
+from dpofast.data.formats import REF_COLUMNS
+from dpofast.training.checks.arguments import as_dpo_config
 from dpofast.training.config import DPOConfig
 from dpofast.training.fsdp import check_sharding
 
 
-def own_arguments(args: DPOConfig | None) -> DPOConfig:
+def own_arguments(args: Any, train_dataset: Any) -> DPOConfig:
     """Returns a checked copy of the trainer's arguments, with gradient accumulation folded into the batch size.
 
     The trainer divides a step into micro-batches itself, so transformers' Trainer sees one batch a step.
 
+    Args:
+        args: a DPOConfig, TRL's, or None for the default.
+        train_dataset: the training data; of a stream, reference log-probs are computed in the step unless it has them.
+
     Raises:
-        ValueError: what check_topology refuses.
+        ValueError: what as_dpo_config, check_topology and check_stream refuse.
     """
-    args = DPOConfig(output_dir="dpofast-output") if args is None else copy.copy(args)
+    args = copy.copy(as_dpo_config(args))
     check_topology(args)
+    if isinstance(train_dataset, IterableDataset):
+        check_stream(train_dataset, args)
     args.per_device_train_batch_size *= args.gradient_accumulation_steps
     args.gradient_accumulation_steps = 1
     args.dataloader_pin_memory = False  # batches are numpy arrays until they are packed
     return args
 
 
-def check_topology(args: Any) -> None:
+def check_stream(dataset: IterableDataset, args: DPOConfig) -> None:
+    """Check the arguments for training data that is streamed, and choose a live reference where nothing is said.
+
+    Raises:
+        ValueError: no max_steps; a precomputed reference, max_tokens="auto" or data-loading workers, which need random
+            access.
+    """
+    if args.max_steps <= 0:
+        raise ValueError(
+            "max_steps: expected a number of steps, as the training data is streamed and its length is not known, got "
+            f"{args.max_steps}"
+        )
+    if not streams_reference(dataset) and args.preference_loss().needs_reference:
+        if args.chose_precompute:
+            args.precompute_ref_log_probs = False
+        if args.precompute_ref_log_probs:
+            raise ValueError(
+                "precompute_ref_log_probs=True is not supported with IterableDataset, whose rows come once: leave it "
+                "out for a reference in the step, bring the columns ref_chosen_logps and ref_rejected_logps, or save "
+                "the data to a file"
+            )
+    if args.max_tokens == "auto":
+        raise ValueError("max_tokens: 'auto' probes with the first rows of the data, and these are streamed: a number")
+    if args.dataloader_num_workers > 0:
+        raise ValueError("dataloader_num_workers: expected 0, as one process reads a stream in its order")
+
+
+def streams_reference(dataset: IterableDataset) -> bool:
+    """Whether a stream's columns are known and have the reference log-probs."""
+    return set(REF_COLUMNS) <= set(dataset.column_names or ())
+
+
+def check_topology(args: DPOConfig) -> None:
     """Check the trainer's arguments against the processes and the environment of a launcher.
 
     Raises:
-        ValueError: no DPOConfig, or one made for another number of processes; several GPUs in one process; accelerate's
-            own compiler; what check_sharding refuses.
+        ValueError: a DPOConfig made for another number of processes; several GPUs in one process; accelerate's own
+            compiler; what check_sharding refuses.
     """
-    if not isinstance(args, DPOConfig):
-        raise ValueError(f"args: expected a DPOConfig, got {type(args).__name__}")
     if args.n_gpu > 1:
         raise ValueError(f"DPOTrainer uses one GPU, and {args.n_gpu} are visible: set CUDA_VISIBLE_DEVICES")
     if dist.is_initialized() and dist.get_world_size() > 1 and args.world_size == 1:

@@ -1,0 +1,63 @@
+"""Tokenizes the datasets of a run and keeps their reports."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+
+from dpofast.data.load import tokenize_preferences
+from dpofast.training.config import DPOConfig
+
+
+class PreferenceData:
+    """Tokenizes the datasets of a run.
+
+    Args:
+        args: the trainer's.
+        tokenizer: of the policy, or None for data that is token ids.
+        vocab_size: of the policy, an upper bound of token ids.
+
+    Attributes:
+        reports: the DataReport of every dataset by its name ("train", "eval").
+    """
+
+    def __init__(self, args: DPOConfig, tokenizer: Any, vocab_size: int) -> None:
+        """Keep the options of tokenize_preferences."""
+        self.reports: dict[str, Any] = {}
+        self._options = {
+            "tokenizer": tokenizer,
+            "max_length": args.max_length,
+            "truncation_mode": args.truncation_mode,
+            "on_bad_row": args.on_bad_row,
+            "num_proc": args.dataset_num_proc,
+            "vocab_size": vocab_size,
+        }
+
+    def tokenized(self, dataset: Dataset | IterableDataset, name: str, *, first_row: int = 0) -> Dataset:
+        """Returns the token-level dataset, in numpy format; one that is streamed is read to its end.
+
+        Args:
+            dataset: preference pairs in any format.
+            name: of the dataset, in messages and reports.
+            first_row: the number of its first row in a stream, for messages.
+
+        Raises:
+            ValueError: no datasets.Dataset, or rows that cannot be used (DataError).
+        """
+        if isinstance(dataset, IterableDataset):
+            dataset = Dataset.from_list(list(dataset), features=dataset.features)
+        if not isinstance(dataset, Dataset):
+            raise ValueError(f"{name}_dataset: expected a datasets.Dataset, got {type(dataset).__name__}")
+        source = dataset.info.dataset_name or f"{name} data"
+        source += f" from row {first_row} on" if first_row else ""
+        tokens, self.reports[name] = tokenize_preferences(dataset, source=source, **self._options)
+        return tokens.with_format("numpy")
+
+
+def each_eval_dataset(prepare: Callable[[Dataset, str], Dataset], dataset: Any) -> Any:
+    """Returns the prepared eval_dataset: a dataset, a dict of several (named "eval <key>"), or None."""
+    if isinstance(dataset, dict):
+        return {name: prepare(part, f"eval {name}") for name, part in dataset.items()}
+    return None if dataset is None else prepare(dataset, "eval")
