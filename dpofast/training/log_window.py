@@ -32,6 +32,11 @@ class LogWindow:
         self._counts: Counter[str] = Counter()
         self._seconds = 0.0
 
+    @property
+    def has_steps(self) -> bool:
+        """Whether this rank has added a step since the last read."""
+        return self._seconds > 0
+
     def add_step(self, examples: Sequence[Any], batches: Sequence[PackedBatch], seconds: float) -> None:
         """Add this rank's share of a step."""
         self.last_tokens = sum(batch.num_tokens for batch in batches)

@@ -220,7 +220,7 @@ def step_loader(
         num_ranks=ranks.size,
     )
     return StepLoader(
-        StepDataset(dataset, lengths),
+        StepDataset(dataset.with_format("numpy"), lengths),
         batch_sampler=sampler,
         collate_fn=as_it_is,
         num_workers=args.dataloader_num_workers,
@@ -236,7 +236,7 @@ def first_examples(dataset: Dataset, positions: int, *, share_prompts: bool) -> 
     examples = StepExamples()
     prompt, *responses = ID_COLUMNS
     counted = [prompt, *responses] if share_prompts else [prompt, prompt, *responses]
-    for example in dataset:
+    for example in dataset.with_format("numpy"):
         examples.append(example)
         positions -= sum(len(example[name]) for name in counted)
         if positions <= 0:

@@ -238,9 +238,9 @@ class DPOTrainer(CheckpointedTrainer):
         begun = self.state.global_step > 0 and (self._reference.is_policy or is_sharded(self.accelerator))
         if self._reference.released or begun:
             raise ValueError(
-                f"{name}_dataset: its reference log-probs need the reference model, which is gone once "
-                "precompute_ref_log_probs=True has computed them: pass this dataset to the constructor, or set it to "
-                "False"
+                f"Cannot compute reference log-probs for a dataset passed to evaluate() now ({name}): they need the "
+                "reference model, which is gone once training has begun with precompute_ref_log_probs=True: pass the "
+                "dataset to the constructor, or set it to False"
             )
         forward = Forward(
             max_tokens=self.max_forward_tokens,
@@ -436,7 +436,7 @@ class DPOTrainer(CheckpointedTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics since the last log to a training log."""
-        if "loss" in logs:
+        if "loss" in logs or ("train_loss" in logs and self._window.has_steps):
             if isinstance(self.train_dataset, Dataset):  # of rows that were read; an epoch would map the whole file
                 release_pages(mapped_files(self.train_dataset))
             logs = {**logs, **self._window.read(self.ranks), "truncated": self.data_reports["train"].truncated}

@@ -12,6 +12,7 @@ from datasets import IterableDataset
 from dpofast.data.formats import REF_COLUMNS
 from dpofast.training.checks.arguments import as_dpo_config
 from dpofast.training.config import DPOConfig
+from dpofast.training.data.tokens import no_precomputed_stream
 from dpofast.training.fsdp import check_sharding
 
 
@@ -53,11 +54,7 @@ def check_stream(dataset: IterableDataset, args: DPOConfig) -> None:
         if args.chose_precompute:
             args.precompute_ref_log_probs = False
         if args.precompute_ref_log_probs:
-            raise ValueError(
-                "precompute_ref_log_probs=True is not supported with IterableDataset, whose rows come once: leave it "
-                "out for a reference in the step, bring the columns ref_chosen_logps and ref_rejected_logps, or save "
-                "the data to a file"
-            )
+            raise no_precomputed_stream()
     if args.max_tokens == "auto":
         raise ValueError("max_tokens: 'auto' probes with the first rows of the data, and these are streamed: a number")
     if args.dataloader_num_workers > 0:

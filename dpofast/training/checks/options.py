@@ -45,6 +45,7 @@ MOOT = {
     "dataloader_pin_memory": "batches are packed on the CPU and copied without waiting",
     "do_train": "for scripts: Trainer does not read it",
     "do_predict": "for scripts: Trainer does not read it",
+    "local_rank": "for launchers of old: the environment says it",
 }
 # Options of TRL's DPOConfig that packing has no use for: the values that ask for nothing, and why others are refused.
 OF_TRL: dict[str, tuple[tuple[Any, ...], str]] = {

@@ -61,7 +61,7 @@ class StepStream(torch.utils.data.IterableDataset[Any]):
             chunk = Dataset.from_list(part, features=self.dataset.features)
             tokens = self.data.tokenized(chunk, "train", first_row=first)
             report = self.data.reports["train"] = _added(report, self.data.reports["train"])
-            yield [{**example, "row": example["row"] + first} for example in tokens]
+            yield [{**example, "row": example["row"] + first} for example in tokens.with_format("numpy")]
             first += len(part)
 
     def _step(self, examples: list[dict[str, Any]]) -> StepExamples:

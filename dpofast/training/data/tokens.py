@@ -26,6 +26,8 @@ class PreferenceData:
     def __init__(self, args: DPOConfig, tokenizer: Any, vocab_size: int) -> None:
         """Keep the options of tokenize_preferences."""
         self.reports: dict[str, Any] = {}
+        asked = args.precompute_ref_log_probs and not args.chose_precompute
+        self._precompute_is_asked = asked and args.preference_loss().needs_reference
         self._options = {
             "tokenizer": tokenizer,
             "max_length": args.max_length,
@@ -36,7 +38,7 @@ class PreferenceData:
         }
 
     def tokenized(self, dataset: Dataset | IterableDataset, name: str, *, first_row: int = 0) -> Dataset:
-        """Returns the token-level dataset, in numpy format; one that is streamed is read to its end.
+        """Returns the token-level dataset; one that is streamed is read to its end.
 
         Args:
             dataset: preference pairs in any format.
@@ -44,16 +46,28 @@ class PreferenceData:
             first_row: the number of its first row in a stream, for messages.
 
         Raises:
-            ValueError: no datasets.Dataset, or rows that cannot be used (DataError).
+            ValueError: no datasets.Dataset, or rows that cannot be used (DataError); a stream, where precomputed
+                reference log-probs are asked for and not just the default.
         """
         if isinstance(dataset, IterableDataset):
+            if self._precompute_is_asked:
+                raise no_precomputed_stream()
             dataset = Dataset.from_list(list(dataset), features=dataset.features)
         if not isinstance(dataset, Dataset):
             raise ValueError(f"{name}_dataset: expected a datasets.Dataset, got {type(dataset).__name__}")
         source = dataset.info.dataset_name or f"{name} data"
         source += f" from row {first_row} on" if first_row else ""
         tokens, self.reports[name] = tokenize_preferences(dataset, source=source, **self._options)
-        return tokens.with_format("numpy")
+        return tokens
+
+
+def no_precomputed_stream() -> ValueError:
+    """The refusal of precompute_ref_log_probs=True for a stream, in TRL's words."""
+    return ValueError(
+        "precompute_ref_log_probs=True is not supported with IterableDataset, whose rows come once: leave it out (for "
+        "training data the reference is then in the step, evaluation data are read to their end), bring the columns "
+        "ref_chosen_logps and ref_rejected_logps, or save the data to a file"
+    )
 
 
 def each_eval_dataset(prepare: Callable[[Dataset, str], Dataset], dataset: Any) -> Any:
