@@ -115,10 +115,10 @@ def is_adapter(name: str) -> bool:
 
 
 def base_of(folder: str) -> str:
-    """Returns the name of the base model from an adapter's folder.
+    """Returns the name of the base model from an adapter's folder; a relative path may begin there.
 
     Raises:
-        ValueError: it names none.
+        ValueError: it names none, or an absolute path where nothing is.
     """
     path = Path(folder) / _ADAPTER
     try:
@@ -127,6 +127,14 @@ def base_of(folder: str) -> str:
         raise ValueError(f"{path}: cannot be read: {one_line(error)}") from error
     if not base:
         raise ValueError(f"{path}: expected the adapter's base model as base_model_name_or_path, and it names none")
+    beside = Path(folder) / base
+    if not Path(base).is_dir() and (beside.is_dir() or Path(base).is_absolute()):
+        if not beside.is_dir():
+            raise ValueError(
+                f"{path}: its base model {base} is not there: write where it is now as base_model_name_or_path (a path "
+                "may be relative to the adapter's folder)"
+            )
+        return str(beside)
     return base
 
 

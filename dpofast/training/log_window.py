@@ -78,3 +78,12 @@ class LogWindow:
         metrics["tokens_per_second"] = counts["tokens"] / slowest if slowest else 0.0
         self._restart()
         return metrics
+
+
+def step_flops(model: Any, tokens: int, targets: int) -> float:
+    """6·parameters·positions of a step: `tokens` through the backbone, `targets` through the LM head."""
+    embeddings, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    backbone = sum(p.numel() for p in model.parameters()) - embeddings.numel()
+    if embeddings is not head:
+        backbone -= head.numel()
+    return 6.0 * (backbone * tokens + head.numel() * targets)

@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dpofast.checkpointing.folder import where_to_go_on
 from dpofast.common.ranks import Ranks
 from dpofast.data.formats import ID_COLUMNS, REF_COLUMNS
+from dpofast.data.load import DataReport
 from dpofast.evaluation.metrics import TOKEN_STATISTICS, MetricSums
 from dpofast.losses.config import PreferenceLoss
 from dpofast.losses.functional import PreferenceOutput, token_preference_loss
@@ -317,14 +319,25 @@ def micro_batches(
     return [replace(batch, ref_logps=columns[batch.pair_examples]) for batch in batches]
 
 
-def rows_not_finite(examples: Sequence[Any], batches: Sequence[PackedBatch], losses: Sequence[Tensor]) -> list[int]:
-    """The dataset rows of this rank's pairs whose loss is not finite; losses (P,) of each micro-batch."""
-    return [
+def rows_not_finite(
+    examples: Sequence[Any], batches: Sequence[PackedBatch], losses: Sequence[Tensor], ranks: Ranks
+) -> list[int]:
+    """The dataset rows of all ranks' pairs whose loss is not finite; losses (P,) of each micro-batch. A collective."""
+    own = [
         int(examples[int(example)]["row"])
         for batch, pair_losses in zip(batches, losses[: len(batches)], strict=True)
         for example, value in zip(batch.pair_examples, pair_losses.tolist(), strict=True)
         if not math.isfinite(value)
     ]
+    return sorted(row for theirs in ranks.all_gather(own) for row in theirs)
+
+
+def not_finite(rows: list[int], report: DataReport, step: int, output_dir: str) -> FloatingPointError:
+    """The error of a step whose loss is not finite, with the rows of its pairs."""
+    return FloatingPointError(
+        f"{report.source}: the loss of the pairs in {report.unit}s {rows} is not finite at step {step}, which was not "
+        f"taken; {where_to_go_on(output_dir)}. Look at these pairs, and at a learning rate that is too high"
+    )
 
 
 def _empty_output(zero: Tensor) -> PreferenceOutput:

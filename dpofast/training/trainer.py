@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import fields, replace
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -22,7 +23,6 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from dpofast.checkpointing.folder import where_to_go_on
 from dpofast.checkpointing.identity import reference_identity
 from dpofast.checkpointing.trainer import CheckpointedTrainer
 from dpofast.common.ranks import Ranks
@@ -42,7 +42,8 @@ from dpofast.training.data.stream import stream_loader
 from dpofast.training.data.tokens import PreferenceData, each_eval_dataset
 from dpofast.training.evaluate import evaluate_pairs
 from dpofast.training.fsdp import forward_dtype, is_sharded
-from dpofast.training.log_window import LogWindow
+from dpofast.training.log_window import LogWindow, step_flops
+from dpofast.training.model_card import model_card_of
 from dpofast.training.out_of_memory import (
     halved_max_tokens,
     largest_auto,
@@ -60,7 +61,7 @@ from dpofast.training.ref_model import (
     with_reference_columns,
 )
 from dpofast.training.sampler import StepExamples, StepLoader, first_examples, step_loader
-from dpofast.training.step import OptimizerStep, StepResult, micro_batches, rows_not_finite, step_settings
+from dpofast.training.step import OptimizerStep, StepResult, micro_batches, not_finite, rows_not_finite, step_settings
 
 _OPTIMIZER_BYTES = 8  # AdamW's two float32 moments of a parameter
 
@@ -141,6 +142,8 @@ class DPOTrainer(CheckpointedTrainer):
                 optimizers=optimizers,
             )
         self._check_data_and_launch()
+        if args.chose_bf16 and self.is_world_process_zero():
+            print("dpofast: mixed precision in bfloat16, which this GPU has (bf16=False: float32)", file=sys.stderr)
         # padded rows repeat the prompt, so max_tokens counts it for each of them
         self.share_prompts = args.share_prompts and not args.padded
         self.max_tokens, self.max_forward_tokens = token_limits(args.max_tokens, args.device)
@@ -288,6 +291,15 @@ class DPOTrainer(CheckpointedTrainer):
         if self.args.sync_ref_model:
             load_model(self._reference.model, os.path.join(folder, _REFERENCE_FILE))
 
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        with model_card_of(self, output_dir or self.args.output_dir):
+            super()._save(output_dir, state_dict)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """README.md in output_dir, which Trainer asks for when it pushes a model: what was trained on what."""
+        with model_card_of(self, self.args.output_dir):
+            pass
+
     # ---- the step ---------------------------------------------------------------------------------------------------
 
     def _prepare_for_training(self, *args: Any) -> tuple[nn.Module, Any]:
@@ -323,7 +335,8 @@ class DPOTrainer(CheckpointedTrainer):
         if self.args.include_num_input_tokens_seen != "no":
             self.state.num_input_tokens_seen += int(seen)
         if not math.isfinite(total):
-            self._raise_not_finite(inputs, batches, result.losses)
+            rows = rows_not_finite(inputs, batches, result.losses, self.ranks)
+            raise not_finite(rows, self.data_reports["train"], self.state.global_step + 1, self.args.output_dir)
         if self._running_rewards is not None:
             self._running_rewards.add(torch.cat(result.rewards))
         self._window.sums.add_all(result.sums)
@@ -368,23 +381,9 @@ class DPOTrainer(CheckpointedTrainer):
         restore_random_states(draws, self.args.device)
         return batch.num_tokens
 
-    def _raise_not_finite(self, examples: Any, batches: list[PackedBatch], losses: list[Tensor]) -> NoReturn:
-        own = rows_not_finite(examples, batches, losses)
-        rows = sorted(row for theirs in self.ranks.all_gather(own) for row in theirs)
-        report = self.data_reports["train"]
-        raise FloatingPointError(
-            f"{report.source}: the loss of the pairs in {report.unit}s {rows} is not finite at step "
-            f"{self.state.global_step + 1}, which was not taken; {where_to_go_on(self.args.output_dir)}. Look at these "
-            "pairs, and at a learning rate that is too high"
-        )
-
     def floating_point_ops(self, inputs: Any) -> float:
         """6·parameters·positions of the last step, for LM head and backbone; Trainer adds it up as total_flos."""
-        embeddings, head = self.model.get_input_embeddings().weight, self.model.get_output_embeddings().weight
-        backbone = sum(p.numel() for p in self.model.parameters()) - embeddings.numel()
-        if embeddings is not head:
-            backbone -= head.numel()
-        return 6.0 * (backbone * self._window.last_tokens + head.numel() * self._window.last_targets)
+        return step_flops(self.model, self._window.last_tokens, self._window.last_targets)
 
     # ---- evaluation and logging -------------------------------------------------------------------------------------
 

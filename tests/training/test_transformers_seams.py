@@ -31,6 +31,8 @@ OVERRIDDEN = {
     "_save_checkpoint": "model, trial",
     "_save_optimizer_and_scheduler": "output_dir",
     "_track_num_input_tokens": "inputs",
+    "create_model_card": "language, license, tags, model_name, finetuned_from, tasks, dataset_tags, dataset, "
+    "dataset_args",
     "evaluate": "eval_dataset, ignore_keys, metric_key_prefix",
     "evaluation_loop": "dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix",
     "floating_point_ops": "inputs",

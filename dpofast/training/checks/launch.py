@@ -9,10 +9,9 @@ from typing import Any
 import torch.distributed as dist
 from datasets import IterableDataset
 
-from dpofast.data.formats import REF_COLUMNS
 from dpofast.training.checks.arguments import as_dpo_config
 from dpofast.training.config import DPOConfig
-from dpofast.training.data.tokens import no_precomputed_stream
+from dpofast.training.data.tokens import no_precomputed_stream, streams_reference
 from dpofast.training.fsdp import check_sharding
 
 
@@ -59,11 +58,6 @@ def check_stream(dataset: IterableDataset, args: DPOConfig) -> None:
         raise ValueError("max_tokens: 'auto' probes with the first rows of the data, and these are streamed: a number")
     if args.dataloader_num_workers > 0:
         raise ValueError("dataloader_num_workers: expected 0, as one process reads a stream in its order")
-
-
-def streams_reference(dataset: IterableDataset) -> bool:
-    """Whether a stream's columns are known and have the reference log-probs."""
-    return set(REF_COLUMNS) <= set(dataset.column_names or ())
 
 
 def check_topology(args: DPOConfig) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 
+from dpofast.data.formats import REF_COLUMNS
 from dpofast.data.load import tokenize_preferences
 from dpofast.training.config import DPOConfig
 
@@ -50,7 +51,7 @@ class PreferenceData:
                 reference log-probs are asked for and not just the default.
         """
         if isinstance(dataset, IterableDataset):
-            if self._precompute_is_asked:
+            if self._precompute_is_asked and not streams_reference(dataset):
                 raise no_precomputed_stream()
             dataset = Dataset.from_list(list(dataset), features=dataset.features)
         if not isinstance(dataset, Dataset):
@@ -59,6 +60,11 @@ class PreferenceData:
         source += f" from row {first_row} on" if first_row else ""
         tokens, self.reports[name] = tokenize_preferences(dataset, source=source, **self._options)
         return tokens
+
+
+def streams_reference(dataset: IterableDataset) -> bool:
+    """Whether a stream's columns are known and have the reference log-probs."""
+    return set(REF_COLUMNS) <= set(dataset.column_names or ())
 
 
 def no_precomputed_stream() -> ValueError:
