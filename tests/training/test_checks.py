@@ -4,6 +4,7 @@ import inspect
 import re
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from transformers import Trainer, TrainingArguments
 import dpofast
 from dpofast import DPOConfig, DPOTrainer
 from dpofast.checkpointing.trainer import CheckpointedTrainer
+from dpofast.training import config
 from dpofast.training.checks.arguments import as_dpo_config
 from dpofast.training.checks.methods import NOT_CALLED
 from dpofast.training.checks.options import MOOT, OF_TRL, UNREAD
@@ -96,8 +98,8 @@ def test_trls_own_config_trains_as_ours_with_the_same_options(tmp_path):
         **{"use_cpu": True, "bf16": False, "gradient_checkpointing": True, "precompute_ref_log_probs": False},
     }
     runs = []
-    for config in (trl.DPOConfig, DPOConfig):
-        args = config(**options)
+    for config_class in (trl.DPOConfig, DPOConfig):
+        args = config_class(**options)
         trainer = DPOTrainer(
             tiny_model(), None, args, None, tiny_dataset(), None, tiny_tokenizer()
         )  # TRL's order of arguments
@@ -151,6 +153,38 @@ def test_methods_that_are_named_as_not_called_are_trainers_or_trls():
     earlier = {"dpo_loss", "concatenated_forward", "concatenated_inputs", "get_batch_loss_metrics", "tokenize_row"}
     assert {"compute_loss", "prediction_step", "_compute_loss", "_prepare_dataset"} <= known & set(NOT_CALLED)
     assert earlier <= set(NOT_CALLED)
+
+
+@pytest.mark.parametrize(
+    ("options", "environment", "expected"),
+    [
+        ({}, {}, True),
+        ({"fp16": True}, {}, False),
+        ({"deepspeed": "config.json"}, {}, False),
+        ({"use_cpu": True}, {}, False),
+        ({}, {"ACCELERATE_MIXED_PRECISION": "no"}, False),
+    ],
+    ids=str,
+)
+def test_a_gpu_that_has_bfloat16_computes_in_it_unless_told(monkeypatch, options, environment, expected):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: not including_emulation)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    args = SimpleNamespace(**{"fp16": False, "deepspeed": None, "use_cpu": False, **options})
+    assert config._chooses_bf16(args) is expected
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: False)
+    assert config._chooses_bf16(args) is False
+
+
+def test_the_choice_of_bfloat16_is_said_in_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(config, "_chooses_bf16", lambda args: True)
+    trainer = make_trainer(tmp_path)
+    assert trainer.args.bf16 is True
+    assert capsys.readouterr().err.count("dpofast: mixed precision in bfloat16") == 1
+    make_trainer(tmp_path, bf16=True)
+    assert "mixed precision" not in capsys.readouterr().err
+    assert make_trainer(tmp_path, bf16=False).args.bf16 is False
 
 
 def stream(examples):
