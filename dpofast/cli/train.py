@@ -35,7 +35,7 @@ HELP_GROUPS = {
         *("config", "resume_from_checkpoint", "early_stopping_patience"),
         *("logging_steps", "token_statistics", "html_report", "bf16"),
     ),
-    "names of TRL's that are not needed": (
+    "names that are not needed here": (
         *("padding_free", "pad_to_multiple_of", "pad_token", "precompute_ref_batch_size", "activation_offloading"),
         "model_init_kwargs",
     ),

@@ -43,15 +43,7 @@ def check_adapter(model: Any, peft_config: Any = None) -> None:
         ValueError: prompt learning, which changes the model's inputs; a peft_config for a model that has an adapter; an
             adapter of transformers' own integration, beside which all weights would train and not be saved.
     """
-    configs = getattr(model, "peft_config", None)
-    configs = list(configs.values()) if isinstance(configs, dict) else []
-    for config in [*configs, peft_config]:
-        if getattr(config, "is_prompt_learning", False):
-            raise ValueError(
-                f"peft_config: expected an adapter of the model's layers (LoRA and its like), got "
-                f"{type(config).__name__}: prompt-learning methods put tokens of their own in front of every row, and "
-                "packed rows have no place for them"
-            )
+    check_inputs_kept(model, peft_config)
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError(
             f"model: this {type(model).__name__} was loaded from an adapter's folder by transformers, so all its "
@@ -91,6 +83,22 @@ def check_trainable(model: Any) -> None:
         "an adapter on them"
     )
     raise ValueError(f"model: expected something to train, and no parameter requires a gradient: {ways}")
+
+
+def check_inputs_kept(model: Any, peft_config: Any = None) -> None:
+    """Refuse prompt learning, on the model or by a config for it.
+
+    Raises:
+        ValueError: an adapter that changes the model's inputs.
+    """
+    configs = getattr(model, "peft_config", None)
+    for config in [*(configs.values() if isinstance(configs, dict) else ()), peft_config]:
+        if getattr(config, "is_prompt_learning", False):
+            raise ValueError(
+                f"peft_config: expected an adapter of the model's layers (LoRA and its like), got "
+                f"{type(config).__name__}: prompt-learning methods put tokens of their own in front of every row, and "
+                "packed rows have no place for them"
+            )
 
 
 def is_peft(model: Any) -> bool:

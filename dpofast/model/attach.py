@@ -24,6 +24,7 @@ from dpofast.head.options import LogprobOutput
 from dpofast.losses.config import PreferenceLoss
 from dpofast.losses.functional import PreferenceOutput
 from dpofast.losses.sequences import segment_sums
+from dpofast.model.adapters import check_inputs_kept
 from dpofast.model.attention.interface import restore_attention, use_packed_attention
 from dpofast.model.forward import backbone_of, packed_hidden, padded_hidden
 from dpofast.model.lm_head import logit_options, logprob_head, restore_head
@@ -70,6 +71,7 @@ def attach_logprob_head(model: Any, *, padded: bool = False) -> Any:
         ValueError: a model that cannot run so, by name and with the reason: an encoder, an adapter on the head, numbers
             that differ from the model's own; and for packed rows no AttentionInterface, a stateful or hybrid backbone.
     """
+    check_inputs_kept(model)
     base = base_causal_lm(model)
     if isinstance(base, PackedForward):
         if base._padded_rows != padded:

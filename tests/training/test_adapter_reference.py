@@ -8,7 +8,7 @@ from datasets import Dataset
 from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from dpofast import reference
+from dpofast import attach_logprob_head, reference
 from tests.support.tiny import save_tiny, tiny_dataset, tiny_model, tiny_pairs
 from tests.support.tiny_training import losses_of, make_trainer
 
@@ -141,6 +141,8 @@ def test_adapters_that_cannot_run_are_refused_by_name(tmp_path):
         make_trainer(tmp_path, peft_config=prompts)
     with pytest.raises(ValueError, match="got PromptTuningConfig: prompt-learning"):
         make_trainer(tmp_path, model=get_peft_model(tiny_model(), prompts))
+    with pytest.raises(ValueError, match="got PromptTuningConfig: prompt-learning"):  # in a loop of one's own
+        attach_logprob_head(get_peft_model(tiny_model(), prompts))
     with pytest.raises(ValueError, match="peft_config: the model is a PeftModel already: leave peft_config out"):
         make_trainer(tmp_path, model=get_peft_model(tiny_model(), lora()), peft_config=lora())
 

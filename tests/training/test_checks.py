@@ -19,7 +19,7 @@ from dpofast.checkpointing.trainer import CheckpointedTrainer
 from dpofast.training import config
 from dpofast.training.checks.arguments import as_dpo_config
 from dpofast.training.checks.methods import NOT_CALLED
-from dpofast.training.checks.options import MOOT, OF_TRL, UNREAD
+from dpofast.training.checks.options import MOOT, OF_TRL, UNREAD, check_options
 from tests.support.tiny import save_tiny, tiny_dataset, tiny_model, tiny_pairs, tiny_tokenizer
 from tests.support.tiny_training import losses_of, make_trainer
 
@@ -78,6 +78,14 @@ def test_options_of_accelerates_own_loader_are_refused(tmp_path):
         DPOConfig(output_dir=str(tmp_path), accelerator_config={"split_batches": True})
 
 
+@pytest.mark.parametrize("name", ["tp_size", "cp_size", "sp_size"])
+def test_rows_and_layers_are_not_divided_among_ranks(tmp_path, name):
+    args = DPOConfig(output_dir=str(tmp_path), use_cpu=True)
+    args.parallelism_config = SimpleNamespace(**{name: 2})
+    with pytest.raises(ValueError, match=f"parallelism_config: {name}: would have no effect"):
+        check_options(args)
+
+
 def test_every_field_of_trls_config_is_taken_or_refused_by_name(tmp_path):
     ours = {f.name for f in fields(DPOConfig)}
     assert [f.name for f in fields(trl.DPOConfig) if f.name not in ours] == []
@@ -106,8 +114,10 @@ def test_trls_own_config_trains_as_ours_with_the_same_options(tmp_path):
         trainer.train()
         runs.append(losses_of(trainer))
     assert runs[0] == runs[1] and runs[0][0] != runs[0][-1]
-    with pytest.raises(ValueError, match="args: expected a dpofast.DPOConfig, got transformers.TrainingArguments"):
-        as_dpo_config(TrainingArguments(output_dir=str(tmp_path), use_cpu=True))
+    for other in (TrainingArguments, trl.KTOConfig):
+        name = f"{other.__module__.split('.')[0]}.{other.__name__}"
+        with pytest.raises(ValueError, match=f"args: expected a dpofast.DPOConfig, got {name}"):
+            as_dpo_config(other(output_dir=str(tmp_path), use_cpu=True))
 
 
 def test_arguments_of_trls_trainer_are_all_known(tmp_path):

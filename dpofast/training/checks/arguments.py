@@ -20,7 +20,8 @@ def as_dpo_config(args: Any) -> DPOConfig:
         return DPOConfig(output_dir="dpofast-output")
     if isinstance(args, DPOConfig):
         return args
-    if not isinstance(args, TrainingArguments) or not hasattr(args, "loss_type"):
+    of_trl = any(cls.__name__ == "DPOConfig" for cls in type(args).__mro__)  # not its KTOConfig and the like
+    if not isinstance(args, TrainingArguments) or not of_trl:
         cls = type(args)
         raise ValueError(f"args: expected a dpofast.DPOConfig, got {cls.__module__.split('.')[0]}.{cls.__name__}")
     known = {f.name for f in fields(DPOConfig) if f.init}

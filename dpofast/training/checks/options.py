@@ -73,6 +73,12 @@ def check_options(args: Any) -> None:
         value = getattr(args.accelerator_config, name, None)
         if value != getattr(type(args.accelerator_config)(), name, None):
             raise ValueError(f"accelerator_config: {name}: would have no effect: {reason}")
+    for name in ("tp_size", "cp_size", "sp_size"):
+        if (getattr(getattr(args, "parallelism_config", None), name, None) or 1) > 1:
+            raise ValueError(
+                f"parallelism_config: {name}: would have no effect: pairs are divided among ranks; fsdp shards "
+                "the model"
+            )
     for name, (nothing, reason) in OF_TRL.items():
         if getattr(args, name) not in nothing:
             raise ValueError(f"{name}: expected {nothing[0]}, got {getattr(args, name)!r}: {reason}")
