@@ -259,7 +259,7 @@ def test_reference_columns_in_the_data_are_used(tmp_path):
         ({"learning_rate": -1.0}, "learning_rate: expected 0 or more"),
         ({"learning_rate": float("nan")}, "learning_rate: expected 0 or more"),
         ({"dataloader_drop_last": True, "per_device_train_batch_size": 100}, "fewer than the 100 of a step"),
-        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor: would have no effect: not used by DPO"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor: not supported here: not used by DPO"),
         ({"max_logits_bytes": 100}, "max_logits_bytes: expected at least one row"),
     ],
 )

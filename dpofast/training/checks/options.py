@@ -60,7 +60,7 @@ def check_options(args: Any) -> None:
     """Check a DPOConfig after TrainingArguments' own __post_init__.
 
     Raises:
-        ValueError: an option that would have no effect is set, with what to use.
+        ValueError: an option that not supported here is set, with what to use.
     """
     defaults = {
         f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(TrainingArguments)
@@ -68,16 +68,15 @@ def check_options(args: Any) -> None:
     for name, reason in UNREAD.items():
         value = getattr(args, name, defaults.get(name))  # not every supported transformers has all of them
         if name in defaults and value != defaults[name]:
-            raise ValueError(f"{name}: would have no effect: {reason}")
+            raise ValueError(f"{name}: not supported here: {reason}")
     for name, reason in UNREAD_OF_ACCELERATOR.items():
         value = getattr(args.accelerator_config, name, None)
         if value != getattr(type(args.accelerator_config)(), name, None):
-            raise ValueError(f"accelerator_config: {name}: would have no effect: {reason}")
+            raise ValueError(f"accelerator_config: {name}: not supported here: {reason}")
     for name in ("tp_size", "cp_size", "sp_size"):
         if (getattr(getattr(args, "parallelism_config", None), name, None) or 1) > 1:
             raise ValueError(
-                f"parallelism_config: {name}: would have no effect: pairs are divided among ranks; fsdp shards "
-                "the model"
+                f"parallelism_config: {name}: not supported here: pairs are divided among ranks; fsdp shards the model"
             )
     for name, (nothing, reason) in OF_TRL.items():
         if getattr(args, name) not in nothing:
