@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
 
 from dpofast.cli.config_file import read_yaml
 from dpofast.common.names import did_you_mean
@@ -43,6 +44,7 @@ def parse(
     parser = _Parser(classes, prog=prog, description=description, allow_abbrev=False)
     if help_groups is not None:
         parser.group_help(help_groups, help_end)
+    parser.let_switches_stand_alone()
     parser.add_argument("--config", help="A YAML file of the same names; flags win over it.")
     given = list(argv)
     parser.refuse_repeated(given)
@@ -88,6 +90,12 @@ class _Parser(HfArgumentParser):
         self._groups, self._end = groups, end
         self.usage = f"{self.prog} --model MODEL --data DATA [options]"
         self.add_argument("--help_all", "--help-all", action=_HelpAll, help="Show every option and exit.")
+
+    def let_switches_stand_alone(self) -> None:
+        """--x is --x true for options whose default is neither, which HfArgumentParser wants a value for."""
+        for action in self._actions:
+            if action.type is string_to_bool and action.nargs is None:
+                action.nargs, action.const = "?", True
 
     def format_help(self) -> str:
         """The groups of group_help(), or every option."""

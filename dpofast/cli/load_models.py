@@ -9,7 +9,7 @@ import json
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -66,7 +66,7 @@ def load_model(name: str, loading: Loading) -> Any:
 
     _refuse_special_files(name)
     if is_adapter(name):
-        return _with_adapter(name, loading)
+        return load_adapter(name, loading).model
     check_name(name)
     _refuse_pickles(name, "pytorch_model*.bin", "*.safetensors")
     options: dict[str, Any] = {"trust_remote_code": loading.trust_remote_code}
@@ -80,8 +80,24 @@ def load_model(name: str, loading: Loading) -> Any:
         raise ValueError(f"{named(name)}: no causal language model can be loaded from it: {reason}") from error
 
 
-def _with_adapter(folder: str, loading: Loading) -> Any:
-    from dpofast.model.load import load_adapter
+class Adapter(NamedTuple):
+    """A PEFT model from an adapter's folder, and whether without its adapter it is its base model.
+
+    It is not where loading the adapter wrote into the base weights: trained biases, PiSSA and its like.
+    """
+
+    model: Any
+    keeps_base: bool
+
+
+def load_adapter(folder: str, loading: Loading) -> Adapter:
+    """Returns the base model that an adapter's folder names, with the adapter on it.
+
+    Raises:
+        ValueError: as load_model.
+    """
+    from dpofast.model import load
+    from dpofast.model.adapters import check_adapter, probe_logps, same_weights
 
     try:
         import peft  # noqa: F401
@@ -89,11 +105,15 @@ def _with_adapter(folder: str, loading: Loading) -> Any:
         raise ValueError(f"{folder} is a LoRA adapter, which needs peft: pip install peft") from error
     _refuse_pickles(folder, "adapter_model.bin", "*.safetensors")
     base = load_model(base_of(folder), loading)
+    before = probe_logps(base)
     try:
-        return load_adapter(base, folder).eval()
+        model = load.load_adapter(base, folder).eval()
     except Exception as error:  # as above
         reason = one_line(error).removeprefix(f"{folder}: ")
         raise ValueError(f"{folder}: its adapter cannot be loaded: {reason}") from error
+    check_adapter(model)
+    with model.disable_adapter():
+        return Adapter(model, same_weights(probe_logps(model), before))
 
 
 def is_adapter(name: str) -> bool:
@@ -102,10 +122,10 @@ def is_adapter(name: str) -> bool:
 
 
 def base_of(folder: str) -> str:
-    """Returns the name of the base model from an adapter's folder.
+    """Returns the name of the base model from an adapter's folder; a relative path may begin there.
 
     Raises:
-        ValueError: it names none, or itself, also by way of another adapter.
+        ValueError: it names none, or itself, also by way of another adapter, or an absolute path where nothing is.
     """
     base = _base_name(folder)
     seen, further = {Path(folder).resolve()}, base
@@ -126,6 +146,14 @@ def _base_name(folder: str) -> str:
     base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
     if not base or not isinstance(base, str):
         raise ValueError(f"{path}: expected the adapter's base model as base_model_name_or_path, and it names none")
+    beside = Path(folder) / base
+    if not Path(base).is_dir() and (beside.is_dir() or Path(base).is_absolute()):
+        if not beside.is_dir():
+            raise ValueError(
+                f"{path}: its base model {base} is not there: write where it is now as base_model_name_or_path (a path "
+                "may be relative to the adapter's folder)"
+            )
+        return str(beside)
     return base
 
 

@@ -15,7 +15,16 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 
 from dpofast.cli.arguments import DATA_HELP
-from dpofast.cli.load_models import Loading, device, is_adapter, load_model, load_tokenizer, named
+from dpofast.cli.load_models import (
+    Loading,
+    base_of,
+    device,
+    is_adapter,
+    load_adapter,
+    load_model,
+    load_tokenizer,
+    named,
+)
 from dpofast.cli.run_options import first_adapter
 from dpofast.data.encode_pairs import TRUNCATION_MODES
 from dpofast.data.formats import REF_COLUMNS, place
@@ -105,7 +114,7 @@ def prepare(arguments: ScoringArguments) -> Prepared:
             f"ref_model: {arguments.model} was trained on from the adapter in {first}: name its reference, which is "
             f"that adapter (--ref_model {shlex.quote(first)}), or the base model"
         )
-    model, ref_model = _models(arguments)
+    model, ref_model = _models(arguments, given=given)
     tokens, report = tokenize_preferences(
         dataset,
         tokenizer,
@@ -119,16 +128,23 @@ def prepare(arguments: ScoringArguments) -> Prepared:
     return Prepared(dataset=dataset, tokens=tokens, report=report, model=model, ref_model=ref_model)
 
 
-def _models(arguments: ScoringArguments) -> tuple[Any, Any]:
+def _models(arguments: ScoringArguments, *, given: bool) -> tuple[Any, Any]:
+    """The policy and the reference, None where the rows bring its log-probs or the policy without its adapter is it."""
     loading = Loading(
         dtype=arguments.dtype,
         trust_remote_code=arguments.trust_remote_code,
         load_in_4bit=arguments.load_in_4bit,
     )
-    model = load_model(arguments.model, loading)
-    if arguments.no_reference and hasattr(model, "merge_and_unload"):
-        model = model.merge_and_unload()
-    ref_model = load_model(arguments.ref_model, loading) if arguments.ref_model else None
+    reference = arguments.ref_model
+    if is_adapter(arguments.model):
+        model, keeps_base = load_adapter(arguments.model, loading)
+        if arguments.no_reference:
+            model = model.merge_and_unload()
+        elif not (keeps_base or given):
+            reference = reference or base_of(arguments.model)
+    else:
+        model = load_model(arguments.model, loading)
+    ref_model = load_model(reference, loading) if reference else None
     vocab = model.get_input_embeddings().weight.shape[0]
     for part in filter(None, (model, ref_model)):
         theirs = part.get_input_embeddings().weight.shape[0]

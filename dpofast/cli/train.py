@@ -43,7 +43,11 @@ HELP_GROUPS = {
     ),
     "run and report": (
         *("config", "resume", "resume_from_checkpoint", "early_stopping_patience"),
-        *("logging_steps", "token_statistics", "html_report"),
+        *("logging_steps", "token_statistics", "html_report", "bf16"),
+    ),
+    "names that are not needed here": (
+        *("padding_free", "pad_to_multiple_of", "pad_token", "precompute_ref_batch_size", "activation_offloading"),
+        "model_init_kwargs",
     ),
 }
 HELP_END = (
@@ -72,7 +76,6 @@ class TrainArguments(LoraArguments):
         metadata={"help": "The reference, a folder or hub name; default: the model as it is before training."},
     )
     dtype: str = field(default="float32", metadata={"help": "The dtype models are loaded in: float32 or bfloat16."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Allow a model's own Python code to run."})
     load_in_4bit: bool = field(
         default=False,
         metadata={"help": "QLoRA: the frozen weights in 4 bits, by bitsandbytes; needs --lora_r."},
@@ -146,7 +149,7 @@ def main(argv: Sequence[str]) -> int:
     from dpofast.data.load import load_preferences
 
     # What is cheap to check comes first; nothing is written before all input was accepted.
-    tokenizer = load_tokenizer(train.model, trust_remote_code=train.trust_remote_code)
+    tokenizer = load_tokenizer(train.model, trust_remote_code=config.trust_remote_code)
     train_data = load_preferences(train.data, split=train.split, on_bad_row=config.on_bad_row)
     eval_data = None
     if train.eval_data:
@@ -175,7 +178,7 @@ def _preview(train: TrainArguments, config: DPOConfig) -> int:
     from dpofast.data.load import load_preferences
     from dpofast.data.preview import preview_preferences
 
-    tokenizer = load_tokenizer(train.model, trust_remote_code=train.trust_remote_code)
+    tokenizer = load_tokenizer(train.model, trust_remote_code=config.trust_remote_code)
     options: Any = {"max_length": config.max_length, "truncation_mode": config.truncation_mode}
     dataset = load_preferences(train.data, split=train.split, on_bad_row=config.on_bad_row)
     print(preview_preferences(dataset, tokenizer, train.preview, on_bad_row=config.on_bad_row, **options))
@@ -247,7 +250,7 @@ def _checked_loading(train: TrainArguments, config: DPOConfig) -> Loading:
         raise ValueError(f"ref_model: {named(train.model)} is the model itself, which is the reference by default")
     return Loading(
         dtype=train.dtype,
-        trust_remote_code=train.trust_remote_code,
+        trust_remote_code=config.trust_remote_code,
         load_in_4bit=train.load_in_4bit,
         attn_implementation=train.attn_implementation,
     )

@@ -27,7 +27,8 @@ from dpofast.demo.make_data import DATA
 from dpofast.model.attach import attach_logprob_head, detach_logprob_head
 from dpofast.report.progress import follow
 from dpofast.report.training_plot import plot_training
-from dpofast.training.trainer import DPOConfig, DPOTrainer
+from dpofast.training.config import DPOConfig
+from dpofast.training.trainer import DPOTrainer
 
 _TRAIN, _TEST = "pairs_train.jsonl", "pairs_test.jsonl"
 

@@ -6,11 +6,11 @@ wrappers    what other libraries put over a model's forward: taken off, kept, or
 load        load models and adapters whole
 lm_head     LogprobLinear, the class of an attached model's LM head, and what model families do to their logits
 forward     runs the backbone: hidden states of a packed batch, over its packed row or over padded rows
-support     rules on which models can run so
-parity      the check of an attached model against its own logits
 rope        rotary tables that depend on a sequence's length (LongRoPE, dynamic NTK)
 dropout     dropout of a model turned off
 moe         the load-balancing loss of mixtures of experts over packed rows
 lora        fuse_lora: PEFT's LoRA layers with fewer passes over memory
+adapters    PEFT: what is refused, what wrapping does to a model, what is trained outside of an adapter
+checks/     which models can run so: rules, and a comparison with the model's own logits
 attention/  attention of a packed row: each response sees its prompt and itself
 """

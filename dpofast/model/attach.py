@@ -26,13 +26,14 @@ from dpofast.head.options import LogprobOutput
 from dpofast.losses.config import PreferenceLoss
 from dpofast.losses.functional import PreferenceOutput
 from dpofast.losses.sequences import segment_sums
+from dpofast.model.adapters import check_inputs_kept
 from dpofast.model.attention.interface import register_again, restore_attention, use_packed_attention
+from dpofast.model.checks.parity import check_parity
+from dpofast.model.checks.support import CannotPack, check_lm_head, check_packed
 from dpofast.model.forward import packed_hidden, padded_hidden
 from dpofast.model.lm_head import logit_options, logprob_head, restore_head
-from dpofast.model.parity import check_parity
 from dpofast.model.parts import backbone_of, base_causal_lm, is_composite, media_token_ids
 from dpofast.model.rope import follow_lengths, stop_following
-from dpofast.model.support import CannotPack, check_lm_head, check_packed
 from dpofast.model.wrappers import exchange_class, take_off_autocast
 from dpofast.packing.batch import PackedBatch
 
@@ -77,6 +78,7 @@ def attach_logprob_head(model: Any, *, padded: bool = False) -> Any:
             that differ from the model's own; and for packed rows no AttentionInterface, a stateful or hybrid backbone;
             a forward set on the instance by something that model/wrappers.py does not know.
     """
+    check_inputs_kept(model)
     base = base_causal_lm(model)
     if isinstance(base, PackedForward):
         if base._padded_rows != padded:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from dpofast.model.attention.layout import PackedLayout
+from dpofast.model.checks.support import cannot_pack
 from dpofast.model.moe import balancing_loss, row_weights
 from dpofast.model.parts import backbone_of
 from dpofast.model.rope import check_read, longest_sequence, packed_positions, padded_positions, split_by_table
-from dpofast.model.support import cannot_pack
 from dpofast.packing.batch import PackedBatch
 
 # Position tables may have a few rows more than positions: OPT's begins with two that it never reads.

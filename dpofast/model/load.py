@@ -32,7 +32,7 @@ def load_causal_lm(name: str, **options: Any) -> Any:
         kind = _auto_class(name, options)
         # its own error for other shapes names none of them
         told = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
-        model, found = kind.from_pretrained(name, **options, **told)
+        model, found = kind.from_pretrained(name, **{**options, **told})
     except (OSError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{name}: its weights cannot be loaded from safetensors: {error}") from error
     _refuse_gaps(name, "its weights lack", found["missing_keys"])

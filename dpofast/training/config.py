@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
@@ -12,6 +14,7 @@ from dpofast.data.encode_pairs import TRUNCATION_MODES
 from dpofast.losses.config import PreferenceLoss
 from dpofast.losses.divergences import DIVERGENCES
 from dpofast.losses.kinds import KINDS, KINDS_ALSO_CALLED
+from dpofast.training.checks.options import check_options
 from dpofast.training.sampler import SAMPLING_STRATEGIES
 
 
@@ -23,8 +26,17 @@ class DPOConfig(TrainingArguments):
     many of them run at once.
     """
 
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
+
     learning_rate: float = field(default=1e-6, metadata={"help": "The initial learning rate of AdamW."})
     logging_steps: float = field(default=10, metadata={"help": "Log every so many optimizer steps."})
+    bf16: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Compute in bfloat16 on float32 weights (mixed precision). Default: on a GPU that has it, unless "
+            "fp16 or a launcher's or DeepSpeed's own setting says otherwise; off on a CPU."
+        },
+    )
     resume_from_checkpoint: str | None = field(
         default=None, metadata={"help": "The checkpoint to resume: its folder, or latest: the newest of output_dir."}
     )
@@ -85,10 +97,11 @@ class DPOConfig(TrainingArguments):
         metadata={"help": "Run every prompt once for all its responses; False measures what that saves."},
     )
     max_logits_bytes: int | None = field(default=None, metadata={"help": "Room for logits in bytes (default 1 GiB)."})
-    precompute_ref_log_probs: bool = field(
-        default=True,
+    precompute_ref_log_probs: bool | None = field(
+        default=None,
         metadata={
-            "help": "Compute reference log-probs once before training, so that no reference model stays in memory."
+            "help": "Compute reference log-probs once before training, so that no reference model stays in memory. "
+            "Default: true, but for sync_ref_model and for training data that is streamed."
         },
     )
     router_aux_loss_coef: float | None = field(
@@ -122,6 +135,26 @@ class DPOConfig(TrainingArguments):
             "work. max_tokens then counts the tokens of whole rows, without pads."
         },
     )
+    trust_remote_code: bool = field(default=False, metadata={"help": "Allow a model's own Python code to run."})
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "In Python, with a model given by name: further arguments of from_pretrained, as JSON or a dict."
+        },
+    )
+    padding_free: bool = field(default=False, metadata={"help": "TRL's name: packed rows never have pads."})
+    pad_to_multiple_of: int | str | None = field(
+        default="auto", metadata={"help": "TRL's name: refused, as packed rows have no pads."}
+    )
+    precompute_ref_batch_size: int | None = field(
+        default=None, metadata={"help": "TRL's name: refused, as max_tokens packs the reference pass too."}
+    )
+    activation_offloading: bool = field(
+        default=False, metadata={"help": "TRL's name: refused; use gradient_checkpointing."}
+    )
+    pad_token: str | None = field(
+        default=None, metadata={"help": "TRL's name: refused, as packed rows have no pads; set tokenizer.pad_token."}
+    )
     disable_dropout: bool = field(default=True, metadata={"help": "Set every dropout of the models to 0."})
     on_bad_row: str = field(
         default="raise", metadata={"help": "A bad row of the data: raise (stop) or skip (count it)."}
@@ -137,7 +170,13 @@ class DPOConfig(TrainingArguments):
         # Without it accelerate divides the data over CPU ranks, and synchronizes nothing.
         if not torch.accelerator.is_available():
             self.use_cpu = True
+        self.chose_bf16 = self.bf16 is None and _chooses_bf16(self)
+        self.bf16 = self.chose_bf16 if self.bf16 is None else self.bf16
+        self.chose_precompute = self.precompute_ref_log_probs is None
+        if self.precompute_ref_log_probs is None:
+            self.precompute_ref_log_probs = not self.sync_ref_model
         super().__post_init__()
+        check_options(self)
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
         unknown = [kind for kind in self.loss_type if kind not in KINDS]
@@ -160,10 +199,6 @@ class DPOConfig(TrainingArguments):
             raise ValueError(f"max_length: expected room for a prompt and a response token, 2, got {self.max_length}")
         if self.truncation_mode not in TRUNCATION_MODES:
             raise ValueError(f"truncation_mode: expected 'keep_start' or 'keep_end', got {self.truncation_mode!r}")
-        if self.label_smoothing_factor != 0:
-            raise ValueError(
-                "label_smoothing_factor: not used by DPO; the flipped-label probability is label_smoothing"
-            )
         self._check_max_tokens()
         self._check_moving_reference()
         if self.train_sampling_strategy not in SAMPLING_STRATEGIES:
@@ -206,3 +241,11 @@ class DPOConfig(TrainingArguments):
         shared = {f.name for f in fields(PreferenceLoss) if f.init} - {"kind", "weights"}
         options = {name: getattr(self, name) for name in shared}
         return PreferenceLoss(kind=kinds[0] if len(kinds) == 1 else kinds, weights=weights, **options)
+
+
+def _chooses_bf16(args: DPOConfig) -> bool:
+    """Whether the GPU multiplies in bfloat16 and nothing else has decided about mixed precision."""
+    decided = args.fp16 or args.deepspeed or "ACCELERATE_MIXED_PRECISION" in os.environ
+    if decided or args.use_cpu or not torch.cuda.is_available():
+        return False
+    return torch.cuda.is_bf16_supported(including_emulation=False)

@@ -44,7 +44,10 @@ def evaluate_pairs(
         step = step_of(examples, sums)
         for batch, share in zip(step.batches, step.shares(), strict=True):
             output = step.forward(batch, share)
-            sums.add("loss", output.losses.sum(), len(output.losses))
+            count = len(output.losses)
+            sums.add("loss", output.losses.sum(), count)
+            if output.aux_loss is not None:
+                sums.add("loss", step.settings.balancing * output.aux_loss * count, 0)
             if batch is not None:
                 records.add(examples, batch, output)
         num_pairs += examples.num_pairs

@@ -36,6 +36,11 @@ class LogWindow:
         self._counts: Counter[str] = Counter()
         self._seconds = 0.0
 
+    @property
+    def has_steps(self) -> bool:
+        """Whether this rank has added a step since the last read."""
+        return self._seconds > 0
+
     def add_step(self, examples: Sequence[Any], batches: Sequence[PackedBatch], seconds: float) -> None:
         """Add this rank's share of a step."""
         self.last_tokens = sum(batch.num_tokens for batch in batches)
@@ -77,3 +82,12 @@ class LogWindow:
         metrics["tokens_per_second"] = counts["tokens"] / slowest if slowest else 0.0
         self._restart()
         return metrics
+
+
+def step_flops(model: Any, tokens: int, targets: int) -> float:
+    """6·parameters·positions of a step: `tokens` through the backbone, `targets` through the LM head."""
+    embeddings, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    backbone = sum(p.numel() for p in model.parameters()) - embeddings.numel()
+    if embeddings is not head:
+        backbone -= head.numel()
+    return 6.0 * (backbone * tokens + head.numel() * targets)

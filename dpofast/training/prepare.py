@@ -1,19 +1,20 @@
-"""Models and datasets as the trainer uses them: loaded, adapted, with the log-prob head attached; tokenized."""
+"""Models as the trainer uses them: loaded, adapted, with the log-prob head attached."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from datasets import Dataset
 from torch import nn
 from transformers import AutoTokenizer
 from transformers.integrations.liger import apply_liger_kernel
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils.hub import cached_file
 
-from dpofast.data.load import tokenize_preferences
 from dpofast.head.engine.plan import HeadPlan
+from dpofast.model.adapters import Wrapped, check_adapter, with_new_adapter
 from dpofast.model.attach import attach_logprob_head
 from dpofast.model.dropout import disable_dropout
 from dpofast.model.load import load_causal_lm
@@ -22,16 +23,31 @@ from dpofast.model.wrappers import take_off_autocast
 from dpofast.training.config import DPOConfig
 from dpofast.training.fsdp import check_whole
 
+# One of them lies beside every model that has a tokenizer.
+_TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
 
 class Models(NamedTuple):
-    """The model to train, and its tokenizer or None where there is none beside the model."""
+    """The model to train, the reference that was passed, the policy's tokenizer, and what a new adapter did to it.
+
+    ref_model is None without one, tokenizer where there is none beside the model, wrapped without a peft_config.
+    """
 
     policy: Any
+    ref_model: Any
     tokenizer: Any
+    wrapped: Wrapped | None
 
 
-def prepare_models(model: Any, ref_model: Any, args: DPOConfig, processing_class: Any, peft_config: Any) -> Models:
-    """Load the model where it is a name, add the adapter, disable dropout, attach the log-prob head, compile layers.
+def prepare_models(
+    model: Any,
+    ref_model: Any,
+    args: DPOConfig,
+    processing_class: Any,
+    peft_config: Any,
+    quantization_config: Any = None,
+) -> Models:
+    """Load the models where they are names, add the adapter, disable dropout, attach the log-prob head, compile layers.
 
     All but loading and the adapter is done to ref_model too, in place.
 
@@ -39,26 +55,27 @@ def prepare_models(model: Any, ref_model: Any, args: DPOConfig, processing_class
         ValueError: a reference that does not fit the model or the loss, weights that are sharded already,
             max_logits_bytes below one row of logits, or a model without layers to compile.
     """
-    if ref_model is not None and ref_model is model:
+    if ref_model is not None and ref_model is model and not isinstance(model, str):
         raise ValueError("ref_model: expected another model than `model`, or None for the model as it is now")
     loss = args.preference_loss()
     if ref_model is not None and not loss.needs_reference:
         raise ValueError(f"ref_model: loss_type {loss.kind!r} has no reference; leave it out")
+    options = _loading_options(model, args, quantization_config)
+    if processing_class is None:
+        processing_class = tokenizer_beside(model, args, options)
     if isinstance(model, str):
-        processing_class = processing_class or AutoTokenizer.from_pretrained(model)
-        model = load_causal_lm(model, dtype=torch.float32)
+        model = load_causal_lm(model, **options)
+    if isinstance(ref_model, str):
+        ref_model = load_causal_lm(ref_model, **options)
     for each, name in ((model, "model"), (ref_model, "ref_model")):
         if each is not None and not hasattr(getattr(each, "config", None), "get_text_config"):
             raise ValueError(
                 f"{name}: expected a causal language model of transformers (AutoModelForCausalLM), got "
                 f"{type(each).__name__}"
             )
-    if processing_class is None and model.config.name_or_path:  # token ids need none
-        processing_class = AutoTokenizer.from_pretrained(model.config.name_or_path)
-    if peft_config is not None:
-        from peft import get_peft_model
-
-        model = get_peft_model(model, peft_config)
+    check_adapter(model, peft_config)
+    wrapped = None if peft_config is None else with_new_adapter(model, peft_config)
+    model = model if wrapped is None else wrapped.model
     models = [model] if ref_model is None else [model, ref_model]
     for each, name in zip(models, ("model", "ref_model"), strict=False):
         if hasattr(each, "_orig_mod"):
@@ -92,51 +109,51 @@ def prepare_models(model: Any, ref_model: Any, args: DPOConfig, processing_class
     if args.max_logits_bytes is not None:  # refused here and not in the first step
         HeadPlan.make(1, model.get_output_embeddings().weight, args.max_logits_bytes, keep=True)
     args.torch_compile_backend = None  # done; accelerate would compile the whole model
-    return Models(model, processing_class)
+    return Models(model, ref_model, processing_class, wrapped)
 
 
-class PreferenceData:
-    """Tokenizes the datasets of a run.
+def _loading_options(model: Any, args: DPOConfig, quantization_config: Any) -> dict[str, Any]:
+    """from_pretrained's, of model_init_kwargs, trust_remote_code and quantization_config; dtype float32 by default.
 
-    Args:
-        args: the trainer's.
-        tokenizer: of the policy, or None for data that is token ids.
-        vocab_size: of the policy, an upper bound of token ids.
-
-    Attributes:
-        reports: the DataReport of every dataset by its name ("train", "eval").
+    Raises:
+        ValueError: they are given for a model that is loaded already, or twice.
     """
-
-    def __init__(self, args: DPOConfig, tokenizer: Any, vocab_size: int) -> None:
-        """Keep the options of tokenize_preferences."""
-        self.reports: dict[str, Any] = {}
-        self._options = {
-            "tokenizer": tokenizer,
-            "max_length": args.max_length,
-            "truncation_mode": args.truncation_mode,
-            "on_bad_row": args.on_bad_row,
-            "num_proc": args.dataset_num_proc,
-            "vocab_size": vocab_size,
-        }
-
-    def tokenized(self, dataset: Dataset, name: str) -> Dataset:
-        """Returns the token-level dataset, in numpy format.
-
-        Raises:
-            ValueError: no datasets.Dataset, or rows that cannot be used (DataError).
-        """
-        if not isinstance(dataset, Dataset):
-            raise ValueError(f"{name}_dataset: expected a datasets.Dataset, got {type(dataset).__name__}")
-        source = dataset.info.dataset_name or f"{name} data"
-        tokens, self.reports[name] = tokenize_preferences(dataset, source=source, **self._options)
-        return tokens.with_format("numpy")
+    given = args.model_init_kwargs
+    if given is not None and not isinstance(given, dict):
+        raise ValueError(f"model_init_kwargs: expected a dict of from_pretrained's arguments, got {given!r}")
+    if not isinstance(model, str):
+        for name, value in (("model_init_kwargs", given), ("quantization_config", quantization_config)):
+            if value is not None:
+                raise ValueError(f"{name}: the model is loaded already: give its name or folder, or leave {name} out")
+        given = None
+    options = {"dtype": torch.float32, "trust_remote_code": args.trust_remote_code, **(given or {})}
+    if quantization_config is not None:
+        if "quantization_config" in options:
+            raise ValueError("quantization_config: given twice, also in model_init_kwargs: leave one out")
+        options["quantization_config"] = quantization_config
+    return options
 
 
-def each_eval_dataset(prepare: Callable[[Dataset, str], Dataset], dataset: Any) -> Any:
-    """Returns the prepared eval_dataset: a dataset, a dict of several (named "eval <key>"), or None."""
-    if isinstance(dataset, dict):
-        return {name: prepare(part, f"eval {name}") for name, part in dataset.items()}
-    return None if dataset is None else prepare(dataset, "eval")
+def tokenizer_beside(model: Any, args: DPOConfig, options: dict[str, Any]) -> Any:
+    """The tokenizer that lies beside a model, or None: token ids need none.
+
+    transformers would make an empty one up for a folder without tokenizer files, and Trainer would save it and set the
+    model's special tokens by it.
+    """
+    name = model if isinstance(model, str) else model.config.name_or_path
+    hub = {key: options[key] for key in ("revision", "token", "cache_dir", "subfolder") if key in options}
+    found = bool(name) and any(
+        cached_file(
+            name,
+            file,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+            _raise_exceptions_for_gated_repo=False,
+            **hub,
+        )
+        for file in _TOKENIZER_FILES
+    )
+    return AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code, **hub) if found else None
 
 
 def vocabulary(model: Any) -> int:
@@ -186,3 +203,12 @@ def _use_liger_layers(model: nn.Module, args: DPOConfig) -> None:
         apply_liger_kernel(model, args.liger_kernel_config)
     except ImportError as error:
         raise ValueError(f"use_liger_kernel: {error}") from error
+
+
+@contextlib.contextmanager
+def kept_use_cache(model: Any) -> Iterator[None]:
+    """Restore config.use_cache, which Trainer turns off: the saved model would generate without a cache."""
+    use_cache = getattr(model.config, "use_cache", None)
+    yield
+    if use_cache is not None:
+        model.config.use_cache = use_cache

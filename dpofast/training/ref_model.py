@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 
 from dpofast.common.ranks import Ranks
 from dpofast.data.formats import REF_COLUMNS
+from dpofast.model.adapters import Wrapped, few, is_peft, probe_logps, same_weights, trained_outside
 from dpofast.model.parts import base_causal_lm
 from dpofast.model.wrappers import is_dispatched
 from dpofast.scoring.ref_cache import CACHE_FOLDER, add_reference_columns
@@ -30,34 +31,69 @@ class ReferenceModel:
     """The model that gives the reference log-probs of a run, chosen once when the trainer is built.
 
     It is, in this order: the ref_model that was passed; the policy without its adapter, where the trainer added one
-    (peft_config); in a live reference a frozen copy, of the adapter that a PEFT model came with (named "reference",
-    beside the trained one) or else of the whole policy; otherwise the policy itself, before its first step.
+    (peft_config) that left the base weights as they were; in a live reference a frozen copy, of the adapter that a PEFT
+    model came with (named "reference", beside the trained one) or else of the whole policy; otherwise the policy
+    itself, before its first step.
 
     Args:
         policy: the model that will train.
         ref_model: a separate reference, or None.
-        new_adapter: the policy's adapter is new, so that its base model is the reference.
+        wrapped: what a new adapter did to the policy; None for a policy that came as it is.
         live: reference log-probs are computed in the training step, and not all of them before training.
+
+    Raises:
+        ValueError: a live reference for a policy of which more than the adapter is trained, or whose adapter cannot be
+            copied; a live one of a model that its new adapter has changed.
     """
 
-    def __init__(self, policy: Any, ref_model: Any, *, new_adapter: bool, live: bool) -> None:
+    def __init__(self, policy: Any, ref_model: Any, *, wrapped: Wrapped | None, live: bool) -> None:
         """Copy and freeze what training would change."""
         self.model = ref_model
         self.adapter = self.released = False
-        self.without_adapter = ref_model is None and new_adapter
-        if ref_model is None and live and not new_adapter:
-            if is_peft(policy):
-                _copy_adapter(policy)
-                self.adapter = True
-            else:
-                self.model = copy.deepcopy(policy)
+        self.without_adapter = ref_model is None and wrapped is not None and wrapped.base
+        self._is_lost = ref_model is None and wrapped is not None and not (wrapped.base or wrapped.whole)
+        self._outside = trained_outside(policy) if ref_model is None and is_peft(policy) else []
+        if ref_model is None and live:
+            self._prepare_live(policy)
         if self.model is not None:
             self.model.requires_grad_(False).eval()
 
+    def _prepare_live(self, policy: Any) -> None:
+        self._check_known()
+        if self._outside:
+            raise ValueError(
+                f"precompute_ref_log_probs: expected True, as {few(self._outside)} would train outside of the "
+                "adapter, and the reference in the step, which is the same model, would train along; or freeze them, "
+                "or give a ref_model"
+            )
+        if self.without_adapter:
+            return
+        if is_peft(policy):
+            _copy_adapter(policy)
+            self.adapter = True
+            with self.of(policy) as reference:
+                copied = probe_logps(reference)
+            if not same_weights(copied, probe_logps(policy)):
+                raise ValueError(
+                    f"precompute_ref_log_probs: expected True, as the adapter ({_kind(policy)}) cannot be copied for a "
+                    "reference in the step: its copy gives other log-probs; or give a ref_model"
+                )
+        else:
+            self.model = copy.deepcopy(policy)
+
+    def _check_known(self) -> None:
+        if self._is_lost:
+            raise ValueError(
+                "peft_config: the new adapter rewrote the base weights, so the model before training is neither the "
+                "model with the adapter nor the one without: give that model as ref_model (load it once more), or "
+                "bring the columns ref_chosen_logps and ref_rejected_logps in the data"
+            )
+
     @property
     def is_policy(self) -> bool:
-        """Whether the policy itself is the reference, which ends with its first step."""
-        return self.model is None and not (self.without_adapter or self.adapter or self.released)
+        """Whether the reference ends with the policy's first step: it is the policy, or shares weights that train."""
+        apart = (self.without_adapter or self.adapter) and not self._outside
+        return self.model is None and not (apart or self.released)
 
     def release(self) -> None:
         """Free a separate reference model after all log-probs were computed."""
@@ -66,7 +102,12 @@ class ReferenceModel:
 
     @contextlib.contextmanager
     def of(self, policy: Any) -> Iterator[Any]:
-        """Yields the model to call; inside, the policy's adapter may be disabled or replaced by the reference's."""
+        """Yields the model to call; inside, the policy's adapter may be disabled or replaced by the reference's.
+
+        Raises:
+            ValueError: a new adapter has changed the model, and nothing gives its former log-probs.
+        """
+        self._check_known()
         if self.model is not None:
             yield self.model
         elif self.without_adapter:
@@ -84,7 +125,7 @@ class ReferenceModel:
 
 
 def make_reference(
-    policy: Any, ref_model: Any, args: DPOConfig, dtype: torch.dtype | None, *, new_adapter: bool
+    policy: Any, ref_model: Any, args: DPOConfig, dtype: torch.dtype | None, *, wrapped: Wrapped | None
 ) -> ReferenceModel:
     """Returns the reference of a run, on its device.
 
@@ -93,13 +134,14 @@ def make_reference(
         ref_model: a separate reference, or None.
         args: the trainer's.
         dtype: of forward_dtype(): a separate reference gets parameters like a sharded policy's.
-        new_adapter: as ReferenceModel's.
+        wrapped: as ReferenceModel's.
 
     Raises:
-        ValueError: sync_ref_model for a reference that is the base model under the adapter.
+        ValueError: sync_ref_model for a reference that is the base model under the adapter; what ReferenceModel
+            refuses.
     """
     live = args.preference_loss().needs_reference and not args.precompute_ref_log_probs
-    reference = ReferenceModel(policy, ref_model, new_adapter=new_adapter, live=live)
+    reference = ReferenceModel(policy, ref_model, wrapped=wrapped, live=live)
     if reference.model is not None:
         if not is_dispatched(base_causal_lm(reference.model)):
             reference.model.to(args.device)
@@ -199,11 +241,6 @@ def on_device(model: Any, device: torch.device) -> Iterator[None]:
         model.to(home)
 
 
-def is_peft(model: Any) -> bool:
-    """Whether the model has a PEFT adapter."""
-    return hasattr(unwrapped(model), "disable_adapter")
-
-
 def unwrapped(model: Any) -> Any:
     """Returns the model inside DistributedDataParallel, or the model itself."""
     return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
@@ -212,11 +249,19 @@ def unwrapped(model: Any) -> Any:
 def _copy_adapter(model: Any) -> None:
     """Add a frozen copy of the active adapter."""
     trained = model.active_adapter
-    model.add_adapter(ADAPTER, model.peft_config[trained])
-    weights = dict(model.named_parameters())
-    for name, parameter in weights.items():
-        if f".{trained}." in name:
-            copied = weights[name.replace(f".{trained}.", f".{ADAPTER}.")]
-            copied.data.copy_(parameter.data)
+    config = copy.deepcopy(model.peft_config[trained])
+    if hasattr(config, "init_lora_weights"):
+        config.init_lora_weights = True  # PiSSA and its like would rewrite the base weights once more
+    model.add_adapter(ADAPTER, config)
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for name, tensor in tensors.items():
+        path = name.split(".")
+        if trained in path:
+            copied = tensors[".".join(ADAPTER if part == trained else part for part in path)]
+            copied.data.copy_(tensor.data)
             copied.requires_grad_(False)
     model.set_adapter(trained)
+
+
+def _kind(model: Any) -> str:
+    return type(model.peft_config[model.active_adapter]).__name__

@@ -193,8 +193,8 @@ class StepLoader(DataLoader[Any]):
     """A DataLoader over steps. Trainer calls set_epoch on a loader, and torch's has none."""
 
     def set_epoch(self, epoch: int) -> None:
-        """Pass it to the sampler."""
-        self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
+        """Pass it to the sampler, or to the dataset of a stream."""
+        (self.batch_sampler or self.dataset).set_epoch(epoch)  # type: ignore[union-attr]
 
 
 def step_loader(
@@ -221,13 +221,15 @@ def step_loader(
         num_ranks=ranks.size,
     )
     return StepLoader(
-        StepDataset(dataset, lengths),
+        StepDataset(dataset.with_format("numpy"), lengths),
         batch_sampler=sampler,
-        collate_fn=_as_it_is,
+        collate_fn=as_it_is,
         num_workers=args.dataloader_num_workers,
         worker_init_fn=outlive_signals,
         persistent_workers=args.dataloader_persistent_workers,
         prefetch_factor=args.dataloader_prefetch_factor,
+        # not every supported transformers has it
+        multiprocessing_context=getattr(args, "dataloader_multiprocessing_context", None),
     )
 
 
@@ -236,7 +238,7 @@ def first_examples(dataset: Dataset, positions: int, *, share_prompts: bool) -> 
     examples = StepExamples()
     prompt, *responses = ID_COLUMNS
     counted = [prompt, *responses] if share_prompts else [prompt, prompt, *responses]
-    for example in dataset:
+    for example in dataset.with_format("numpy"):
         examples.append(example)
         positions -= sum(len(example[name]) for name in counted)
         if positions <= 0:
@@ -245,7 +247,7 @@ def first_examples(dataset: Dataset, positions: int, *, share_prompts: bool) -> 
     return examples
 
 
-def _as_it_is(step: Any) -> Any:
+def as_it_is(step: Any) -> Any:
     """A collate_fn that worker processes can be sent."""
     return step
 

@@ -15,17 +15,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dpofast.checkpointing.folder import where_to_go_on
 from dpofast.common.ranks import Ranks
 from dpofast.data.formats import ID_COLUMNS, REF_COLUMNS
+from dpofast.data.load import DataReport
 from dpofast.evaluation.metrics import TOKEN_STATISTICS, MetricSums
 from dpofast.losses.config import PreferenceLoss
 from dpofast.losses.functional import PreferenceOutput, token_preference_loss
 from dpofast.losses.pairs import StepTotals
 from dpofast.losses.sequences import Tokens
 from dpofast.model.attach import PackedPreference
+from dpofast.model.moe import balancing_coefficient
 from dpofast.packing.batch import PackedBatch
 from dpofast.packing.pack import pack
 from dpofast.scoring.ref_cache import reference_logps
+from dpofast.training.config import DPOConfig
 from dpofast.training.coupled import CoupledShare, coupled_shares, gathered
 from dpofast.training.fsdp import is_sharded, without_sync
 from dpofast.training.out_of_memory import unless_out_of_memory
@@ -61,13 +65,43 @@ class StepSettings:
     balancing: float = 0.0
 
 
+def step_settings(
+    model: Any, args: DPOConfig, loss: PreferenceLoss, reference: ReferenceModel | None, ranks: Ranks, accelerator: Any
+) -> StepSettings:
+    """Returns the settings of a run.
+
+    Raises:
+        ValueError: a load-balancing loss for padded rows, or for a model without one.
+    """
+    text_config = model.config.get_text_config()
+    balancing = balancing_coefficient(text_config, args.router_aux_loss_coef)
+    if balancing and args.padded:
+        raise ValueError("router_aux_loss_coef: padded rows give no load-balancing loss; set it to 0")
+    if args.ddp_find_unused_parameters is None and not hasattr(text_config, "num_experts_per_tok"):
+        args.ddp_find_unused_parameters = False  # a search in every step, and only experts can go unused
+    return StepSettings(
+        loss=loss,
+        reference=reference,
+        ranks=ranks,
+        accelerator=accelerator,
+        device=args.device,
+        max_logits_bytes=args.max_logits_bytes,
+        token_statistics=args.token_statistics,
+        balancing=balancing,
+    )
+
+
 @dataclass(frozen=True)
 class StepResult:
-    """losses (P,) and rewards (P, 2) of each micro-batch of this rank, in the order they ran, and the metrics."""
+    """losses (P,) and rewards (P, 2) of each micro-batch of this rank, in the order they ran, and the metrics.
+
+    balancing: this rank's share of the weighted load-balancing loss, already divided by the step's pairs; 0 without.
+    """
 
     losses: list[Tensor]
     rewards: list[Tensor]
     sums: MetricSums
+    balancing: float
 
 
 class OptimizerStep:
@@ -97,6 +131,7 @@ class OptimizerStep:
         self._is_sharded = is_sharded(settings.accelerator)
         count = int(ranks.all_reduce_max(len(batches))) if self._is_sharded else max(len(batches), 1)
         self._num_batches = len(batches)
+        self._balancing: Tensor | float = 0.0
         self.batches: list[PackedBatch | None] = [*batches, *[None] * (count - len(batches))]
         self._is_joint = settings.loss.coupled and (count > 1 or ranks.size > 1)
         self._options = {"balance": settings.balancing != 0, "max_logits_bytes": settings.max_logits_bytes}
@@ -130,7 +165,7 @@ class OptimizerStep:
         done.append(ended)
         pairs = zip(done[: self._num_batches], self.batches, strict=False)  # those of None stand last
         rewards = [output.of_pairs("rewards", batch.pairs) for output, batch in pairs if batch is not None]
-        return StepResult([output.losses for output in done], rewards, self.sums)
+        return StepResult([output.losses for output in done], rewards, self.sums, float(self._balancing))
 
     def _all_but_the_last_backward(self, done: list[PreferenceOutput]) -> PreferenceOutput:
         """The loop over micro-batches; returns the output whose backward synchronizes gradients."""
@@ -156,8 +191,9 @@ class OptimizerStep:
         output = self._separable(batch) if share is None else self._coupled(batch, share)
         loss, count = self.settings.loss, len(output.losses)
         if (aux_loss := output.aux_loss) is not None:
-            balancing = self.settings.balancing * count / self.totals.num_pairs
-            output = replace(output, loss=output.loss + balancing * aux_loss)
+            balancing = self.settings.balancing * count / self.totals.num_pairs * aux_loss
+            output = replace(output, loss=output.loss + balancing)
+            self._balancing = self._balancing + balancing.detach()
             self.sums.add("aux_loss", aux_loss.detach() * count, count)
         with_reference = batch.ref_logps is not None or loss.needs_reference
         self.sums.add_pairs(output, batch, loss.beta, with_reference=with_reference)
@@ -283,14 +319,25 @@ def micro_batches(
     return [replace(batch, ref_logps=columns[batch.pair_examples]) for batch in batches]
 
 
-def rows_not_finite(examples: Sequence[Any], batches: Sequence[PackedBatch], losses: Sequence[Tensor]) -> list[int]:
-    """The dataset rows of this rank's pairs whose loss is not finite; losses (P,) of each micro-batch."""
-    return [
+def rows_not_finite(
+    examples: Sequence[Any], batches: Sequence[PackedBatch], losses: Sequence[Tensor], ranks: Ranks
+) -> list[int]:
+    """The dataset rows of all ranks' pairs whose loss is not finite; losses (P,) of each micro-batch. A collective."""
+    own = [
         int(examples[int(example)]["row"])
         for batch, pair_losses in zip(batches, losses[: len(batches)], strict=True)
         for example, value in zip(batch.pair_examples, pair_losses.tolist(), strict=True)
         if not math.isfinite(value)
     ]
+    return sorted(row for theirs in ranks.all_gather(own) for row in theirs)
+
+
+def not_finite(rows: list[int], report: DataReport, step: int, output_dir: str) -> FloatingPointError:
+    """The error of a step whose loss is not finite, with the rows of its pairs."""
+    return FloatingPointError(
+        f"{report.source}: the loss of the pairs in {report.unit}s {rows} is not finite at step {step}, which was not "
+        f"taken; {where_to_go_on(output_dir)}. Look at these pairs, and at a learning rate that is too high"
+    )
 
 
 def _empty_output(zero: Tensor) -> PreferenceOutput:

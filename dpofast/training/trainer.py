@@ -8,22 +8,21 @@ hyperparameter, max_tokens a property of the machine.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
+import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import fields, replace
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from dpofast.checkpointing.folder import where_to_go_on
 from dpofast.checkpointing.identity import reference_identity
 from dpofast.checkpointing.trainer import CheckpointedTrainer
 from dpofast.common.ranks import Ranks
@@ -32,15 +31,19 @@ from dpofast.data.formats import ID_COLUMNS, REF_COLUMNS
 from dpofast.evaluation.metrics import MetricSums, check_best_metric
 from dpofast.evaluation.pair_records import PairRecords
 from dpofast.losses.pairs import StepTotals
-from dpofast.model.moe import balancing_coefficient
+from dpofast.model.adapters import check_trainable
 from dpofast.packing.batch import PackedBatch
 from dpofast.scoring.score import Forward
-from dpofast.training.config import DPOConfig
+from dpofast.training.checks.arguments import check_arguments
+from dpofast.training.checks.launch import check_options_of_sharded, check_pairs, own_arguments
+from dpofast.training.checks.methods import check_methods
 from dpofast.training.coupled import RunningRewards
+from dpofast.training.data.stream import stream_loader
+from dpofast.training.data.tokens import PreferenceData, each_eval_dataset
 from dpofast.training.evaluate import evaluate_pairs
 from dpofast.training.fsdp import forward_dtype, is_sharded
-from dpofast.training.launch import check_options_of_sharded, check_pairs_per_step, own_arguments, warn_of_long_pairs
-from dpofast.training.log_window import LogWindow
+from dpofast.training.log_window import LogWindow, step_flops
+from dpofast.training.model_card import model_card_of
 from dpofast.training.out_of_memory import (
     halved_max_tokens,
     largest_auto,
@@ -49,7 +52,7 @@ from dpofast.training.out_of_memory import (
     restore_random_states,
     token_limits,
 )
-from dpofast.training.prepare import PreferenceData, each_eval_dataset, prepare_models, vocabulary
+from dpofast.training.prepare import kept_use_cache, prepare_models, vocabulary
 from dpofast.training.ref_model import (
     MOVING_OPTIONS,
     MovingReference,
@@ -57,8 +60,8 @@ from dpofast.training.ref_model import (
     make_reference,
     with_reference_columns,
 )
-from dpofast.training.sampler import PairLengths, StepExamples, StepLoader, first_examples, step_loader
-from dpofast.training.step import OptimizerStep, StepResult, StepSettings, micro_batches, rows_not_finite
+from dpofast.training.sampler import StepExamples, StepLoader, first_examples, step_loader
+from dpofast.training.step import OptimizerStep, StepResult, micro_batches, not_finite, rows_not_finite, step_settings
 
 _OPTIMIZER_BYTES = 8  # AdamW's two float32 moments of a parameter
 
@@ -70,14 +73,19 @@ class DPOTrainer(CheckpointedTrainer):
 
     Args:
         model: a causal language model, a PEFT model, or a name or folder that AutoModelForCausalLM loads (in float32).
-        ref_model: the reference; None means the model as it is now (with peft_config its base model).
-        args: a DPOConfig.
-        train_dataset: preference pairs in any of the formats of dpofast.tokenize_preferences.
-        eval_dataset: the same, held out; a dict of them is evaluated one by one, each under its name.
-        processing_class: the tokenizer; None loads the one that lies beside the model.
-        peft_config: wraps the model by peft.get_peft_model.
+        ref_model: the reference, a model or its name; None means the model as it is now (with peft_config its base
+            model).
+        args: a DPOConfig, or TRL's.
+        data_collator: None; TRL's argument, refused.
+        train_dataset: preference pairs in any of the formats of dpofast.tokenize_preferences. Of an IterableDataset,
+            which is read and tokenized as training goes, the reference is computed in the step.
+        eval_dataset: the same, held out, read whole; a dict of them is evaluated one by one, each under its name.
+        processing_class: the tokenizer; None loads the one that lies beside the model, if there is one.
+        compute_metrics: None; TRL's argument, refused.
         callbacks: further TrainerCallbacks.
         optimizers: an optimizer and a scheduler of your own.
+        quantization_config: for a model given by name.
+        peft_config: wraps the model by peft.get_peft_model.
 
     Attributes:
         loss: the PreferenceLoss that the arguments describe.
@@ -98,49 +106,60 @@ class DPOTrainer(CheckpointedTrainer):
         self,
         model: Any,
         ref_model: Any = None,
-        args: DPOConfig | None = None,
-        train_dataset: Dataset | None = None,
-        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        args: Any = None,
+        data_collator: None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | dict[str, Any] | None = None,
         processing_class: Any = None,
-        peft_config: Any = None,
+        compute_metrics: None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: Any = None,
+        peft_config: Any = None,
     ) -> None:
         """Prepare models, data, reference and step; compute reference log-probs unless told to do so in the step."""
-        args = own_arguments(args)
+        check_methods(type(self), DPOTrainer)
+        check_arguments(data_collator, compute_metrics, processing_class, peft_config)
+        args = own_arguments(args, train_dataset)
         self.loss = args.preference_loss()
         torch.manual_seed(args.seed)
-        models = prepare_models(model, ref_model, args, processing_class, peft_config)
+        models = prepare_models(model, ref_model, args, processing_class, peft_config, quantization_config)
+        ref_model = models.ref_model
+        if train_dataset is not None:
+            check_trainable(models.policy)
         self._data = PreferenceData(args, models.tokenizer, vocabulary(models.policy))
         self.data_reports = self._data.reports
         self.pair_records: dict[str, PairRecords] = {}
         if optimizers[0] is None:
             self.get_optimizer_cls_and_kwargs(args, models.policy)  # raises where its package is not installed
-        with _kept_use_cache(models.policy):
+        with kept_use_cache(models.policy):
             super().__init__(
                 model=models.policy,
                 args=args,
                 data_collator=list,
-                train_dataset=None if train_dataset is None else self._data.tokenized(train_dataset, "train"),
+                train_dataset=self._train_tokens(train_dataset),
                 eval_dataset=each_eval_dataset(self._data.tokenized, eval_dataset),
                 processing_class=models.tokenizer,
                 callbacks=callbacks,
                 optimizers=optimizers,
             )
         self._check_data_and_launch()
+        if args.chose_bf16 and self.is_world_process_zero():
+            print("dpofast: mixed precision in bfloat16, which this GPU has (bf16=False: float32)", file=sys.stderr)
         # padded rows repeat the prompt, so max_tokens counts it for each of them
         self.share_prompts = args.share_prompts and not args.padded
         self.max_tokens, self.max_forward_tokens = token_limits(args.max_tokens, args.device)
         self._forward_dtype = forward_dtype(self.accelerator)
-        self._reference = make_reference(
-            self.model, ref_model, args, self._forward_dtype, new_adapter=peft_config is not None
-        )
+        self._reference = make_reference(self.model, ref_model, args, self._forward_dtype, wrapped=models.wrapped)
         self._reference_identity = self._identity_of_reference(ref_model)  # before training changes the policy
-        self._settings = self._step_settings(self._reference)
+        live = self.loss.needs_reference and not args.precompute_ref_log_probs
+        self._settings = step_settings(
+            self.model, args, self.loss, self._reference if live else None, self.ranks, self.accelerator
+        )
         self._running_rewards = self._add_callbacks(self._reference)
         self._window = LogWindow(padded=args.padded)
         if args.precompute_ref_log_probs and self.loss.needs_reference:
-            if self.train_dataset is not None:
+            if isinstance(self.train_dataset, Dataset):
                 self.train_dataset = self._with_reference(self.train_dataset, "train")
             self.eval_dataset = each_eval_dataset(self._with_reference, self.eval_dataset)
             self._reference.release()
@@ -151,36 +170,16 @@ class DPOTrainer(CheckpointedTrainer):
 
     def _check_data_and_launch(self) -> None:
         check_best_metric(self.args, self.loss.needs_reference, self.eval_dataset)
-        if self.train_dataset is not None:
-            check_pairs_per_step(len(self.train_dataset), self.args, self.ranks.size)
-            if self.ranks.rank == 0 and len(self.train_dataset):
-                warn_of_long_pairs(int(PairLengths.of(self.train_dataset).positions.max()), self.args)
+        if isinstance(self.train_dataset, Dataset):
+            check_pairs(self.train_dataset, self.args, self.ranks)
         if is_sharded(self.accelerator):
             check_options_of_sharded(self.args)
 
     def _identity_of_reference(self, ref_model: Any) -> dict[str, str]:
         """Fingerprint of the reference's weights, where they decide about the run."""
-        in_data = self.train_dataset is not None and set(REF_COLUMNS) <= set(self.train_dataset.column_names)
+        in_data = self.train_dataset is not None and set(REF_COLUMNS) <= set(self.train_dataset.column_names or ())
         compared = self.loss.needs_reference and not in_data
         return reference_identity(self.model, ref_model) if compared else {}
-
-    def _step_settings(self, reference: ReferenceModel) -> StepSettings:
-        args, text_config = self.args, self.model.config.get_text_config()
-        balancing = balancing_coefficient(text_config, args.router_aux_loss_coef)
-        if balancing and args.padded:
-            raise ValueError("router_aux_loss_coef: padded rows give no load-balancing loss; set it to 0")
-        if args.ddp_find_unused_parameters is None and not hasattr(text_config, "num_experts_per_tok"):
-            args.ddp_find_unused_parameters = False  # a search in every step, and only experts can go unused
-        return StepSettings(
-            loss=self.loss,
-            reference=reference if self.loss.needs_reference and not args.precompute_ref_log_probs else None,
-            ranks=self.ranks,
-            accelerator=self.accelerator,
-            device=args.device,
-            max_logits_bytes=args.max_logits_bytes,
-            token_statistics=args.token_statistics,
-            balancing=balancing,
-        )
 
     def _add_callbacks(self, reference: ReferenceModel) -> RunningRewards | None:
         args = self.args
@@ -194,10 +193,20 @@ class DPOTrainer(CheckpointedTrainer):
 
     # ---- data -------------------------------------------------------------------------------------------------------
 
+    def _train_tokens(self, dataset: Any) -> Any:
+        if dataset is None or isinstance(dataset, IterableDataset):
+            return dataset
+        return self._data.tokenized(dataset, "train")
+
     def get_train_dataloader(self) -> StepLoader:
         """This rank's share of every step."""
         if self.train_dataset is None:
             raise ValueError("train_dataset: expected preference pairs to train on, got None")
+        if isinstance(self.train_dataset, IterableDataset):
+            drop_last = self.args.dataloader_drop_last
+            return stream_loader(
+                self.train_dataset, self._data, self._train_batch_size, self.ranks, drop_last=drop_last
+            )
         return step_loader(self.train_dataset, self._train_batch_size, self.ranks, self.args, training=True)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> StepLoader:
@@ -207,10 +216,19 @@ class DPOTrainer(CheckpointedTrainer):
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         return step_loader(dataset, self.args.eval_batch_size, self.ranks, self.args, training=False)
 
+    def get_test_dataloader(self, test_dataset: Any) -> StepLoader:
+        """This rank's share of every batch of further data, for predict()."""
+        return self.get_eval_dataloader(self._prepared(test_dataset, "test"))
+
     def _packed(self, examples: Sequence[dict[str, Any]], max_tokens: int | None) -> list[PackedBatch]:
         by_pair = self.loss.ld_alpha is not None
         batches = micro_batches(examples, max_tokens, share_prompts=self.share_prompts, ref_logps_by_pair=by_pair)
         return [batch.to(self.args.device) for batch in batches]
+
+    @property
+    def aux_loss_enabled(self) -> bool:
+        """Whether a mixture of experts' load-balancing loss is trained."""
+        return self._settings.balancing != 0
 
     # ---- reference --------------------------------------------------------------------------------------------------
 
@@ -225,9 +243,9 @@ class DPOTrainer(CheckpointedTrainer):
         begun = self.state.global_step > 0 and (self._reference.is_policy or is_sharded(self.accelerator))
         if self._reference.released or begun:
             raise ValueError(
-                f"{name}_dataset: its reference log-probs need the reference model, which is gone once "
-                "precompute_ref_log_probs=True has computed them: pass this dataset to the constructor, or set it to "
-                "False"
+                f"Cannot compute reference log-probs for a dataset passed to evaluate() now ({name}): they need the "
+                "reference model, which is gone once training has begun with precompute_ref_log_probs=True: pass the "
+                "dataset to the constructor, or set it to False"
             )
         forward = Forward(
             max_tokens=self.max_forward_tokens,
@@ -275,6 +293,15 @@ class DPOTrainer(CheckpointedTrainer):
         if self.args.sync_ref_model:
             load_model(self._reference.model, os.path.join(folder, _REFERENCE_FILE))
 
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        with model_card_of(self, output_dir or self.args.output_dir):
+            super()._save(output_dir, state_dict)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """README.md in output_dir, which Trainer asks for when it pushes a model: what was trained on what."""
+        with model_card_of(self, self.args.output_dir):
+            pass
+
     # ---- the step ---------------------------------------------------------------------------------------------------
 
     def _prepare_for_training(self, *args: Any) -> tuple[nn.Module, Any]:
@@ -305,14 +332,21 @@ class DPOTrainer(CheckpointedTrainer):
             self.optimizer.train()
         batches, result = self._run_until_it_fits(model, inputs)
         loss = torch.cat(result.losses).sum()
-        total = self.ranks.all_reduce_sum([loss.item()])[0] / inputs.num_pairs
+        positions = sum(batch.num_tokens for batch in batches)
+        total, seen = self.ranks.all_reduce_sum([loss.item() / inputs.num_pairs + result.balancing, positions])
+        if self.args.include_num_input_tokens_seen != "no":
+            self.state.num_input_tokens_seen += int(seen)
         if not math.isfinite(total):
-            self._raise_not_finite(inputs, batches, result.losses)
+            rows = rows_not_finite(inputs, batches, result.losses, self.ranks)
+            raise not_finite(rows, self.data_reports["train"], self.state.global_step + 1, self.args.output_dir)
         if self._running_rewards is not None:
             self._running_rewards.add(torch.cat(result.rewards))
         self._window.sums.add_all(result.sums)
         self._window.add_step(inputs, batches, time.perf_counter() - start)
         return torch.full_like(loss, total)
+
+    def _track_num_input_tokens(self, inputs: Any) -> None:
+        """Nothing: training_step counts the positions of a step, which have no pads."""
 
     def _run_until_it_fits(self, model: nn.Module, examples: StepExamples) -> tuple[list[PackedBatch], StepResult]:
         device, draws = self.args.device, random_states(self.args.device)
@@ -349,38 +383,27 @@ class DPOTrainer(CheckpointedTrainer):
         restore_random_states(draws, self.args.device)
         return batch.num_tokens
 
-    def _raise_not_finite(self, examples: Any, batches: list[PackedBatch], losses: list[Tensor]) -> NoReturn:
-        own = rows_not_finite(examples, batches, losses)
-        rows = sorted(row for theirs in self.ranks.all_gather(own) for row in theirs)
-        report = self.data_reports["train"]
-        raise FloatingPointError(
-            f"{report.source}: the loss of the pairs in {report.unit}s {rows} is not finite at step "
-            f"{self.state.global_step + 1}, which was not taken; {where_to_go_on(self.args.output_dir)}. Look at these "
-            "pairs, and at a learning rate that is too high"
-        )
-
     def floating_point_ops(self, inputs: Any) -> float:
         """6·parameters·positions of the last step, for LM head and backbone; Trainer adds it up as total_flos."""
-        embeddings, head = self.model.get_input_embeddings().weight, self.model.get_output_embeddings().weight
-        backbone = sum(p.numel() for p in self.model.parameters()) - embeddings.numel()
-        if embeddings is not head:
-            backbone -= head.numel()
-        return 6.0 * (backbone * self._window.last_tokens + head.numel() * self._window.last_targets)
+        return step_flops(self.model, self._window.last_tokens, self._window.last_targets)
 
     # ---- evaluation and logging -------------------------------------------------------------------------------------
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Metrics on the constructor's eval_dataset, or on further preference data in any format."""
-        if isinstance(eval_dataset, (Dataset, dict)):
-            eval_dataset = each_eval_dataset(self._prepared, eval_dataset)
+        """Metrics on the constructor's eval_dataset, or on further preference data in any format, or a dict of them."""
+        if isinstance(eval_dataset, dict):
+            metrics: dict[str, float] = {}
+            for name, part in eval_dataset.items():
+                metrics |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
+            return metrics
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            eval_dataset = self._prepared(eval_dataset, "eval")
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
-    def _prepared(self, dataset: Dataset, name: str) -> Dataset:
-        """Tokens and reference log-probs of further data; returns what the constructor prepared as it is."""
-        if "row" in dataset.column_names:
-            return dataset
+    def _prepared(self, dataset: Any, name: str) -> Dataset:
+        """Tokens and reference log-probs of further data."""
         tokens = self._data.tokenized(dataset, name)
         precompute = self.args.precompute_ref_log_probs and self.loss.needs_reference
         return self._with_reference(tokens, name) if precompute else tokens
@@ -409,20 +432,13 @@ class DPOTrainer(CheckpointedTrainer):
         found = evaluate_pairs(dataloader, step_of, self.ranks, after_each)
         self.pair_records[metric_key_prefix] = found.records
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.metrics.items()}
-        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=found.num_pairs)
+        rewards = found.records.table().rewards  # predict() returns them
+        return EvalLoopOutput(predictions=rewards, label_ids=None, metrics=metrics, num_samples=found.num_pairs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics since the last log to a training log."""
-        if "loss" in logs:
-            release_pages(mapped_files(self.train_dataset))  # of rows that were read; an epoch would map the whole file
+        if "loss" in logs or ("train_loss" in logs and self._window.has_steps):
+            if isinstance(self.train_dataset, Dataset):  # of rows that were read; an epoch would map the whole file
+                release_pages(mapped_files(self.train_dataset))
             logs = {**logs, **self._window.read(self.ranks), "truncated": self.data_reports["train"].truncated}
         super().log(logs, start_time)
-
-
-@contextlib.contextmanager
-def _kept_use_cache(model: Any) -> Iterator[None]:
-    """Restore config.use_cache, which Trainer turns off: the saved model would generate without a cache."""
-    use_cache = getattr(model.config, "use_cache", None)
-    yield
-    if use_cache is not None:
-        model.config.use_cache = use_cache

@@ -8,7 +8,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from dpofast import attach_logprob_head, pack
 from dpofast.model.moe import balancing_coefficient, balancing_loss, row_weights
 from tests.support.families import family_model
-from tests.support.tiny import tiny_model, tiny_pairs
+from tests.support.tiny import tiny_dataset, tiny_model, tiny_pairs
 from tests.support.tiny_training import losses_of, make_trainer, weights_of
 
 SGD = {"optim": "sgd", "learning_rate": 0.05, "max_grad_norm": 0.0}
@@ -80,7 +80,20 @@ def test_the_trainer_adds_it(tmp_path, options):
     # one step moves the weights by the gradient, which is linear in the coefficient
     moved = [(weights_of(runs[c]) - weights_of(runs[0.0])).norm() for c in (None, 0.5)]
     assert 0 < moved[0] < moved[1]
-    assert losses_of(runs[0.5])[0] == pytest.approx(losses_of(runs[0.0])[0], abs=1e-6)
+    # the logged loss includes it, in training and in evaluation, as TRL's does
+    first = runs[0.5].state.log_history[0]
+    assert first["loss"] == pytest.approx(losses_of(runs[0.0])[0] + 0.5 * first["aux_loss"], abs=1e-5)
+    without, with_it = (
+        make_trainer(
+            tmp_path,
+            model=family_model("mixtral"),
+            router_aux_loss_coef=coefficient,
+            evaluation=tiny_dataset(5),
+            **options,
+        ).evaluate()
+        for coefficient in (0.0, 0.5)
+    )
+    assert with_it["eval_loss"] == pytest.approx(without["eval_loss"] + 0.5 * with_it["eval_aux_loss"], abs=1e-5)
 
 
 def test_bad_coefficients(tmp_path):

@@ -74,7 +74,10 @@ def test_a_resumed_run_goes_on_with_the_reference_as_it_was(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "sync_ref_model: a reference that moves cannot be computed before training"),
+        (
+            {"precompute_ref_log_probs": True},
+            "sync_ref_model: a reference that moves cannot be computed before training",
+        ),
         ({"precompute_ref_log_probs": False, "ref_model_mixup_alpha": 0.0}, "ref_model_mixup_alpha: expected in"),
         ({"precompute_ref_log_probs": False, "ref_model_sync_steps": 0}, "ref_model_sync_steps: expected at least 1"),
         ({"precompute_ref_log_probs": False, "loss_type": "simpo"}, "sync_ref_model: loss_type .*has no reference"),

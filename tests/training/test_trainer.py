@@ -276,7 +276,7 @@ def test_reference_columns_in_the_data_are_used(tmp_path):
         ({"learning_rate": -1.0}, "learning_rate: expected 0 or more"),
         ({"learning_rate": float("nan")}, "learning_rate: expected 0 or more"),
         ({"dataloader_drop_last": True, "per_device_train_batch_size": 100}, "fewer than the 100 of a step"),
-        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor: not used by DPO"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor: not supported here: not used by DPO"),
         ({"max_logits_bytes": 100}, "max_logits_bytes: expected at least one row"),
     ],
 )
@@ -309,6 +309,18 @@ def test_under_bf16_autocast_the_reference_takes_the_policys_path(tmp_path, prec
 def test_token_ids_need_no_tokenizer(tmp_path):
     args = DPOConfig(output_dir=str(tmp_path), max_steps=1, save_strategy="no", report_to="none", use_cpu=True)
     DPOTrainer(tiny_model(), args=args, train_dataset=tiny_dataset()).train()
+
+
+def test_no_tokenizer_is_made_up_for_a_folder_without_one(tmp_path):
+    tiny_model(eos_token_id=7, pad_token_id=8).save_pretrained(tmp_path / "model")
+    args = DPOConfig(output_dir=str(tmp_path / "run"), max_steps=1, save_strategy="no", report_to="none", use_cpu=True)
+    trainer = DPOTrainer(str(tmp_path / "model"), args=args, train_dataset=tiny_dataset())
+    assert trainer.processing_class is None
+    trainer.train()
+    trainer.save_model()
+    assert not list((tmp_path / "run").glob("*token*"))
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+    assert (saved.config.eos_token_id, saved.config.pad_token_id) == (7, 8)
 
 
 @pytest.mark.parametrize(("adapter", "units"), [(True, 2.0), (False, 3.0)])

@@ -21,8 +21,8 @@ from dpofast.common.constants import IGNORE_INDEX
 from dpofast.integrations._trl.rows import ROWS_KEY, PaddedRows
 from dpofast.integrations._trl.scores import FusedOptions, is_reference_pass, score_labels
 from dpofast.model.attach import PackedForward, attach_logprob_head, detach_logprob_head, packed_class
+from dpofast.model.checks.parity import PARITY_TOLERANCE
 from dpofast.model.lm_head import logprob_head, restore_head
-from dpofast.model.parity import PARITY_TOLERANCE
 from dpofast.model.wrappers import exchange_class, input_device, take_off_autocast
 from dpofast.reference import padded_logprobs
 

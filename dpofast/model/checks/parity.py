@@ -18,11 +18,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from dpofast.head.linear_logprobs import linear_logprobs
+from dpofast.model.checks.support import CannotPack, cannot_pack
 from dpofast.model.dropout import active_dropout, config_rates
 from dpofast.model.forward import packed_hidden, padded_hidden
 from dpofast.model.lm_head import KNOWN_LOGIT_ENTRIES, logit_options, logprob_head
 from dpofast.model.parts import media_token_ids, whole_backbone
-from dpofast.model.support import CannotPack, cannot_pack
 from dpofast.model.wrappers import input_device
 from dpofast.packing.batch import PackedBatch
 from dpofast.packing.pack import pack

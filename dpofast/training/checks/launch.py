@@ -1,4 +1,4 @@
-"""Checks of devices, processes and launchers, and the trainer's own copy of its arguments."""
+"""Checks of devices, processes, launchers and streams, and the trainer's own copy of its arguments."""
 
 from __future__ import annotations
 
@@ -8,36 +8,68 @@ import warnings
 from typing import Any
 
 import torch.distributed as dist
+from datasets import Dataset, IterableDataset
 
+from dpofast.common.ranks import Ranks
+from dpofast.training.checks.arguments import as_dpo_config
 from dpofast.training.config import DPOConfig
+from dpofast.training.data.tokens import no_precomputed_stream, streams_reference
 from dpofast.training.fsdp import check_sharding
+from dpofast.training.sampler import PairLengths
 
 
-def own_arguments(args: DPOConfig | None) -> DPOConfig:
+def own_arguments(args: Any, train_dataset: Any) -> DPOConfig:
     """Returns a checked copy of the trainer's arguments, with gradient accumulation folded into the batch size.
 
     The trainer divides a step into micro-batches itself, so transformers' Trainer sees one batch a step.
 
+    Args:
+        args: a DPOConfig, TRL's, or None for the default.
+        train_dataset: the training data; of a stream, reference log-probs are computed in the step unless it has them.
+
     Raises:
-        ValueError: what check_topology refuses.
+        ValueError: what as_dpo_config, check_topology and check_stream refuse.
     """
-    args = DPOConfig(output_dir="dpofast-output") if args is None else copy.copy(args)
+    args = copy.copy(as_dpo_config(args))
     check_topology(args)
+    if isinstance(train_dataset, IterableDataset):
+        check_stream(train_dataset, args)
     args.per_device_train_batch_size *= args.gradient_accumulation_steps
     args.gradient_accumulation_steps = 1
     args.dataloader_pin_memory = False  # batches are numpy arrays until they are packed
     return args
 
 
-def check_topology(args: Any) -> None:
+def check_stream(dataset: IterableDataset, args: DPOConfig) -> None:
+    """Check the arguments for training data that is streamed, and choose a live reference where nothing is said.
+
+    Raises:
+        ValueError: no max_steps; a precomputed reference, max_tokens="auto" or data-loading workers, which need random
+            access.
+    """
+    if args.max_steps <= 0:
+        raise ValueError(
+            "max_steps: expected a number of steps, as the training data is streamed and its length is not known, got "
+            f"{args.max_steps}"
+        )
+    if not streams_reference(dataset) and args.preference_loss().needs_reference:
+        if args.chose_precompute:
+            args.precompute_ref_log_probs = False
+        if args.precompute_ref_log_probs:
+            raise no_precomputed_stream()
+    if args.max_tokens == "auto":
+        raise ValueError("max_tokens: 'auto' probes with the first rows of the data, and these are streamed: a number")
+    if args.dataloader_num_workers > 0:
+        raise ValueError("dataloader_num_workers: expected 0, as one process reads a stream in its order")
+
+
+def check_topology(args: DPOConfig) -> None:
     """Check the trainer's arguments against the processes and the environment of a launcher.
 
     Raises:
-        ValueError: no DPOConfig, or one made for another number of processes; several GPUs in one process; accelerate's
-            own compiler; what check_sharding refuses.
+        ValueError: a DPOConfig made for another number of processes; several GPUs in one process; accelerate's own
+            compiler; what check_sharding refuses.
     """
-    if not isinstance(args, DPOConfig):
-        raise ValueError(f"args: expected a DPOConfig, got {type(args).__name__}")
     if args.n_gpu > 1:
         raise ValueError(f"DPOTrainer uses one GPU, and {args.n_gpu} are visible: set CUDA_VISIBLE_DEVICES")
     if dist.is_initialized() and dist.get_world_size() > 1 and args.world_size == 1:
@@ -67,28 +99,23 @@ def check_options_of_sharded(args: DPOConfig) -> None:
         raise ValueError("max_tokens: 'auto' cannot probe a model that is sharded later; give a number")
 
 
-def check_pairs_per_step(num_pairs: int, args: DPOConfig, num_ranks: int) -> None:
-    """Refuse dataloader_drop_last where it would leave no step.
+def check_pairs(dataset: Dataset, args: DPOConfig, ranks: Ranks) -> None:
+    """Refuse dataloader_drop_last where it would leave no step; warn where max_tokens does not bound a micro-batch.
 
     Raises:
         ValueError: fewer pairs than a step has.
     """
-    step = args.per_device_train_batch_size * num_ranks
+    num_pairs, step = len(dataset), args.per_device_train_batch_size * ranks.size
     if args.dataloader_drop_last and num_pairs < step:
         raise ValueError(
             f"dataloader_drop_last: {num_pairs} pairs are fewer than the {step} of a step, so nothing would be "
             "trained: leave it off, or set a smaller per_device_train_batch_size"
         )
 
-
-def warn_of_long_pairs(longest: int, args: DPOConfig) -> None:
-    """Warn where a pair has more positions than max_tokens, which then does not bound a micro-batch.
-
-    Args:
-        longest: positions of the longest pair by itself.
-        args: the trainer's.
-    """
-    if isinstance(args.max_tokens, int) and longest > args.max_tokens:
+    if not isinstance(args.max_tokens, int) or ranks.rank != 0 or num_pairs == 0:
+        return
+    longest = int(PairLengths.of(dataset).positions.max())  # of a pair by itself
+    if longest > args.max_tokens:
         warnings.warn(
             f"max_tokens: {args.max_tokens} is less than the longest pair has, {longest} positions: such a pair runs "
             "alone, and takes the memory of all its positions. A smaller max_length cuts it",

@@ -1,0 +1,5 @@
+"""Whether a model computes the right log-probs here.
+
+- support: rules on its class and config
+- parity: its log-probs against those of its own logits, in eval and in train mode
+"""

@@ -1,0 +1,83 @@
+"""Tokenizes the datasets of a run and keeps their reports."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+
+from dpofast.data.formats import REF_COLUMNS
+from dpofast.data.load import tokenize_preferences
+from dpofast.training.config import DPOConfig
+
+
+class PreferenceData:
+    """Tokenizes the datasets of a run.
+
+    Args:
+        args: the trainer's.
+        tokenizer: of the policy, or None for data that is token ids.
+        vocab_size: of the policy, an upper bound of token ids.
+
+    Attributes:
+        reports: the DataReport of every dataset by its name ("train", "eval").
+    """
+
+    def __init__(self, args: DPOConfig, tokenizer: Any, vocab_size: int) -> None:
+        """Keep the options of tokenize_preferences."""
+        self.reports: dict[str, Any] = {}
+        asked = args.precompute_ref_log_probs and not args.chose_precompute
+        self._precompute_is_asked = asked and args.preference_loss().needs_reference
+        self._options = {
+            "tokenizer": tokenizer,
+            "max_length": args.max_length,
+            "truncation_mode": args.truncation_mode,
+            "on_bad_row": args.on_bad_row,
+            "num_proc": args.dataset_num_proc,
+            "vocab_size": vocab_size,
+        }
+
+    def tokenized(self, dataset: Dataset | IterableDataset, name: str, *, first_row: int = 0) -> Dataset:
+        """Returns the token-level dataset; one that is streamed is read to its end.
+
+        Args:
+            dataset: preference pairs in any format.
+            name: of the dataset, in messages and reports.
+            first_row: the number of its first row in a stream, for messages.
+
+        Raises:
+            ValueError: no datasets.Dataset, or rows that cannot be used (DataError); a stream, where precomputed
+                reference log-probs are asked for and not just the default.
+        """
+        if isinstance(dataset, IterableDataset):
+            if self._precompute_is_asked and not streams_reference(dataset):
+                raise no_precomputed_stream()
+            dataset = Dataset.from_list(list(dataset), features=dataset.features)
+        if not isinstance(dataset, Dataset):
+            raise ValueError(f"{name}_dataset: expected a datasets.Dataset, got {type(dataset).__name__}")
+        source = dataset.info.dataset_name or f"{name} data"
+        source += f" from row {first_row} on" if first_row else ""
+        tokens, self.reports[name] = tokenize_preferences(dataset, source=source, **self._options)
+        return tokens
+
+
+def streams_reference(dataset: IterableDataset) -> bool:
+    """Whether a stream's columns are known and have the reference log-probs."""
+    return set(REF_COLUMNS) <= set(dataset.column_names or ())
+
+
+def no_precomputed_stream() -> ValueError:
+    """The refusal of precompute_ref_log_probs=True for a stream, in TRL's words."""
+    return ValueError(
+        "precompute_ref_log_probs=True is not supported with IterableDataset, whose rows come once: leave it out (for "
+        "training data the reference is then in the step, evaluation data are read to their end), bring the columns "
+        "ref_chosen_logps and ref_rejected_logps, or save the data to a file"
+    )
+
+
+def each_eval_dataset(prepare: Callable[[Dataset, str], Dataset], dataset: Any) -> Any:
+    """Returns the prepared eval_dataset: a dataset, a dict of several (named "eval <key>"), or None."""
+    if isinstance(dataset, dict):
+        return {name: prepare(part, f"eval {name}") for name, part in dataset.items()}
+    return None if dataset is None else prepare(dataset, "eval")
