@@ -23,6 +23,8 @@ SHAPE = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
+# Pairs of text for save_tiny's tokenizer.
+TEXT_ROWS = [{"prompt": f"{i} 4 5", "chosen": f" 6 {i}", "rejected": " 7 8 9"} for i in range(10, 30)]
 FAMILIES = {
     "llama": (LlamaForCausalLM, LlamaConfig, {}),
     "llama-tied": (LlamaForCausalLM, LlamaConfig, {"tie_word_embeddings": True}),
