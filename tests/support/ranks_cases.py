@@ -278,7 +278,16 @@ def trainer_of(
     return trainer, synchronizations
 
 
-COMPARED = ("loss", "aux_loss", "grad_norm", "rewards/margins", "rewards/accuracies", "logps/chosen", "lengths/rejected", "entropy")
+COMPARED = (
+    "loss",
+    "aux_loss",
+    "grad_norm",
+    "rewards/margins",
+    "rewards/accuracies",
+    "logps/chosen",
+    "lengths/rejected",
+    "entropy",
+)
 
 
 def processors_as_gpus():
