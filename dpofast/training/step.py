@@ -292,7 +292,7 @@ class OptimizerStep:
     def _idle(self, *, with_reference: bool = True) -> PreferenceOutput:
         """A differentiable zero from the forwards of a micro-batch: what a rank runs while others have pairs."""
         settings = self.settings
-        batch = pack([_IDLE_EXAMPLE], share_prompts=True)[0].to(settings.device)
+        batch = pack([_IDLE_EXAMPLE], share_prompts=False)[0].to(settings.device)
         with settings.accelerator.autocast():
             if with_reference and settings.reference is not None:
                 self.reference_logps(batch)
