@@ -205,10 +205,8 @@ class DPOTrainer(CheckpointedTrainer):
         if self.train_dataset is None:
             raise ValueError("train_dataset: expected preference pairs to train on, got None")
         if isinstance(self.train_dataset, IterableDataset):
-            drop_last = self.args.dataloader_drop_last
-            return stream_loader(
-                self.train_dataset, self._data, self._train_batch_size, self.ranks, drop_last=drop_last
-            )
+            size, drop_last = self._train_batch_size, self.args.dataloader_drop_last
+            return stream_loader(self.train_dataset, self._data, size, self.ranks, drop_last=drop_last)
         return step_loader(self.train_dataset, self._train_batch_size, self.ranks, self.args, training=True)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> StepLoader:
@@ -222,9 +220,10 @@ class DPOTrainer(CheckpointedTrainer):
         """This rank's share of every batch of further data, for predict()."""
         return self.get_eval_dataloader(self._prepared(test_dataset, "test"))
 
-    def _packed(self, examples: Sequence[Any], max_tokens: int | None, *, share_prompts: bool) -> list[PackedBatch]:
+    def _packed(self, examples: Sequence[Any], max_tokens: int | None, *, training: bool = False) -> list[PackedBatch]:
+        share = self._share_in_training if training else self.share_prompts
         by_pair = self.loss.ld_alpha is not None
-        batches = micro_batches(examples, max_tokens, share_prompts=share_prompts, ref_logps_by_pair=by_pair)
+        batches = micro_batches(examples, max_tokens, share_prompts=share, ref_logps_by_pair=by_pair)
         return [batch.to(self.args.device) for batch in batches]
 
     @property
@@ -357,7 +356,7 @@ class DPOTrainer(CheckpointedTrainer):
     def _run_until_it_fits(self, model: nn.Module, examples: StepExamples) -> tuple[list[PackedBatch], StepResult]:
         device, draws = self.args.device, random_states(self.args.device)
         while True:
-            batches = self._packed(examples, self.max_tokens, share_prompts=self._share_in_training)
+            batches = self._packed(examples, self.max_tokens, training=True)
             result = OptimizerStep(self._settings, model, batches, self._totals(examples)).run()
             if result is not None:
                 return batches, result
@@ -380,7 +379,7 @@ class DPOTrainer(CheckpointedTrainer):
     def _probe(self, positions: int) -> int:
         """Forward and backward of a micro-batch of the first rows; returns its positions and restores all state."""
         examples = first_examples(self.train_dataset, positions, share_prompts=self._share_in_training)
-        (batch,) = self._packed(examples, None, share_prompts=self._share_in_training)
+        (batch,) = self._packed(examples, None, training=True)
         draws = random_states(self.args.device)
         self.model.train()
         alone = replace(self._settings, ranks=Ranks.alone())
@@ -429,7 +428,7 @@ class DPOTrainer(CheckpointedTrainer):
         self.callback_handler.eval_dataloader = dataloader
 
         def step_of(examples: StepExamples, sums: MetricSums) -> OptimizerStep:
-            batches = self._packed(examples, self.max_forward_tokens, share_prompts=self.share_prompts)
+            batches = self._packed(examples, self.max_forward_tokens)
             return OptimizerStep(self._settings, model, batches, self._totals(examples), sums)
 
         def after_each() -> None:
