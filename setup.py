@@ -26,10 +26,13 @@ PACKAGES = [
     "dpofast.losses",
     "dpofast.model",
     "dpofast.model.attention",
+    "dpofast.model.checks",
     "dpofast.packing",
     "dpofast.report",
     "dpofast.scoring",
     "dpofast.training",
+    "dpofast.training.checks",
+    "dpofast.training.data",
 ]
 
 if not Path("dpofast/kernels").is_dir():

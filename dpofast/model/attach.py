@@ -30,8 +30,9 @@ from dpofast.model.adapters import check_inputs_kept
 from dpofast.model.attention.interface import register_again, restore_attention, use_packed_attention
 from dpofast.model.checks.parity import check_parity
 from dpofast.model.checks.support import CannotPack, check_lm_head, check_packed
-from dpofast.model.forward import packed_hidden, padded_hidden
+from dpofast.model.forward import packed_hidden, packed_routing, padded_hidden
 from dpofast.model.lm_head import logit_options, logprob_head, restore_head
+from dpofast.model.moe import RoutingCounts
 from dpofast.model.parts import backbone_of, base_causal_lm, is_composite, media_token_ids
 from dpofast.model.rope import follow_lengths, stop_following
 from dpofast.model.wrappers import exchange_class, take_off_autocast
@@ -65,7 +66,9 @@ def attach_logprob_head(model: Any, *, padded: bool = False) -> Any:
     """Make model(packed=PackedBatch, stats=()) return a LogprobOutput over the batch's N targets. Returns the model.
 
     model(packed=batch, preference=PackedPreference(...)) returns the PreferenceOutput of the batch's pairs instead.
-    balance=True adds a mixture-of-experts model's load-balancing loss to either, as aux_loss.
+    balance=True adds a mixture-of-experts model's load-balancing loss to either, as aux_loss; with the RoutingCounts of
+    several batches as balance, the batch's addend of the loss over all of them. model(packed=batch, count_routing=True)
+    returns the RoutingCounts of one, from the backbone alone.
 
     Args:
         model: a decoder-only transformers model with a language-modelling head. A PEFT model is attached through its
@@ -205,7 +208,8 @@ def packed_class(cls: Any, padded: bool) -> type:
         packed: PackedBatch | None = None,
         stats: tuple[str, ...] = (),
         preference: PackedPreference | None = None,
-        balance: bool = False,
+        balance: bool | RoutingCounts = False,
+        count_routing: bool = False,
         max_logits_bytes: int | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -218,7 +222,16 @@ def packed_class(cls: Any, padded: bool) -> type:
         extra = [name for name, value in kwargs.items() if value is not None]
         if args or extra:
             raise ValueError(f"model(packed=...): expected no further model inputs, got {extra or 'positional ones'}")
-        return _packed_output(self, packed, stats, preference, balance, max_logits_bytes)
+        _check_text(self, packed)
+        if self._padded_rows and (balance or count_routing):
+            raise ValueError(
+                "balance: expected packed rows for a load-balancing loss, and the model runs over padded ones"
+            )
+        if not count_routing:
+            return _packed_output(self, packed, stats, preference, balance, max_logits_bytes)
+        if stats or preference is not None or balance:
+            raise ValueError("count_routing: expected no stats, preference or balance beside it: it has no LM head")
+        return packed_routing(self, packed)
 
     # generate() and Trainer read the parameters of forward; functools.wraps would also leave a link to the class's own
     # forward, which accelerate follows when it unwraps a model
@@ -234,16 +247,12 @@ def packed_class(cls: Any, padded: bool) -> type:
     return type(cls.__name__, (PackedForward, cls), members)
 
 
-def _packed_output(
-    model: Any,
-    batch: PackedBatch,
-    stats: tuple[str, ...],
-    preference: PackedPreference | None,
-    balance: bool,
-    max_logits_bytes: int | None,
-) -> LogprobOutput | PreferenceOutput:
-    if stats and preference is not None:
-        raise ValueError(f"stats: expected none beside preference=..., which has no per-token outputs, got {stats}")
+def _check_text(model: Any, batch: PackedBatch) -> None:
+    """Check that the batch's ids are text of the model's vocabulary.
+
+    Raises:
+        ValueError: they are not.
+    """
     # Reading ids on a GPU would be a sync; there the embedding's own assert stops.
     if batch.input_ids.is_cpu and not torch.compiler.is_compiling():
         # num_embeddings and not the weight's rows, of which ZeRO-3 leaves none here
@@ -257,8 +266,18 @@ def _packed_output(
             f"packed: expected text alone, got ids among {sorted(media)}, which stand for images or sound in "
             f"{type(model).__name__}: take these rows out"
         )
-    if model._padded_rows and balance:
-        raise ValueError("balance: expected packed rows for a load-balancing loss, and the model runs over padded ones")
+
+
+def _packed_output(
+    model: Any,
+    batch: PackedBatch,
+    stats: tuple[str, ...],
+    preference: PackedPreference | None,
+    balance: bool | RoutingCounts,
+    max_logits_bytes: int | None,
+) -> LogprobOutput | PreferenceOutput:
+    if stats and preference is not None:
+        raise ValueError(f"stats: expected none beside preference=..., which has no per-token outputs, got {stats}")
     if model._padded_rows:
         hidden, aux_loss = padded_hidden(model, batch), None
     else:

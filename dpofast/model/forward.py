@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dpofast.model.attention.layout import PackedLayout
 from dpofast.model.checks.support import cannot_pack
-from dpofast.model.moe import balancing_loss, row_weights
+from dpofast.model.moe import RoutingCounts, balancing_loss, routing_counts, row_weights
 from dpofast.model.neftune import packed_noise, padded_noise
 from dpofast.model.parts import backbone_of
 from dpofast.model.rope import check_read, longest_sequence, packed_positions, padded_positions, split_by_table
@@ -54,10 +54,13 @@ def packed_backbone(model: Any, batch: PackedBatch, *, appended: int = 0, **opti
     return output
 
 
-def packed_hidden(model: Any, batch: PackedBatch, *, balance: bool = False) -> tuple[Tensor, Tensor | None]:
+def packed_hidden(
+    model: Any, batch: PackedBatch, *, balance: bool | RoutingCounts = False
+) -> tuple[Tensor, Tensor | None]:
     """Hidden states (N, D) in the order of the batch's targets, from one row of T positions.
 
-    With balance also the load-balancing loss of a mixture of experts, a float32 scalar; else None.
+    With balance also the load-balancing loss of a mixture of experts, a float32 scalar; where balance has the counts of
+    a whole step, the batch's addend of its loss. Else None.
     """
     batch = split_by_table(model, batch)
     output = packed_backbone(model, batch, **({"output_router_logits": True} if balance else {}))
@@ -65,8 +68,19 @@ def packed_hidden(model: Any, batch: PackedBatch, *, balance: bool = False) -> t
     hidden = hidden.index_select(0, batch.logit_rows.to(hidden.device))
     if not balance:
         return hidden, None
-    top_k = model.config.get_text_config().num_experts_per_tok
-    return hidden, balancing_loss(output.router_logits, top_k, row_weights(batch))
+    step = balance if isinstance(balance, RoutingCounts) else None
+    return hidden, balancing_loss(output.router_logits, _top_k(model), row_weights(batch), step)
+
+
+def packed_routing(model: Any, batch: PackedBatch) -> RoutingCounts:
+    """How often the batch's rows choose each expert of a mixture of experts, from the backbone alone."""
+    batch = split_by_table(model, batch)
+    output = packed_backbone(model, batch, output_router_logits=True)
+    return routing_counts(output.router_logits, _top_k(model), row_weights(batch))
+
+
+def _top_k(model: Any) -> int:
+    return model.config.get_text_config().num_experts_per_tok
 
 
 def padded_hidden(model: Any, batch: PackedBatch) -> Tensor:

@@ -2,12 +2,16 @@
 
 A shared prompt is one run of rows here, and one for each of its responses in a padded batch. So that sharing does not
 change the loss, each row is weighted by how often a padded batch of the same pairs would contain it. (A response's last
-token has no position here, and does not count.) The loss is computed per micro-batch and is not linear in the tokens,
-so it depends on how a step is split into micro-batches, as in every trainer.
+token has no position here, and does not count.)
+
+The loss of an optimizer step is that of all its rows, however they are split into micro-batches and over ranks. Shares
+of choices have no gradient and probabilities add up over rows, so with the counts of the whole step each micro-batch
+computes its addend, and the gradients add up too.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -39,20 +43,52 @@ def balancing_coefficient(model_config: Any, coefficient: float | None) -> float
     return chosen
 
 
-def balancing_loss(router_logits: tuple[Tensor, ...], top_k: int, weights: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class RoutingCounts:
+    """How often each expert is chosen, over rows and layers, without gradients.
+
+    Attributes:
+        chosen: (num_experts,) float32, choices of each expert; a row counts as often as row_weights says.
+        total: scalar float32, rows times layers with experts.
+    """
+
+    chosen: Tensor
+    total: Tensor
+
+
+def balancing_loss(
+    router_logits: tuple[Tensor, ...], top_k: int, weights: Tensor, step: RoutingCounts | None = None
+) -> Tensor:
     """num_experts · Σ_e f_e·P_e, where f_e is the share of choices and P_e the mean probability of expert e.
 
     Args:
         router_logits: (T, num_experts) of every layer with experts.
         top_k: experts that a token is sent to.
         weights: (T,) float32, how often each row counts (row_weights).
+        step: counts over the rows that the loss is of, where these are only some of them; None where they are all.
 
     Returns:
-        A scalar, float32; top_k where the experts are balanced.
+        A scalar, float32: top_k where the experts are balanced; with step the addend of these rows.
 
     Raises:
         ValueError: no layer has experts.
     """
+    own, probability = _routed(router_logits, top_k, weights)
+    counts = own if step is None else step
+    return len(probability) * (counts.chosen / counts.total * (probability / counts.total)).sum()
+
+
+def routing_counts(router_logits: tuple[Tensor, ...], top_k: int, weights: Tensor) -> RoutingCounts:
+    """The counts of these rows; arguments as in balancing_loss.
+
+    Raises:
+        ValueError: no layer has experts.
+    """
+    return _routed(router_logits, top_k, weights)[0]
+
+
+def _routed(router_logits: tuple[Tensor, ...], top_k: int, weights: Tensor) -> tuple[RoutingCounts, Tensor]:
+    """Counts, and the sums (num_experts,) of the probabilities, differentiable."""
     if not router_logits:
         raise ValueError("router_aux_loss_coef: expected a model with experts in some layer, got none: set it to 0")
     experts = router_logits[0].shape[-1]
@@ -63,8 +99,7 @@ def balancing_loss(router_logits: tuple[Tensor, ...], top_k: int, weights: Tenso
         _, selected = routing.topk(top_k, dim=-1)
         chosen = chosen.index_add(0, selected.flatten(), weights.repeat_interleave(top_k))
         probability = probability + weights @ routing
-    total = weights.sum() * len(router_logits)
-    return experts * (chosen / total * (probability / total)).sum()
+    return RoutingCounts(chosen, weights.sum() * len(router_logits)), probability
 
 
 def row_weights(batch: PackedBatch) -> Tensor:

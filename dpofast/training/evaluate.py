@@ -42,12 +42,13 @@ def evaluate_pairs(
     sums, records, num_pairs = MetricSums(), PairRecords(), 0
     for examples in batches:
         step = step_of(examples, sums)
+        step.count_routing()
         for batch, share in zip(step.batches, step.shares(), strict=True):
             output = step.forward(batch, share)
             count = len(output.losses)
             sums.add("loss", output.losses.sum(), count)
             if output.aux_loss is not None:
-                sums.add("loss", step.settings.balancing * output.aux_loss * count, 0)
+                sums.add("loss", step.settings.balancing * output.aux_loss * examples.num_pairs, 0)
             if batch is not None:
                 records.add(examples, batch, output)
         num_pairs += examples.num_pairs

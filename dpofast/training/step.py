@@ -6,8 +6,9 @@ over pairs divided by the pairs of all ranks), so the sum of the micro-batches' 
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -25,7 +26,7 @@ from dpofast.losses.functional import PreferenceOutput, token_preference_loss
 from dpofast.losses.pairs import StepTotals
 from dpofast.losses.sequences import Tokens
 from dpofast.model.attach import PackedPreference
-from dpofast.model.moe import balancing_coefficient
+from dpofast.model.moe import RoutingCounts, balancing_coefficient
 from dpofast.packing.batch import PackedBatch
 from dpofast.packing.pack import pack
 from dpofast.scoring.ref_cache import reference_logps
@@ -95,7 +96,7 @@ def step_settings(
 class StepResult:
     """losses (P,) and rewards (P, 2) of each micro-batch of this rank, in the order they ran, and the metrics.
 
-    balancing: this rank's share of the weighted load-balancing loss, already divided by the step's pairs; 0 without.
+    balancing: this rank's addend of the step's weighted load-balancing loss; 0 without.
     """
 
     losses: list[Tensor]
@@ -133,8 +134,12 @@ class OptimizerStep:
         self._num_batches = len(batches)
         self._balancing: Tensor | float = 0.0
         self.batches: list[PackedBatch | None] = [*batches, *[None] * (count - len(batches))]
-        self._is_joint = settings.loss.coupled and (count > 1 or ranks.size > 1)
-        self._options = {"balance": settings.balancing != 0, "max_logits_bytes": settings.max_logits_bytes}
+        self._is_split = count > 1 or ranks.size > 1
+        self._is_joint = settings.loss.coupled and self._is_split
+        self._options: dict[str, Any] = {
+            "balance": settings.balancing != 0,
+            "max_logits_bytes": settings.max_logits_bytes,
+        }
 
     def run(self) -> StepResult | None:
         """Forward and backward of all micro-batches; gradients are accumulated in the parameters.
@@ -151,6 +156,8 @@ class OptimizerStep:
         ranks, done = self.settings.ranks, list[PreferenceOutput]()
         # Elsewhere the other ranks would wait in the middle of a forward.
         recoverable = ranks.size == 1 or not (self._is_sharded or self.settings.loss.coupled)
+        if not self.count_routing(recoverable=ranks.size == 1 or not self._is_sharded):
+            return None
         last = unless_out_of_memory(lambda: self._all_but_the_last_backward(done), recoverable=recoverable)
         if ranks.all_reduce_max(last is None) or last is None:
             last = None  # frees the graph of a rank that had memory
@@ -191,10 +198,10 @@ class OptimizerStep:
         output = self._separable(batch) if share is None else self._coupled(batch, share)
         loss, count = self.settings.loss, len(output.losses)
         if (aux_loss := output.aux_loss) is not None:
-            balancing = self.settings.balancing * count / self.totals.num_pairs * aux_loss
+            balancing = self.settings.balancing * aux_loss  # of a split step an addend of its loss
             output = replace(output, loss=output.loss + balancing)
             self._balancing = self._balancing + balancing.detach()
-            self.sums.add("aux_loss", aux_loss.detach() * count, count)
+            self.sums.add("aux_loss", aux_loss.detach() * self.totals.num_pairs, count)
         with_reference = batch.ref_logps is not None or loss.needs_reference
         self.sums.add_pairs(output, batch, loss.beta, with_reference=with_reference)
         return output
@@ -208,6 +215,46 @@ class OptimizerStep:
         self.settings.accelerator.backward(output.loss * ranks.size if ranks.size > 1 else output.loss)
         return replace(output, loss=output.loss.detach(), aux_loss=None)
 
+    def count_routing(self, *, recoverable: bool = False) -> bool:
+        """Count how the tokens of a split step choose experts: what the load-balancing loss needs before its forwards.
+
+        A pass of the backbone without gradients over all micro-batches, and a collective. Nothing without that loss.
+
+        Args:
+            recoverable: whether to return, and not raise, where memory runs out.
+
+        Returns:
+            False on all ranks where one of them ran out of memory.
+        """
+        settings = self.settings
+        if not (settings.balancing and self._is_split):
+            return True
+        own = unless_out_of_memory(self._own_routing, recoverable=recoverable)
+        if settings.ranks.all_reduce_max(own is None) or own is None:
+            return False
+        if settings.ranks.size > 1:
+            summed = own.chosen.new_tensor(settings.ranks.all_reduce_sum([*own.chosen.tolist(), own.total.item()]))
+            own = RoutingCounts(summed[:-1], summed[-1])
+        self._options["balance"] = own
+        return True
+
+    def _own_routing(self) -> RoutingCounts:
+        """The counts over this rank's micro-batches."""
+        with self._beforehand():
+            idle = _idle_batch(self.settings.device)
+            packed = [idle if batch is None else batch for batch in self.batches]
+            counts = [self.model(packed=batch, count_routing=True) for batch in packed]
+        own = slice(self._num_batches)  # those of None stand last
+        chosen, total = torch.stack([c.chosen for c in counts]), torch.stack([c.total for c in counts])
+        return RoutingCounts(chosen[own].sum(0), total[own].sum())
+
+    @contextlib.contextmanager
+    def _beforehand(self) -> Iterator[None]:
+        """Inside, a pass over the micro-batches without gradients; forward() will draw the same dropout again."""
+        devices = [self.settings.device] if self.settings.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), torch.no_grad(), self.settings.accelerator.autocast():
+            yield
+
     def shares(self) -> Sequence[CoupledShare | None]:
         """What forward() needs of the whole step for each micro-batch: None each, unless the loss couples them.
 
@@ -217,16 +264,19 @@ class OptimizerStep:
         if not self._is_joint:
             return [None] * len(self.batches)
         settings = self.settings
-        devices = [settings.device] if settings.device.type == "cuda" else []
         own = [batch for batch in self.batches if batch is not None]
-        # Both passes over a micro-batch draw the same dropout.
-        with torch.random.fork_rng(devices), torch.no_grad(), settings.accelerator.autocast():
-            tokens = [self._tokens(batch)[0] for batch in own]
+        with self._beforehand():
+            scored = [self._tokens(batch) for batch in own]
             references = [self.reference_logps(batch) for batch in own]
             for _ in range(len(self.batches) - len(own)):
                 self._idle()
+        tokens, aux_losses = [tokens for tokens, _ in scored], [aux_loss for _, aux_loss in scored]
         everyone, first = gathered(settings.ranks, tokens, [batch.pairs for batch in own], references, settings.device)
         shares = coupled_shares(*everyone, settings.loss, self.totals)[first : first + len(own)]
+        shares = [
+            share._replace(output=replace(share.output, aux_loss=aux_loss))
+            for share, aux_loss in zip(shares, aux_losses, strict=True)
+        ]
         return [*shares, *[None] * (len(self.batches) - len(own))]
 
     def _separable(self, batch: PackedBatch) -> PreferenceOutput:
@@ -292,7 +342,7 @@ class OptimizerStep:
     def _idle(self, *, with_reference: bool = True) -> PreferenceOutput:
         """A differentiable zero from the forwards of a micro-batch: what a rank runs while others have pairs."""
         settings = self.settings
-        batch = pack([_IDLE_EXAMPLE], share_prompts=False)[0].to(settings.device)
+        batch = _idle_batch(settings.device)
         with settings.accelerator.autocast():
             if with_reference and settings.reference is not None:
                 self.reference_logps(batch)
@@ -338,6 +388,10 @@ def not_finite(rows: list[int], report: DataReport, step: int, output_dir: str) 
         f"{report.source}: the loss of the pairs in {report.unit}s {rows} is not finite at step {step}, which was not "
         f"taken; {where_to_go_on(output_dir)}. Look at these pairs, and at a learning rate that is too high"
     )
+
+
+def _idle_batch(device: torch.device) -> PackedBatch:
+    return pack([_IDLE_EXAMPLE], share_prompts=False)[0].to(device)  # NEFTune's noise takes no shared prompts
 
 
 def _empty_output(zero: Tensor) -> PreferenceOutput:

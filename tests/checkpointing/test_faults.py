@@ -167,6 +167,7 @@ def test_a_signal_to_the_whole_process_group_stops_with_a_checkpoint(tmp_path, n
     if pid == 0:
         os.setpgid(0, 0)
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
         trainer = make_trainer(tmp_path, **SAVING, save_total_limit=1, dataloader_num_workers=2)
         trainer.add_callback(Signal())
         try:

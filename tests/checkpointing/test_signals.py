@@ -74,11 +74,13 @@ def test_standard_error_that_hung_up_does_not_break_the_handler(monkeypatch):
     def hung_up(*_):
         raise OSError(5, "Input/output error")
 
+    former = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
     with Interruption() as interruption:
         monkeypatch.setattr(os, "write", hung_up)
         signal.raise_signal(signal.SIGHUP)
         monkeypatch.undo()
         assert interruption.signal is signal.SIGHUP
+    signal.signal(signal.SIGHUP, former)
 
 
 @pytest.mark.parametrize("sender", ["parent", "another"])

@@ -31,14 +31,15 @@ def lock(tmp_path):
 def test_a_second_process_is_refused_and_told_who_writes(tmp_path, lock):
     reader, writer = os.pipe()
     with lock:
-        if os.fork() == 0:
+        other = os.fork()
+        if other == 0:
             try:
                 with WriteLock(tmp_path, lock.path):
                     os.write(writer, b"taken")
             except ValueError as error:
                 os.write(writer, str(error).encode())
             os._exit(0)
-        os.wait()
+        os.waitpid(other, 0)
     refused = os.read(reader, 1000).decode()
     assert refused.startswith(f"{tmp_path}: process {os.getpid()} on ") and "is writing to it: wait until" in refused
     with WriteLock(tmp_path, lock.path):

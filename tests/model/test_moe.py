@@ -3,11 +3,13 @@
 import pytest
 import torch
 import transformers
+from datasets import Dataset
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from dpofast import attach_logprob_head, pack
 from dpofast.model.moe import balancing_coefficient, balancing_loss, row_weights
 from tests.support.families import family_model
+from tests.support.ranks_cases import RunsOutOfMemory
 from tests.support.tiny import tiny_dataset, tiny_model, tiny_pairs
 from tests.support.tiny_training import losses_of, make_trainer, weights_of
 
@@ -94,6 +96,151 @@ def test_the_trainer_adds_it(tmp_path, options):
         for coefficient in (0.0, 0.5)
     )
     assert with_it["eval_loss"] == pytest.approx(without["eval_loss"] + 0.5 * with_it["eval_aux_loss"], abs=1e-5)
+
+
+def uneven_experts():
+    """A Mixtral whose router prefers some experts, so that each micro-batch has shares of its own."""
+    return tiny_model("mixtral", num_hidden_layers=2, initializer_range=0.3)
+
+
+def restated(examples, coefficient):
+    """The step's loss, its balancing loss and gradients by name, in float64: a plain forward of each row alone."""
+    model = uneven_experts().double()
+    model.set_experts_implementation("eager")  # the grouped GEMM takes no float64
+    routed, margins = [], []
+    for example in examples:
+        logps = []
+        for side in ("chosen_ids", "rejected_ids"):
+            ids = torch.tensor(example["prompt_ids"] + example[side])
+            output = model(input_ids=ids[None, :-1], output_router_logits=True)
+            predicted = output.logits[0, len(example["prompt_ids"]) - 1 :].log_softmax(-1)
+            logps.append(predicted.gather(-1, torch.tensor(example[side])[:, None]).sum())
+            routed.append(torch.cat(output.router_logits).softmax(-1))
+        margins.append(logps[0] - logps[1])
+    margins, routed = torch.stack(margins), torch.cat(routed)
+    chosen = torch.zeros_like(routed).scatter(-1, routed.topk(2).indices, 1.0)
+    balancing = routed.shape[-1] * (chosen.mean(0) * routed.mean(0)).sum()
+    # the policy is its own reference
+    preference = -torch.nn.functional.logsigmoid(0.1 * (margins - margins.detach())).mean()
+    loss = preference + coefficient * balancing
+    loss.backward()
+    return loss.item(), balancing.item(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def one_step(folder, examples, **options):
+    """A step of SGD over all the examples; returns its log, the gradients, and the calls of the model that trained."""
+    model, calls = uneven_experts(), []
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    trainer = make_trainer(
+        folder,
+        model=model,
+        **{"train": Dataset.from_list(examples), "per_device_train_batch_size": len(examples), "max_steps": 1},
+        **{"optim": "sgd", "learning_rate": 1.0, "lr_scheduler_type": "constant", "max_grad_norm": 0.0},
+        **{"router_aux_loss_coef": 2.0, **options},
+    )
+
+    def called(module, args, kwargs):
+        if module.training:
+            calls.append(kwargs)
+
+    model.register_forward_pre_hook(called, with_kwargs=True)
+    trainer.train()
+    return (
+        trainer.state.log_history[0],
+        {name: before[name] - p.detach() for name, p in model.named_parameters()},
+        calls,
+    )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"max_tokens": most} for most in (1, 40, 4096)),
+        {"max_tokens": 40, "precompute_ref_log_probs": False, "gradient_checkpointing": True},
+        {"max_tokens": 40, "token_statistics": True},
+    ],
+    ids=str,
+)
+def test_it_is_that_of_the_whole_step_however_it_is_split(tmp_path, options):
+    examples = shared_pairs()
+    loss, balancing, expected = restated(examples, 2.0)
+    log, gradients, calls = one_step(tmp_path, examples, **options)
+    assert log["aux_loss"] == pytest.approx(balancing, abs=1e-5) and log["loss"] == pytest.approx(loss, abs=1e-5)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(gradients[name].double(), gradient, atol=1e-5, rtol=1e-5, msg=name)
+    assert (len(calls) == 1) == (options["max_tokens"] == 4096)
+
+
+def test_micro_batches_alone_would_give_another_loss():
+    """What the test above tells apart."""
+    examples = shared_pairs()
+    model = attach_logprob_head(uneven_experts())
+    parts = pack(examples, max_tokens=40)
+    alone = [(model(packed=batch, balance=True).aux_loss.item(), batch.num_pairs) for batch in parts]
+    mean = sum(value * pairs for value, pairs in alone) / len(examples)
+    assert len(parts) > 1 and abs(mean - restated(examples, 2.0)[1]) > 0.01
+
+
+def test_a_step_of_one_micro_batch_runs_once_and_computes_what_the_batch_alone_does(tmp_path):
+    examples = shared_pairs()
+    _, gradients, calls = one_step(tmp_path, examples, max_tokens=4096)
+    assert len(calls) == 1 and calls[0]["balance"] is True
+    model = attach_logprob_head(uneven_experts())
+    alone = model(**calls[0])
+    (alone.loss + 2.0 * alone.aux_loss).backward()
+    for name, weight in model.named_parameters():
+        before = weight.detach()
+        assert torch.equal(gradients[name], before - (before - weight.grad)), name  # to the last bit
+    _, _, calls = one_step(tmp_path, examples, max_tokens=40)
+    counted = [call for call in calls if "count_routing" in call]
+    assert calls[: len(counted)] == counted and len(calls) == 2 * len(counted) > 2  # before the first gradient
+    _, _, calls = one_step(tmp_path, examples, max_tokens=40, router_aux_loss_coef=0.0)
+    assert len(calls) == len(counted)
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "aot"])
+def test_evaluation_is_as_exact(tmp_path, loss_type):
+    examples = shared_pairs()
+    loss, balancing, _ = restated(examples, 2.0)
+    found = [
+        make_trainer(
+            tmp_path,
+            model=uneven_experts(),
+            evaluation=Dataset.from_list(examples),
+            **{"router_aux_loss_coef": 2.0, "loss_type": loss_type, "max_tokens": most},
+        ).evaluate()
+        for most in (1, 40, 4096)
+    ]
+    for metrics in found:
+        assert metrics["eval_aux_loss"] == pytest.approx(balancing, abs=1e-5)
+        assert metrics["eval_loss"] == pytest.approx(loss, abs=1e-5)
+
+
+def test_a_count_that_runs_out_of_memory_is_done_again_in_smaller_parts(tmp_path):
+    runs = []
+    for most in (None, 30):
+        model = uneven_experts()
+        if most is not None:
+            RunsOutOfMemory(model, most=most, rank=0)
+        runs.append(make_trainer(tmp_path, model=model, max_tokens=40, router_aux_loss_coef=2.0, **SGD))
+        runs[-1].train()
+    assert runs[0].max_tokens == 40 and runs[1].max_tokens <= 30
+    assert losses_of(runs[1]) == pytest.approx(losses_of(runs[0]), abs=1e-5)
+    torch.testing.assert_close(weights_of(runs[1]), weights_of(runs[0]), atol=1e-5, rtol=1e-5)
+
+
+def test_addends_add_up_where_a_prompt_has_responses_in_several_batches():
+    examples = shared_pairs()
+    model = attach_logprob_head(uneven_experts())
+    (whole,), parts = pack(examples), pack(examples, max_tokens=1)
+    counts = model(packed=whole, count_routing=True)
+    of_parts = [model(packed=batch, count_routing=True) for batch in parts]
+    assert len(parts) > 1 and torch.equal(sum(part.chosen for part in of_parts), counts.chosen)
+    assert sum(part.total for part in of_parts) == counts.total == counts.chosen.sum() / 2
+    addends = sum(model(packed=batch, balance=counts).aux_loss for batch in parts)
+    torch.testing.assert_close(addends, model(packed=whole, balance=True).aux_loss, atol=1e-6, rtol=1e-6)
+    with pytest.raises(ValueError, match="count_routing: expected no stats, preference or balance beside it"):
+        model(packed=whole, count_routing=True, balance=True)
 
 
 def test_bad_coefficients(tmp_path):

@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from dpofast import attach_logprob_head, detach_logprob_head, pack, reference, sequence_logprobs
+from dpofast.head.options import LogprobOutput
 from dpofast.model.lm_head import LogprobLinear
 from dpofast.model.wrappers import input_device
 from tests.support.tiny import tiny_model, tiny_pairs
@@ -29,7 +30,7 @@ def truth(batch):
     """Sequence log-probs of a model that nobody has wrapped, from its own padded logits."""
     with torch.no_grad():
         logps = reference.padded_logprobs(tiny_model(), *batch.padded(), use_cache=False)
-    return sequence_logprobs(type("Output", (), {"logps": logps})(), batch)
+    return sequence_logprobs(LogprobOutput(logps), batch)
 
 
 @pytest.mark.parametrize("padded", [False, True])

@@ -27,6 +27,8 @@ PAIRS = 21  # 8 a step: the last one has 5
 COUPLED = ("aot", "aot_unpaired", "kto_pair")
 REQUIRED = {"exo_pair": {"label_smoothing": 1e-3}, "robust": {"label_smoothing": 0.1}}
 
+# The load-balancing loss is computed from what the tokens of the whole step choose.
+EXPERTS = {"family": "mixtral", "router_aux_loss_coef": 1.0, "max_tokens": 24}
 EACH = {"sync_each_batch": True}
 RESUMED = {"resumed": True, "save_strategy": "steps", "save_steps": 5, "optim": "adamw_torch", "learning_rate": 1e-3}
 BEST = {
@@ -69,6 +71,11 @@ CASES = {
     "ld": {"ld_alpha": 0.3},
     "bco running mean": {"loss_type": "bco_pair", "bco_delta": "running_mean", "max_tokens": 24},
     "out of memory": {"fails": {"most": 30, "rank": 1}},
+    "experts": EXPERTS,
+    "experts, one micro-batch a rank": {**EXPERTS, "max_tokens": 100_000},
+    "experts aot": {**EXPERTS, "loss_type": "aot"},
+    "experts out of memory": {**EXPERTS, "max_tokens": 100_000, "fails": {"most": 30, "rank": 1}},
+    "experts, one pair a rank": {**EXPERTS, "pairs": 2},
     "one pair a rank": {"pairs": 2},
     "lora": {"lora": True},
     "lora live": {"lora": True, "precompute_ref_log_probs": False},
@@ -98,6 +105,7 @@ FSDP_CASES = (
     *ZERO_CASES,
     *("live reference", "token statistics", "checkpointing", "one pair a rank", "bco running mean", "lora"),
     *("lora live", "lora live aot", "accumulation", "clipped", "tied", "evaluated", "best model"),
+    *("experts", "experts aot", "experts, one pair a rank"),
     *("resumed", "resumed lora", "resumed tied", "synchronized each time"),
 )
 # One group of pairs a micro-batch: how attention in bfloat16 rounds depends on what is packed beside a response, and
@@ -270,7 +278,16 @@ def trainer_of(
     return trainer, synchronizations
 
 
-COMPARED = ("loss", "grad_norm", "rewards/margins", "rewards/accuracies", "logps/chosen", "lengths/rejected", "entropy")
+COMPARED = (
+    "loss",
+    "aux_loss",
+    "grad_norm",
+    "rewards/margins",
+    "rewards/accuracies",
+    "logps/chosen",
+    "lengths/rejected",
+    "entropy",
+)
 
 
 def processors_as_gpus():

@@ -9,6 +9,8 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -29,6 +31,7 @@ FAMILIES = {
     "llama": (LlamaForCausalLM, LlamaConfig, {}),
     "llama-tied": (LlamaForCausalLM, LlamaConfig, {"tie_word_embeddings": True}),
     "qwen2": (Qwen2ForCausalLM, Qwen2Config, {}),
+    "mixtral": (MixtralForCausalLM, MixtralConfig, {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "mistral": (MistralForCausalLM, MistralConfig, {"sliding_window": 4}),
 }
 

@@ -13,6 +13,7 @@ from dpofast import DPOConfig, attach_logprob_head, pack
 from dpofast.losses.pairs import StepTotals
 from dpofast.model.neftune import noisy_embeddings
 from dpofast.training.step import OptimizerStep
+from tests.support.families import family_model
 from tests.support.tiny import SHAPE, VOCAB, tiny_dataset, tiny_model, tiny_pairs
 from tests.support.tiny_training import losses_of, make_trainer, weights_of
 
@@ -123,6 +124,14 @@ def test_a_live_reference_of_a_lora_policy_draws_nothing(tmp_path):
 
 def test_both_passes_of_a_coupled_loss_have_the_same_noise(tmp_path):
     _, watch = watched(tmp_path, loss_type="aot", train=tiny_dataset(4), max_tokens=24, learning_rate=0.0)
+    half = len(watch.calls) // 2
+    assert half > 1 and len(watch.calls) == 2 * half
+    for (ids, first), (again, second) in zip(watch.calls[:half], watch.calls[half:], strict=True):
+        assert torch.equal(ids, again) and torch.equal(first, second)
+
+
+def test_experts_are_counted_under_the_same_noise(tmp_path):
+    _, watch = watched(tmp_path, model=family_model("mixtral"), train=tiny_dataset(4), max_tokens=24, max_steps=1)
     half = len(watch.calls) // 2
     assert half > 1 and len(watch.calls) == 2 * half
     for (ids, first), (again, second) in zip(watch.calls[:half], watch.calls[half:], strict=True):
