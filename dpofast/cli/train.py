@@ -39,7 +39,7 @@ HELP_GROUPS = {
     "data": ("split", "eval_split", "max_length", "truncation_mode", "on_bad_row", "dataset_num_proc", "preview"),
     "adapter and quantization": (
         *("lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora", "load_in_4bit"),
-        *("dtype", "attn_implementation", "disable_dropout", "trust_remote_code"),
+        *("dtype", "attn_implementation", "disable_dropout", "neftune_noise_alpha", "trust_remote_code"),
     ),
     "run and report": (
         *("config", "resume", "resume_from_checkpoint", "early_stopping_patience"),

@@ -7,6 +7,7 @@ load        load models and adapters whole
 lm_head     LogprobLinear, the class of an attached model's LM head, and what model families do to their logits
 forward     runs the backbone: hidden states of a packed batch, over its packed row or over padded rows
 rope        rotary tables that depend on a sequence's length (LongRoPE, dynamic NTK)
+neftune     NEFTune's noise on the input embeddings in training
 dropout     dropout of a model turned off
 moe         the load-balancing loss of mixtures of experts over packed rows
 lora        fuse_lora: PEFT's LoRA layers with fewer passes over memory

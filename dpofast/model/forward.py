@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dpofast.model.attention.layout import PackedLayout
 from dpofast.model.checks.support import cannot_pack
 from dpofast.model.moe import RoutingCounts, balancing_loss, routing_counts, row_weights
+from dpofast.model.neftune import packed_noise, padded_noise
 from dpofast.model.parts import backbone_of
 from dpofast.model.rope import check_read, longest_sequence, packed_positions, padded_positions, split_by_table
 from dpofast.packing.batch import PackedBatch
@@ -34,15 +35,16 @@ def packed_backbone(model: Any, batch: PackedBatch, *, appended: int = 0, **opti
     _check_positions(model, longest_sequence(batch) - 1)
     layout = PackedLayout(batch.segments)
     positions = packed_positions(model, batch, appended=appended)
-    output = backbone_of(model)(
-        input_ids=batch.input_ids[None],
-        position_ids=positions,
-        # transformers passes a four-dimensional mask through; without one it would build a (T, T) mask
-        attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=batch.input_ids.device),
-        use_cache=False,
-        packed_layout=layout,
-        **options,
-    )
+    with packed_noise(model, batch.segments):
+        output = backbone_of(model)(
+            input_ids=batch.input_ids[None],
+            position_ids=positions,
+            # transformers passes a four-dimensional mask through; without one it would build a (T, T) mask
+            attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=batch.input_ids.device),
+            use_cache=False,
+            packed_layout=layout,
+            **options,
+        )
     check_read(model, positions)
     layers = model.config.get_text_config().num_hidden_layers
     if layout.calls != layers:
@@ -102,12 +104,13 @@ def padded_hidden(model: Any, batch: PackedBatch) -> Tensor:
         longest = int(lengths[rows[0]])
         index = torch.tensor(rows, device=device)
         positions = padded_positions(model, lengths[rows] + 1, longest, device)
-        output = backbone_of(model)(
-            input_ids=input_ids[index, :longest],
-            attention_mask=attended[index, :longest],
-            use_cache=False,
-            **positions,
-        )
+        with padded_noise(model, lengths[rows] + 1):
+            output = backbone_of(model)(
+                input_ids=input_ids[index, :longest],
+                attention_mask=attended[index, :longest],
+                use_cache=False,
+                **positions,
+            )
         check_read(model, positions.get("position_ids"))
         hidden = output.last_hidden_state.flatten(0, 1)
         parts.append(hidden.index_select(0, predicts[rows, :longest].flatten().nonzero().squeeze(1).to(hidden.device)))

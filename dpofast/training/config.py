@@ -155,6 +155,14 @@ class DPOConfig(TrainingArguments):
     pad_token: str | None = field(
         default=None, metadata={"help": "TRL's name: refused, as packed rows have no pads; set tokenizer.pad_token."}
     )
+    neftune_noise_alpha: float | None = field(
+        default=None,
+        metadata={
+            "help": "NEFTune: uniform noise within alpha/sqrt(L*D) on the input embeddings in training, L the tokens "
+            "of prompt and response. So training runs a prompt once for each of its responses; evaluation and the "
+            "reference pass share prompts still."
+        },
+    )
     disable_dropout: bool = field(default=True, metadata={"help": "Set every dropout of the models to 0."})
     on_bad_row: str = field(
         default="raise", metadata={"help": "A bad row of the data: raise (stop) or skip (count it)."}
@@ -195,6 +203,8 @@ class DPOConfig(TrainingArguments):
             raise ValueError("fp16: needs a GPU; on a CPU use bf16, or leave it out")
         if not 0 <= self.learning_rate < float("inf"):
             raise ValueError(f"learning_rate: expected 0 or more, got {self.learning_rate}")
+        if self.neftune_noise_alpha is not None and not 0 <= self.neftune_noise_alpha < float("inf"):
+            raise ValueError(f"neftune_noise_alpha: expected 0 or more, got {self.neftune_noise_alpha}")
         if self.max_length is not None and self.max_length < 2:
             raise ValueError(f"max_length: expected room for a prompt and a response token, 2, got {self.max_length}")
         if self.truncation_mode not in TRUNCATION_MODES:

@@ -32,6 +32,7 @@ from dpofast.evaluation.metrics import MetricSums, check_best_metric
 from dpofast.evaluation.pair_records import PairRecords
 from dpofast.losses.pairs import StepTotals
 from dpofast.model.adapters import check_trainable
+from dpofast.model.neftune import noisy_embeddings
 from dpofast.packing.batch import PackedBatch
 from dpofast.scoring.score import Forward
 from dpofast.training.checks.arguments import check_arguments
@@ -64,7 +65,6 @@ from dpofast.training.sampler import StepExamples, StepLoader, first_examples, s
 from dpofast.training.step import OptimizerStep, StepResult, micro_batches, not_finite, rows_not_finite, step_settings
 
 _OPTIMIZER_BYTES = 8  # AdamW's two float32 moments of a parameter
-
 _REFERENCE_FILE = "moving_reference.safetensors"  # in a checkpoint
 
 
@@ -148,6 +148,8 @@ class DPOTrainer(CheckpointedTrainer):
             print("dpofast: mixed precision in bfloat16, which this GPU has (bf16=False: float32)", file=sys.stderr)
         # padded rows repeat the prompt, so max_tokens counts it for each of them
         self.share_prompts = args.share_prompts and not args.padded
+        self._share_in_training = self.share_prompts and not args.neftune_noise_alpha
+        self.neftune_noise_alpha = None  # Trainer's own noise, scaled by the width of a packed row
         self.max_tokens, self.max_forward_tokens = token_limits(args.max_tokens, args.device)
         self._forward_dtype = forward_dtype(self.accelerator)
         self._reference = make_reference(self.model, ref_model, args, self._forward_dtype, wrapped=models.wrapped)
@@ -203,10 +205,8 @@ class DPOTrainer(CheckpointedTrainer):
         if self.train_dataset is None:
             raise ValueError("train_dataset: expected preference pairs to train on, got None")
         if isinstance(self.train_dataset, IterableDataset):
-            drop_last = self.args.dataloader_drop_last
-            return stream_loader(
-                self.train_dataset, self._data, self._train_batch_size, self.ranks, drop_last=drop_last
-            )
+            size, drop_last = self._train_batch_size, self.args.dataloader_drop_last
+            return stream_loader(self.train_dataset, self._data, size, self.ranks, drop_last=drop_last)
         return step_loader(self.train_dataset, self._train_batch_size, self.ranks, self.args, training=True)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> StepLoader:
@@ -220,9 +220,10 @@ class DPOTrainer(CheckpointedTrainer):
         """This rank's share of every batch of further data, for predict()."""
         return self.get_eval_dataloader(self._prepared(test_dataset, "test"))
 
-    def _packed(self, examples: Sequence[dict[str, Any]], max_tokens: int | None) -> list[PackedBatch]:
+    def _packed(self, examples: Sequence[Any], max_tokens: int | None, *, training: bool = False) -> list[PackedBatch]:
+        share = self._share_in_training if training else self.share_prompts
         by_pair = self.loss.ld_alpha is not None
-        batches = micro_batches(examples, max_tokens, share_prompts=self.share_prompts, ref_logps_by_pair=by_pair)
+        batches = micro_batches(examples, max_tokens, share_prompts=share, ref_logps_by_pair=by_pair)
         return [batch.to(self.args.device) for batch in batches]
 
     @property
@@ -311,6 +312,10 @@ class DPOTrainer(CheckpointedTrainer):
             model.broadcast_buffers = False
         return model, loader
 
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        with noisy_embeddings(self.model, self.args.neftune_noise_alpha):
+            return super()._inner_training_loop(*args, **kwargs)
+
     def _totals(self, examples: StepExamples) -> StepTotals:
         running = self._running_rewards
         earlier = None if running is None else running.tensor(self.args.device)
@@ -351,7 +356,7 @@ class DPOTrainer(CheckpointedTrainer):
     def _run_until_it_fits(self, model: nn.Module, examples: StepExamples) -> tuple[list[PackedBatch], StepResult]:
         device, draws = self.args.device, random_states(self.args.device)
         while True:
-            batches = self._packed(examples, self.max_tokens)
+            batches = self._packed(examples, self.max_tokens, training=True)
             result = OptimizerStep(self._settings, model, batches, self._totals(examples)).run()
             if result is not None:
                 return batches, result
@@ -373,8 +378,8 @@ class DPOTrainer(CheckpointedTrainer):
 
     def _probe(self, positions: int) -> int:
         """Forward and backward of a micro-batch of the first rows; returns its positions and restores all state."""
-        examples = first_examples(self.train_dataset, positions, share_prompts=self.share_prompts)
-        (batch,) = self._packed(examples, None)
+        examples = first_examples(self.train_dataset, positions, share_prompts=self._share_in_training)
+        (batch,) = self._packed(examples, None, training=True)
         draws = random_states(self.args.device)
         self.model.train()
         alone = replace(self._settings, ranks=Ranks.alone())

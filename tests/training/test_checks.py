@@ -28,7 +28,6 @@ pytestmark = pytest.mark.slow(15)
 # Values that are not the default, for options whose type does not say one.
 OTHER = {
     "label_smoothing_factor": 0.1,
-    "neftune_noise_alpha": 5.0,
     "torch_empty_cache_steps": 4,
     "include_for_metrics": ["inputs"],
     "label_names": ["labels"],

@@ -18,6 +18,7 @@ from dpofast.checkpointing.trainer import CheckpointedTrainer
 OVERRIDDEN = {
     "__init__": None,  # by keyword: see test_the_constructor_takes_what_it_is_passed
     "_finalize_training": "trial, num_train_samples, start_time",
+    "_inner_training_loop": "batch_size, args, resume_from_checkpoint, trial, ignore_keys_for_eval",
     "_issue_warnings_after_load": "load_result",
     "_load_best_model": "",
     "_load_callback_state": "",

@@ -13,8 +13,6 @@ from transformers import TrainingArguments
 # name -> why, and what to use
 UNREAD = {
     "label_smoothing_factor": "not used by DPO; the probability that a preference is flipped is label_smoothing",
-    "neftune_noise_alpha": "NEFTune scales its noise by the length of a sequence, and responses of several lengths "
-    "share their prompt's rows here; leave it out, or train with TRL",
     "bf16_full_eval": "evaluation computes as training does; set bf16, or load the model in bfloat16",
     "fp16_full_eval": "evaluation computes as training does; set fp16 or bf16, or load the model in bfloat16",
     "use_cache": "a training step reads no cache, and the saved model keeps its own setting",
