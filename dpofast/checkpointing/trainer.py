@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer
+from transformers import EarlyStoppingCallback, Trainer
 
 from dpofast.checkpointing.callback_state import callback_states, restore_callback_states
 from dpofast.checkpointing.folder import (
@@ -381,9 +381,21 @@ class CheckpointedTrainer(Trainer):
         self._tr_loss, self._globalstep_last_logged = state["tr_loss"], state["last_logged"]
         # train_loss is the mean over the steps since resuming.
         self._total_loss_scalar = -self._tr_loss.item()
-        self._stopped = state["stopped"] and self._same_length
+        self._stopped = state["stopped"] and self._same_length and self._ended_early(folder)
         self.load_progress_state(state["subclass"])
         self.load_more(folder)
+
+    def _ended_early(self, folder: str) -> bool:
+        """Whether early stopping still ends the run that it ended at this checkpoint; any other callback asks anew."""
+        stoppers = [found for found in self.callback_handler.callbacks if isinstance(found, EarlyStoppingCallback)]
+        ended = any(found.early_stopping_patience_counter >= found.early_stopping_patience for found in stoppers)
+        if self.is_world_process_zero():
+            step, total = self.state.global_step, self.state.max_steps
+            told = "early stopping ended the run here, so nothing is left to train" if ended else "the run goes on"
+            way = ": give more patience, or another number of steps, to go on" if ended else ""
+            text = f"{folder}: written when a callback stopped the run after step {step} of {total}; {told}{way}"
+            warnings.warn(text, stacklevel=2)
+        return ended
 
     def _load_callback_state(self) -> None:
         """Restore callbacks' counters, even without restore_callback_states_from_checkpoint; their options stay."""

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainerCallback
+
 from dpofast.cli.load_models import is_adapter, one_line
 from dpofast.common.atomic_files import put
 
@@ -33,6 +35,19 @@ def write_options(folder: Path, given: Mapping[str, Any]) -> None:
     aside = folder / f".tmp-{RUN_FILE}"
     aside.write_text(f"# The options of this run. dpofast train --resume FOLDER goes on with them.\n{text}", "utf-8")
     put(aside, folder / RUN_FILE)
+
+
+class RunOptions(TrainerCallback):
+    """Writes a run's options when training begins: a checkpoint that is refused leaves those of its run alone."""
+
+    def __init__(self, given: Mapping[str, Any]) -> None:
+        """Options by name, as given by flags or a YAML file."""
+        self.given = given
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write them, on the main process."""
+        if state.is_world_process_zero:
+            write_options(Path(args.output_dir), self.given)
 
 
 def with_run_options(argv: Sequence[str]) -> list[str]:

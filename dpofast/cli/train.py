@@ -15,7 +15,7 @@ from typing import Any
 from dpofast.cli.adapters import LoraArguments, train_on
 from dpofast.cli.arguments import DATA_HELP, parse, quiet
 from dpofast.cli.load_models import Loading, is_adapter, load_model, load_tokenizer, named, one_line
-from dpofast.cli.run_options import RUN_FILE, resume_command, with_run_options, write_options
+from dpofast.cli.run_options import RUN_FILE, RunOptions, resume_command, with_run_options
 from dpofast.common.printable import printable
 from dpofast.training.config import DPOConfig
 from dpofast.training.trainer import DPOTrainer
@@ -127,6 +127,8 @@ def main(argv: Sequence[str]) -> int:
     interactive = sys.stderr.isatty()
     quiet(interactive)
     config.disable_tqdm = config.disable_tqdm or not interactive
+    if train.preview < 0:
+        raise ValueError(f"preview: expected a number of rows to print, got {train.preview}")
     if train.preview:
         return _preview(train, config)
     loading = _checked_loading(train, config)
@@ -137,7 +139,7 @@ def main(argv: Sequence[str]) -> int:
     config.logging_first_step = True
     if train.eval_data and config.eval_strategy == "no":
         config.eval_strategy = "epoch"
-    callbacks = _early_stopping(train, config)
+    callbacks = [RunOptions(given), *_early_stopping(train, config)]
     adapted = is_adapter(train.model)
     if train.dtype == "bfloat16" and train.lora_r == 0 and not adapted:
         print(
@@ -170,7 +172,7 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError(one_line(error)) from error
     for report in trainer.data_reports.values() if trainer.is_world_process_zero() else ():
         print(report.summary())
-    _run(trainer, Path(config.output_dir), resume, given, html_report=train.html_report)
+    _run(trainer, Path(config.output_dir), resume, html_report=train.html_report)
     return 0
 
 
@@ -185,7 +187,7 @@ def _preview(train: TrainArguments, config: DPOConfig) -> int:
     return 0
 
 
-def _run(trainer: DPOTrainer, output: Path, resume: str | None, options: dict[str, Any], *, html_report: bool) -> None:
+def _run(trainer: DPOTrainer, output: Path, resume: str | None, *, html_report: bool) -> None:
     from transformers.utils import logging
 
     from dpofast.report.page import findings_of
@@ -194,10 +196,8 @@ def _run(trainer: DPOTrainer, output: Path, resume: str | None, options: dict[st
     logging.disable_progress_bar()  # of "Writing model shards", which would break into the bar of the steps
     follow(trainer, output / "metrics.jsonl")
     with trainer.output_locked():
-        if trainer.is_world_process_zero():
-            if resume is None:
-                _checked_output(trainer.args)  # another run may have come and gone since the first look
-            write_options(output, options)
+        if resume is None and trainer.is_world_process_zero():
+            _checked_output(trainer.args)  # another run may have come and gone since the first look
         trainer.train(resume_from_checkpoint=resume)
         trainer.save_model()
         if not trainer.is_world_process_zero():

@@ -45,6 +45,7 @@ MOST_NESTED = 64  # levels of a JSON value: deeper ones exhaust the stacks of th
 _ROLES = ("system", "user", "assistant", "human", "gpt", "tool")
 _EXPECTED = "expected chosen and rejected (prompt is optional), or prompt_ids, chosen_ids and rejected_ids"
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
+_ROUNDING = 1e-3  # of a sum of log-probs that are all nearly 0, nats
 _INT32_MAX = int(np.iinfo(np.int32).max)
 
 
@@ -161,6 +162,12 @@ def _kind(column: str, value: Any) -> str:
             raise BadRow(f"column '{column}' is not a number", f"got {_got(value)}")
         if not abs(value) <= _FLOAT32_MAX:
             raise BadRow(f"column '{column}' is not finite", f"expected a float32, got {_got(value)}")
+        if value > _ROUNDING:
+            raise BadRow(
+                f"column '{column}' is above 0",
+                f"expected a log-prob summed over the response, which is 0 or less, got {_got(value)}: a loss (its "
+                "negative) or a probability is something else",
+            )
         return "number"
     if column in TEMPLATE_COLUMNS:
         template_value(column, value)

@@ -21,7 +21,7 @@ from dpofast.packing.batch import PackedBatch
 _READ_AT_ONCE = 4096
 # A pair's numbers as they come from the device, and as they are kept; two values are chosen and rejected.
 _DEVICE_VALUES = np.dtype([("rewards", np.float64, 2), ("logps", np.float64, 2), ("loss", np.float64)])
-_RECORD = np.dtype([("row", np.int64), *_DEVICE_VALUES.descr, ("lengths", np.int64, 2)])
+_RECORD = np.dtype([("row", np.int64), ("index", np.int64), *_DEVICE_VALUES.descr, ("lengths", np.int64, 2)])
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,6 +94,7 @@ class PairRecords:
         for name in ("rewards", "logps", "loss"):
             records[name] = values[name]
         records["row"] = [example["row"] for example in examples]
+        records["index"] = [example.get("index", self._count + i) for i, example in enumerate(examples)]
         records["lengths"] = [(len(example["chosen_ids"]), len(example["rejected_ids"])) for example in examples]
         self._parts.append(records)
         margins = values["rewards"][:, 0] - values["rewards"][:, 1]
@@ -124,6 +125,11 @@ class PairRecords:
             lengths=records["lengths"],
             losses=records["loss"],
         )
+
+    def rewards(self) -> np.ndarray:
+        """(P, 2) float64, rewards of chosen and rejected in the dataset's order, whatever was packed together."""
+        table = self.table()
+        return table.rewards[np.argsort(self._parts[0]["index"], kind="stable")]
 
     def joined(self, ranks: Ranks) -> PairRecords:
         """The records of all ranks, on each of them: a collective."""

@@ -197,7 +197,9 @@ class DPOConfig(TrainingArguments):
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if self.num_train_epochs <= 0 and self.max_steps <= 0:
+        if self.max_steps == 0:
+            raise ValueError("max_steps: expected 1 or more, or -1 for num_train_epochs, got 0, which trains nothing")
+        if self.num_train_epochs <= 0 and self.max_steps < 0:
             raise ValueError(f"num_train_epochs: expected more than 0, or max_steps, got {self.num_train_epochs}")
         if self.fp16 and self.device.type == "cpu":
             raise ValueError("fp16: needs a GPU; on a CPU use bf16, or leave it out")

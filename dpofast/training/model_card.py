@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dpofast._version import __version__
+from dpofast.common.printable import printable
 from dpofast.training.config import DPOConfig
 
 _MARK = "<!-- written by dpofast -->"
@@ -83,5 +84,6 @@ tags:
 
 
 def _name(source: str) -> str:
-    """The last part of a local path, which says nothing of the machine; a hub name as it is."""
-    return Path(source).name if Path(source).is_absolute() or Path(source).exists() else source
+    """The last part of a local path, which says nothing of the machine; a hub name as it is. Fit for a table's cell."""
+    name = Path(source).name if Path(source).is_absolute() or Path(source).exists() else source
+    return printable(" ".join(name.split())).replace("|", "\\|").replace("`", "'")

@@ -179,8 +179,8 @@ class StepDataset(torch.utils.data.Dataset[Any]):
         return self.dataset[index]
 
     def __getitems__(self, share: _Share) -> StepExamples:
-        """A rank's examples of a step."""
-        examples = StepExamples(self.dataset[index] for index in share)
+        """A rank's examples of a step, each with its index in the dataset."""
+        examples = StepExamples({**self.dataset[index], "index": index} for index in share)
         examples.num_pairs = len(share.step)
         if self.lengths is None:
             examples.num_chosen_tokens = sum(len(example["chosen_ids"]) for example in examples)

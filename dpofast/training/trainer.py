@@ -437,7 +437,7 @@ class DPOTrainer(CheckpointedTrainer):
         found = evaluate_pairs(dataloader, step_of, self.ranks, after_each)
         self.pair_records[metric_key_prefix] = found.records
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.metrics.items()}
-        rewards = found.records.table().rewards  # predict() returns them
+        rewards = found.records.rewards()  # predict() returns them
         return EvalLoopOutput(predictions=rewards, label_ids=None, metrics=metrics, num_samples=found.num_pairs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -12,7 +12,7 @@ import time
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from dpofast.checkpointing.callback_state import callback_states, restore_callback_states
@@ -30,6 +30,7 @@ from dpofast.checkpointing.folder import (
 from dpofast.checkpointing.signals import TrainingInterrupted
 from dpofast.checkpointing.write_errors import as_os_errors
 from dpofast.report.progress import follow
+from tests.support.tiny import tiny_dataset
 from tests.support.tiny_training import SAVING, make_trainer, weights_of
 
 pytestmark = pytest.mark.slow(15)
@@ -268,3 +269,38 @@ def test_a_named_pipe_in_place_of_a_manifest_is_not_read(run):
     with pytest.raises(DamagedCheckpoint, match="manifest.json cannot be read: it is no regular file"):
         read_manifest(run / "checkpoint-6")
     shutil.rmtree(run / "checkpoint-6")
+
+
+def test_a_run_that_a_callback_stopped_goes_on_and_says_so(tmp_path):
+    class TimeLimit(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = control.should_save = state.global_step == 3
+
+    (whole := make_trainer(tmp_path / "whole", **SAVING)).train()
+    first = make_trainer(tmp_path / "run", **SAVING)
+    first.add_callback(TimeLimit())
+    first.train()
+    again = make_trainer(tmp_path / "run", **SAVING)
+    with pytest.warns(UserWarning, match="a callback stopped the run after step 3 of 6; the run goes on"):
+        again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 6
+    assert torch.equal(weights_of(again), weights_of(whole))
+
+
+@pytest.mark.parametrize(("patience", "steps", "said"), [(1, 2, "nothing is left to train"), (9, 6, "the run goes on")])
+def test_early_stopping_holds_when_its_run_is_resumed_and_more_patience_goes_on(tmp_path, patience, steps, said):
+    options = {**SAVING, "eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "loss"}
+    options |= {
+        "greater_is_better": True,
+        "evaluation": tiny_dataset(4),
+        "learning_rate": 1e-3,
+    }  # a falling loss is bad
+    first = make_trainer(tmp_path, **options)
+    first.add_callback(EarlyStoppingCallback(1))
+    first.train()
+    assert first.state.global_step == 2
+    again = make_trainer(tmp_path, **options)
+    again.add_callback(EarlyStoppingCallback(patience))
+    with pytest.warns(UserWarning, match=said):
+        again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == steps

@@ -153,6 +153,8 @@ def test_missing_files_and_models(run, tmp_path, model_dir):
         (["--conf", "nowhere.yaml"], "unknown: --conf nowhere.yaml"),
         (["--fp16"], "fp16: needs a GPU"),
         (["--num_train_epochs", "0"], "num_train_epochs: expected more than 0"),
+        (["--max_steps", "0"], "max_steps: expected 1 or more, or -1 for num_train_epochs, got 0"),
+        (["--preview", "-1"], "preview: expected a number of rows to print, got -1"),
     ],
 )
 def test_bad_options(run, flags, message):

@@ -22,7 +22,7 @@ def test_a_run_that_was_killed_before_its_first_step_is_just_started_again(run, 
     with monkeypatch.context() as patched:
         patched.setattr(DPOTrainer, "train", killed)
         code, _, _, output = run(ROWS)
-    assert code == 130 and {entry.name for entry in output.iterdir()} == {"reference", "run.yaml"}
+    assert code == 130 and {entry.name for entry in output.iterdir()} == {"reference"}
     (shard,) = output.glob("reference/*/*.safetensors")
     written = shard.stat().st_ino
     code, _, err, output = run(ROWS)
@@ -117,3 +117,13 @@ def test_pictures_that_cannot_be_written_do_not_fail_a_run_whose_model_is(run, m
     assert re.search("warning: .*training.png could not be written: .*No space left on device", err)
     assert code == 0 and "model, metrics.jsonl, report.html are in" in out, err
     assert (output / "model.safetensors").exists()
+
+
+def test_a_resume_that_is_refused_leaves_the_runs_options_alone(run, capsys):
+    code, _, err, output = run(ROWS, "--save_strategy", "steps", "--save_steps", "1", "--num_train_epochs", "1")
+    assert code == 0, err
+    before = (output / "run.yaml").read_bytes()
+    assert main(["train", "--resume", str(output), "--beta", "0.5"]) == 2
+    assert "beta was 0.1, is 0.5" in capsys.readouterr().err
+    assert (output / "run.yaml").read_bytes() == before
+    assert main(["train", "--resume", str(output)]) == 0

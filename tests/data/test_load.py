@@ -105,7 +105,7 @@ BAD_LINES = {
     "column 'chosen' is neither text nor a conversation: .*got int 3": b'{"prompt": "a", "chosen": 3, "rejected": "b"}',
     "text and conversations are mixed": b'{"prompt": "a", "chosen": "b", "rejected": [{"role": "x", "content": "c"}]}',
     "column 'chosen' differs from the first row's: expected text, got messages": lines(TURNS | {"prompt": "a"}),
-    "column 'ref_chosen_logps' differs": lines(ROW | {"ref_chosen_logps": 1, "ref_rejected_logps": 2}),
+    "column 'ref_chosen_logps' differs": lines(ROW | {"ref_chosen_logps": -1, "ref_rejected_logps": -2}),
     "images are not supported": lines(ROW | {"images": []}),
 }
 

@@ -249,6 +249,7 @@ BAD_ROWS = [
         "column 'ref_chosen_logps' is not finite",
     ),
     (TOKENS | {"ref_chosen_logps": -1.0, "ref_rejected_logps": 1e39}, "column 'ref_rejected_logps' is not finite"),
+    (TOKENS | {"ref_chosen_logps": -1.0, "ref_rejected_logps": 2.0}, "column 'ref_rejected_logps' is above 0"),
     (TOKENS | {"ref_chosen_logps": "-1", "ref_rejected_logps": -1.0}, "column 'ref_chosen_logps' is not a number"),
     (TOKENS | {"ref_chosen_logps": None, "ref_rejected_logps": -1.0}, "column 'ref_chosen_logps' is missing"),
     (CHAT | {"chosen": "yes", "rejected": "no"}, "text and conversations are mixed: chosen holds text"),

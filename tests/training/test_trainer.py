@@ -335,3 +335,21 @@ def test_a_frozen_head_takes_two_products_and_a_trained_one_three(tmp_path, adap
     targets = sum(len(example["chosen_ids"]) + len(example["rejected_ids"]) for example in step)
     head = sum(2 * math.prod(shape) * count for shape, count in cost.gemms.items() if VOCAB in shape)
     assert head == units * 2 * targets * 32 * VOCAB
+
+
+@pytest.mark.parametrize("max_tokens", [24, 4096])
+def test_predictions_are_rewards_in_the_datasets_order(tmp_path, max_tokens):
+    data, ref = tiny_dataset(12), tiny_model(rms_norm_eps=0.1)
+    options = {"max_tokens": max_tokens, "beta": 0.5, "precompute_ref_log_probs": False}
+    trainer = make_trainer(tmp_path, model=tiny_model(), ref_model=ref, **options)
+    rewards = trainer.predict(data).predictions
+    for row, (chosen, rejected) in zip(data, rewards, strict=True):
+        for side, ours in (("chosen_ids", chosen), ("rejected_ids", rejected)):
+            ids = torch.tensor([row["prompt_ids"] + row[side]])
+            with torch.no_grad():
+                policy, reference = (
+                    model(input_ids=ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])
+                    for model in (tiny_model(), tiny_model(rms_norm_eps=0.1))
+                )
+            expected = 0.5 * float((policy - reference)[len(row["prompt_ids"]) - 1 :].sum())
+            assert ours == pytest.approx(expected, abs=1e-5)
