@@ -23,7 +23,7 @@ from dpofast.scoring.score import Forward
 from dpofast.training.config import DPOConfig
 from dpofast.training.fsdp import cast_parameters, parameters_in
 
-ADAPTER = "reference"
+ADAPTER = "dpofast_reference"  # nobody else's: a trainer replaces the copy that an earlier one left in the model
 MOVING_OPTIONS = ("ref_model_mixup_alpha", "ref_model_sync_steps")
 
 
@@ -32,8 +32,8 @@ class ReferenceModel:
 
     It is, in this order: the ref_model that was passed; the policy without its adapter, where the trainer added one
     (peft_config) that left the base weights as they were; in a live reference a frozen copy, of the adapter that a PEFT
-    model came with (named "reference", beside the trained one) or else of the whole policy; otherwise the policy
-    itself, before its first step.
+    model came with (named "dpofast_reference", beside the trained one) or else of the whole policy; otherwise the
+    policy itself, before its first step.
 
     Args:
         policy: the model that will train.
@@ -42,8 +42,8 @@ class ReferenceModel:
         live: reference log-probs are computed in the training step, and not all of them before training.
 
     Raises:
-        ValueError: a live reference for a policy of which more than the adapter is trained, or whose adapter cannot be
-            copied; a live one of a model that its new adapter has changed.
+        ValueError: a live reference for a policy of which more than the adapter is trained, that has not one active
+            adapter, or whose adapter cannot be copied; a live one of a model that its new adapter has changed.
     """
 
     def __init__(self, policy: Any, ref_model: Any, *, wrapped: Wrapped | None, live: bool) -> None:
@@ -114,12 +114,9 @@ class ReferenceModel:
             with unwrapped(policy).disable_adapter():
                 yield policy
         elif self.adapter:
-            trained = unwrapped(policy).active_adapter
-            unwrapped(policy).set_adapter(ADAPTER, inference_mode=True)
-            try:
+            with _kept_adapters(unwrapped(policy)) as model:
+                model.base_model.set_adapter(ADAPTER, inference_mode=True)
                 yield policy
-            finally:
-                unwrapped(policy).set_adapter(trained)
         else:
             yield policy
 
@@ -246,22 +243,50 @@ def unwrapped(model: Any) -> Any:
     return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
 
+@contextlib.contextmanager
+def _kept_adapters(model: Any) -> Iterator[Any]:
+    """Inside, adapters may be added, deleted and activated; afterwards the same are active, the same weights train.
+
+    The tuner (base_model) is asked and told: PeftModel's own active_adapter knows nothing of what was set there.
+    """
+    active = list(model.active_adapters)
+    trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    try:
+        yield model
+    finally:
+        model.base_model.set_adapter(active)
+        for parameter in model.parameters():
+            if parameter.requires_grad != (id(parameter) in trained):
+                parameter.requires_grad_(id(parameter) in trained)
+
+
 def _copy_adapter(model: Any) -> None:
-    """Add a frozen copy of the active adapter."""
-    trained = model.active_adapter
+    """Add a frozen copy of the active adapter, in the place of an earlier trainer's.
+
+    Raises:
+        ValueError: several adapters are active, or none, or an earlier trainer's copy.
+    """
+    active = list(model.active_adapters)
+    if len(active) != 1 or active == [ADAPTER]:
+        raise ValueError(
+            f"precompute_ref_log_probs: expected True, or one active adapter of your own to copy for a reference in "
+            f"the step, got {active}: activate one (model.set_adapter), or give a ref_model"
+        )
+    (trained,) = active
     config = copy.deepcopy(model.peft_config[trained])
     if hasattr(config, "init_lora_weights"):
         config.init_lora_weights = True  # PiSSA and its like would rewrite the base weights once more
-    model.add_adapter(ADAPTER, config)
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    for name, tensor in tensors.items():
-        path = name.split(".")
-        if trained in path:
-            copied = tensors[".".join(ADAPTER if part == trained else part for part in path)]
-            copied.data.copy_(tensor.data)
-            copied.requires_grad_(False)
-    model.set_adapter(trained)
+    with _kept_adapters(model):
+        if ADAPTER in model.peft_config:
+            model.base_model.delete_adapter(ADAPTER)
+        model.add_adapter(ADAPTER, config)
+        tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        for name, tensor in tensors.items():
+            path = name.split(".")
+            if trained in path:
+                copied = tensors[".".join(ADAPTER if part == trained else part for part in path)]
+                copied.data.copy_(tensor.data)
 
 
 def _kind(model: Any) -> str:
-    return type(model.peft_config[model.active_adapter]).__name__
+    return type(model.peft_config[model.active_adapters[0]]).__name__
