@@ -6,6 +6,7 @@ import contextlib
 import copy
 import os
 from collections.abc import Iterator
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -134,14 +135,16 @@ def make_reference(
         wrapped: as ReferenceModel's.
 
     Raises:
-        ValueError: sync_ref_model for a reference that is the base model under the adapter; what ReferenceModel
-            refuses.
+        ValueError: sync_ref_model for a reference that is the base model under the adapter, or has other parameters
+            than the policy; what ReferenceModel refuses.
     """
     live = args.preference_loss().needs_reference and not args.precompute_ref_log_probs
     reference = ReferenceModel(policy, ref_model, wrapped=wrapped, live=live)
     if reference.model is not None:
         if not is_dispatched(base_causal_lm(reference.model)):
             reference.model.to(args.device)
+        if args.sync_ref_model:
+            _check_same_parameters(policy, reference.model)
         cast_parameters(reference.model, dtype)
     elif args.sync_ref_model:
         raise ValueError(
@@ -209,6 +212,18 @@ class MovingReference(TrainerCallback):
             policy = unwrapped(model)
             for ours, theirs in zip(self.ref_model.parameters(), policy.parameters(), strict=True):
                 ours.lerp_(theirs.to(ours.dtype), self.alpha)
+
+
+def _check_same_parameters(policy: nn.Module, ref_model: nn.Module) -> None:
+    named = [[(name, tuple(p.shape)) for name, p in each.named_parameters()] for each in (policy, ref_model)]
+    differing = next((pair for pair in zip_longest(*named) if pair[0] != pair[1]), None)
+    if differing is not None:
+        ours, theirs = ("no further parameter" if each is None else f"{each[0]} {each[1]}" for each in differing)
+        raise ValueError(
+            "sync_ref_model: expected a ref_model with the policy's parameters, to be moved towards them, got "
+            f"{theirs} where the policy has {ours}: give a model of the same structure (with an adapter, the same "
+            "adapter), or leave sync_ref_model off"
+        )
 
 
 @contextlib.contextmanager

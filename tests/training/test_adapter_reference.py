@@ -196,6 +196,43 @@ def test_a_second_training_takes_a_copy_of_its_own(tmp_path):
     assert all(torch.equal(model.get_parameter(name), weight) for name, weight in named.items())
 
 
+def test_a_merged_adapter_is_refused_until_it_is_taken_out(tmp_path):
+    model = two_adapters()
+    model.merge_adapter()
+    with pytest.raises(ValueError, match=r"model: adapter default is merged.*model.unmerge_adapter\(\) first"):
+        make_trainer(tmp_path, model=model)
+    model.unmerge_adapter()
+    make_trainer(tmp_path, model=model)
+    model.merge_adapter()
+    make_trainer(tmp_path, ref_model=model)  # a reference gets no gradient
+
+
+@pytest.mark.parametrize(
+    ("models", "named"),
+    [
+        (lambda: {"peft_config": lora(), "ref_model": tiny_model()}, r"model\.\S+ .* has base_model\.model\."),
+        (lambda: {"peft_config": IA3Config(target_modules=["v_proj"], feedforward_modules=[])}, "base_model"),
+        (lambda: {"ref_model": tiny_model("llama", num_hidden_layers=1)}, r"model\.layers\.1\."),
+        (lambda: {"ref_model": tiny_model("llama-tied")}, "no further parameter where the policy has lm_head.weight"),
+        (lambda: {"ref_model": tiny_model("llama", intermediate_size=24)}, r"mlp\.\w+\.weight \(24, "),
+    ],
+    ids=["lora", "ia3", "layers", "tied", "shape"],
+)
+def test_a_moving_reference_has_the_parameters_of_the_policy(tmp_path, models, named):
+    given = {"ref_model": tiny_model(), **models()}
+    with pytest.raises(ValueError, match=f"sync_ref_model: expected .* policy's parameters.*{named}"):
+        make_trainer(tmp_path, sync_ref_model=True, **given)
+
+
+def test_a_moving_reference_with_an_adapter_like_the_policys(tmp_path):
+    policy, ref_model = two_adapters(), two_adapters()
+    options = {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 1.0}
+    trainer = make_trainer(tmp_path, model=policy, ref_model=ref_model, **options)
+    trainer.train()
+    for (name, ours), theirs in zip(policy.named_parameters(), ref_model.parameters(), strict=True):
+        torch.testing.assert_close(theirs, ours.detach(), msg=name)
+
+
 def test_adapters_that_cannot_run_are_refused_by_name(tmp_path):
     prompts = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     with pytest.raises(ValueError, match="got PromptTuningConfig: prompt-learning"):
