@@ -192,6 +192,16 @@ def with_reference_columns(
         )
 
 
+def reference_is_gone(name: str) -> ValueError:
+    """The refusal of a dataset that comes when nothing gives its reference log-probs any more."""
+    return ValueError(
+        f"Cannot compute reference log-probs for a dataset passed to evaluate() or predict() now ({name}): they need "
+        "the reference model, which is gone with precompute_ref_log_probs=True: a ref_model since the constructor has "
+        "the log-probs of its datasets, the policy as it was once training has begun: pass the dataset to the "
+        "constructor, or set it to False"
+    )
+
+
 class MovingReference(TrainerCallback):
     """TR-DPO's soft update (arXiv 2404.09656, eq. 3): reference ← α·policy + (1 − α)·reference, every few steps.
 
