@@ -41,9 +41,15 @@ def check_adapter(model: Any, peft_config: Any = None) -> None:
 
     Raises:
         ValueError: prompt learning, which changes the model's inputs; a peft_config for a model that has an adapter; an
-            adapter of transformers' own integration, beside which all weights would train and not be saved.
+            adapter that is merged into its base weights, and so would get no gradient; one of transformers' own
+            integration, beside which all weights would train and not be saved.
     """
     check_inputs_kept(model, peft_config)
+    if is_peft(model) and (merged := _merged_adapters(model)):
+        raise ValueError(
+            f"model: adapter {', '.join(merged)} is merged into the base weights (merge_adapter()), so its own weights "
+            "would get no gradient: call model.unmerge_adapter() first"
+        )
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError(
             f"model: this {type(model).__name__} was loaded from an adapter's folder by transformers, so all its "
@@ -56,6 +62,13 @@ def check_adapter(model: Any, peft_config: Any = None) -> None:
             "peft_config: the model is a PeftModel already: leave peft_config out to train its adapter on, or merge "
             "that one into the model first (model.merge_and_unload()) to train a new adapter"
         )
+
+
+def _merged_adapters(model: nn.Module) -> list[str]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = (module for module in model.modules() if isinstance(module, BaseTunerLayer))
+    return sorted({str(name) for layer in layers for name in getattr(layer, "merged_adapters", ())})
 
 
 def check_trainable(model: Any) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import os
 from collections.abc import Iterator
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from dpofast.scoring.score import Forward
 from dpofast.training.config import DPOConfig
 from dpofast.training.fsdp import cast_parameters, parameters_in
 
-ADAPTER = "reference"
+ADAPTER = "dpofast_reference"  # nobody else's: a trainer replaces the copy that an earlier one left in the model
 MOVING_OPTIONS = ("ref_model_mixup_alpha", "ref_model_sync_steps")
 
 
@@ -32,8 +33,8 @@ class ReferenceModel:
 
     It is, in this order: the ref_model that was passed; the policy without its adapter, where the trainer added one
     (peft_config) that left the base weights as they were; in a live reference a frozen copy, of the adapter that a PEFT
-    model came with (named "reference", beside the trained one) or else of the whole policy; otherwise the policy
-    itself, before its first step.
+    model came with (named "dpofast_reference", beside the trained one) or else of the whole policy; otherwise the
+    policy itself, before its first step.
 
     Args:
         policy: the model that will train.
@@ -42,8 +43,8 @@ class ReferenceModel:
         live: reference log-probs are computed in the training step, and not all of them before training.
 
     Raises:
-        ValueError: a live reference for a policy of which more than the adapter is trained, or whose adapter cannot be
-            copied; a live one of a model that its new adapter has changed.
+        ValueError: a live reference for a policy of which more than the adapter is trained, that has not one active
+            adapter, or whose adapter cannot be copied; a live one of a model that its new adapter has changed.
     """
 
     def __init__(self, policy: Any, ref_model: Any, *, wrapped: Wrapped | None, live: bool) -> None:
@@ -114,12 +115,9 @@ class ReferenceModel:
             with unwrapped(policy).disable_adapter():
                 yield policy
         elif self.adapter:
-            trained = unwrapped(policy).active_adapter
-            unwrapped(policy).set_adapter(ADAPTER, inference_mode=True)
-            try:
+            with _kept_adapters(unwrapped(policy)) as model:
+                model.base_model.set_adapter(ADAPTER, inference_mode=True)
                 yield policy
-            finally:
-                unwrapped(policy).set_adapter(trained)
         else:
             yield policy
 
@@ -137,14 +135,16 @@ def make_reference(
         wrapped: as ReferenceModel's.
 
     Raises:
-        ValueError: sync_ref_model for a reference that is the base model under the adapter; what ReferenceModel
-            refuses.
+        ValueError: sync_ref_model for a reference that is the base model under the adapter, or has other parameters
+            than the policy; what ReferenceModel refuses.
     """
     live = args.preference_loss().needs_reference and not args.precompute_ref_log_probs
     reference = ReferenceModel(policy, ref_model, wrapped=wrapped, live=live)
     if reference.model is not None:
         if not is_dispatched(base_causal_lm(reference.model)):
             reference.model.to(args.device)
+        if args.sync_ref_model:
+            _check_same_parameters(policy, reference.model)
         cast_parameters(reference.model, dtype)
     elif args.sync_ref_model:
         raise ValueError(
@@ -192,6 +192,16 @@ def with_reference_columns(
         )
 
 
+def reference_is_gone(name: str) -> ValueError:
+    """The refusal of a dataset that comes when nothing gives its reference log-probs any more."""
+    return ValueError(
+        f"Cannot compute reference log-probs for a dataset passed to evaluate() or predict() now ({name}): they need "
+        "the reference model, which is gone with precompute_ref_log_probs=True: a ref_model since the constructor has "
+        "the log-probs of its datasets, the policy as it was once training has begun: pass the dataset to the "
+        "constructor, or set it to False"
+    )
+
+
 class MovingReference(TrainerCallback):
     """TR-DPO's soft update (arXiv 2404.09656, eq. 3): reference ← α·policy + (1 − α)·reference, every few steps.
 
@@ -212,6 +222,18 @@ class MovingReference(TrainerCallback):
             policy = unwrapped(model)
             for ours, theirs in zip(self.ref_model.parameters(), policy.parameters(), strict=True):
                 ours.lerp_(theirs.to(ours.dtype), self.alpha)
+
+
+def _check_same_parameters(policy: nn.Module, ref_model: nn.Module) -> None:
+    named = [[(name, tuple(p.shape)) for name, p in each.named_parameters()] for each in (policy, ref_model)]
+    differing = next((pair for pair in zip_longest(*named) if pair[0] != pair[1]), None)
+    if differing is not None:
+        ours, theirs = ("no further parameter" if each is None else f"{each[0]} {each[1]}" for each in differing)
+        raise ValueError(
+            "sync_ref_model: expected a ref_model with the policy's parameters, to be moved towards them, got "
+            f"{theirs} where the policy has {ours}: give a model of the same structure (with an adapter, the same "
+            "adapter), or leave sync_ref_model off"
+        )
 
 
 @contextlib.contextmanager
@@ -246,22 +268,50 @@ def unwrapped(model: Any) -> Any:
     return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
 
+@contextlib.contextmanager
+def _kept_adapters(model: Any) -> Iterator[Any]:
+    """Inside, adapters may be added, deleted and activated; afterwards the same are active, the same weights train.
+
+    The tuner (base_model) is asked and told: PeftModel's own active_adapter knows nothing of what was set there.
+    """
+    active = list(model.active_adapters)
+    trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    try:
+        yield model
+    finally:
+        model.base_model.set_adapter(active)
+        for parameter in model.parameters():
+            if parameter.requires_grad != (id(parameter) in trained):
+                parameter.requires_grad_(id(parameter) in trained)
+
+
 def _copy_adapter(model: Any) -> None:
-    """Add a frozen copy of the active adapter."""
-    trained = model.active_adapter
+    """Add a frozen copy of the active adapter, in the place of an earlier trainer's.
+
+    Raises:
+        ValueError: several adapters are active, or none, or an earlier trainer's copy.
+    """
+    active = list(model.active_adapters)
+    if len(active) != 1 or active == [ADAPTER]:
+        raise ValueError(
+            f"precompute_ref_log_probs: expected True, or one active adapter of your own to copy for a reference in "
+            f"the step, got {active}: activate one (model.set_adapter), or give a ref_model"
+        )
+    (trained,) = active
     config = copy.deepcopy(model.peft_config[trained])
     if hasattr(config, "init_lora_weights"):
         config.init_lora_weights = True  # PiSSA and its like would rewrite the base weights once more
-    model.add_adapter(ADAPTER, config)
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    for name, tensor in tensors.items():
-        path = name.split(".")
-        if trained in path:
-            copied = tensors[".".join(ADAPTER if part == trained else part for part in path)]
-            copied.data.copy_(tensor.data)
-            copied.requires_grad_(False)
-    model.set_adapter(trained)
+    with _kept_adapters(model):
+        if ADAPTER in model.peft_config:
+            model.base_model.delete_adapter(ADAPTER)
+        model.add_adapter(ADAPTER, config)
+        tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        for name, tensor in tensors.items():
+            path = name.split(".")
+            if trained in path:
+                copied = tensors[".".join(ADAPTER if part == trained else part for part in path)]
+                copied.data.copy_(tensor.data)
 
 
 def _kind(model: Any) -> str:
-    return type(model.peft_config[model.active_adapter]).__name__
+    return type(model.peft_config[model.active_adapters[0]]).__name__

@@ -36,7 +36,7 @@ from dpofast.model.neftune import noisy_embeddings
 from dpofast.packing.batch import PackedBatch
 from dpofast.scoring.score import Forward
 from dpofast.training.checks.arguments import check_arguments
-from dpofast.training.checks.launch import check_options_of_sharded, check_pairs, own_arguments
+from dpofast.training.checks.launch import check_options_of_sharded, check_pairs, check_reference_used, own_arguments
 from dpofast.training.checks.methods import check_methods
 from dpofast.training.coupled import RunningRewards
 from dpofast.training.data.stream import stream_loader
@@ -59,6 +59,7 @@ from dpofast.training.ref_model import (
     MovingReference,
     ReferenceModel,
     make_reference,
+    reference_is_gone,
     with_reference_columns,
 )
 from dpofast.training.sampler import StepExamples, StepLoader, first_examples, step_loader
@@ -143,7 +144,7 @@ class DPOTrainer(CheckpointedTrainer):
                 callbacks=callbacks,
                 optimizers=optimizers,
             )
-        self._check_data_and_launch()
+        self._check_data_and_launch(ref_model)
         if args.chose_bf16 and self.is_world_process_zero():
             print("dpofast: mixed precision in bfloat16, which this GPU has (bf16=False: float32)", file=sys.stderr)
         # padded rows repeat the prompt, so max_tokens counts it for each of them
@@ -170,7 +171,8 @@ class DPOTrainer(CheckpointedTrainer):
 
     # ---- what the constructor prepares ------------------------------------------------------------------------------
 
-    def _check_data_and_launch(self) -> None:
+    def _check_data_and_launch(self, ref_model: Any) -> None:
+        check_reference_used(self.args, ref_model, self.train_dataset, self.eval_dataset)
         check_best_metric(self.args, self.loss.needs_reference, self.eval_dataset)
         if isinstance(self.train_dataset, Dataset):
             check_pairs(self.train_dataset, self.args, self.ranks)
@@ -243,11 +245,7 @@ class DPOTrainer(CheckpointedTrainer):
             return dataset
         begun = self.state.global_step > 0 and (self._reference.is_policy or is_sharded(self.accelerator))
         if self._reference.released or begun:
-            raise ValueError(
-                f"Cannot compute reference log-probs for a dataset passed to evaluate() now ({name}): they need the "
-                "reference model, which is gone once training has begun with precompute_ref_log_probs=True: pass the "
-                "dataset to the constructor, or set it to False"
-            )
+            raise reference_is_gone(name)
         forward = Forward(
             max_tokens=self.max_forward_tokens,
             share_prompts=self.share_prompts,

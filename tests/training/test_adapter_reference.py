@@ -135,6 +135,104 @@ def test_the_copy_of_an_adapter_whose_weights_are_plain_parameters(tmp_path):
     assert runs[0] == pytest.approx(runs[1], abs=1e-5)
 
 
+def two_adapters(second="two"):
+    """Two random adapters, of which the first is active."""
+    torch.manual_seed(0)
+    model = get_peft_model(qwen(), lora())
+    model.add_adapter(second, lora(r=2))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    return model
+
+
+def test_two_active_adapters_stay_active_or_are_refused(tmp_path):
+    def both():
+        model = two_adapters()
+        model.base_model.set_adapter(["default", "two"])
+        return model
+
+    examples = tiny_pairs(8)
+    trainer = make_trainer(tmp_path, model=both(), train=Dataset.from_list(examples))
+    assert trainer.train_dataset["ref_chosen_logps"][:] == pytest.approx(chosen_logps(both(), examples), abs=1e-3)
+    trainer.train()
+    assert losses_of(trainer)[0] == pytest.approx(math.log(2), abs=1e-5)
+    model = both()
+    with pytest.raises(ValueError, match=r"one active adapter .* got \['default', 'two'\]"):
+        make_trainer(tmp_path, model=model, precompute_ref_log_probs=False)
+    assert model.active_adapters == ["default", "two"] and list(model.peft_config) == ["default", "two"]
+    make_trainer(tmp_path, model=model, ref_model=both(), precompute_ref_log_probs=False).train()
+    assert model.active_adapters == ["default", "two"]
+
+
+def test_the_adapter_that_is_active_in_the_layers_is_the_one_copied(tmp_path):
+    runs = []
+    for precompute in (True, False):
+        model = two_adapters()
+        model.base_model.set_adapter("two")  # PeftModel.active_adapter still says "default"
+        frozen = [name for name, p in model.named_parameters() if p.requires_grad and "lora_A" in name]
+        for name in frozen:
+            model.get_parameter(name).requires_grad_(False)
+        before = {name: model.get_parameter(name).clone() for name in frozen}
+        trainer = make_trainer(tmp_path, model=model, precompute_ref_log_probs=precompute)
+        trainer.train()
+        runs.append(losses_of(trainer))
+        assert model.active_adapters == ["two"]
+        assert all(torch.equal(model.get_parameter(name), weight) for name, weight in before.items())
+    assert runs[0][0] == pytest.approx(math.log(2), abs=1e-5) and abs(runs[0][1] - runs[0][0]) > 1e-3
+    assert runs[0] == pytest.approx(runs[1], abs=1e-5)
+
+
+def test_a_second_training_takes_a_copy_of_its_own(tmp_path):
+    model = two_adapters("reference")  # a name that a user may have taken
+    named = {name: p.clone() for name, p in model.named_parameters() if "reference" in name.split(".")}
+    for _ in range(2):
+        trainer = make_trainer(tmp_path, model=model, precompute_ref_log_probs=False)
+        trainer.train()
+        assert losses_of(trainer)[0] == pytest.approx(math.log(2), abs=1e-5)
+        assert abs(losses_of(trainer)[1] - math.log(2)) > 1e-4
+    assert len(model.peft_config) == 3 and model.active_adapters == ["default"]
+    assert all(torch.equal(model.get_parameter(name), weight) for name, weight in named.items())
+
+
+def test_a_merged_adapter_is_refused_until_it_is_taken_out(tmp_path):
+    model = two_adapters()
+    model.merge_adapter()
+    with pytest.raises(ValueError, match=r"model: adapter default is merged.*model.unmerge_adapter\(\) first"):
+        make_trainer(tmp_path, model=model)
+    model.unmerge_adapter()
+    make_trainer(tmp_path, model=model)
+    model.merge_adapter()
+    make_trainer(tmp_path, ref_model=model)  # a reference gets no gradient
+
+
+@pytest.mark.parametrize(
+    ("models", "named"),
+    [
+        (lambda: {"peft_config": lora(), "ref_model": tiny_model()}, r"model\.\S+ .* has base_model\.model\."),
+        (lambda: {"peft_config": IA3Config(target_modules=["v_proj"], feedforward_modules=[])}, "base_model"),
+        (lambda: {"ref_model": tiny_model("llama", num_hidden_layers=1)}, r"model\.layers\.1\."),
+        (lambda: {"ref_model": tiny_model("llama-tied")}, "no further parameter where the policy has lm_head.weight"),
+        (lambda: {"ref_model": tiny_model("llama", intermediate_size=24)}, r"mlp\.\w+\.weight \(24, "),
+    ],
+    ids=["lora", "ia3", "layers", "tied", "shape"],
+)
+def test_a_moving_reference_has_the_parameters_of_the_policy(tmp_path, models, named):
+    given = {"ref_model": tiny_model(), **models()}
+    with pytest.raises(ValueError, match=f"sync_ref_model: expected .* policy's parameters.*{named}"):
+        make_trainer(tmp_path, sync_ref_model=True, **given)
+
+
+def test_a_moving_reference_with_an_adapter_like_the_policys(tmp_path):
+    policy, ref_model = two_adapters(), two_adapters()
+    options = {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 1.0}
+    trainer = make_trainer(tmp_path, model=policy, ref_model=ref_model, **options)
+    trainer.train()
+    for (name, ours), theirs in zip(policy.named_parameters(), ref_model.parameters(), strict=True):
+        torch.testing.assert_close(theirs, ours.detach(), msg=name)
+
+
 def test_adapters_that_cannot_run_are_refused_by_name(tmp_path):
     prompts = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     with pytest.raises(ValueError, match="got PromptTuningConfig: prompt-learning"):

@@ -20,7 +20,7 @@ def test_the_adapter_that_a_model_comes_with_is_its_own_reference(tmp_path, prec
     torch.manual_seed(1)
     model = get_peft_model(tiny_model(), LORA)
     trainer = make_trainer(tmp_path, model=model, precompute_ref_log_probs=precompute)
-    before = {name: p.detach().clone() for name, p in model.named_parameters() if ".reference." in name}
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if ".dpofast_reference." in name}
     trainer.train()
     losses = losses_of(trainer)
     assert losses[0] == pytest.approx(math.log(2), abs=1e-5) and losses[-1] < losses[0]
@@ -89,3 +89,31 @@ def test_bad_moving_references(tmp_path, options, message):
     peft_config = LORA if options.pop("peft", False) else None
     with pytest.raises(ValueError, match=message):
         make_trainer(tmp_path, peft_config=peft_config, **options)
+
+
+def with_columns(dataset):
+    for name in ("ref_chosen_logps", "ref_rejected_logps"):
+        dataset = dataset.add_column(name, [-5.0] * len(dataset))
+    return dataset
+
+
+def test_a_ref_model_beside_reference_log_probs_in_the_data(tmp_path):
+    train, held_out = with_columns(tiny_dataset(8)), tiny_dataset(4, seed=5)
+    for evaluation in (None, with_columns(held_out), {"a": with_columns(held_out)}):
+        for options in ({}, {"precompute_ref_log_probs": False}):
+            with pytest.raises(ValueError, match="ref_model: the data .train_dataset.* bring ref_chosen_logps"):
+                make_trainer(tmp_path, train=train, evaluation=evaluation, ref_model=tiny_model(), **options)
+    with pytest.warns(UserWarning, match="ref_model: train_dataset brings ref_chosen_logps and .* other datasets only"):
+        trainer = make_trainer(tmp_path, train=train, evaluation=held_out, ref_model=tiny_model())
+    assert set(trainer.train_dataset["ref_chosen_logps"]) == {-5.0}
+    assert -5.0 not in trainer.eval_dataset["ref_chosen_logps"][:]
+    with pytest.raises(ValueError, match="sync_ref_model: the training data bring ref_chosen_logps"):
+        make_trainer(tmp_path, train=train, sync_ref_model=True)
+
+
+def test_further_data_after_the_reference_was_freed(tmp_path):
+    trainer = make_trainer(tmp_path, ref_model=tiny_model())
+    with pytest.raises(ValueError, match="predict.. now .test.*a ref_model since the constructor has the log-probs"):
+        trainer.predict(tiny_dataset(4, seed=5))
+    live = make_trainer(tmp_path, ref_model=tiny_model(), precompute_ref_log_probs=False)
+    assert live.predict(tiny_dataset(4, seed=5)).metrics["test_loss"] == pytest.approx(math.log(2), abs=1e-5)

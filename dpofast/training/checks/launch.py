@@ -11,6 +11,7 @@ import torch.distributed as dist
 from datasets import Dataset, IterableDataset
 
 from dpofast.common.ranks import Ranks
+from dpofast.data.formats import REF_COLUMNS
 from dpofast.training.checks.arguments import as_dpo_config
 from dpofast.training.config import DPOConfig
 from dpofast.training.data.tokens import no_precomputed_stream, streams_reference
@@ -97,6 +98,42 @@ def check_options_of_sharded(args: DPOConfig) -> None:
         raise ValueError("sync_ref_model: expected a policy that is whole on every rank, and this one is sharded")
     if args.max_tokens == "auto":
         raise ValueError("max_tokens: 'auto' cannot probe a model that is sharded later; give a number")
+
+
+def check_reference_used(args: DPOConfig, ref_model: Any, train_dataset: Any, eval_dataset: Any) -> None:
+    """Refuse a reference model that the reference log-probs in the data leave unused; warn where they do so in part.
+
+    Args:
+        args: the trainer's.
+        ref_model: a separate reference, or None.
+        train_dataset: the training data, or None.
+        eval_dataset: a dataset, a dict of several, or None.
+
+    Raises:
+        ValueError: every dataset has the columns; with sync_ref_model, the training data have them.
+    """
+    parts = eval_dataset.items() if isinstance(eval_dataset, dict) else [("", eval_dataset)]
+    given = {"train_dataset": train_dataset, **{f"eval_dataset {name}".strip(): each for name, each in parts}}
+    given = {name: each for name, each in given.items() if each is not None}
+    bringing = [name for name, each in given.items() if set(REF_COLUMNS) <= set(each.column_names or ())]
+    columns = " and ".join(REF_COLUMNS)
+    if args.sync_ref_model and "train_dataset" in bringing:
+        raise ValueError(
+            f"sync_ref_model: the training data bring {columns}, which do not move: remove the columns "
+            "(train_dataset.remove_columns), or leave sync_ref_model off"
+        )
+    if ref_model is None or not bringing:
+        return
+    if len(bringing) == len(given):
+        raise ValueError(
+            f"ref_model: the data ({', '.join(bringing)}) bring {columns}, which are used as they are, so ref_model "
+            "would never be asked: leave it out, or remove the columns (remove_columns)"
+        )
+    warnings.warn(
+        f"ref_model: {', '.join(bringing)} brings {columns}, which are used as they are; ref_model is asked for the "
+        "other datasets only",
+        stacklevel=4,
+    )
 
 
 def check_pairs(dataset: Dataset, args: DPOConfig, ranks: Ranks) -> None:
