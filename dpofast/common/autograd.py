@@ -2,7 +2,8 @@
 
 torch's own once_differentiable raises only where the incoming gradient requires grad. For
 loss.backward(create_graph=True) it does not, and a gradient penalty would treat our gradient as a constant. A
-torch.library operator drops the tangents of forward mode without a word.
+torch.library operator drops the tangents of forward mode without a word. The transforms of torch.func would need a
+backward of another form.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
 from torch.autograd import forward_ad
 
 _Backward = Callable[..., tuple[Tensor | None, ...]]
@@ -27,21 +29,45 @@ def no_second_derivative(ctx: Any, *_: Any) -> Any:
     )
 
 
-def no_forward_mode(*tensors: Tensor | None) -> None:
-    """Raise RuntimeError for an input that carries a tangent of forward-mode differentiation (jvp, jacfwd)."""
-    if any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+def check_derivatives(*tensors: Tensor | None) -> None:
+    """Check the inputs of an operator or of a ReverseModeFunction, before it is called.
+
+    Raises:
+        RuntimeError: one carries a tangent of forward mode (jvp, jacfwd), or is differentiated by a transform of
+            torch.func (grad, vjp, jacrev). torch.func.vmap alone has a fallback for operators.
+    """
+    given = [tensor for tensor in tensors if tensor is not None]
+    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in given):
         _refuse_forward_mode()
+    if not torch.compiler.is_compiling() and any(map(_is_transformed, given)):
+        _refuse_transforms()
+
+
+def _is_transformed(tensor: Tensor) -> bool:
+    """Whether a transform of torch.func differentiates the tensor, at any level."""
+    while _functorch.is_functorch_wrapped_tensor(tensor):
+        if _functorch.is_gradtrackingtensor(tensor):
+            return True
+        tensor = _functorch.get_unwrapped(tensor)
+    return False
+
+
+def _refuse_transforms() -> None:
+    raise RuntimeError(
+        "dpofast's log-probs have no torch.func transforms (grad, vjp, jacrev): use torch.autograd (backward, "
+        "torch.autograd.grad, torch.autograd.functional), or the 'reference' backend"
+    )
 
 
 def _refuse_forward_mode(ctx: Any = None, *_: Any) -> Any:
     raise RuntimeError(
         "dpofast's log-probs have no forward-mode derivatives (jvp, jacfwd, make_dual): use reverse mode (backward, "
-        "grad), or the 'reference' backend"
+        "torch.autograd.grad), or the 'reference' backend"
     )
 
 
 class ReverseModeFunction(torch.autograd.Function):
-    """Base of autograd functions with a backward alone."""
+    """Base of autograd functions with a backward alone; check_derivatives stands before each call."""
 
     jvp = staticmethod(_refuse_forward_mode)
 

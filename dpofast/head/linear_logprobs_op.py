@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dpofast.common.autograd import no_forward_mode, no_second_derivative
+from dpofast.common.autograd import check_derivatives, no_second_derivative
 from dpofast.head.engine import passes
 from dpofast.head.engine.interface import (
     HeadEngine,
@@ -106,7 +106,7 @@ def per_token(
     max_logits_bytes: int,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Log-probs (N,), differentiable, and the statistics that options name, (N,) each."""
-    no_forward_mode(hidden, weight, bias)
+    check_derivatives(hidden, weight, bias)
     grad = torch.is_grad_enabled()
     arguments = LinearArguments(
         hidden,

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dpofast.common.autograd import ReverseModeFunction, first_order_only, no_forward_mode, no_second_derivative
+from dpofast.common.autograd import ReverseModeFunction, check_derivatives, first_order_only, no_second_derivative
 from dpofast.head.engine.dtypes import accumulate_dtype
 from dpofast.head.engine.interface import Gradients, Needs
 from dpofast.head.linear_logprobs_op import fake_gradients
@@ -89,7 +89,7 @@ def loss_stats(loss: PreferenceLoss) -> tuple[str, ...]:
 def preference(arguments: PreferenceArguments, loss: PreferenceLoss) -> tuple[Tensor, ...]:
     """PreferenceOutput's loss, losses, logps and rewards; arguments encode `loss`. The first is differentiable."""
     tensors = (arguments.hidden, arguments.weight, arguments.bias)
-    no_forward_mode(*tensors, arguments.ref_logps, arguments.earlier_rewards)
+    check_derivatives(*tensors, arguments.ref_logps, arguments.earlier_rewards)
     if torch.compiler.is_compiling():
         return linear_preference_op(*arguments)[:4]
     return LinearPreference.apply(*tensors, arguments.call(loss), arguments.needs)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dpofast import reference
-from dpofast.common.autograd import ReverseModeFunction, first_order_only
+from dpofast.common.autograd import ReverseModeFunction, check_derivatives, first_order_only
 from dpofast.common.backend import choose_backend
 from dpofast.head.engine.dtypes import accumulate_dtype
 from dpofast.head.engine.interface import row_coefficients
@@ -69,6 +69,7 @@ def logprobs(
         wide = logits.to(accumulate_dtype(logits.dtype))
         return reference.logprobs(wide, targets, temperature=temperature, ignore_index=ignore_index)
     rows = logits.reshape(-1, logits.shape[-1])
+    check_derivatives(rows)
     flat: Tensor = _Logprobs.apply(rows, targets.reshape(-1), options, chosen, inplace_backward)
     return flat.reshape(targets.shape)
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dpofast.common.autograd import ReverseModeFunction, first_order_only
+from dpofast.common.autograd import ReverseModeFunction, check_derivatives, first_order_only
 from dpofast.common.backend import choose_backend
 from dpofast.head.engine import passes
 from dpofast.head.engine.interface import HeadInputs, KeptRows, Needs, RowSums, row_coefficients
@@ -82,6 +82,7 @@ def vocab_parallel_logprobs(
     }
     shard = _agree(process_group, hidden, weight, targets, same, budget, problem)
     check_target_values(targets, shard.vocab, options.ignore_index)
+    check_derivatives(hidden, weight, bias)
     with torch.autocast(hidden.device.type, enabled=False):
         logps, *values = _VocabParallelLogprobs.apply(hidden, weight, bias, targets, shard, options, chosen, needs)
     return logps, dict(zip(options.stats, values, strict=True))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpofast.common.autograd import ReverseModeFunction, first_order_only
+from dpofast.common.autograd import ReverseModeFunction, check_derivatives, first_order_only
 from dpofast.common.backend import choose_backend
 from dpofast.losses.coefficients import pair_losses, pair_terms, pairs_of_tokens, runs_fused
 from dpofast.losses.config import PreferenceLoss, checked_loss
@@ -131,6 +131,7 @@ def token_preference_loss(
     check_tokens(tokens, pairs, ref_logps, loss)
     totals = StepTotals(len(pairs) if num_pairs is None else num_pairs, num_chosen_tokens, earlier_rewards)
     if runs_fused(loss, choose_backend(backend, token_logps.device)):
+        check_derivatives(token_logps, ref_logps)
         return PreferenceOutput(*_Fused.apply(token_logps, tokens, pairs, ref_logps, loss, totals))
     values, logps, rewards = pairs_of_tokens(tokens, pairs, ref_logps, loss, totals)
     return _output(values, loss, totals, logps, rewards)

@@ -88,6 +88,7 @@ def attach_logprob_head(model: Any, *, padded: bool = False) -> Any:
             raise ValueError(
                 f"padded: expected {base._padded_rows}, as the head is attached already, got {padded}: detach it first"
             )
+        _take_off_autocast(model, base, stacklevel=3)
         return model
     try:
         _attach(model, padded)
@@ -101,12 +102,7 @@ def _attach(model: Any, padded: bool) -> None:
     check_lm_head(base)
     if not padded:
         check_packed(base)
-    if sum([take_off_autocast(module) for module in {id(model): model, id(base): base}.values()]):
-        warnings.warn(
-            f"{type(base).__name__}: accelerate's autocast, which an earlier training put over its forward, is taken "
-            "off: from now on the model runs in the precision of its weights and of the autocast that you enter",
-            stacklevel=3,
-        )
+    _take_off_autocast(model, base, stacklevel=4)
     plain_class: Any = type(base)
     exchange_class(base, packed_class(plain_class, padded))
     try:
@@ -131,6 +127,16 @@ def _attach(model: Any, padded: bool) -> None:
         if is_composite(base):
             raise ValueError(f"{name}: it does not run on text alone: {reason}") from error
         raise
+
+
+def _take_off_autocast(model: Any, base: Any, *, stacklevel: int) -> None:
+    """Take accelerate's autocast off a model, with a warning where there was one: a caller's loop has its own."""
+    if sum([take_off_autocast(module) for module in {id(model): model, id(base): base}.values()]):
+        warnings.warn(
+            f"{type(base).__name__}: accelerate's autocast, which an earlier training put over its forward, is taken "
+            "off: from now on the model runs in the precision of its weights and of the autocast that you enter",
+            stacklevel=stacklevel,
+        )
 
 
 def _padded_advice(model: Any) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dpofast.model.attention.interface import use_packed_attention
 from dpofast.model.attention.layout import PackedLayout
 from dpofast.model.checks.support import cannot_pack
 from dpofast.model.moe import RoutingCounts, balancing_loss, routing_counts, row_weights
@@ -33,6 +34,7 @@ def packed_backbone(model: Any, batch: PackedBatch, *, appended: int = 0, **opti
         ValueError: a sequence longer than the model's table of positions, or attention layers that saw no layout.
     """
     _check_positions(model, longest_sequence(batch) - 1)
+    use_packed_attention(backbone_of(model))  # set_attn_implementation may have taken it off since
     layout = PackedLayout(batch.segments)
     positions = packed_positions(model, batch, appended=appended)
     with packed_noise(model, batch.segments):

@@ -16,7 +16,7 @@ from peft.tuners.lora import Linear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from dpofast.common.autograd import ReverseModeFunction
+from dpofast.common.autograd import ReverseModeFunction, check_derivatives
 
 
 def fuse_lora(model: nn.Module) -> int:
@@ -51,6 +51,7 @@ class FusedLoraLinear(Linear):
             return super().forward(x)
         with torch.autocast(x.device.type, enabled=False):
             rows = tensors[0].reshape(-1, x.shape[-1])
+            check_derivatives(rows, *tensors[1:])
             y = _LoraLinear.apply(rows, *tensors[1:], self.scaling[adapter])
         return y.view(*x.shape[:-1], base.out_features)
 

@@ -1,9 +1,9 @@
-"""Forward-mode derivatives: an error, where they would be zero or absent, and right on the 'reference' backend."""
+"""Forward mode and torch.func: an error, where derivatives would be zero or absent, and right on 'reference'."""
 
 import pytest
 import torch
 from torch.autograd import forward_ad
-from torch.func import jacfwd, jacrev, jvp
+from torch.func import grad, jacfwd, jacrev, jvp, vjp, vmap
 
 from dpofast import PreferenceLoss, linear_logprobs, linear_preference_loss, logprobs
 from dpofast.common.autograd import ReverseModeFunction
@@ -60,6 +60,38 @@ def test_torch_func_is_refused_and_the_reference_backend_has_both_modes():
         return token_logps(hidden, weight, backend="reference")
 
     torch.testing.assert_close(jacfwd(plain)(hidden), jacrev(plain)(hidden))
+
+
+@pytest.mark.parametrize("transform", [grad, lambda f: lambda x: vjp(f, x), jacrev], ids=["grad", "vjp", "jacrev"])
+@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda hidden, weight: token_logps(hidden, weight).sum(),
+        loss,
+        lambda hidden, weight: logprobs(hidden @ weight.T, TARGETS).sum(),
+    ],
+    ids=["token", "loss", "logprobs"],
+)
+def test_reverse_transforms_of_torch_func_are_refused(function, transform, mapped):
+    hidden, weight = tensors()
+
+    def value(hidden):
+        if mapped:
+            return vmap(lambda one: function(one, weight))(torch.stack([hidden, hidden])).sum()
+        return function(hidden, weight)
+
+    with pytest.raises(RuntimeError, match="no torch.func transforms .* use torch.autograd"):
+        transform(value)(hidden)
+    # of a constant inside a transform of something else, and under torch.autograd's own functional, all is well
+    expected = torch.autograd.functional.jacobian(lambda h: token_logps(h, weight, backend="reference").sum(), hidden)
+    torch.testing.assert_close(
+        torch.autograd.functional.jacobian(lambda h: token_logps(h, weight).sum(), hidden), expected
+    )
+    assert (
+        grad(lambda scale: scale * token_logps(hidden, weight).sum())(torch.ones(()))
+        == token_logps(hidden, weight).sum()
+    )
 
 
 @pytest.mark.parametrize("function", [_VocabParallelLogprobs, _Fused, _LoraLinear])

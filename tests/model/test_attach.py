@@ -131,6 +131,22 @@ def test_copies_run_their_own_weights():
     assert torch.equal(pickle.loads(pickle.dumps(model))(packed=batch).logps, before)
 
 
+@pytest.mark.parametrize("change", ["set_attn_implementation", "config"])
+def test_packed_attention_outlives_another_attention_implementation(change):
+    model, ids = attach_logprob_head(tiny_model()), torch.arange(3, 9)[None]
+    (batch,) = pack(tiny_pairs())
+    truth = tiny_model()
+    truth.set_attn_implementation("eager")
+    expected = reference.padded_logprobs(truth, *batch.padded(), use_cache=False)
+    if change == "config":
+        model.config._attn_implementation = "eager"
+    else:
+        model.set_attn_implementation("eager")
+    torch.testing.assert_close(model(packed=batch).logps, expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(model(ids).logits, truth(ids).logits)
+    assert detach_logprob_head(model).config._attn_implementation == "eager"
+
+
 def test_attach_and_detach_are_idempotent():
     model = tiny_model()
     original = type(model)

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import warnings
 
 import pytest
 import torch
@@ -64,12 +65,21 @@ def test_the_autocast_that_comes_off_is_said(batch, truth):
 def test_a_model_that_is_prepared_after_attaching_keeps_its_autocast(batch):
     model = autocast(attach_logprob_head(tiny_model()))
     rounded = model(packed=batch).logps
-    assert attach_logprob_head(model) is model and "_original_forward" in vars(model)
-    assert torch.equal(model(packed=batch).logps, rounded)
     assert not torch.equal(rounded, attach_logprob_head(tiny_model())(packed=batch).logps)
     with mixed_precision() as accelerator:
         bare = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     assert torch.equal(bare(packed=batch).logps, attach_logprob_head(tiny_model())(packed=batch).logps)
+
+
+def test_attaching_again_takes_off_the_autocast_of_a_training_since(batch, truth):
+    """DPOTrainer attaches the head and leaves it on, and accelerate's autocast with it."""
+    model = autocast(attach_logprob_head(tiny_model()))
+    with pytest.warns(UserWarning, match="LlamaForCausalLM: accelerate's autocast.* is taken off") as warned:
+        assert attach_logprob_head(model) is model
+    assert [warning.filename for warning in warned] == [__file__]
+    torch.testing.assert_close(sequence_logprobs(model(packed=batch), batch), truth, **EXACT)
+    with warnings.catch_warnings(action="error"):
+        attach_logprob_head(model)
 
 
 @pytest.mark.parametrize("padded", [False, True])

@@ -66,7 +66,10 @@ def attention_report(device: torch.device) -> dict[str, str]:
 
 
 def use_packed_attention(backbone: Any) -> None:
-    """Make a backbone's attention take packed layouts; calls without one run its own implementation as before."""
+    """Make a backbone's attention take packed layouts; calls without one run its own implementation as before.
+
+    Again after set_attn_implementation, it stands before the new implementation. Else a second call changes nothing.
+    """
     former = backbone.config._attn_implementation
     if not former.startswith(_PREFIX):
         _register(former)
