@@ -51,7 +51,10 @@ class ScoringArguments:
         },
     )
     no_reference: bool = field(
-        default=False, metadata={"help": "Rewards without a reference, beta times log-prob; with --loss_type simpo, orpo, cpo or sft."}
+        default=False,
+        metadata={
+            "help": "Rewards without a reference, beta times log-prob; with --loss_type simpo, orpo, cpo or sft."
+        },
     )
     beta: float = field(default=0.1, metadata={"help": "The strength that rewards are measured in."})
     max_length: int | None = field(
