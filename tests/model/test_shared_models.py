@@ -58,4 +58,6 @@ def test_a_pickled_model_runs_where_only_dpofast_is_imported(adapted, tmp_path):
     )
     subprocess.run([sys.executable, "-c", code, tmp_path / "model.pkl", tmp_path / "results.pt"], check=True)
     logps, logits = torch.load(tmp_path / "results.pt")
-    assert torch.equal(logps, model(packed=batch).logps) and torch.equal(logits, model(ids).logits)
+    # another process may compute with another number of threads, which rounds differently
+    torch.testing.assert_close(logps, model(packed=batch).logps, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(logits, model(ids).logits, atol=1e-6, rtol=1e-6)
