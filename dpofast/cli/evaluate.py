@@ -18,7 +18,6 @@ import torch
 
 from dpofast.cli.arguments import parse, quiet
 from dpofast.cli.scored_pairs import ScoringArguments, prepare, scored
-from dpofast.common.printable import printable
 from dpofast.evaluation.pair_records import PairTable
 from dpofast.evaluation.statistics import Estimate, LengthStatistics, length_statistics, mean, share
 from dpofast.losses.config import PreferenceLoss
@@ -63,7 +62,7 @@ def main(argv: Sequence[str]) -> int:
     if arguments.output == "json":
         print(_json(arguments, figures, length, prepared.report, ties))
     else:
-        print(printable(prepared.report.summary()))
+        print(prepared.report.summary())
         _show(arguments, figures, length, ties)
     return 0
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from dpofast.cli.load_models import is_adapter, one_line
+from dpofast.cli.config_file import read_yaml
+from dpofast.cli.load_models import is_adapter
 from dpofast.common.atomic_files import put
 
 RUN_FILE = "run.yaml"
@@ -93,15 +94,13 @@ def with_run_options(argv: Sequence[str]) -> list[str]:
 
 def first_adapter(folder: str) -> str | None:
     """Returns the adapter that a run trained on, by the run.yaml beside the adapter that it wrote; None: a new one."""
-    import yaml
-
     path = Path(folder, RUN_FILE)
     if not (path.is_file() and is_adapter(folder)):
         return None
-    try:
-        model = yaml.safe_load(path.read_text("utf-8"))["model"]
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: cannot be read as the options of a run: {one_line(error)}") from error
+    options = read_yaml(str(path))  # the folder may come from anyone
+    if not isinstance(options, dict) or "model" not in options:
+        raise ValueError(f"{path}: cannot be read as the options of a run: it names no model")
+    model = options["model"]
     return model if isinstance(model, str) and is_adapter(model) else None
 
 

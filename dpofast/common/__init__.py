@@ -7,6 +7,8 @@
 - locks: WriteLock, held by the one process that writes
 - output: printing that outlives a full disk or a closed terminal
 - printable: text with its control characters escaped
+- names, hub: did-you-mean; a mistyped path told from a name on the hub
+- eval_mode: a model in eval mode for a while
 - memory: peak memory of this process
 - constants: IGNORE_INDEX
 """

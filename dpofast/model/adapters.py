@@ -7,15 +7,16 @@ compared before and after.
 
 from __future__ import annotations
 
-import contextlib
 import warnings
-from collections.abc import Iterator
 from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from dpofast.common.eval_mode import eval_mode
+from dpofast.model.parts import text_token_ids
+from dpofast.model.wrappers import input_device
 from dpofast.reference import padded_logprobs, padded_rows
 
 _PROBE_LENGTHS = ((5, 7), (9, 3), (1, 11))  # prompt and response tokens
@@ -120,14 +121,9 @@ def is_peft(model: Any) -> bool:
 
 
 def with_new_adapter(model: Any, peft_config: Any) -> Wrapped:
-    """Wrap a model by peft.get_peft_model, and compare its log-probs with those before.
-
-    Raises:
-        ValueError: what check_adapter refuses.
-    """
+    """Wrap a model that check_adapter accepts by peft.get_peft_model, and compare its log-probs with those before."""
     from peft import get_peft_model
 
-    check_adapter(model, peft_config)
     before = probe_logps(model)
     model = get_peft_model(model, peft_config)
     with model.disable_adapter():
@@ -150,25 +146,14 @@ def same_function(ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> bool:
 def probe_logps(model: Any) -> Tensor:
     """(21,) log-probs of a few random responses, nats, from the model's own padded logits in eval mode."""
     generator = torch.Generator().manual_seed(0)
-    vocab = model.config.get_text_config().vocab_size
-    draws = torch.randint(0, vocab, (sum(map(sum, _PROBE_LENGTHS)),), generator=generator).tolist()
-    ids = iter(draws)
+    text = text_token_ids(model)
+    draws = torch.randint(0, len(text), (sum(map(sum, _PROBE_LENGTHS)),), generator=generator)
+    ids = iter(text[draws].tolist())
     rows = [(list(islice(ids, prompt)), list(islice(ids, response))) for prompt, response in _PROBE_LENGTHS]
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     padded = {name: tensor.to(device) for name, tensor in padded_rows(rows).items()}
-    with evaluating(model):
+    with eval_mode(model):
         return padded_logprobs(model, **padded, use_cache=False).float()
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside, the model is in eval mode."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 def few(names: list[str]) -> str:

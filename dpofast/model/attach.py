@@ -131,7 +131,7 @@ def _attach(model: Any, padded: bool) -> None:
 
 def _take_off_autocast(model: Any, base: Any, *, stacklevel: int) -> None:
     """Take accelerate's autocast off a model, with a warning where there was one: a caller's loop has its own."""
-    if sum([take_off_autocast(module) for module in {id(model): model, id(base): base}.values()]):
+    if any([take_off_autocast(model), take_off_autocast(base)]):  # both, which may be one
         warnings.warn(
             f"{type(base).__name__}: accelerate's autocast, which an earlier training put over its forward, is taken "
             "off: from now on the model runs in the precision of its weights and of the autocast that you enter",

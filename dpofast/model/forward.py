@@ -147,9 +147,7 @@ def _check_positions(model: Any, positions: int) -> None:
 
 
 def _has_position_table(model: Any, most: int) -> bool:
-    if (
-        model.config.get_text_config().model_type == "mpt"
-    ):  # its biases are made for max_seq_len positions in every call
+    if model.config.get_text_config().model_type == "mpt":  # its biases always have max_seq_len positions
         return True
     words = model.get_input_embeddings()
     tables = [m.weight for m in backbone_of(model).modules() if isinstance(m, nn.Embedding) and m is not words]

@@ -10,6 +10,9 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import torch
+from torch import Tensor
+
 # Their language model attends to the whole prompt at once, which a causal forward does not.
 _PREFIX_ATTENTION = ("paligemma", "colpali")
 _MEDIA = re.compile(r"(image|video|audio)_token_(id|index)$")
@@ -50,6 +53,11 @@ def media_token_ids(model: Any) -> set[int]:
     """The token ids that stand for images, videos and sound in a composite model's input; no other model has any."""
     named = vars(model.config).items() if is_composite(model) else ()
     return {value for name, value in named if _MEDIA.match(name) and isinstance(value, int)}
+
+
+def text_token_ids(model: Any) -> Tensor:
+    """(n,) int64, ascending: the vocabulary without media_token_ids, from which random text is drawn for a check."""
+    return torch.tensor(sorted(set(range(model.config.get_text_config().vocab_size)) - media_token_ids(model)))
 
 
 def _language_model(model: Any) -> Any:

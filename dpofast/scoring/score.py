@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from datasets import Dataset
 
+from dpofast.common.eval_mode import eval_mode
 from dpofast.data.arrow import chunk_bounds, read_chunks
 from dpofast.data.formats import ID_COLUMNS, REF_COLUMNS
 from dpofast.packing.arguments import at_least_one
@@ -54,10 +55,8 @@ def response_logps(examples: Any, model: Any, forward: Forward) -> ResponseLogps
         model: with the log-prob head attached, on forward.device. It is in eval mode during the call.
         forward: how it is run.
     """
-    was_training = model.training
-    model.eval()
     logps, lengths, rows, pairs, responses = [], [], [], [], 0
-    try:
+    with eval_mode(model):
         for batch in pack(examples, forward.max_tokens, share_prompts=forward.share_prompts):
             with forward.autocast():
                 output = model(packed=batch.to(forward.device), max_logits_bytes=forward.max_logits_bytes)
@@ -66,8 +65,6 @@ def response_logps(examples: Any, model: Any, forward: Forward) -> ResponseLogps
             rows.append(batch.pair_examples)
             pairs.append(batch.pairs + responses)
             responses += batch.num_sequences
-    finally:
-        model.train(was_training)
     cu_targets = torch.zeros(responses + 1, dtype=torch.int32)
     if not responses:
         return ResponseLogps(torch.empty(0), cu_targets, torch.empty(0, 2, dtype=torch.int32))

@@ -88,7 +88,7 @@ def prepare_models(
             "load it without device_map, or train an adapter on frozen weights"
         )
     for each in models:
-        for module in {id(part): part for part in (each, base_causal_lm(each))}.values():
+        for module in (each, base_causal_lm(each)):
             take_off_autocast(module)  # of an earlier training: this one has its own
         if args.disable_dropout:
             disable_dropout(each)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dpofast.checkpointing.folder import where_to_go_on
+from dpofast.common.eval_mode import eval_mode
 from dpofast.common.ranks import Ranks
 from dpofast.data.formats import ID_COLUMNS, REF_COLUMNS
 from dpofast.data.load import DataReport
@@ -331,13 +332,8 @@ class OptimizerStep:
                 f"expected the columns {REF_COLUMNS} that the reference log-probs were written to, and the "
                 "batch has none: pass the dataset to DPOTrainer's constructor"
             )
-        with settings.reference.of(unwrapped(self.model)) as asked:
-            training = asked.training
-            asked.eval()
-            try:
-                return reference_logps(asked, batch, settings.max_logits_bytes, settings.loss.ld_alpha)
-            finally:
-                asked.train(training)
+        with settings.reference.of(unwrapped(self.model)) as asked, eval_mode(asked):
+            return reference_logps(asked, batch, settings.max_logits_bytes, settings.loss.ld_alpha)
 
     def _idle(self, *, with_reference: bool = True) -> PreferenceOutput:
         """A differentiable zero from the forwards of a micro-batch: what a rank runs while others have pairs."""

@@ -18,11 +18,13 @@ import torch
 from torch import Tensor
 
 from dpofast.common.constants import IGNORE_INDEX
+from dpofast.common.eval_mode import eval_mode
 from dpofast.integrations._trl.rows import ROWS_KEY, PaddedRows
 from dpofast.integrations._trl.scores import FusedOptions, is_reference_pass, score_labels
 from dpofast.model.attach import PackedForward, attach_logprob_head, detach_logprob_head, packed_class
 from dpofast.model.checks.parity import PARITY_TOLERANCE
 from dpofast.model.lm_head import logprob_head, restore_head
+from dpofast.model.parts import text_token_ids
 from dpofast.model.wrappers import exchange_class, input_device, take_off_autocast
 from dpofast.reference import padded_logprobs
 
@@ -181,19 +183,16 @@ def _check_padded_parity(model: Any) -> None:
     Raises:
         ValueError: log-probs that differ: the model scales its logits in an unknown way.
     """
-    generator, vocab = torch.Generator().manual_seed(0), model.config.get_text_config().vocab_size
-    ids = torch.randint(0, vocab, (1, _PARITY_TOKENS), generator=generator).to(input_device(model))
+    generator, text = torch.Generator().manual_seed(0), text_token_ids(model)
+    draws = torch.randint(0, len(text), (1, _PARITY_TOKENS), generator=generator)
+    ids = text[draws].to(input_device(model))
     ones = torch.ones_like(ids)
     completion = ones.clone()
     completion[:, 0] = 0
-    training = model.training
-    model.eval()
     model._dpofast_fused = FusedOptions("kernel", "raise")  # whose temperature is 1
-    try:
+    with eval_mode(model):
         scores = score_labels(model, (), {"input_ids": ids, "attention_mask": ones}, ids, None, ())
         theirs = padded_logprobs(model, ids, ones, completion, use_cache=False)
-    finally:
-        model.train(training)
     difference = float((scores.grids["log_probs"][0].double() - theirs.double()).abs().max())
     if not difference <= PARITY_TOLERANCE[model.dtype]:
         raise ValueError(

@@ -17,12 +17,13 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
+from dpofast.common.eval_mode import eval_mode
 from dpofast.head.linear_logprobs import linear_logprobs
 from dpofast.model.checks.support import CannotPack, cannot_pack
 from dpofast.model.dropout import active_dropout, config_rates
 from dpofast.model.forward import packed_hidden, padded_hidden
 from dpofast.model.lm_head import KNOWN_LOGIT_ENTRIES, logit_options, logprob_head
-from dpofast.model.parts import media_token_ids, whole_backbone
+from dpofast.model.parts import text_token_ids, whole_backbone
 from dpofast.model.wrappers import input_device
 from dpofast.packing.batch import PackedBatch
 from dpofast.packing.pack import pack
@@ -48,9 +49,8 @@ def check_parity(model: Any, padded: bool) -> None:
         ValueError: log-probs that are not finite or that differ by more than PARITY_TOLERANCE.
     """
     batch = _random_batch(model)
-    training, devices = model.training, _generator_devices(batch)
-    model.eval()
-    try:
+    devices = _generator_devices(batch)
+    with eval_mode(model):
         before = _generator_states(devices)
         truth = _check_equal(model, batch, padded, lambda: model(packed=batch).logps, model.dtype)
         if _drawn(before, devices):
@@ -64,14 +64,12 @@ def check_parity(model: Any, padded: bool) -> None:
                 truth = _check_equal(model, batch, padded, lambda: _logps(model, batch, padded), torch.float32)
         if not active_dropout(model):
             _check_train_mode(model, batch, padded, truth, in_float32)
-    finally:
-        model.train(training)
 
 
 def _random_batch(model: Any, pairs: int = 1) -> PackedBatch:
     """Pairs of random ids of text, on the device that the model takes them on."""
     generator = torch.Generator().manual_seed(0)
-    text = torch.tensor(sorted(set(range(model.config.get_text_config().vocab_size)) - media_token_ids(model)))
+    text = text_token_ids(model)
     examples = []
     for _ in range(pairs):
         draws = [torch.randint(0, len(text), (length,), generator=generator) for length in (_PROMPT, *_RESPONSES)]
