@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from dpofast.head.engine.device import head_device
 from dpofast.head.engine.float16_scale import ProductScale
 from dpofast.head.engine.interface import Gradients, HeadInputs, KeptRows, Needs, RowResult, RowSums
 from dpofast.head.engine.matmul import add_transposed_product, logits_into, product_into
-from dpofast.head.engine.plan import HeadPlan, buffer_columns, chunks, even_chunks
 from dpofast.head.engine.rows import kernel_rows, scale_rows
+from dpofast.head.planning.device import head_device
+from dpofast.head.planning.plan import HeadPlan, buffer_columns, chunks, even_chunks
 
 if TYPE_CHECKING:
     from dpofast.kernels.row_parts import TokenLogprobs

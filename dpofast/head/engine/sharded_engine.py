@@ -26,14 +26,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dpofast import reference
-from dpofast.head.engine.device import HeadDevice
 from dpofast.head.engine.float16_scale import PROBABILITY_SCALE
 from dpofast.head.engine.interface import Gradients, HeadInputs, KeptRows, Needs, RowResult, RowSums
 from dpofast.head.engine.matmul import logits_into, product_into
 from dpofast.head.engine.online_softmax import rescale_factor
-from dpofast.head.engine.plan import HeadPlan, chunks, even_chunks
 from dpofast.head.engine.row_engine import RowBuffers, RowGradients
 from dpofast.head.engine.rows import scale_in_place, scale_rows
+from dpofast.head.planning.device import HeadDevice
+from dpofast.head.planning.plan import HeadPlan, chunks, even_chunks
 
 
 @dataclass(frozen=True)
