@@ -1,4 +1,4 @@
-"""kernels/gather_kv.py against indexing and float64: on the GPU where there is one, in Triton's interpreter elsewhere."""
+"""kernels/gather_kv.py against indexing and float64: on a GPU where there is one, else in Triton's interpreter."""
 
 import pytest
 import torch
@@ -22,7 +22,8 @@ def inverse(rows, count):
 
 def by_definition(grad, rows, count):
     """Sums of the copies' gradients in float64."""
-    return torch.zeros(count, *grad.shape[1:], dtype=torch.float64).index_add_(0, torch.tensor(rows), grad.cpu().double())
+    sums = torch.zeros(count, *grad.shape[1:], dtype=torch.float64)
+    return sums.index_add_(0, torch.tensor(rows), grad.cpu().double())
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
