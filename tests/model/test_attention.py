@@ -196,3 +196,19 @@ def test_flex_compiles_once_for_all_layers_and_batches_of_a_length(monkeypatch):
             )
     assert counters["unique_graphs"] == before + 1
     assert attention_flex._compiled() is compiled
+
+
+@pytest.mark.slow(15)
+def test_flex_compiles_a_kind_of_layer_twice_at_most_whatever_the_lengths(monkeypatch):
+    """First for the lengths that it meets, then for any; rows of one block, as the check at attach has, are apart."""
+    compiled = torch.compile(attention_flex.flex_attention, fullgraph=True, backend="aot_eager")
+    monkeypatch.setattr(attention_flex, "flex_attention", compiled)
+    counters = torch._dynamo.utils.counters["stats"]
+    before = counters["unique_graphs"]
+    kinds = AttentionOptions(softcap=2.0), AttentionOptions(softcap=2.0, window=100)
+    for lengths in ({9: (4, 6)}, {150: (90, 40)}, {300: (10, 300), 260: (40, 130)}, {128: (129, 129)}, {200: (1, 100)}):
+        segments = packed_segments(lengths)
+        inputs, layout = random_inputs(segments), PackedLayout(segments)
+        for options in kinds:
+            flex_attention_packed(*inputs, layout, options)
+    assert counters["unique_graphs"] - before <= 2 * len(kinds)

@@ -88,10 +88,11 @@ def block_mask(segments: Segments, window: int | None, device: torch.device) -> 
     some, full = _blocks(segments, window)
     sizes = segments.cu_seqlens_q.diff()
     bounds = torch.stack((segments.cu_seqlens_q[:-1], *segments.prefixes.unbind(1))).repeat_interleave(sizes, dim=1)
+    start, low, high = (on_device(bound, device) for bound in bounds)
     return BlockMask.from_kv_blocks(
         *(on_device(part, device) for part in (*_by_row(some & ~full), *_by_row(full))),
         BLOCK_SIZE=_BLOCK,
-        mask_mod=_visible(*(on_device(bound, device) for bound in bounds), window),
+        mask_mod=_visible(start, low, high, window),
         seq_lengths=(rows, rows),
     )
 

@@ -82,6 +82,7 @@ def varlen_attention(
     q, k, v = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
     if sequences.key_rows is not None:
         k, v = gather_rows(k, v, sequences.key_rows)
+    grouped: dict[str, Any] = {"enable_gqa": True} if _ASKS_FOR_GROUPS and q.shape[1] != k.shape[1] else {}
     attended: Any = varlen_attn(
         q,
         k,
@@ -92,7 +93,7 @@ def varlen_attention(
         sequences.max_k,
         scale=options.scaling,
         window_size=(_keys_to_the_left(options.window, sequences.max_k), 0),
-        **({"enable_gqa": True} if _ASKS_FOR_GROUPS and q.shape[1] != k.shape[1] else {}),
+        **grouped,
     )
     return attended.unsqueeze(0)
 
