@@ -89,8 +89,14 @@ def block_mask(segments: Segments, window: int | None, device: torch.device) -> 
     sizes = segments.cu_seqlens_q.diff()
     bounds = torch.stack((segments.cu_seqlens_q[:-1], *segments.prefixes.unbind(1))).repeat_interleave(sizes, dim=1)
     start, low, high = (on_device(bound, device) for bound in bounds)
+    (partial_counts, partial_columns), (full_counts, full_columns) = (
+        (on_device(part, device) for part in _by_row(blocks)) for blocks in (some & ~full, full)
+    )
     return BlockMask.from_kv_blocks(
-        *(on_device(part, device) for part in (*_by_row(some & ~full), *_by_row(full))),
+        partial_counts,
+        partial_columns,
+        full_counts,
+        full_columns,
         BLOCK_SIZE=_BLOCK,
         mask_mod=_visible(start, low, high, window),
         seq_lengths=(rows, rows),
