@@ -147,7 +147,13 @@ def _weight_copies(precision: Precision) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterBytes:
-    """Passes of a LoRA layer beside the base layer's, in elements of its output and input (dpofast/model/lora.py)."""
+    """What LoRA layers read and write beside the base layers and their own products, and what frozen norms save.
+
+    Attributes:
+        forward_out: passes of a forward over the outputs of a layer's linear layers.
+        backward_out, backward_in: passes of a backward over their outputs and inputs.
+        operators: how many more a layer's forward and backward start.
+    """
 
     forward_out: int
     backward_out: int
@@ -159,12 +165,16 @@ class AdapterBytes:
         linears = model.attention_linears() + model.mlp_linears() * max(model.experts_per_token, 1)
         inputs, outputs = (sum(sides) for sides in zip(*linears, strict=True))
         forward = self.forward_out * outputs
-        backward = self.backward_out * outputs + self.backward_in * inputs
+        backward = self.backward_out * outputs + self.backward_in * inputs - FROZEN_NORMS * model.hidden
         return model.layers * tokens * width * forward, model.layers * tokens * width * backward
 
 
-PEFT = AdapterBytes(forward_out=6, backward_out=4, backward_in=5, operators=(28, 56))
-FUSED_LORA = AdapterBytes(forward_out=2, backward_out=2, backward_in=3, operators=(14, 35))
+# Passes over the hidden states that a layer's two norms make for the gradients of their weights.
+FROZEN_NORMS = 8
+# Counted, of PEFT 0.21 run operator by operator: y + scaling * (...), and the sums of two gradients of each input.
+PEFT = AdapterBytes(forward_out=5, backward_out=2, backward_in=3, operators=(28, 31))
+# dpofast/model/lora.py: products are added in place to y and to the input's gradient, which reads those once.
+FUSED_LORA = AdapterBytes(forward_out=1, backward_out=0, backward_in=1, operators=(14, 31))
 
 
 def forward_gemms(model: ModelShape, tokens: int, lora: int = 0) -> Shapes:

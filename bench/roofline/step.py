@@ -126,7 +126,7 @@ class Prediction:
     memory: dict[str, float]
     gemm_flops: float
     positions: float
-    micro_batches: int
+    micro_batches: float
 
     @property
     def seconds(self) -> float:
@@ -156,6 +156,11 @@ class Prediction:
 
 def predict(setting: Setting, how: Implementation) -> Prediction:
     """Predict a step of an implementation, run as the setting says."""
+    return predict_batches(setting, how, how.micro_batches(setting.pairs, setting.max_tokens, setting.devices))
+
+
+def predict_batches(setting: Setting, how: Implementation, batches: list[MicroBatch], steps: int = 1) -> Prediction:
+    """The same for given micro-batches of one device; those of several steps give the mean step."""
     precision = layers.PRECISIONS[setting.precision]
     run = Runner(
         model=setting.model,
@@ -168,22 +173,22 @@ def predict(setting: Setting, how: Implementation) -> Prediction:
         checkpointing=setting.checkpointing,
         repeat_keys=how.layout in ("padded", "separate"),
     )
-    batches = how.micro_batches(setting.pairs, setting.max_tokens, setting.devices)
     step: Costs = Counter()
     reference: Costs = Counter()
     activations, logits = 0.0, 0.0
-    for batch, times in Counter(batches).items():
+    for batch, count in Counter(batches).items():
+        times = count / steps
         part, ref, kept, made = _micro_batch(run, batch, setting.checkpointing)
         add(step, part, times)
         add(reference, ref, times / (setting.epochs if how.cached else 1))
         activations, logits = max(activations, kept), max(logits, made)
     terms = {name: step[name] for name in TERMS}
     terms["reference"] = sum(reference[name] for name in TERMS)
-    terms["optimizer"] = _optimizer_bytes(setting, len(batches)) / setting.device.bytes
+    terms["optimizer"] = _optimizer_bytes(setting, len(batches) / steps) / setting.device.bytes
     computing = sum(terms.values())
     started = (step["operators"] + reference["operators"]) * setting.device.launch
     terms["host"] = max(0.0, started - computing)
-    terms["communication"] = _exposed(setting, how, len(batches), max(computing, started))
+    terms["communication"] = _exposed(setting, how, len(batches) / steps, max(computing, started))
     return Prediction(
         how=how,
         setting=setting,
@@ -191,7 +196,7 @@ def predict(setting: Setting, how: Implementation) -> Prediction:
         memory={**_model_bytes(setting, how), "activations": activations, "logits": logits},
         gemm_flops=step["gemm_flops"] + reference["gemm_flops"],
         positions=step["positions"] + reference["positions"],
-        micro_batches=len(batches),
+        micro_batches=len(batches) / steps,
     )
 
 
@@ -240,7 +245,7 @@ def _activations(run: Runner, positions: int, checkpointing: bool) -> float:
     return every / run.model.layers + run.model.layers * positions * run.model.hidden * run.precision.stream
 
 
-def _optimizer_bytes(setting: Setting, micro_batches: int) -> float:
+def _optimizer_bytes(setting: Setting, micro_batches: float) -> float:
     """What AdamW moves, and the additions of micro-batches' gradients, on one device."""
     each = ADAM_BYTES + CLIP_BYTES + 12 * (micro_batches - 1)
     return each * setting.trained / (setting.devices if setting.sharded else 1)
@@ -262,7 +267,7 @@ def _model_bytes(setting: Setting, how: Implementation) -> dict[str, float]:
     return {"weights": weights, "gradients": gradients, "optimizer": 8 * setting.trained / shards}
 
 
-def _exposed(setting: Setting, how: Implementation, micro_batches: int, computing: float) -> float:
+def _exposed(setting: Setting, how: Implementation, micro_batches: float, computing: float) -> float:
     """Seconds of communication that computing does not hide."""
     device, devices, model = setting.device, setting.devices, setting.model
     if devices == 1:

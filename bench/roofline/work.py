@@ -99,9 +99,9 @@ def packed(pairs: Pairs, max_tokens: int, devices: int = 1, *, shared: bool = Tr
         visible += _triangle(prompt) * (1 if shared else 2) + sum(b * prompt + _triangle(b) for b in branches)
         gathered += sum(branches) + 2 * prompt if shared else 0
     count = devices * math.ceil(positions / devices / max_tokens)
-    each = [math.ceil(total / count) for total in (positions, pairs.targets, visible, gathered)]
-    call = Call(positions=each[0], targets=each[1], sequences=1, width=each[0], visible=each[2], gathered=each[3])
-    return [(call,)] * (count // devices)
+    parts = zip(*(even_parts(total, count) for total in (positions, pairs.targets, visible, gathered)), strict=True)
+    calls = [Call(positions=p, targets=t, sequences=1, width=p, visible=v, gathered=g) for p, t, v, g in parts]
+    return [(call,) for call in calls[::devices]]
 
 
 def padded(pairs: Pairs, max_tokens: int) -> list[MicroBatch]:
@@ -136,6 +136,11 @@ def largest_share(pairs: Pairs, devices: int) -> Pairs:
         raise ValueError(f"expected at least as many --pairs as --devices, got {len(pairs)} and {devices}")
     each = math.ceil(len(pairs) / devices)
     return max((pairs[start : start + each] for start in range(0, len(pairs), each)), key=lambda part: part.tokens)
+
+
+def even_parts(total: int, parts: int) -> list[int]:
+    """A total in so many parts, the larger first, as even as whole numbers are."""
+    return [total // parts + (part < total % parts) for part in range(parts)]
 
 
 def _parts(pairs: Pairs, max_tokens: int) -> list[Pairs]:
