@@ -31,7 +31,9 @@ def lengths(text: str) -> tuple[float, float, float]:
     try:
         prompt, chosen, rejected = map(float, parts)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"expected PROMPT/CHOSEN/REJECTED, such as 200/320/280, got {text!r}") from None
+        raise argparse.ArgumentTypeError(
+            f"expected PROMPT/CHOSEN/REJECTED, such as 200/320/280, got {text!r}"
+        ) from None
     return prompt, chosen, rejected
 
 
@@ -44,7 +46,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="H100", help="A100, H100, H200, B200 or MI300X")
     parser.add_argument("--devices", type=int, default=1, help="GPUs, eight to a node")
     parser.add_argument("--pairs", type=int, default=64, help="pairs of an optimizer step, over all GPUs")
-    parser.add_argument("--lengths", type=lengths, default="200/320/280", metavar="P/C/R", help="mean tokens of each part")
+    parser.add_argument(
+        "--lengths", type=lengths, default="200/320/280", metavar="P/C/R", help="mean tokens of each part"
+    )
     parser.add_argument("--spread", type=float, default=0.0, help="of the logarithm of lengths: 0.5 is usual, 0 equal")
     parser.add_argument("--lora", type=int, default=0, metavar="RANK", help="train an adapter; 0: all weights")
     parser.add_argument("--max-tokens", type=int, default=16_384, help="most positions of a micro-batch")

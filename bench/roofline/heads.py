@@ -13,7 +13,8 @@ from bench.roofline.work import Call, even_parts
 BUDGET, CHUNK_ROWS = 1 << 30, 1024
 # trl 1.16: rows and columns of a tile of logits.
 TRL_ROWS, TRL_COLUMNS = 4096, 32_768
-# Assumed of Liger's loss, which it compiles, bytes a logit in bfloat16: logits are read to reduce them, their gradient is read and written, their means are read.
+# Assumed of Liger's loss, which it compiles, bytes a logit in bfloat16: logits are read twice, for log-probs and means;
+# in backward they are read, and their gradient is written and read.
 LIGER_FORWARD, LIGER_BACKWARD = 4, 6
 # Counted on the CPU in float32, bytes a logit: operators' inputs and outputs in a forward and in its backward; the peak
 # without and with a gradient. trl runs a kernel's steps one by one there, and Liger is not compiled.
@@ -104,7 +105,9 @@ def liger(model: ModelShape, call: Call, precision: Precision, grad: bool, train
     each = (LIGER_FORWARD + (LIGER_BACKWARD if grad else 0)) * w / 2
     return HeadCost(
         gemms=_three_products(rows, model, grad, trained, chunks),
-        bytes=call.grid * model.vocab * each + _weight_cast(model, precision) + _liger_sums(model, precision, chunks, trained),
+        bytes=call.grid * model.vocab * each
+        + _weight_cast(model, precision)
+        + _liger_sums(model, precision, chunks, trained),
         peak=rows * model.vocab * (w + 4 + (w if grad else 0)) + _liger_dw(model, precision, trained),
         operators=12 * chunks,
     )

@@ -101,11 +101,15 @@ def compiled(precision: Precision) -> LayerBytes:
     s, w = precision.stream, precision.product
     cast = 2 * w if s != w else 0
     return LayerBytes(
-        forward=Bytes(hidden=5 * s + 4 * w, intermediate=3 * w, queries=2 * w, keys=2 * w, weight=_weight_casts(precision)),
+        forward=Bytes(
+            hidden=5 * s + 4 * w, intermediate=3 * w, queries=2 * w, keys=2 * w, weight=_weight_casts(precision)
+        ),
         backward=Bytes(
             hidden=6 * s + 5 * w + cast, intermediate=5 * w, queries=2 * w, keys=2 * w, weight=_weight_casts(precision)
         ),
-        saved=Bytes(hidden=2 * s + 2 * w, intermediate=3 * w, queries=2 * w, keys=2 * w, weight=_weight_copies(precision)),
+        saved=Bytes(
+            hidden=2 * s + 2 * w, intermediate=3 * w, queries=2 * w, keys=2 * w, weight=_weight_copies(precision)
+        ),
         operators=(12, 20),
     )
 
@@ -123,7 +127,11 @@ def liger(precision: Precision) -> LayerBytes:
             weight=_weight_casts(precision),
         ),
         backward=Bytes(
-            hidden=6 * s + 15 * s + casts, intermediate=5 * w, queries=2 * w, keys=2 * w, weight=_weight_casts(precision)
+            hidden=6 * s + 15 * s + casts,
+            intermediate=5 * w,
+            queries=2 * w,
+            keys=2 * w,
+            weight=_weight_casts(precision),
         ),
         saved=Bytes(
             hidden=4 * s + (5 * w if s != w else 0),

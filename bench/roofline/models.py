@@ -42,7 +42,12 @@ class ModelShape:
 
     def attention_linears(self) -> list[tuple[int, int]]:
         """(inputs, outputs) of a layer's projections q, k, v and o."""
-        return [(self.hidden, self.queries), (self.hidden, self.keys), (self.hidden, self.keys), (self.queries, self.hidden)]
+        return [
+            (self.hidden, self.queries),
+            (self.hidden, self.keys),
+            (self.hidden, self.keys),
+            (self.queries, self.hidden),
+        ]
 
     def mlp_linears(self) -> list[tuple[int, int]]:
         """(inputs, outputs) of gate, up and down, of one expert where there are experts."""
@@ -72,7 +77,9 @@ MODELS = {
     ),
     "qwen2.5-0.5b": (
         "Qwen/Qwen2.5-0.5B",
-        ModelShape(layers=24, hidden=896, intermediate=4864, heads=14, kv_heads=2, head_dim=64, vocab=151_936, tied=True),
+        ModelShape(
+            layers=24, hidden=896, intermediate=4864, heads=14, kv_heads=2, head_dim=64, vocab=151_936, tied=True
+        ),
     ),
     "qwen2.5-7b": (
         "Qwen/Qwen2.5-7B",

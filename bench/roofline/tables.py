@@ -2,7 +2,6 @@
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 from bench import markdown
 from bench.roofline.devices import DEVICES, GIB
@@ -36,7 +35,8 @@ def step_text(found: Sequence[Prediction]) -> str:
     lines = [
         f"PREDICTIONS, not measurements: {setting.device.name} x {setting.devices}, {len(setting.pairs)} pairs, "
         f"{'LoRA ' + str(setting.lora) if setting.lora else 'all weights'}, {_divided(setting)}",
-        f"{'':9}{'s a step':>9}{'tokens/s a GPU':>16}{'GiB':>7}  {'fits':6}{'micro-batches':>14}{'recomputed':>12}  bound by",
+        f"{'':9}{'s a step':>9}{'tokens/s a GPU':>16}{'GiB':>7}  {'fits':6}{'micro-batches':>14}{'recomputed':>12}"
+        "  bound by",
     ]
     for row in found:
         lines.append(
@@ -94,7 +94,11 @@ def errors(found: Sequence[Compared]) -> list[tuple[str, int, list[str]]]:
         return f"{statistics.median(found):+.0%} ({min(found):+.0%} to {max(found):+.0%})"
 
     return [
-        (kind, len(rows), [spread(rows, lambda r: r.seconds), spread(rows, lambda r: r.peak), spread(rows, lambda r: r.gflops)])
+        (
+            kind,
+            len(rows),
+            [spread(rows, lambda r: r.seconds), spread(rows, lambda r: r.peak), spread(rows, lambda r: r.gflops)],
+        )
         for kind, rows in kinds.items()
     ]
 
@@ -130,7 +134,18 @@ def errors_table() -> str:
 def devices_table() -> str:
     """Datasheet numbers and assumed fractions."""
     return markdown.rows(
-        ("device", "bf16, TFLOP/s", "products reach", "attention reaches", "TB/s", "elementwise reaches", "GiB", "link, GB/s", "network, GB/s", "source"),
+        (
+            "device",
+            "bf16, TFLOP/s",
+            "products reach",
+            "attention reaches",
+            "TB/s",
+            "elementwise reaches",
+            "GiB",
+            "link, GB/s",
+            "network, GB/s",
+            "source",
+        ),
         [
             (
                 device.name,
@@ -206,12 +221,16 @@ def published_table() -> str:
     body = []
     for figure in PUBLISHED:
         predicted, size = figure.predict()
-        measured, shown = f"{figure.measured:,.1f} ms", f"{predicted:,.1f} ms"
+        measured, shown = _ms(figure.measured), _ms(predicted)
         if figure.measured_bytes and size:
             measured += f", {figure.measured_bytes / GIB:.1f} GiB"
             shown += f", {size / GIB:.1f} GiB"
         body.append((figure.what, figure.source, measured, shown, f"{predicted / figure.measured - 1:+.0%}"))
     return markdown.rows(("what", "source", "published", "predicted", "error of the time"), body)
+
+
+def _ms(milliseconds: float) -> str:
+    return f"{milliseconds:,.0f} ms" if milliseconds >= 1000 else f"{milliseconds:.2f} ms"
 
 
 def worked_example() -> str:
@@ -224,5 +243,7 @@ def worked_example() -> str:
         epochs=EPOCHS,
     )
     lengths = "/".join(map(str, LENGTHS))
-    command = f"python -m bench.roofline --model llama-3.1-8b --device H100 --pairs {PAIRS} --lengths {lengths} --lora 16"
-    return f"```\n$ {command}\n{step_text(predictions(replace(setting)))}\n```"
+    command = (
+        f"python -m bench.roofline --model llama-3.1-8b --device H100 --pairs {PAIRS} --lengths {lengths} --lora 16"
+    )
+    return f"```\n$ {command}\n{step_text(predictions(setting))}\n```"

@@ -84,7 +84,7 @@ class Pairs:
 
 
 def packed(pairs: Pairs, max_tokens: int, devices: int = 1, *, shared: bool = True) -> list[MicroBatch]:
-    """dpofast's micro-batches of one device: even, of at most max_tokens positions. A response's last token is no input.
+    """dpofast's micro-batches of one device, even, of at most max_tokens positions; a last token is no input.
 
     Args:
         pairs: of the whole step, over all devices.
