@@ -1,7 +1,8 @@
 """The predictions as text for a terminal, and as Markdown for docs/expect_on_your_gpu.md (docs/generate.py)."""
 
+import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 
 from bench import markdown
 from bench.roofline.devices import DEVICES, GIB
@@ -81,23 +82,26 @@ def _triple(pair: tuple[float, float] | None, unit: float, width: int, digits: i
 
 
 def errors(found: Sequence[Compared]) -> list[tuple[str, int, list[str]]]:
-    """For each kind of line: its name, how many have a prediction, and median and range of each error as text."""
+    """For each kind of line: its name, how many are predicted, and the errors of time, memory and products as text."""
     kinds: dict[str, list[Compared]] = {}
     for row in found:
         if row.seconds is not None:
             kinds.setdefault(_kind(row), []).append(row)
 
-    def spread(rows: list[Compared], of: Callable[[Compared], tuple[float, float] | None]) -> str:
-        found = [predicted / measured - 1 for measured, predicted in filter(None, map(of, rows))]
-        if not found:
+    def spread(pairs: Iterable[tuple[float, float] | None]) -> str:
+        signed = [predicted / measured - 1 for measured, predicted in filter(None, pairs)]
+        if not signed:
             return "-"
-        return f"{statistics.median(found):+.0%} ({min(found):+.0%} to {max(found):+.0%})"
+        return f"{statistics.median(signed):+.0%} ({min(signed):+.0%} to {max(signed):+.0%})"
+
+    def most(pairs: Iterable[tuple[float, float] | None]) -> str:
+        return f"{max((abs(p / m - 1) for m, p in filter(None, pairs)), default=math.nan):.2%}"
 
     return [
         (
             kind,
             len(rows),
-            [spread(rows, lambda r: r.seconds), spread(rows, lambda r: r.peak), spread(rows, lambda r: r.gflops)],
+            [spread(r.seconds for r in rows), spread(r.peak for r in rows), most(r.gflops for r in rows)],
         )
         for kind, rows in kinds.items()
     ]
@@ -110,8 +114,11 @@ def _kind(row: Compared) -> str:
 
 def summary_text(found: Sequence[Compared]) -> str:
     """Median and range of the errors, by kind of line."""
-    lines = [f"{'error of predictions: median (range)':40}{'lines':>6}{'time':>26}{'memory':>26}{'products':>26}"]
-    lines += [f"{kind:40}{count:6}" + "".join(f"{text:>26}" for text in texts) for kind, count, texts in errors(found)]
+    lines = [
+        f"{'error of predictions: median (range)':40}{'lines':>6}{'time':>26}{'memory':>26}{'products, at most':>20}"
+    ]
+    for kind, count, (time, memory, products) in errors(found):
+        lines.append(f"{kind:40}{count:6}{time:>26}{memory:>26}{products:>20}")
     left = sum(row.seconds is None for row in found)
     return "\n".join([*lines, f"{left} lines are not predicted, each named above with the reason"])
 
@@ -120,7 +127,7 @@ def errors_table() -> str:
     """The same in Markdown, with the lines that are not predicted by reason."""
     found = compare()
     table = markdown.rows(
-        ("measured on a CPU", "lines", "time", "memory", "operations of products"),
+        ("measured on a CPU", "lines", "time", "memory", "operations of products, at most"),
         [(f"`{kind}`", str(count), *texts) for kind, count, texts in errors(found)],
     )
     reasons: dict[str, int] = {}
@@ -173,7 +180,7 @@ def one_gpu_table() -> str:
                 model=MODELS[name][1], pairs=Pairs.make(PAIRS, *LENGTHS), device=device, lora=lora, epochs=EPOCHS
             )
             found = predictions(setting)
-            ours, trl = found[-1], found[1]
+            _, trl, _, ours = found
             title = f"{TITLES[name]}, {'LoRA' if lora else 'all weights'}"
             cells = [f"{row.seconds:.2f} s, {row.peak / GIB:.0f} GiB" for row in found]
             faster = f"{trl.seconds / ours.seconds:.1f}x"
@@ -196,7 +203,7 @@ def large_table() -> str:
                 lora=lora,
                 epochs=EPOCHS,
             )
-            trl, ours = predictions(setting)[1], predictions(setting)[-1]
+            _, trl, _, ours = predictions(setting)
             body.append(
                 (
                     "LoRA" if lora else "all weights",
