@@ -65,7 +65,15 @@ class Runner:
 
     def head_cost(self, call: Call, *, grad: bool) -> heads.HeadCost:
         """What the head does in a call, with its backward where there is a gradient."""
-        return self.head(self.model, call, self.precision, grad, grad and not self.lora)
+        asked = heads.HeadCall(
+            model=self.model,
+            call=call,
+            precision=self.precision,
+            device=self.device,
+            grad=grad,
+            trained=grad and not self.lora,
+        )
+        return self.head(asked)
 
     def head_costs(self, cost: heads.HeadCost) -> Costs:
         """Its seconds, operations and operators."""

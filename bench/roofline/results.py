@@ -345,7 +345,15 @@ def _head_lines(
         if why := _not_modelled(name, mode, known):
             yield Compared(line=line, why=why)
             continue
-        cost = known[name](model, call, width, mode != "forward", mode == "trained")
+        asked = heads.HeadCall(
+            model=model,
+            call=call,
+            precision=width,
+            device=device,
+            grad=mode != "forward",
+            trained=mode == "trained",
+        )
+        cost = known[name](asked)
         seconds = device.gemm_seconds(cost.gemms, width.product) + cost.bytes / device.bytes
         units = row["gemm_units"]
         yield Compared(

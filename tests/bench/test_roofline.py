@@ -39,6 +39,11 @@ ROWS, WIDTH = 4, 9
 PADDED = Call(positions=ROWS * WIDTH, targets=20, sequences=ROWS, width=WIDTH, visible=ROWS * WIDTH**2)
 
 
+def head_call(shape, call, precision=FLOAT, *, grad=True, trained=True):
+    device = DEVICES["H100"]
+    return heads.HeadCall(model=shape, call=call, precision=precision, device=device, grad=grad, trained=trained)
+
+
 def llama(**changes):
     torch.manual_seed(0)
     return LlamaForCausalLM._from_config(LlamaConfig(**TINY, **changes), attn_implementation="eager")
@@ -60,7 +65,7 @@ def test_weights_and_padded_products_are_those_of_a_real_model(tied):
     cost = count_padded(model)
     positions = PADDED.positions
     gemms = layers.forward_gemms(shape, positions) + layers.backward_gemms(shape, positions)
-    gemms += heads.full_logits(shape, PADDED, FLOAT, True, True).gemms
+    gemms += heads.full_logits(head_call(shape, PADDED)).gemms
     attention = layers.attention_flops(shape, PADDED.visible)
     # Without flash attention a backward has two products for each of the forward's.
     assert cost.gemm_flops == flops(gemms) + 3 * attention
@@ -90,7 +95,7 @@ def test_products_with_an_adapter_and_with_checkpointing(lora, again):
     cost = count_padded(whole.train())
     gemms = layers.forward_gemms(shape, PADDED.positions, lora)
     gemms += layers.backward_gemms(shape, PADDED.positions, lora, embedding_grad=again or not lora)
-    gemms += heads.full_logits(shape, PADDED, FLOAT, True, not lora).gemms
+    gemms += heads.full_logits(head_call(shape, PADDED, trained=not lora)).gemms
     if again:
         gemms += layers.recomputed_gemms(shape, PADDED.positions, lora)
     attention = layers.attention_flops(shape, PADDED.visible)
@@ -103,7 +108,7 @@ def test_products_of_a_mixture_of_experts():
     shape = from_config(config.to_dict())
     assert shape.weights() == sum(p.numel() for p in model.parameters())
     gemms = layers.forward_gemms(shape, PADDED.positions) + layers.backward_gemms(shape, PADDED.positions)
-    gemms += heads.full_logits(shape, PADDED, FLOAT, True, True).gemms
+    gemms += heads.full_logits(head_call(shape, PADDED)).gemms
     assert count_padded(model).gemm_flops == flops(gemms) + 3 * layers.attention_flops(shape, PADDED.visible)
 
 
@@ -127,7 +132,7 @@ def test_positions_targets_and_products_of_a_packed_step(shared):
     with Cost() as cost:
         model(packed=batch, preference=known).loss.backward()
     gemms = layers.forward_gemms(shape, call.positions) + layers.backward_gemms(shape, call.positions)
-    gemms += heads.dpofast_on_cpu(shape, call, FLOAT, True, True).gemms
+    gemms += heads.dpofast_on_cpu(head_call(shape, call)).gemms
     # Attention on the CPU is one operator, which is no product to the count.
     assert cost.gemm_flops == flops(gemms)
 
@@ -158,7 +163,7 @@ def test_products_and_peak_of_the_peers_heads(name, mode):
     rows = n // (2 * pairs)
     call = Call(positions=n, targets=n, sequences=2 * pairs, width=rows + 1, visible=0)
     shape = replace(MODELS["smollm2-135m"][1], hidden=d, vocab=v)
-    predicted = HEADS[name](shape, call, FLOAT, mode != "forward", mode == "trained")
+    predicted = HEADS[name](head_call(shape, call, grad=mode != "forward", trained=mode == "trained"))
     assert flops(predicted.gemms) == cost.gemm_flops
     assert predicted.peak == pytest.approx(cost.peak_bytes_beyond(*grads), rel=0.05)
 
@@ -168,12 +173,12 @@ def test_dpofast_keeps_all_rows_where_that_costs_no_more_than_a_float32_gradient
     call = Call(positions=16_384, targets=8192, sequences=1, width=16_384, visible=0)
     unit = 2 * 8192 * 4096 * 128_256
     for grad, trained, units in ((False, False, 1), (True, False, 2), (True, True, 3)):
-        cost = heads.dpofast(shape, call, precision, grad, trained)
+        cost = heads.dpofast(head_call(shape, call, precision, grad=grad, trained=trained))
         assert flops(cost.gemms) == units * unit
         assert cost.bytes == 8192 * 128_256 * (6 if grad else 4)
     assert cost.gemms[128_256, 8192, 4096] == 1
     more = replace(call, targets=32_768)
-    gemms = heads.dpofast(shape, more, precision, True, True).gemms
+    gemms = heads.dpofast(head_call(shape, more, precision)).gemms
     assert max(rows for vocab, rows, _ in gemms if vocab == shape.vocab) < 8192
 
 
