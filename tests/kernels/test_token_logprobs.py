@@ -5,11 +5,13 @@ import math
 import pytest
 import torch
 
-from dpofast.kernels.row_parts import STATS
+from dpofast.kernels.exp_rows import exp_rows
+from dpofast.kernels.row_parts import STATS, empty_result
 from dpofast.kernels.token_logprobs import token_logprobs, token_logprobs_grad
 from tests.support.close import assert_same
 from tests.support.row_cases import (
     FLOATS,
+    IGNORED,
     OPTIONS,
     assert_as_good_as_torch,
     extreme_rows,
@@ -212,6 +214,41 @@ def test_only_the_statistics_that_were_asked_for(device):
     logits, targets, _ = rows(2, 50, device)
     assert token_logprobs(logits, targets).stats == {}
     assert list(token_logprobs(logits, targets, stats=("mean_logits", "entropy")).stats) == ["mean_logits", "entropy"]
+
+
+def both_kernels(device):
+    """token_logprobs and exp_rows of the same rows, as functions of what they write to."""
+    logits, targets, _ = rows(5, 700, device)
+    options = {"logit_scale": 1.3, "temperature": 0.7, "softcap": 9.0, "stats": ("entropy", "is_top1")}
+    exp_out = torch.empty_like(logits)
+    return targets, (
+        lambda part, out: token_logprobs(logits[part], targets[part], out=out, **options),
+        lambda part, out: exp_rows(logits[part], targets[part], exp_out=exp_out[part], out=out, **options),
+    )
+
+
+def test_rescale_is_the_coefficient_for_a_gradient_of_one(device):
+    targets, functions = both_kernels(device)
+    for function in functions:
+        result = function(slice(None), None)
+        expected = (-(1.3 / 0.7) / result.sum_exp).masked_fill(targets == IGNORED, 0.0)
+        torch.testing.assert_close(result.rescale, expected, rtol=1e-6, atol=0)
+        assert (result.rescale == 0).tolist() == (targets == IGNORED).tolist()
+
+
+def test_results_are_written_where_they_are_wanted(device):
+    for function in both_kernels(device)[1]:
+        expected = function(slice(None), None)
+        out = empty_result(5, ("entropy", "is_top1"), device)
+        for part in (slice(0, 4), slice(4, 5)):
+            function(part, out.part(part))
+        for ours, theirs in zip(out[:-1], expected[:-1], strict=True):
+            assert_same(ours, theirs)
+        for name, values in expected.stats.items():
+            assert_same(out.stats[name], values, name)
+        for wrong in (empty_result(4, ("entropy", "is_top1"), device), empty_result(5, (), device)):
+            with pytest.raises(ValueError, match=r"out: expected results of 5 rows with statistics \['entropy', "):
+                function(slice(None), wrong)
 
 
 def test_a_vocabulary_whose_e_float16_cannot_hold(device):
