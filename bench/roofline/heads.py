@@ -1,17 +1,18 @@
 """The LM head of each implementation in one call: its products, the bytes of the work on logits, and its peak."""
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bench.roofline.devices import Device
 from bench.roofline.layers import Precision, Shapes
 from bench.roofline.models import ModelShape
 from bench.roofline.work import Call, even_parts
 
-# max_logits_bytes of dpofast, and the rows that go through its logits at a time.
-BUDGET, CHUNK_ROWS = 1 << 30, 1024
+# dpofast's plan is traced for a multiple of so many scored rows.
+TRACED_ROWS = 32
 # trl 1.16: rows and columns of a tile of logits.
 TRL_ROWS, TRL_COLUMNS = 4096, 32_768
 # Assumed of Liger's loss, which it compiles, bytes a logit in bfloat16: logits are read twice, for log-probs and means;
@@ -171,33 +172,26 @@ def _liger_dw(head: HeadCall) -> int:
 
 
 def dpofast(head: HeadCall) -> HeadCost:
-    """Scored rows in even chunks; E is kept in 16 bits for one product E·W and one Eᵀ·h over all kept rows.
-
-    All rows are kept where their E takes no more than the budget and a float32 dW (4·V·D bytes) together; elsewhere
-    as many as fit the budget, and dW is added up in float32.
-    """
-    rows, w = head.call.targets, head.precision.product
+    """dpofast's own code on meta tensors, in bfloat16: every product and launch of its plan (bench/head/trace.py)."""
     d, v = head.model.hidden, head.model.vocab
-    if not head.grad:
-        kept = 0
-    elif head.trained and w * rows * v <= BUDGET + 4 * d * v:
-        kept = rows
-    else:
-        kept = min(rows, max(1, BUDGET // (w * v)))
-    chunk = _chunks(rows, CHUNK_ROWS)
-    gemms: Shapes = Counter()
-    for n in chunk:
-        gemms[n, d, v] += 1
-    blocks = _chunks(rows, kept) if kept else []
-    for n in blocks:
-        gemms[n, v, d] += 1
-        gemms[v, n, d] += int(head.trained)
-    moved = rows * v * ((4 + w if w < 4 else 8) if head.grad else 4) + head.cast_bytes
-    peak = max(chunk) * v * 4 + kept * v * w + (4 * rows * d if head.grad else 0)
-    if head.trained and len(blocks) > 1:
-        moved += len(blocks) * 8 * d * v + 6 * d * v
-        peak += 4 * d * v
-    return HeadCost(gemms=+gemms, bytes=moved, peak=peak, operators=2 * len(chunk) + 2 * len(blocks) + 10)
+    mode = "trained" if head.trained else "frozen" if head.grad else "forward"
+    # The trace is of equal sequences, so that their number divides the rows.
+    rows = -(-head.call.targets // TRACED_ROWS) * TRACED_ROWS
+    cost = _traced(rows, d, v, mode, head.device.multiprocessors, int(head.device.memory))
+    return replace(cost, bytes=cost.bytes + head.cast_bytes)
+
+
+@functools.cache
+def _traced(rows: int, d: int, v: int, mode: str, multiprocessors: int, memory: int) -> HeadCost:
+    from bench.head.predict import Gpu, head_trace
+
+    gpu = Gpu("", multiprocessors, memory, flop_per_second=1.0, bytes_per_second=1.0)
+    trace = head_trace(rows, d, v, mode, gpu)
+    moved = sum(launch.bytes for launch in trace.launches if launch.gemm is None)
+    # A product that is added to its result reads that once more, in float32.
+    moved += sum(4 * launch.gemm[0] * launch.gemm[2] for launch in trace.products if launch.accumulates)
+    returned = 2 * d * v if mode == "trained" else 0
+    return HeadCost(gemms=trace.gemms, bytes=moved, peak=trace.peak_bytes - returned, operators=len(trace.launches))
 
 
 def dpofast_on_cpu(head: HeadCall) -> HeadCost:
