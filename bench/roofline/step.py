@@ -205,10 +205,10 @@ def best(setting: Setting, how: Implementation) -> Prediction:
 
     Where none fits, the one that needs least.
     """
-    sizes = [setting.max_tokens >> halved for halved in range(5)]
+    sizes = {max(1, setting.max_tokens >> halved) for halved in range(5)}
     tried = [
         predict(replace(setting, max_tokens=max_tokens, checkpointing=checkpointing), how)
-        for max_tokens in sizes
+        for max_tokens in sorted(sizes, reverse=True)
         for checkpointing in (False, True)
     ]
     fitting = [prediction for prediction in tried if prediction.fits]

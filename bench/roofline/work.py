@@ -88,17 +88,18 @@ def packed(pairs: Pairs, max_tokens: int, devices: int = 1, *, shared: bool = Tr
 
     Args:
         pairs: of the whole step, over all devices.
-        max_tokens: positions of a micro-batch.
+        max_tokens: positions of a micro-batch, unless a pair has more.
         devices: among which positions are divided evenly.
         shared: a prompt runs once for both responses.
     """
-    positions = visible = gathered = 0
+    positions = visible = gathered = longest = 0
     for prompt, *responses in zip(pairs.prompt, pairs.chosen, pairs.rejected, strict=True):
         branches = [length - 1 for length in responses]
-        positions += sum(branches) + prompt * (1 if shared else 2)
+        pair = sum(branches) + prompt * (1 if shared else 2)
+        positions, longest = positions + pair, max(longest, pair)
         visible += _triangle(prompt) * (1 if shared else 2) + sum(b * prompt + _triangle(b) for b in branches)
         gathered += sum(branches) + 2 * prompt if shared else 0
-    count = devices * math.ceil(positions / devices / max_tokens)
+    count = devices * math.ceil(positions / devices / max(max_tokens, longest))
     parts = zip(*(even_parts(total, count) for total in (positions, pairs.targets, visible, gathered)), strict=True)
     calls = [Call(positions=p, targets=t, sequences=1, width=p, visible=v, gathered=g) for p, t, v, g in parts]
     return [(call,) for call in calls[::devices]]

@@ -60,6 +60,8 @@ def test_sixteen_bit_rows_are_computed_in_float32_and_rounded_once(dtype, out_dt
     options = make_bias(OPTIONS["all"], 2100, device)
     wide = kernel(logits.float(), targets, upstream, **options)
     got = kernel(logits, targets, upstream, out_dtype, **options)
+    if out_dtype == torch.float16:  # scaled, so that 2¹² ≤ S < 2¹³
+        wide["exp"] *= torch.exp2(12 - wide["sum_exp"].log2().floor())[:, None]
     for name in ("exp", "grad"):
         value = got.pop(name)
         assert value.dtype == out_dtype
@@ -251,11 +253,23 @@ def test_results_are_written_where_they_are_wanted(device):
                 function(slice(None), wrong)
 
 
-def test_a_vocabulary_whose_e_float16_cannot_hold(device):
-    logits = torch.zeros(1, 70_000, device=device)
-    tile = torch.empty(1, 70_000, dtype=torch.float16, device=device)
-    with pytest.raises(ValueError, match=r"exp_out: expected float32 or bfloat16 at V = 70000, .* got torch.float16"):
-        token_logprobs(logits, torch.tensor([3], device=device), exp_out=tile)
+def test_float16_holds_e_of_any_vocabulary_behind_a_power_of_two_a_row(device):
+    """Flat rows, where e_y − S is −69,999 and 1/S small; peaked ones; one in between; an ignored and a broken one."""
+    logits = torch.randn(6, 70_000, device=device)
+    logits[0], logits[1, 4], logits[4, 9] = 0.0, 30.0, math.nan
+    targets = torch.tensor([3, 4, 5, IGNORED, 7, 8], device=device)
+    logits[5, 8] = -1e4
+    exact = truth(logits, targets, torch.ones(6, device=device), torch.float64, temperature=2.0)
+    tile = torch.empty(6, 70_000, dtype=torch.float16, device=device)
+    result = token_logprobs(logits, targets, exp_out=tile, temperature=2.0)
+    assert not tile[3].any() and tile[4].isnan().all() and result.rescale[3] == 0
+    whole = [0, 1, 2, 5]
+    unit = -0.5 / (result.rescale.double() * exact["sum_exp"])[whole]
+    torch.testing.assert_close(unit.log2(), unit.log2().round(), atol=1e-5, rtol=0)
+    assert ((unit * exact["sum_exp"][whole]).log2().floor() == 12).all()
+    gradient = -2 * result.rescale[whole].double()[:, None] * tile[whole].double()
+    true = exact["exp"][whole] / exact["sum_exp"][whole, None]
+    assert ((gradient - true).abs() <= 2.0**-11 * true.abs() + 2.0**-36).all()
 
 
 @pytest.mark.gpu
