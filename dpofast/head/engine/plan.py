@@ -253,9 +253,10 @@ class HeadPlan:
             least = [*counted.logits(1), *counted.exp("E", 1), *fixed]
             raise _too_few_bytes(columns, total_bytes(least), most, least)
 
-        # Half of the rows that would fit if all logits were there at once leave most of the room to E.
         affordable = room // (chunk_bytes + exp_bytes)
-        chunk = _aligned(min(max(rows, 1), _chunk_rows(device, columns, width), max(1, affordable // 2)))
+        if counted.is_apart and (keep or device.kind != "cpu"):
+            affordable = max(1, affordable // 2)  # rows of logits, which leave most of the room to E
+        chunk = _aligned(min(max(rows, 1), _chunk_rows(device, columns, width), affordable))
         fitting = (room - chunk * chunk_bytes) // exp_bytes
         accumulator = wide * (weight.shape[0] if vocab is None else vocab) * width if dtype.itemsize < wide else 0
 
