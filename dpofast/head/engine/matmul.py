@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dpofast.head.engine.device import head_device
+from dpofast.head.device import head_device
 from dpofast.head.engine.dtypes import accumulate_dtype
 from dpofast.head.engine.plan import chunks
 

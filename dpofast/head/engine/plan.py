@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dpofast.head.engine.device import HeadDevice, head_device
+from dpofast.head.device import HeadDevice, head_device
 from dpofast.head.engine.dtypes import accumulate_dtype, exp_dtype
 from dpofast.head.options import LogitOptions
 

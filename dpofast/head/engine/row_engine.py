@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from dpofast.head.engine.device import head_device
+from dpofast.head.device import head_device
 from dpofast.head.engine.interface import Gradients, HeadInputs, KeptRows, Needs, RowResult, RowSums
 from dpofast.head.engine.matmul import add_transposed_product, logits_into, product_into
 from dpofast.head.engine.plan import HeadPlan, buffer_columns, chunks, even_chunks

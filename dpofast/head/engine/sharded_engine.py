@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dpofast import reference
-from dpofast.head.engine.device import HeadDevice
+from dpofast.head.device import HeadDevice
 from dpofast.head.engine.interface import Gradients, HeadInputs, KeptRows, Needs, RowResult, RowSums
 from dpofast.head.engine.matmul import logits_into, product_into
 from dpofast.head.engine.online_softmax import rescale_factor
