@@ -221,10 +221,9 @@ def test_a_vocabulary_whose_e_float16_cannot_hold(device):
         token_logprobs(logits, torch.tensor([3], device=device), exp_out=tile)
 
 
-@pytest.mark.gpu
-def test_many_large_rows_in_place_do_not_race():
-    # In the interpreter, whose programs run one after the other, test_in_place_equals_out_of_place stands in.
-    logits, targets, upstream = rows(512, 151_936, torch.device("cuda"), torch.bfloat16)
+@pytest.mark.gpu(twin="test_in_place_equals_out_of_place")  # the interpreter runs programs one after the other
+def test_many_large_rows_in_place_do_not_race(device):
+    logits, targets, upstream = rows(512, 151_936, device, torch.bfloat16)
     exp, grad = torch.empty_like(logits), torch.empty_like(logits)
     apart = token_logprobs(logits, targets, exp_out=exp)
     sums = (apart.row_max, apart.sum_exp)
