@@ -333,7 +333,7 @@ def test_a_tile_that_is_wrong_or_comes_too_late_is_not_timed():
 def test_wrong_rows_are_refused():
     setting = Setting.make(dry=True)
     logits, targets = gpu_kernels._rows(setting, setting.v)
-    sums = gpu_kernels.TokenLogprobs(torch.zeros(len(targets)), None, torch.ones(len(targets)), {})
+    sums = gpu_kernels.token_logprobs.token_logprobs(logits, targets)._replace(logps=torch.zeros(len(targets)))
     with pytest.raises(ValueError, match="E of V: log-probs are off by"):
         gpu_kernels._check_rows("E of V", logits, targets, sums, torch.zeros_like(logits))
 
