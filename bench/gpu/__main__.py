@@ -68,10 +68,10 @@ class Part:
 
 
 PARTS = {
-    "head": Part("head", "run", "table", 95),
-    "step": Part("step", "run", "table", 50),
+    "head": Part("head", "run", "table", 105),
+    "step": Part("step", "run", "table", 45),
     "rows": Part("kernels", "rows", "rows_table", 35),
-    "attention": Part("attention", "run", "table", 50),
+    "attention": Part("attention", "run", "table", 45),
     "tests": Part("run_tests", "part", "table", 110),
     "syncs": Part("paths", "syncs", "syncs_table", 20),
     "graphs": Part("paths", "graphs", "graphs_table", 15),

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 LIMIT_S = 200.0
 # A process compiles on one core, and the tests of large shapes take a few GiB of the GPU.
-MOST_SHARDS, BYTES_PER_SHARD = 8, 8 << 30
+MOST_SHARDS, BYTES_PER_SHARD = 12, 8 << 30
 # Few tests of the interpreter, for a dry run of this module.
 DRY = [
     "tests/kernels/test_preference.py",
@@ -59,7 +59,7 @@ def shards() -> int:
 
     cores = device()["cores"]
     memory = torch.cuda.get_device_properties(0).total_memory // BYTES_PER_SHARD
-    return max(1, min(MOST_SHARDS, cores // 2, memory))
+    return max(1, min(MOST_SHARDS, cores * 3 // 4, memory))
 
 
 def run(arguments: list[str], count: int, limit_s: float) -> Iterator[tuple[str, dict[str, Any]]]:
