@@ -18,6 +18,7 @@ from bench.cases import SEED
 from bench.gpu.lines import one_line
 from bench.gpu.setting import Setting, measure
 from dpofast.model.attention.flex import flex_attention_packed, flex_refusal
+from dpofast.model.attention.gather import KeyRows, gather_rows
 from dpofast.model.attention.layout import AttentionOptions, PackedLayout
 from dpofast.model.attention.sdpa import sdpa_attention
 from dpofast.model.attention.varlen import varlen_attention, varlen_refusal
@@ -135,14 +136,18 @@ def run(setting: Setting, left: Callable[[], float]) -> Iterator[tuple[str, Any]
 def copies(batch: PackedBatch, inputs: list[Tensor]) -> dict[str, Callable[[], Any]]:
     """The ways to copy the rows of K and V that each segment attends to, with the backward."""
     key, value = (tensor[0].transpose(0, 1).contiguous() for tensor in inputs[1:])
-    rows = batch.segments.key_rows().to(key.device)
-    upstream = torch.ones(len(rows), *key.shape[1:], dtype=key.dtype, device=key.device)
+    rows = KeyRows(*(part.to(key.device) for part in KeyRows.of(batch.segments)))
+    upstream = torch.ones(len(rows.rows), *key.shape[1:], dtype=key.dtype, device=key.device)
 
-    def index_select() -> None:
+    def index_select(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        return key.index_select(0, rows.rows), value.index_select(0, rows.rows)
+
+    def run(gather: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
         leaves = [tensor.detach().requires_grad_() for tensor in (key, value)]
-        torch.autograd.grad([leaf.index_select(0, rows) for leaf in leaves], leaves, [upstream, upstream])
+        torch.autograd.grad(gather(*leaves), leaves, [upstream, upstream])
 
-    return {GATHER: index_select}
+    ways = {GATHER: index_select, "gather_rows": functools.partial(gather_rows, rows=rows)}
+    return {name: functools.partial(run, way) for name, way in ways.items()}
 
 
 def table(pieces: dict[str, Any]) -> str:

@@ -24,7 +24,7 @@ import torch
 
 import dpofast
 from bench.head.trace import Launch, Trace, traced
-from dpofast.head.engine import device
+from dpofast.head.planning import device
 
 RAMP, GAP = 20e-6, 2e-6
 _TILE = (128, 256)
