@@ -21,7 +21,7 @@ OWN = ("bench", "dpofast", "examples", "tests")
 # What pytest and the build of the extension need besides, and which no source names.
 ALWAYS = ("pytest", "setuptools")
 # Where the name that pip knows is another.
-DISTRIBUTIONS = {"yaml": "pyyaml"}
+DISTRIBUTIONS = {"_pytest": "pytest", "yaml": "pyyaml"}
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
 
 

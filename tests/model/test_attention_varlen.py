@@ -28,7 +28,6 @@ from tests.support.attention_cases import (
     random_inputs,
 )
 from tests.support.flash_stand_in import attended, flash_on_the_cpu
-from tests.support.tiny_training import make_trainer
 
 
 def checked(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale, window_size):
@@ -308,6 +307,8 @@ def test_a_package_that_is_not_installed_is_named(name, package, gpu):
 
 
 def test_the_trainer_says_why_it_cannot_activate_one(tmp_path):
+    from tests.support.tiny_training import make_trainer  # here: the tests of the GPU do without datasets
+
     with pytest.raises(ValueError, match="flash_attention='FA3' needs an NVIDIA GPU, got cpu: leave it out"):
         make_trainer(tmp_path, flash_attention="FA3")
 

@@ -12,7 +12,6 @@ from dpofast.model.attention.sdpa import sdpa_attention
 from dpofast.model.checks import parity
 from tests.support.families import family_model
 from tests.support.tiny import tiny_model, tiny_pairs
-from tests.support.tiny_training import make_trainer
 
 
 @pytest.fixture
@@ -96,6 +95,8 @@ def test_an_attention_that_is_wrong_where_the_model_has_moved_is_refused_in_the_
 
 
 def test_the_trainer_checks_the_model_where_it_runs(monkeypatch, moved, tmp_path):
+    from tests.support.tiny_training import make_trainer  # here: the tests of the GPU do without datasets
+
     model = tiny_model()
     with torch.no_grad():
         model.lm_head.weight.mul_(8)
