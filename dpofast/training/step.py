@@ -98,13 +98,13 @@ def step_settings(
 class StepResult:
     """losses (P,) and rewards (P, 2) of each micro-batch of this rank, in the order they ran, and the metrics.
 
-    balancing: this rank's addend of the step's weighted load-balancing loss; 0 without.
+    balancing: this rank's addend of the step's weighted load-balancing loss, a scalar; None without.
     """
 
     losses: list[Tensor]
     rewards: list[Tensor]
     sums: MetricSums
-    balancing: float
+    balancing: Tensor | None
 
 
 class OptimizerStep:
@@ -134,7 +134,7 @@ class OptimizerStep:
         self._is_sharded = is_sharded(settings.accelerator)
         count = int(ranks.all_reduce_max(len(batches))) if self._is_sharded else max(len(batches), 1)
         self._num_batches = len(batches)
-        self._balancing: Tensor | float = 0.0
+        self._balancing: Tensor | None = None
         self.batches: list[PackedBatch | None] = [*batches, *[None] * (count - len(batches))]
         self._is_split = count > 1 or ranks.size > 1
         self._is_joint = settings.loss.coupled and self._is_split
@@ -174,7 +174,7 @@ class OptimizerStep:
         done.append(ended)
         pairs = zip(done[: self._num_batches], self.batches, strict=False)  # those of None stand last
         rewards = [output.of_pairs("rewards", batch.pairs) for output, batch in pairs if batch is not None]
-        return StepResult([output.losses for output in done], rewards, self.sums, float(self._balancing))
+        return StepResult([output.losses for output in done], rewards, self.sums, self._balancing)
 
     def _all_but_the_last_backward(self, done: list[PreferenceOutput]) -> PreferenceOutput:
         """The loop over micro-batches; returns the output whose backward synchronizes gradients."""
@@ -202,7 +202,8 @@ class OptimizerStep:
         if (aux_loss := output.aux_loss) is not None:
             balancing = self.settings.balancing * aux_loss  # of a split step an addend of its loss
             output = replace(output, loss=output.loss + balancing)
-            self._balancing = self._balancing + balancing.detach()
+            own = balancing.detach()
+            self._balancing = own if self._balancing is None else self._balancing + own
             self.sums.add("aux_loss", aux_loss.detach() * self.totals.num_pairs, count)
         with_reference = batch.ref_logps is not None or loss.needs_reference
         self.sums.add_pairs(output, batch, loss.beta, with_reference=with_reference)

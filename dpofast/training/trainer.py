@@ -352,8 +352,10 @@ class DPOTrainer(CheckpointedTrainer):
 
         batches, result = run_until_it_fits(attempt, self._halve, model)
         loss = torch.cat(result.losses).sum()
+        addends = [loss] if result.balancing is None else [loss, result.balancing]
+        of_pairs, *balancing = torch.stack([value.double() for value in addends]).tolist()  # the step's one host sync
         positions = sum(batch.num_tokens for batch in batches)
-        total, seen = self.ranks.all_reduce_sum([loss.item() / inputs.num_pairs + result.balancing, positions])
+        total, seen = self.ranks.all_reduce_sum([of_pairs / inputs.num_pairs + sum(balancing), positions])
         if self.args.include_num_input_tokens_seen != "no":
             self.state.num_input_tokens_seen += int(seen)
         if not math.isfinite(total):

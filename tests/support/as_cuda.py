@@ -100,7 +100,8 @@ def counting_syncs():
         stack.enter_context(mock.patch.object(GridExecutor, "__call__", interpreted))
         stack.enter_context(mock.patch("torch.cuda.device", lambda *_: contextlib.nullcontext()))
         stack.enter_context(mock.patch("torch.cuda.get_rng_state", lambda *_: torch.empty(0)))
-        stack.enter_context(mock.patch("dpofast.head.linear_preference.check_head"))  # it refuses other classes
+        for caller in ("linear_preference", "linear_logprobs"):  # it refuses other classes
+            stack.enter_context(mock.patch(f"dpofast.head.{caller}.check_head"))
         yield stack.enter_context(counting)
 
 

@@ -40,7 +40,7 @@ def test_a_step_waits_for_its_loss_alone(case, tmp_path):
     step = next(iter(as_on_cuda(trainer).get_train_dataloader()))
     with mock.patch.object(PackedBatch, "pin_memory", lambda self: self), counting_syncs() as counting:
         loss = trainer.training_step(trainer.model, step)
-    assert [found.split()[-1] for found in counting.syncs] == ["item"], counting.syncs
+    assert [found.split()[-1] for found in counting.syncs] == ["tolist"], counting.syncs
     assert counting.syncs[0].startswith("training/trainer.py")
     assert len(counting.launched) >= 2  # the head's rows and the loss are kernels
     torch.testing.assert_close(float(loss), losses_of(expected)[0], atol=1e-5, rtol=0)

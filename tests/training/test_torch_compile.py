@@ -10,6 +10,7 @@ from peft import LoraConfig
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.backends.debugging import aot_eager
+from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.utils import counters
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
@@ -159,7 +160,7 @@ def test_a_compiler_that_fails_says_how_to_do_without_and_runs_nothing_uncompile
             raise OSError("no C compiler here")
 
         def no_backward(graph, inputs):
-            raise OSError("no C compiler here")
+            raise TorchDynamoException("no C compiler here")  # as inductor's errors are
 
         return aot_autograd(fw_compiler=lambda graph, inputs: graph.forward, bw_compiler=no_backward)(graph, inputs)
 
