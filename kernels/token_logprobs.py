@@ -9,9 +9,10 @@ For a row x of logits with bias b (softcap: Gemma 2; logit_scale: Cohere, Granit
     dx   = −g / S · logit_scale / temperature · E            for an upstream gradient g of logp
 
 Logits, bias, E and dx are float32, bfloat16 or float16; all arithmetic and every statistic is float32, and E and dx
-are rounded once, when they are stored. One program handles a whole row: results do not depend on N, there are no
-atomics, and E or dx may overwrite the logits, since a program reads a block before it writes it and no other program
-accesses its row.
+are rounded once, when they are stored. In float16, whose largest number E may pass, a row of E is stored as 2ᵏ · E with
+2ᵏ · S in [2¹², 2¹³), and rescale belongs to that: probabilities from 2⁻²⁷ on keep all their bits. One program handles a
+whole row: results do not depend on N, there are no atomics, and E or dx may overwrite the logits, since a program reads
+a block before it writes it and no other program accesses its row.
 
 Bytes moved per logit of b bytes: b for the log-probs alone, 2b + (bytes of E) with E, b + (bytes of dx) for the
 gradient. Rows whose target is ignored are not read. If E has a separate buffer, exp_rows.py writes it from one read.
@@ -34,12 +35,19 @@ from .row_parts import (
     fill_row,
     launch_rows,
     raw_logits,
+    row_options,
     run_rows,
     scaled_logits,
-    scales,
     store_ignored,
 )
 from .tiles import check_tensor
+
+
+@triton.jit
+def _float16_scale(sum_exp):
+    """The power of two that takes S >= 1 into [2¹², 2¹³), from the exponent's bits; for a NaN any power of two."""
+    exponent = (sum_exp.to(tl.int32, bitcast=True) >> 23) & 255
+    return (tl.maximum(266 - exponent, 1) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -89,6 +97,7 @@ def _token_logprobs_kernel(
     logps_ptr,
     row_max_ptr,
     sum_exp_ptr,
+    rescale_ptr,
     entropy_ptr,
     mean_logits_ptr,
     is_top1_ptr,
@@ -102,6 +111,7 @@ def _token_logprobs_kernel(
     ignore_index,
     scale,
     cap,
+    grad_scale,
     BLOCK_V: tl.constexpr,
 ):
     # Each of the BLOCK_V lanes has a running maximum and running sums, which are merged once per row, so the loop needs
@@ -112,7 +122,15 @@ def _token_logprobs_kernel(
 
     if target == ignore_index:
         store_ignored(
-            row, logps_ptr, row_max_ptr, sum_exp_ptr, entropy_ptr, mean_logits_ptr, is_top1_ptr, log_sum_sq_probs_ptr
+            row,
+            logps_ptr,
+            row_max_ptr,
+            sum_exp_ptr,
+            rescale_ptr,
+            entropy_ptr,
+            mean_logits_ptr,
+            is_top1_ptr,
+            log_sum_sq_probs_ptr,
         )
         if exp_ptr is not None:
             fill_row(exp_ptr + row * stride_exp_n, 0.0, stride_exp_v, V, BLOCK_V)
@@ -167,6 +185,10 @@ def _token_logprobs_kernel(
     tl.store(logps_ptr + row, z_target - row_max - log_sum)
     tl.store(row_max_ptr + row, row_max)
     tl.store(sum_exp_ptr + row, sum_exp)
+    unit = 1.0
+    if exp_ptr is not None and exp_ptr.dtype.element_ty == tl.float16:
+        unit = _float16_scale(sum_exp)
+    tl.store(rescale_ptr + row, -grad_scale / (unit * sum_exp))
     if entropy_ptr is not None:
         tl.store(entropy_ptr + row, log_sum - tl.sum(e * (s_shift + clip(delta) * s), 0) / sum_exp)
     if mean_logits_ptr is not None:
@@ -184,7 +206,7 @@ def _token_logprobs_kernel(
             target,
             row_max,
             sum_exp,
-            1.0,
+            unit,
             stride_logits_v,
             stride_exp_v,
             V,
@@ -248,6 +270,7 @@ def token_logprobs(
     ignore_index: int = -100,
     stats: Sequence[str] = (),
     exp_out: torch.Tensor | None = None,
+    out: TokenLogprobs | None = None,
 ) -> TokenLogprobs:
     """Log-probability of each row's target, optionally with statistics of the row and the row E of its gradient.
 
@@ -264,25 +287,23 @@ def token_logprobs(
         ignore_index: rows with this target get logp 0, statistics 0 and zeros in ``exp_out``.
         stats: any of "entropy" (of softmax(z), nats), "mean_logits" (mean of z over V), "is_top1" (the target is the
             argmax of z, the first index among equal maxima), "log_sum_sq_probs" (log Σ p², nats).
-        exp_out: (N, V), any of the three dtypes and any strides; receives E. May be ``logits`` itself but must not
-            overlap it otherwise. E does not include the factor logit_scale / temperature of dx.
+        exp_out: (N, V), any of the three dtypes and any strides; receives E, in float16 scaled by a power of two a row.
+            May be ``logits`` itself but must not overlap it otherwise. E does not include the factor
+            logit_scale / temperature of dx.
+        out: where to write the results, contiguous (:func:`row_parts.empty_result`, or a part of it); new ones if None.
 
     Returns:
         :class:`TokenLogprobs`.
 
     Raises:
-        ValueError: a shape, dtype, device, option or name of a statistic is not as above, or E might overflow exp_out.
+        ValueError: a shape, dtype, device, option or name of a statistic is not as above, or out is of other rows or
+            statistics.
     """
     check_rows(logits, targets, bias)
-    logit_map = scales(logit_scale, softcap, temperature)
-    V = logits.shape[1]
+    row_map = row_options(logit_scale, softcap, temperature, ignore_index)
     if exp_out is not None:
         check_tensor("exp_out", exp_out, logits.shape, FLOAT_DTYPES, logits.device)
-        if torch.finfo(exp_out.dtype).max < V:
-            raise ValueError(
-                f"exp_out: expected float32 or bfloat16 at V = {V}, since entries of E reach V − 1, got {exp_out.dtype}"
-            )
-    return launch_rows(_token_logprobs_kernel, logits, targets, bias, exp_out, stats, logit_map, ignore_index)
+    return launch_rows(_token_logprobs_kernel, logits, targets, bias, exp_out, stats, row_map, out)
 
 
 def token_logprobs_grad(
@@ -322,7 +343,7 @@ def token_logprobs_grad(
     check_tensor("sum_exp", sum_exp, (N,), (torch.float32,), logits.device)
     check_tensor("grad_logps", grad_logps, (N,), FLOAT_DTYPES, logits.device)
     check_tensor("out", out, (N, V), FLOAT_DTYPES, logits.device)
-    logit_map = scales(logit_scale, softcap, temperature)
+    row_map = row_options(logit_scale, softcap, temperature, ignore_index)
     if N == 0:
         return out
     run_rows(
@@ -337,8 +358,6 @@ def token_logprobs_grad(
         *logits.stride(),
         *out.stride(),
         V,
-        ignore_index,
-        *logit_map,
-        logit_scale / temperature,
+        *row_map,
     )
     return out

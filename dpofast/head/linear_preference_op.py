@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from dpofast.common.autograd import ReverseModeFunction, check_derivatives, first_order_only, no_second_derivative
-from dpofast.head.engine.dtypes import accumulate_dtype
+from dpofast.common.backend import uses_triton
 from dpofast.head.engine.interface import Gradients, Needs
+from dpofast.head.engine.rows import scale_tensor
 from dpofast.head.linear_logprobs_op import fake_gradients
 from dpofast.head.operators import custom_operator, gradients_of
 from dpofast.head.options import LogitOptions
 from dpofast.head.pair_blocks import PairCall, pair_gradients
+from dpofast.head.planning.dtypes import accumulate_dtype
 from dpofast.head.validate import check_target_values
 from dpofast.losses.config import PreferenceLoss
 from dpofast.losses.pairs import StepTotals
@@ -44,7 +46,7 @@ class PreferenceArguments(NamedTuple):
     softcap: float | None
     ignore_index: int
     backend: str
-    max_logits_bytes: int
+    max_logits_bytes: int | None
     need_dh: bool
     need_dw: bool
     need_db: bool
@@ -120,7 +122,7 @@ class LinearPreference(ReverseModeFunction):
         if not (grad_loss.is_cpu and grad_loss.item() == 1.0):
             for gradient in gradients:
                 if gradient is not None:
-                    gradient.mul_(grad_loss)
+                    scale_tensor(gradient, grad_loss, triton=uses_triton(ctx.call.backend))
         return (*gradients, None, None)
 
 

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoTokenizer
 from transformers.utils.hub import cached_file
 
-from dpofast.head.engine.plan import HeadPlan
+from dpofast.head.planning.plan import HeadPlan
 from dpofast.model.adapters import Wrapped, check_adapter, with_new_adapter
 from dpofast.model.attach import attach_logprob_head
 from dpofast.model.dropout import disable_dropout

@@ -19,9 +19,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from dpofast.head.engine.dtypes import accumulate_dtype, exp_dtype
-from dpofast.head.engine.plan import HeadPlan, TilePlan
 from dpofast.head.options import LogitOptions
+from dpofast.head.planning.dtypes import accumulate_dtype
+from dpofast.head.planning.plan import HeadPlan, TilePlan
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,6 @@ class HeadInputs:
     def wide(self) -> torch.dtype:
         """The dtype of logits, log-probs and sums."""
         return accumulate_dtype(self.hidden.dtype)
-
-    @property
-    def narrow(self) -> torch.dtype:
-        """The dtype of E."""
-        return exp_dtype(self.hidden.dtype)
 
     def ignored(self, rows: slice = slice(None)) -> Tensor:
         """Which of these rows' targets do not count: (R,) bool."""
@@ -137,6 +132,10 @@ class HeadEngine(Protocol):
     def plan(self) -> HeadPlan | TilePlan:
         """How many rows of everything fit in the budget."""
 
+    @property
+    def narrow(self) -> torch.dtype:
+        """The dtype of E."""
+
     def new_kept(self) -> KeptRows:
         """Uninitialized buffers for the plan's kept_rows."""
 
@@ -173,6 +172,8 @@ def row_coefficients(gradients: Tensor, rescale: Tensor, ignored: Tensor) -> Ten
 def concatenate(engine: HeadEngine, results: Sequence[RowResult]) -> RowResult:
     """The results of consecutive rows as one."""
     inputs = engine.inputs
+    if len(results) == 1:
+        return results[0]
     if not results:
         stats = {name: inputs.hidden.new_empty(0, dtype=stat_dtype(name, inputs.wide)) for name in inputs.options.stats}
         return RowResult(inputs.hidden.new_empty(0, dtype=inputs.wide), engine.empty_sums(0), stats)
