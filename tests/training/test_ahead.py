@@ -1,5 +1,6 @@
 """Steps are fetched and packed in the background: the same numbers to the last bit, and no thread that stays."""
 
+import contextlib
 import threading
 import time
 
@@ -220,13 +221,15 @@ def test_an_error_in_a_step_ends_the_thread(tmp_path):
 
 
 def test_steps_for_a_gpu_lie_in_page_locked_memory(monkeypatch):
-    pinned, moved = [], []
+    pinned, moved, entered = [], [], []
+    monkeypatch.setattr("torch.cuda.device", lambda device: (entered.append(device), contextlib.nullcontext())[1])
     monkeypatch.setattr(PackedBatch, "pin_memory", lambda self: (pinned.append(self), self)[1])
     monkeypatch.setattr(PackedBatch, "to", lambda self, device: (moved.append((self, device)), self)[1])
-    device = torch.device("cuda", 0)
+    device = torch.device("cuda", 1)
     for packer in (StepPacker(device, share_prompts=True, ref_logps_by_pair=by_pair) for by_pair in (False, True)):
         batches = packer.on_device(tiny_pairs(6), 40)
         assert [(batch, device) for batch in batches] == moved and batches == pinned
         pinned.clear(), moved.clear()
+    assert entered == [device] * 2  # the background thread would take the first GPU
     cpu = StepPacker(torch.device("cpu"), share_prompts=True, ref_logps_by_pair=False)
     assert cpu.on_device(tiny_pairs(6), 40) and not pinned

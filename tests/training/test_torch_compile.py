@@ -191,6 +191,9 @@ def test_layers_are_compiled_by_default_on_a_gpu_and_it_is_said(tmp_path):
     assert all(isinstance(layer, LlamaDecoderLayer) for layer in decoder_layers(model))
     assert not any(type(layer) is LlamaDecoderLayer for layer in decoder_layers(model))
     assert device_notes(args, model, said)[-1] == said
+    args.torch_compile = False  # of a second trainer
+    assert choose.compile_chosen([model], args) is None
+    assert all(type(layer) is LlamaDecoderLayer for layer in decoder_layers(model))
 
 
 @pytest.mark.parametrize(

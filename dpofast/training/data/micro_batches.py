@@ -43,7 +43,10 @@ class StepPacker:
         if by_pair:
             columns = torch.tensor([[float(example[name]) for name in REF_COLUMNS] for example in examples])
             batches = [replace(batch, ref_logps=columns[batch.pair_examples]) for batch in batches]
-        return [batch.pin_memory() for batch in batches] if self.device.type == "cuda" else batches
+        if self.device.type != "cuda":
+            return batches
+        with torch.cuda.device(self.device):  # a thread's own is the first GPU, which another rank may have
+            return [batch.pin_memory() for batch in batches]
 
     def on_device(self, examples: Sequence[Mapping[str, Any]], max_tokens: int | None) -> list[PackedBatch]:
         """Micro-batches on the device: those that were packed ahead, unless for another max_tokens."""

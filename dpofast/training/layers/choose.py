@@ -11,7 +11,7 @@ from typing import Any
 
 from dpofast.model.wrappers import is_dispatched
 from dpofast.training.config import DPOConfig
-from dpofast.training.layers.compiled import compile_layers, decoder_layers
+from dpofast.training.layers.compiled import compile_layers, decoder_layers, uncompile_layers
 from dpofast.training.layers.liger import use_liger_layers
 
 
@@ -34,6 +34,8 @@ def compile_chosen(models: list[Any], args: DPOConfig) -> str | None:
     Raises:
         ValueError: torch_compile for a model without layers to compile, or one that is sharded.
     """
+    for model in models:
+        uncompile_layers(model)
     if args.torch_compile is None:
         if args.device.type != "cuda" or args.use_liger_kernel:
             return None

@@ -58,9 +58,17 @@ def compile_layers(model: Any, *, backend: str, mode: str | None, padded: bool) 
             "torch_compile: expected a model of transformers' repeated layers (GradientCheckpointingLayer), which are "
             f"compiled one by one, and {type(model).__name__} has none: leave it off"
         )
+    uncompile_layers(model)
     for layer in layers:
-        cls: Any = layer._made_from[0] if isinstance(layer, _Compiled) else type(layer)
+        cls: Any = type(layer)
         exchange_class(layer, _compiled_class(cls, backend, mode, padded))
+
+
+def uncompile_layers(model: Any) -> None:
+    """Undo compile_layers: an earlier trainer may have compiled them, with other options."""
+    for layer in decoder_layers(model):
+        if isinstance(layer, _Compiled):
+            exchange_class(layer, layer._made_from[0])
 
 
 @functools.cache
