@@ -188,7 +188,7 @@ def test_a_gpu_that_has_bfloat16_computes_in_it_unless_told(monkeypatch, options
 
 
 @pytest.mark.parametrize(
-    ("dtype", "device", "options", "said"),
+    ("dtype", "where", "options", "said"),
     [
         (torch.float32, "cuda", {}, True),
         (torch.float32, "cuda", {"bf16": True}, False),
@@ -197,9 +197,9 @@ def test_a_gpu_that_has_bfloat16_computes_in_it_unless_told(monkeypatch, options
         (torch.float32, "cpu", {}, False),
     ],
 )
-def test_what_float32_costs_on_a_gpu_is_said(dtype, device, options, said):
+def test_what_float32_costs_on_a_gpu_is_said(dtype, where, options, said):
     off = dict.fromkeys(("chose_bf16", "bf16", "fp16", "deepspeed", "fsdp"), False)
-    args = SimpleNamespace(**{**off, "device": torch.device(device), **options})
+    args = SimpleNamespace(**{**off, "device": torch.device(where), **options})
     notes = device_notes(args, tiny_model(dtype=dtype), None)
     assert len(notes) == said and all("tensor cores" in note and "bf16=True" in note for note in notes)
 

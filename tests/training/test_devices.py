@@ -21,7 +21,8 @@ BFLOAT16_LOSS = 6e-3
 
 def trainer_on(device, folder, *, model=None, **options):
     model = tiny_model(**WIDE) if model is None else model
-    return make_trainer(folder, model=model, use_cpu=device.type == "cpu", **options)
+    # Compiling the layers, a GPU's default, takes longer than everything that is tested here.
+    return make_trainer(folder, model=model, use_cpu=device.type == "cpu", torch_compile=False, **options)
 
 
 def test_three_steps_in_bfloat16(tmp_path, device):
