@@ -15,7 +15,7 @@ from torch import Tensor
 from bench.cases import SEED
 from bench.gpu.setting import Setting, measure, one_line
 from bench.head.problem import Problem
-from dpofast.kernels import linear_logprobs, linear_tiles, preference, row_parts, tiles, token_logprobs
+from dpofast.kernels import exp_gemm, linear_tiles, preference, row_parts, tiles, token_logprobs
 from dpofast.losses.config import PreferenceLoss
 from dpofast.losses.functional import token_preference_loss
 
@@ -171,7 +171,9 @@ def linear(setting: Setting, figures: dict[str, Any], left: Callable[[], float])
     problem = Problem.make(setting.n, setting.d, setting.v, setting.pairs, setting.dtype, setting.device)
     architecture = linear_tiles.architecture_of(problem.hidden)
     bulk = linear_tiles.takes_descriptors(architecture, setting.dtype)
-    chosen = linear_tiles.linear_tile(architecture, setting.dtype, softcap=False, descriptors=bulk)
+    chosen = linear_tiles.linear_tile(
+        architecture, setting.dtype, softcap=False, descriptors=bulk, stores=False, even=True
+    )
     cuda = setting.device.type == "cuda"
     brief, calls = dataclasses.replace(setting, rounds=5 if cuda else 1), 2 if cuda else 1
     few = min(128, setting.n // 2)
@@ -180,11 +182,11 @@ def linear(setting: Setting, figures: dict[str, Any], left: Callable[[], float])
         hidden, targets = problem.hidden[:n], problem.targets[:n]
         product = torch.empty(n, setting.v, dtype=setting.dtype, device=setting.device)
         floor = {"torch.mm": lambda h=hidden, out=product: torch.mm(h, problem.weight.t(), out=out)}
-        expected = linear_logprobs.linear_logprobs(hidden, problem.weight, targets).logps
+        expected = exp_gemm.exp_gemm(hidden, problem.weight, targets).logps
 
         def against_the_floor(options: dict[str, Any], hidden=hidden, targets=targets, floor=floor, expected=expected):
             def function() -> Tensor:
-                return linear_logprobs.linear_logprobs(hidden, problem.weight, targets, **options).logps
+                return exp_gemm.exp_gemm(hidden, problem.weight, targets, **options).logps
 
             off = float((function() - expected).abs().max())
             if not off <= LOGPS_TOLERANCE:

@@ -111,11 +111,11 @@ class RowEngine:
         inputs = self.inputs
         if self.backend != "fused" or inputs.options.stats:
             return self.logps(slice(0, len(inputs.targets)))
-        from dpofast.kernels.linear_logprobs import linear_logprobs
+        from dpofast.kernels.exp_gemm import exp_gemm
 
-        logps, _ = linear_logprobs(
+        logps = exp_gemm(
             inputs.hidden, inputs.weight, inputs.targets, bias=inputs.bias, **inputs.options.kernel_arguments()
-        )
+        ).logps
         return [RowResult(logps, self.empty_sums(0)._replace(rescale=torch.zeros_like(logps)), {})]
 
     def keep(self, kept: KeptRows, rows: slice) -> list[RowResult]:
