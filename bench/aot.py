@@ -13,7 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dpofast.kernels import exp_gemm, exp_gemm_rows, exp_rows, linear_lse, preference, token_logprobs
+from dpofast.kernels import exp_gemm, exp_gemm_rows, exp_rows, linear_lse, preference, scale, token_logprobs
 from dpofast.kernels.linear_tiles import guess_tile, linear_tile, takes_descriptors
 from dpofast.kernels.row_parts import STATS
 from dpofast.kernels.tiles import COMPILE_OPTIONS, row_tile
@@ -72,13 +72,16 @@ class AotCase:
 
 def aot_cases(architecture: str) -> list[AotCase]:
     """Every kernel at every tile of one of TARGETS, with the dtypes and options that change what it compiles to."""
-    return [*_row_cases(TARGETS[architecture].backend), *_preference_cases(), *_linear_cases(architecture)]
+    backend = TARGETS[architecture].backend
+    return [*_row_cases(backend), *_scale_cases(backend), *_preference_cases(), *_linear_cases(architecture)]
 
 
 def _row_cases(backend: str) -> list[AotCase]:
     integers = dict.fromkeys(("stride_logits_n", "stride_exp_n", "stride_out_n", "V", "ignore_index"), "i32")
     floats = dict.fromkeys(("scale", "cap", "grad_scale"), "fp32")
-    vectors = dict.fromkeys(("logps_ptr", "row_max_ptr", "shift_ptr", "sum_exp_ptr", "grad_logps_ptr"), "*fp32")
+    vectors = dict.fromkeys(
+        ("logps_ptr", "row_max_ptr", "shift_ptr", "sum_exp_ptr", "rescale_ptr", "grad_logps_ptr"), "*fp32"
+    )
     stats = {f"{name}_ptr": "*i1" if name == "is_top1" else "*fp32" for name in STATS}
 
     def case(
@@ -117,6 +120,27 @@ def _row_cases(backend: str) -> list[AotCase]:
         case(gradient, "gradient bf16", {"logits_ptr": "*bf16", "out_ptr": "*bf16"}),
         case(gradient, "gradient fp32", {**wide, "out_ptr": "*fp32"}),
         case(gradient, "gradient fp32, all options", {**wide, "out_ptr": "*fp16", "bias_ptr": "*fp16"}, softcap=True),
+    ]
+
+
+def _scale_cases(backend: str) -> list[AotCase]:
+    rows, tensor = scale._scale_rows_kernel, scale._scale_kernel
+    integers = dict.fromkeys(("stride_out_n", "stride_rows_n", "D"), "i32")
+    tile = row_tile(1 << 17, backend)
+    block = {"BLOCK_D": tile.BLOCK_V}
+
+    def case(name: str, x: str, out: str) -> AotCase:
+        types = {"out_ptr": out, "rows_ptr": x, "coefficients_ptr": "*fp32", **integers}
+        ordered = {argument: types[argument] for argument in rows.arg_names if argument in types}
+        constants = {"stride_out_d": 1, "stride_rows_d": 1, **block}
+        return AotCase(f"scale rows {name}", rows, ordered, constants, (), tile.num_warps)
+
+    everything = {"values_ptr": "*bf16", "factor_ptr": "*fp32", "numel": "i32"}
+    return [
+        case("bf16", "*bf16", "*bf16"),
+        case("fp32 to bf16", "*fp32", "*bf16"),
+        AotCase("scale bf16", tensor, everything, block, (), tile.num_warps),
+        AotCase("scale bf16, 2**31 elements", tensor, {**everything, "numel": "i64"}, block, (), tile.num_warps),
     ]
 
 

@@ -96,12 +96,16 @@ class Cost(TorchDispatchMode):
             with self, torch.no_grad():
                 return parts(*args, **kwargs)
         result = func(*args, **kwargs)
-        if (left := _GEMMS.get(func.overloadpacket)) is not None:
-            *batch, rows, inner = args[left].shape
-            self.gemms[rows, inner, args[left + 1].shape[-1]] += math.prod(batch)
         # Arguments again: out= may have grown.
         self._follow((result, args, kwargs), counted=True)
+        self._ran(func, args, kwargs, result)
         return result
+
+    def _ran(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        """Count a basic operator that ran."""
+        if (product := gemm_shape(func, args)) is not None:
+            shape, batch = product
+            self.gemms[shape] += batch
 
     def _follow(self, tree: Any, *, counted: bool) -> None:
         for leaf in tree_leaves(tree):
@@ -134,6 +138,14 @@ class _Storage:
     alive: weakref.ref
     counted: bool
     bytes: int = 0
+
+
+def gemm_shape(func: Any, args: tuple[Any, ...]) -> tuple[tuple[int, int, int], int] | None:
+    """(M, K, N) and the batch of a matrix product; None for any other operator."""
+    if (left := _GEMMS.get(func.overloadpacket)) is None:
+        return None
+    *batch, rows, inner = args[left].shape
+    return (rows, inner, args[left + 1].shape[-1]), math.prod(batch)
 
 
 def _parts(func: Any, args: tuple[Any, ...]) -> Callable[..., Any] | None:

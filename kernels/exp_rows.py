@@ -35,8 +35,8 @@ from .row_parts import (
     fill_row,
     launch_rows,
     raw_logits,
+    row_options,
     scaled_logits,
-    scales,
     store_ignored,
 )
 from .tiles import check_tensor
@@ -112,6 +112,7 @@ def _exp_rows_kernel(
     logps_ptr,
     shift_ptr,
     sum_exp_ptr,
+    rescale_ptr,
     entropy_ptr,
     mean_logits_ptr,
     is_top1_ptr,
@@ -125,6 +126,7 @@ def _exp_rows_kernel(
     ignore_index,
     scale,
     cap,
+    grad_scale,
     BLOCK_V: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -134,7 +136,15 @@ def _exp_rows_kernel(
 
     if target == ignore_index:
         store_ignored(
-            row, logps_ptr, shift_ptr, sum_exp_ptr, entropy_ptr, mean_logits_ptr, is_top1_ptr, log_sum_sq_probs_ptr
+            row,
+            logps_ptr,
+            shift_ptr,
+            sum_exp_ptr,
+            rescale_ptr,
+            entropy_ptr,
+            mean_logits_ptr,
+            is_top1_ptr,
+            log_sum_sq_probs_ptr,
         )
         fill_row(exp_row_ptr, 0.0, stride_exp_v, V, BLOCK_V)
         return
@@ -182,6 +192,7 @@ def _exp_rows_kernel(
     tl.store(logps_ptr + row, z_target - shift - log_sum)
     tl.store(shift_ptr + row, shift)
     tl.store(sum_exp_ptr + row, sum_exp)
+    tl.store(rescale_ptr + row, -grad_scale / sum_exp)
     if entropy_ptr is not None:
         tl.store(entropy_ptr + row, log_sum - s_shift / sum_exp)
     if mean_logits_ptr is not None:
@@ -208,25 +219,26 @@ def exp_rows(
     temperature: float = 1.0,
     ignore_index: int = -100,
     stats: Sequence[str] = (),
+    out: TokenLogprobs | None = None,
 ) -> TokenLogprobs:
     """Compute what :func:`token_logprobs.token_logprobs` does with ``exp_out``, usually from one read of the logits.
 
     Args:
-        logits, targets, bias, logit_scale, softcap, temperature, ignore_index, stats: as in token_logprobs.
+        logits, targets, bias, logit_scale, softcap, temperature, ignore_index, stats, out: as in token_logprobs.
         exp_out: (N, V) float32 or bfloat16, any strides, in a storage other than the logits': receives E.
 
     Returns:
         :class:`TokenLogprobs`. row_max is the shift c, at most LIMIT below the row's largest z, and sum_exp is
-        Σ exp(z − c), the S of this E. token_logprobs_grad accepts both.
+        Σ exp(z − c), the S of this E and of rescale. token_logprobs_grad accepts both.
 
     Raises:
         ValueError: a shape, dtype, device, option or name of a statistic is wrong, or E shares the logits' storage.
     """
     check_rows(logits, targets, bias)
-    logit_map = scales(logit_scale, softcap, temperature)
+    row_map = row_options(logit_scale, softcap, temperature, ignore_index)
     check_tensor("exp_out", exp_out, logits.shape, (torch.float32, torch.bfloat16), logits.device)
-    if exp_out.untyped_storage().data_ptr() == logits.untyped_storage().data_ptr() and logits.numel():
+    if exp_out.untyped_storage()._cdata == logits.untyped_storage()._cdata and logits.numel():
         raise ValueError(
             "exp_out: expected a storage of its own, got the logits': use token_logprobs, which may overwrite them"
         )
-    return launch_rows(_exp_rows_kernel, logits, targets, bias, exp_out, stats, logit_map, ignore_index)
+    return launch_rows(_exp_rows_kernel, logits, targets, bias, exp_out, stats, row_map, out)

@@ -31,13 +31,20 @@ class TokenLogprobs(NamedTuple):
         row_max: m, the row's largest z; 0 where ignored; NaN if the row's z contain NaN or +inf or are all −inf, or if
             the target is out of range.
         sum_exp: S = Σ exp(z − m); 1 where ignored.
+        rescale: −(logit_scale / temperature) / S, which times g gives c of dx = c · E; 0 where ignored.
         stats: the requested statistics by name.
     """
 
     logps: torch.Tensor
     row_max: torch.Tensor
     sum_exp: torch.Tensor
+    rescale: torch.Tensor
     stats: dict[str, torch.Tensor]
+
+    def part(self, rows: slice) -> TokenLogprobs:
+        """The results of some of the rows, in the same memory."""
+        stats = {name: values[rows] for name, values in self.stats.items()}
+        return TokenLogprobs(self.logps[rows], self.row_max[rows], self.sum_exp[rows], self.rescale[rows], stats)
 
 
 @triton.jit
@@ -104,12 +111,21 @@ def fill_row(out_ptr, value, stride_v, V, BLOCK_V: tl.constexpr):
 
 @triton.jit
 def store_ignored(
-    row, logps_ptr, row_max_ptr, sum_exp_ptr, entropy_ptr, mean_logits_ptr, is_top1_ptr, log_sum_sq_probs_ptr
+    row,
+    logps_ptr,
+    row_max_ptr,
+    sum_exp_ptr,
+    rescale_ptr,
+    entropy_ptr,
+    mean_logits_ptr,
+    is_top1_ptr,
+    log_sum_sq_probs_ptr,
 ):
     """Store the results of an ignored row: sum_exp 1 and everything else 0."""
     tl.store(logps_ptr + row, 0.0)
     tl.store(row_max_ptr + row, 0.0)
     tl.store(sum_exp_ptr + row, 1.0)
+    tl.store(rescale_ptr + row, 0.0)
     if entropy_ptr is not None:
         tl.store(entropy_ptr + row, 0.0)
     if mean_logits_ptr is not None:
@@ -139,14 +155,19 @@ def check_stats(stats: Sequence[str]) -> None:
         raise ValueError(f"stats: expected names among {', '.join(STATS)}, got {', '.join(map(repr, unknown))}")
 
 
-def empty_result(logits: torch.Tensor, stats: Sequence[str]) -> TokenLogprobs:
-    """Allocate uninitialized results for the rows of logits."""
+def empty_result(rows: int, stats: Sequence[str], device: torch.device) -> TokenLogprobs:
+    """Allocate uninitialized results for that many rows.
+
+    Raises:
+        ValueError: a name of a statistic is unknown.
+    """
+    check_stats(stats)
 
     def per_row(dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.empty(logits.shape[0], dtype=dtype, device=logits.device)
+        return torch.empty(rows, dtype=dtype, device=device)
 
     values = {name: per_row(torch.bool if name == "is_top1" else torch.float32) for name in stats}
-    return TokenLogprobs(per_row(), per_row(), per_row(), values)
+    return TokenLogprobs(per_row(), per_row(), per_row(), per_row(), values)
 
 
 class LogitMap(NamedTuple):
@@ -172,6 +193,24 @@ def scales(logit_scale: float, softcap: float | None, temperature: float) -> Log
     return LogitMap(logit_scale / softcap, softcap / temperature)
 
 
+class RowOptions(NamedTuple):
+    """The last arguments of a row kernel: the target to ignore, the map from logits to z, and dz/dx without softcap."""
+
+    ignore_index: int
+    scale: float
+    cap: float | None
+    grad_scale: float
+
+
+def row_options(logit_scale: float, softcap: float | None, temperature: float, ignore_index: int) -> RowOptions:
+    """Return the RowOptions of these options.
+
+    Raises:
+        ValueError: an option is not finite, or temperature or softcap is not above 0.
+    """
+    return RowOptions(ignore_index, *scales(logit_scale, softcap, temperature), logit_scale / temperature)
+
+
 def run_rows(kernel: Any, logits: torch.Tensor, *arguments: Any) -> None:
     """Launch a kernel whose first argument is logits (N, V), with one program per row and the tile size for V."""
     tile = row_tile(logits.shape[1], backend_of(logits))
@@ -188,28 +227,32 @@ def launch_rows(
     bias: torch.Tensor | None,
     exp_out: torch.Tensor | None,
     stats: Sequence[str],
-    logit_map: LogitMap,
-    ignore_index: int,
+    options: RowOptions,
+    out: TokenLogprobs | None,
 ) -> TokenLogprobs:
-    """Allocate results and launch the forward kernel of token_logprobs.py or exp_rows.py, one program per row.
+    """Launch the forward kernel of token_logprobs.py or exp_rows.py, one program per row.
 
     Args:
         kernel: the kernel to launch.
         logits, targets, bias: already checked by check_rows; N may be 0.
         exp_out: (N, V) for E, or None.
         stats: names of statistics, checked here.
-        logit_map: the result of scales().
-        ignore_index: rows with this target are not read.
+        options: the result of row_options().
+        out: results to write, contiguous, as empty_result allocates them for N rows and these statistics; or None.
 
     Returns:
-        :class:`TokenLogprobs`.
+        ``out``, or new :class:`TokenLogprobs`.
 
     Raises:
-        ValueError: a name of a statistic is unknown.
+        ValueError: a name of a statistic is unknown, or ``out`` has other rows or statistics.
     """
-    check_stats(stats)
     N, V = logits.shape
-    result = empty_result(logits, stats)
+    result = empty_result(N, stats, logits.device) if out is None else out
+    if set(result.stats) != set(stats) or any(len(vector) != N for vector in result[:-1]):
+        raise ValueError(
+            f"out: expected results of {N} rows with statistics {sorted(stats)}, "
+            f"got {len(result.logps)} rows with {sorted(result.stats)}: allocate it by empty_result"
+        )
     if N == 0:
         return result
     run_rows(
@@ -217,15 +260,12 @@ def launch_rows(
         logits,
         bias.contiguous() if bias is not None else None,
         targets.contiguous(),
-        result.logps,
-        result.row_max,
-        result.sum_exp,
+        *result[:-1],
         *(result.stats.get(name) for name in STATS),
         exp_out,
         *logits.stride(),
         *(exp_out.stride() if exp_out is not None else (0, 0)),
         V,
-        ignore_index,
-        *logit_map,
+        *options,
     )
     return result

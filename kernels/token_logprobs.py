@@ -34,9 +34,9 @@ from .row_parts import (
     fill_row,
     launch_rows,
     raw_logits,
+    row_options,
     run_rows,
     scaled_logits,
-    scales,
     store_ignored,
 )
 from .tiles import check_tensor
@@ -89,6 +89,7 @@ def _token_logprobs_kernel(
     logps_ptr,
     row_max_ptr,
     sum_exp_ptr,
+    rescale_ptr,
     entropy_ptr,
     mean_logits_ptr,
     is_top1_ptr,
@@ -102,6 +103,7 @@ def _token_logprobs_kernel(
     ignore_index,
     scale,
     cap,
+    grad_scale,
     BLOCK_V: tl.constexpr,
 ):
     # Each of the BLOCK_V lanes has a running maximum and running sums, which are merged once per row, so the loop needs
@@ -112,7 +114,15 @@ def _token_logprobs_kernel(
 
     if target == ignore_index:
         store_ignored(
-            row, logps_ptr, row_max_ptr, sum_exp_ptr, entropy_ptr, mean_logits_ptr, is_top1_ptr, log_sum_sq_probs_ptr
+            row,
+            logps_ptr,
+            row_max_ptr,
+            sum_exp_ptr,
+            rescale_ptr,
+            entropy_ptr,
+            mean_logits_ptr,
+            is_top1_ptr,
+            log_sum_sq_probs_ptr,
         )
         if exp_ptr is not None:
             fill_row(exp_ptr + row * stride_exp_n, 0.0, stride_exp_v, V, BLOCK_V)
@@ -167,6 +177,7 @@ def _token_logprobs_kernel(
     tl.store(logps_ptr + row, z_target - row_max - log_sum)
     tl.store(row_max_ptr + row, row_max)
     tl.store(sum_exp_ptr + row, sum_exp)
+    tl.store(rescale_ptr + row, -grad_scale / sum_exp)
     if entropy_ptr is not None:
         tl.store(entropy_ptr + row, log_sum - tl.sum(e * (s_shift + clip(delta) * s), 0) / sum_exp)
     if mean_logits_ptr is not None:
@@ -248,6 +259,7 @@ def token_logprobs(
     ignore_index: int = -100,
     stats: Sequence[str] = (),
     exp_out: torch.Tensor | None = None,
+    out: TokenLogprobs | None = None,
 ) -> TokenLogprobs:
     """Log-probability of each row's target, optionally with statistics of the row and the row E of its gradient.
 
@@ -266,15 +278,17 @@ def token_logprobs(
             argmax of z, the first index among equal maxima), "log_sum_sq_probs" (log Σ p², nats).
         exp_out: (N, V), any of the three dtypes and any strides; receives E. May be ``logits`` itself but must not
             overlap it otherwise. E does not include the factor logit_scale / temperature of dx.
+        out: where to write the results, contiguous (:func:`row_parts.empty_result`, or a part of it); new ones if None.
 
     Returns:
         :class:`TokenLogprobs`.
 
     Raises:
-        ValueError: a shape, dtype, device, option or name of a statistic is not as above, or E might overflow exp_out.
+        ValueError: a shape, dtype, device, option or name of a statistic is not as above, or E might overflow exp_out,
+            or out is of other rows or statistics.
     """
     check_rows(logits, targets, bias)
-    logit_map = scales(logit_scale, softcap, temperature)
+    row_map = row_options(logit_scale, softcap, temperature, ignore_index)
     V = logits.shape[1]
     if exp_out is not None:
         check_tensor("exp_out", exp_out, logits.shape, FLOAT_DTYPES, logits.device)
@@ -282,7 +296,7 @@ def token_logprobs(
             raise ValueError(
                 f"exp_out: expected float32 or bfloat16 at V = {V}, since entries of E reach V − 1, got {exp_out.dtype}"
             )
-    return launch_rows(_token_logprobs_kernel, logits, targets, bias, exp_out, stats, logit_map, ignore_index)
+    return launch_rows(_token_logprobs_kernel, logits, targets, bias, exp_out, stats, row_map, out)
 
 
 def token_logprobs_grad(
@@ -322,7 +336,7 @@ def token_logprobs_grad(
     check_tensor("sum_exp", sum_exp, (N,), (torch.float32,), logits.device)
     check_tensor("grad_logps", grad_logps, (N,), FLOAT_DTYPES, logits.device)
     check_tensor("out", out, (N, V), FLOAT_DTYPES, logits.device)
-    logit_map = scales(logit_scale, softcap, temperature)
+    row_map = row_options(logit_scale, softcap, temperature, ignore_index)
     if N == 0:
         return out
     run_rows(
@@ -337,8 +351,6 @@ def token_logprobs_grad(
         *logits.stride(),
         *out.stride(),
         V,
-        ignore_index,
-        *logit_map,
-        logit_scale / temperature,
+        *row_map,
     )
     return out

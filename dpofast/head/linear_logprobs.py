@@ -9,7 +9,6 @@ from torch.distributed import ProcessGroup
 from dpofast import reference
 from dpofast.common.backend import choose_backend
 from dpofast.head.engine.dtypes import accumulate_dtype
-from dpofast.head.engine.plan import DEFAULT_LOGITS_BYTES
 from dpofast.head.linear_logprobs_op import per_token
 from dpofast.head.options import LogitOptions, LogprobOutput
 from dpofast.head.validate import (
@@ -54,9 +53,9 @@ def linear_logprobs(
         stats: names among "entropy", "mean_logits", "is_top1", "log_sum_sq_probs".
         process_group: weight and bias are this rank's rows of a head that is split over the vocabulary
             (vocab_parallel.py); hidden and targets are the same on every rank. A DTensor weight brings its own.
-        max_logits_bytes: room for logits and what is computed from them, default 1 GiB.
+        max_logits_bytes: room for logits and what is computed from them, default 1 GiB, on a GPU of 40 GB or more 4.
             Nothing else is alive at the same time but inputs, results, gradients, vectors of N, and: (N, D) for a
-            frozen head; a float32 (V, D) for a 16-bit head that trains and whose rows do not all fit at once.
+            frozen head; 4·V·D bytes for a 16-bit head that trains and whose rows do not all fit at once.
         backend: "auto" (Triton on a GPU, chunked torch elsewhere), "triton", "fused", "torch" or "reference". "fused"
             computes calls that need neither a gradient nor statistics (a reference pass, an evaluation) in one Triton
             kernel: no logit reaches memory, and beside the results only 8 bytes a row and split are allocated; every
@@ -75,7 +74,6 @@ def linear_logprobs(
     check_tensors(hidden=hidden, weight=weight, bias=bias, targets=targets)
     weight, bias, process_group = local_shards(weight, bias, process_group)
     hidden, weight, bias = autocast_inputs(hidden, weight, bias)
-    budget = DEFAULT_LOGITS_BYTES if max_logits_bytes is None else max_logits_bytes
     if process_group is not None:  # checks included: one that raised on one rank alone would hang the others
         logps, values = vocab_parallel_logprobs(
             hidden,
@@ -85,7 +83,7 @@ def linear_logprobs(
             options=options,
             process_group=process_group,
             backend=backend,
-            max_logits_bytes=budget,
+            max_logits_bytes=max_logits_bytes,
         )
         return LogprobOutput(logps, **values)
     check_head(hidden, weight, bias, targets)
@@ -93,7 +91,7 @@ def linear_logprobs(
     with torch.autocast(hidden.device.type, enabled=False):
         if chosen == "reference":
             return _reference_output(hidden, weight, bias, targets, options)
-        logps, values = per_token(hidden, weight, bias, targets, options, chosen, budget)
+        logps, values = per_token(hidden, weight, bias, targets, options, chosen, max_logits_bytes)
     return LogprobOutput(logps, **values)
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dpofast.common.autograd import check_derivatives, no_second_derivative
+from dpofast.common.backend import uses_triton
 from dpofast.head.engine import passes
 from dpofast.head.engine.interface import (
     HeadEngine,
@@ -23,7 +24,7 @@ from dpofast.head.engine.interface import (
     stat_dtype,
 )
 from dpofast.head.engine.make import make_engine
-from dpofast.head.engine.row_engine import scale_rows
+from dpofast.head.engine.rows import scale_rows
 from dpofast.head.operators import custom_operator, gradients_of
 from dpofast.head.options import STATS, LogitOptions
 from dpofast.head.validate import check_target_values
@@ -42,7 +43,7 @@ class LinearArguments(NamedTuple):
     ignore_index: int
     stats: str
     backend: str
-    max_logits_bytes: int
+    max_logits_bytes: int | None
     need_dh: bool
     need_dw: bool
     need_db: bool
@@ -103,7 +104,7 @@ def per_token(
     targets: Tensor,
     options: LogitOptions,
     backend: str,
-    max_logits_bytes: int,
+    max_logits_bytes: int | None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Log-probs (N,), differentiable, and the statistics that options name, (N,) each."""
     check_derivatives(hidden, weight, bias)
@@ -149,7 +150,7 @@ def _backward_run(
     coefficients = row_coefficients(upstream.grad_logps, sums.rescale, arguments.targets == arguments.ignore_index)
     if not arguments.needs.trains:
         dh = torch.empty_like(hidden)
-        scale_rows(dh, upstream.products, coefficients)
+        scale_rows(dh, upstream.products, coefficients, triton=uses_triton(arguments.backend))
         return dh, hidden.new_empty(0), hidden.new_empty(0)
     with torch.autocast(hidden.device.type, enabled=False):
         gradients = passes.backward(arguments.engine(with_stats=False), arguments.needs, coefficients, sums, kept)

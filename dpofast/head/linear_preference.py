@@ -11,7 +11,6 @@ from torch import Tensor
 
 from dpofast.common.backend import choose_backend
 from dpofast.common.constants import IGNORE_INDEX
-from dpofast.head.engine.plan import DEFAULT_LOGITS_BYTES
 from dpofast.head.linear_preference_op import PreferenceArguments, preference
 from dpofast.head.options import LogitOptions
 from dpofast.head.validate import autocast_inputs, check_head, check_tensors
@@ -74,7 +73,6 @@ def linear_preference_loss(
     if chosen == "reference":
         raise ValueError("backend: expected auto, triton or torch; the reference is preference_loss of linear_logprobs")
     divisor = len(pairs) if num_pairs is None else num_pairs
-    budget = DEFAULT_LOGITS_BYTES if max_logits_bytes is None else max_logits_bytes
     grad = torch.is_grad_enabled()
     arguments = PreferenceArguments(
         hidden,
@@ -93,7 +91,7 @@ def linear_preference_loss(
         softcap,
         ignore_index,
         chosen,
-        budget,
+        max_logits_bytes,
         *(grad and x is not None and x.requires_grad for x in (hidden, weight, bias)),
     )
     return PreferenceOutput(*preference(arguments, loss))

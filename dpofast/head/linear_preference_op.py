@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dpofast.common.autograd import ReverseModeFunction, check_derivatives, first_order_only, no_second_derivative
+from dpofast.common.backend import uses_triton
 from dpofast.head.engine.dtypes import accumulate_dtype
 from dpofast.head.engine.interface import Gradients, Needs
 from dpofast.head.linear_logprobs_op import fake_gradients
@@ -44,7 +45,7 @@ class PreferenceArguments(NamedTuple):
     softcap: float | None
     ignore_index: int
     backend: str
-    max_logits_bytes: int
+    max_logits_bytes: int | None
     need_dh: bool
     need_dw: bool
     need_db: bool
@@ -120,8 +121,18 @@ class LinearPreference(ReverseModeFunction):
         if not (grad_loss.is_cpu and grad_loss.item() == 1.0):
             for gradient in gradients:
                 if gradient is not None:
-                    gradient.mul_(grad_loss)
+                    _scale(gradient, grad_loss, ctx.call.backend)
         return (*gradients, None, None)
+
+
+def _scale(gradient: Tensor, factor: Tensor, backend: str) -> None:
+    """Multiply in place; the kernel writes nothing where the factor is 1."""
+    if not uses_triton(backend):
+        gradient.mul_(factor)
+        return
+    from dpofast.kernels.scale import scale
+
+    scale(gradient, factor)
 
 
 def _values_and_gradients(

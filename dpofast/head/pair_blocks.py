@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from dpofast.common.backend import uses_triton
 from dpofast.head.engine.interface import (
     Gradients,
     HeadEngine,
@@ -24,7 +25,7 @@ from dpofast.head.engine.interface import (
 )
 from dpofast.head.engine.make import make_engine
 from dpofast.head.engine.passes import accumulate, keep_and_recompute
-from dpofast.head.engine.row_engine import scale_rows
+from dpofast.head.engine.rows import scale_rows
 from dpofast.head.options import LogitOptions
 from dpofast.losses.coefficients import PairTerms, pair_terms
 from dpofast.losses.config import PreferenceLoss
@@ -44,7 +45,7 @@ class PairCall:
     totals: StepTotals
     options: LogitOptions
     backend: str
-    max_logits_bytes: int
+    max_logits_bytes: int | None
 
     def engine(self, inputs: HeadInputs, *, keep: bool, largest: int | None = None) -> HeadEngine:
         """The call's LM-head engine; keep and largest as in make_engine."""
@@ -106,7 +107,7 @@ def _with_frozen_head(inputs: HeadInputs, call: PairCall, needs: Needs) -> tuple
     products = torch.empty_like(hidden, dtype=inputs.narrow)
     terms, coefficients = _terms(concatenate(engine, engine.hidden_products(products)), call, block)
     dh = products if products.dtype == hidden.dtype else torch.empty_like(hidden)
-    scale_rows(dh, products, coefficients)
+    scale_rows(dh, products, coefficients, triton=uses_triton(call.backend))
     return terms, (dh, None, None)
 
 
@@ -158,6 +159,8 @@ def _index(inside: Tensor, like: Tensor) -> Tensor:
 
 def _concatenate_terms(parts: list[tuple[Tensor, PairTerms]], inputs: HeadInputs, call: PairCall) -> PairTerms:
     """The blocks' terms in the order of the sequences and pairs."""
+    if len(parts) == 1:
+        return parts[0][1]
 
     def joined(field: str, each_pair: bool) -> Tensor:
         values = [getattr(terms, field) for _, terms in parts]

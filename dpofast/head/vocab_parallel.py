@@ -7,6 +7,7 @@ all-gather of a few integers, after which all ranks go on or all raise. The comp
 from __future__ import annotations
 
 import zlib
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,8 +17,9 @@ from torch import Tensor
 from dpofast.common.autograd import ReverseModeFunction, check_derivatives, first_order_only
 from dpofast.common.backend import choose_backend
 from dpofast.head.engine import passes
+from dpofast.head.engine.device import head_device
 from dpofast.head.engine.interface import HeadInputs, KeptRows, Needs, RowSums, row_coefficients
-from dpofast.head.engine.plan import DEFAULT_LOGITS_BYTES
+from dpofast.head.engine.plan import default_logits_bytes
 from dpofast.head.engine.sharded_engine import ShardedEngine, VocabShard
 from dpofast.head.options import LogitOptions
 from dpofast.head.validate import check_head, check_target_values
@@ -72,7 +74,7 @@ def vocab_parallel_logprobs(
         chosen = _checked_backend(hidden, weight, targets, bias, backend)
     except (TypeError, ValueError) as error:
         problem = error
-    budget = DEFAULT_LOGITS_BYTES if max_logits_bytes is None else max_logits_bytes
+    budget = default_logits_bytes(hidden.device) if max_logits_bytes is None else max_logits_bytes
     same = {
         "hidden (N, D)": tuple(hidden.shape),
         "the dtype of hidden": hidden.dtype,
@@ -205,15 +207,17 @@ def _agree(
 ) -> VocabShard:
     """The one exchange of integers: every rank learns the shard sizes, and whether all may go on, or none."""
     digests = [zlib.crc32(repr(value).encode()) for value in same.values()]
-    rows = 0 if problem else weight.shape[0]
+    rows, device = 0 if problem else weight.shape[0], head_device(hidden.device)
     numbers = torch.tensor(
-        [problem is not None, rows, max_logits_bytes, *digests, 0], dtype=torch.int64, device=hidden.device
+        [problem is not None, rows, max_logits_bytes, device.multiprocessors, *digests, 0],
+        dtype=torch.int64,
+        device=hidden.device,
     )
     if problem is None:
         numbers[-1] = _fingerprint(targets)
     gathered = numbers.new_empty(group.size(), len(numbers))
     dist.all_gather(list(gathered.unbind()), numbers, group)
-    refused, sizes, budgets, *settings = gathered.t().tolist()
+    refused, sizes, budgets, multiprocessors, *settings = gathered.t().tolist()
     if problem is not None:
         raise problem
     if any(refused):
@@ -229,7 +233,8 @@ def _agree(
             )
     if sum(sizes) == 0:
         raise ValueError("weight: expected at least one row over all ranks of process_group, got none")
-    return VocabShard(group, group.rank(), tuple(sizes), min(budgets))
+    device = replace(device, multiprocessors=min(multiprocessors))
+    return VocabShard(group, group.rank(), tuple(sizes), min(budgets), device)
 
 
 def _fingerprint(targets: Tensor) -> Tensor:

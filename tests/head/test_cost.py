@@ -247,6 +247,7 @@ def engine_scaled_down(monkeypatch):
         "TILE_ROWS",
         "TILE_COLUMNS",
         "KEPT_ROWS",
+        "_DW_ROWS",
     ):
         monkeypatch.setattr(engine_plan, constant, max(1, getattr(engine_plan, constant) // SCALE))
 

@@ -10,7 +10,7 @@ from bench.cost import Cost
 from dpofast import reference
 from dpofast.common import backend as choices
 from dpofast.common.backend import choose_backend
-from dpofast.head.engine.plan import HeadPlan, even_rows
+from dpofast.head.engine.plan import HeadPlan, even_chunks, even_rows, total_bytes
 from dpofast.head.engine.row_engine import exp_rows_like
 from dpofast.head.linear_logprobs_op import linear_logprobs_op
 from tests.support.row_cases import head_inputs
@@ -60,6 +60,8 @@ def test_linear_logprobs_and_gradients_are_as_exact_as_the_framework(backend, dt
     assert relative_error(logps, truth) < 1e-6
     # A 16-bit model's E is rounded once to its dtype, so half a unit in the last place comes on top of the framework's.
     rounding = torch.finfo(dtype).eps if dtype == torch.bfloat16 else 1e-6
+    if backend != "torch" and device.type == "cpu":
+        rounding *= 2  # Triton's interpreter truncates E and dh, where a GPU rounds them
     for ours, own, true in zip(grads, own_grads, true_grads, strict=True):
         assert relative_error(ours, true) <= 2 * relative_error(own, true) + rounding
 
@@ -118,6 +120,18 @@ def test_even_rows_leave_no_short_tail(rows, most):
 
 
 @settings(max_examples=200)
+@given(start=st.integers(0, 50), rows=st.integers(0, 5000), most=st.integers(1, 1500))
+def test_even_chunks_are_the_fewest_and_of_one_size_up_to_128_rows(start, rows, most):
+    parts = even_chunks(start, start + rows, most)
+    sizes = [part.stop - part.start for part in parts]
+    assert [row for part in parts for row in range(part.start, part.stop)] == [*range(start, start + rows)]
+    assert len(parts) == -(-rows // most) and max(sizes, default=0) <= most
+    step = 128 if most % 128 == 0 else 1
+    assert max(sizes, default=0) - min(sizes, default=0) < 2 * step
+    assert all(size % step == 0 for size in sizes[:-1])
+
+
+@settings(max_examples=200)
 @given(
     rows_of_call=st.integers(0, 5000),
     vocab=st.integers(1, 200_000),
@@ -128,9 +142,12 @@ def test_even_rows_leave_no_short_tail(rows, most):
 )
 def test_plan_stays_inside_the_budget(rows_of_call, vocab, width, budget, dtype, keep):
     plan = HeadPlan.make(rows_of_call, torch.empty(vocab, width, dtype=dtype, device="meta"), budget, keep=keep)
-    tile = 2 if dtype == torch.bfloat16 else 0
-    used = plan.scratch_rows * vocab * (4 + tile) + plan.kept_rows * (vocab + width) * (tile or 4)
-    assert used <= budget
+    logits, exp = (4, 2) if dtype == torch.bfloat16 else (0, 4)
+    used = vocab * (plan.chunk_rows * logits + (plan.scratch_rows + plan.kept_rows) * exp)
+    # In place of a float32 dW, whose bytes a 16-bit head that trains may take beside the budget, E of all rows.
+    whole = keep and dtype.itemsize == 2 and plan.kept_rows == rows_of_call
+    assert used <= total_bytes(plan.buffers) <= budget + whole * 4 * vocab * width
+    assert plan.chunk_rows <= max(plan.kept_rows, plan.scratch_rows, 1)
     assert plan.kept_rows <= rows_of_call
     assert plan.scratch_rows > 0 or plan.kept_rows == rows_of_call
 

@@ -17,7 +17,7 @@ import torch
 
 from bench import kernel_report
 from bench.aot import TARGETS, aot_cases
-from dpofast.kernels import exp_gemm, exp_rows, preference, token_logprobs
+from dpofast.kernels import exp_gemm, exp_rows, preference, scale, token_logprobs
 from dpofast.kernels.linear_tiles import ARCHITECTURES, linear_tile, takes_descriptors
 from dpofast.kernels.tiles import row_tile
 
@@ -40,6 +40,8 @@ def compile_everything():
         lambda: token_logprobs.token_logprobs(ones[None], ones.long()),
         lambda: exp_rows.exp_rows(ones[None], ones.long(), exp_out=ones[None].clone()),
         lambda: token_logprobs.token_logprobs_grad(ones[None], ones.long(), ones, ones, ones, out=ones[None]),
+        lambda: scale.scale_rows(ones[None], ones[None], ones),
+        lambda: scale.scale(ones, ones[0]),
         lambda: exp_gemm.exp_gemm(ones[None], ones[None], ones.long()),
         lambda: preference.preference_sigmoid(ones, cu_targets, adjacency, beta=0.1),
     ):
@@ -114,10 +116,20 @@ def test_rows_are_read_and_written_16_bytes_at_a_time(report, target):
     assert ragged["wide_loads"] == 2 * 2 and ragged["wide_stores"] == 2
 
 
+@pytest.mark.parametrize("target", TARGETS)
+def test_rows_are_scaled_16_bytes_at_a_time(report, target):
+    facts = report[target]
+    for name, loads, stores in (("rows bf16", 1, 1), ("rows fp32 to bf16", 2, 1), ("bf16", 1, 1)):
+        assert (facts[f"scale {name}"]["wide_loads"], facts[f"scale {name}"]["wide_stores"]) == (loads, stores), name
+
+
 @pytest.mark.parametrize("target", NVIDIA)
 def test_the_assembler_keeps_the_16_byte_loads(report, target):
     for name, facts in report[target].items():
-        assert facts["wide_load_instructions"] == facts["wide_loads"], name
+        if name.startswith("scale rows"):  # it unrolls this loop
+            assert facts["wide_load_instructions"] >= facts["wide_loads"] > 0, name
+        else:
+            assert facts["wide_load_instructions"] == facts["wide_loads"], name
 
 
 @pytest.mark.parametrize("target", NVIDIA)
@@ -191,7 +203,7 @@ def test_the_next_product_starts_before_the_last_one_ends(report):
 
 def test_a_cpu_tensor_without_the_interpreter_is_refused(report):
     errors = sorted(report["cpu_errors"])
-    assert [error.partition(":")[0] for error in errors] == ["hidden", "logits", "logps"]
+    assert [error.partition(":")[0] for error in errors] == ["hidden", "logits", "logps", "rows", "values"]
     for error in errors:
         assert "expected a tensor on a GPU, got one on the CPU" in error and "TRITON_INTERPRET=1" in error
 

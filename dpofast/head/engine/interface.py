@@ -173,6 +173,8 @@ def row_coefficients(gradients: Tensor, rescale: Tensor, ignored: Tensor) -> Ten
 def concatenate(engine: HeadEngine, results: Sequence[RowResult]) -> RowResult:
     """The results of consecutive rows as one."""
     inputs = engine.inputs
+    if len(results) == 1:
+        return results[0]
     if not results:
         stats = {name: inputs.hidden.new_empty(0, dtype=stat_dtype(name, inputs.wide)) for name in inputs.options.stats}
         return RowResult(inputs.hidden.new_empty(0, dtype=inputs.wide), engine.empty_sums(0), stats)

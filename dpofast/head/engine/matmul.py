@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dpofast.head.engine.device import head_device
 from dpofast.head.engine.dtypes import accumulate_dtype
 from dpofast.head.engine.plan import chunks
 
@@ -18,7 +19,7 @@ def logits_into(out: Tensor, hidden: Tensor, weight: Tensor, upcast_rows: int) -
     """out (R, V) = hidden (R, D) · weight (V, D)ᵀ, accumulated and written in out's float32 or float64."""
     if hidden.dtype == out.dtype:
         torch.mm(hidden, weight.t(), out=out)
-    elif hidden.is_cuda:
+    elif head_device(hidden.device).widens:
         torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out)
     else:
         wide = hidden.to(out.dtype)
@@ -33,7 +34,7 @@ def add_transposed_product(total: Tensor, rows: Tensor, scaled: Tensor, upcast_r
     """
     if rows.dtype == total.dtype:
         torch.mm(rows.t(), scaled, out=total) if first else total.addmm_(rows.t(), scaled)
-    elif rows.is_cuda and rows.dtype.itemsize < total.dtype.itemsize:
+    elif head_device(rows.device).widens and rows.dtype.itemsize < total.dtype.itemsize:
         if first:
             torch.mm(rows.t(), scaled, out_dtype=total.dtype, out=total)
         else:
@@ -55,24 +56,16 @@ def add_transposed_product(total: Tensor, rows: Tensor, scaled: Tensor, upcast_r
             first = False
 
 
-def product_into(
-    out: Tensor, rows: Tensor, weight: Tensor, upcast_rows: int, coefficients: Tensor | None = None
-) -> None:
-    """out (R, D) = coefficients (R,) ⊙ (rows (R, V) · weight (V, D)), the product in rows' dtype.
+def product_into(out: Tensor, rows: Tensor, weight: Tensor, upcast_rows: int) -> None:
+    """out (R, D) = rows (R, V) · weight (V, D), in rows' dtype, or in a wider one where the device's products widen.
 
-    The product is scaled before it is rounded to out's dtype, but on the CPU where all three are 16-bit. Where the
-    weight is narrower than rows, a block of it at a time is upcast.
+    Where the weight is narrower than rows, a block of it at a time is upcast.
     """
     if rows.dtype == weight.dtype == out.dtype:
-        if coefficients is not None and rows.is_cuda and rows.dtype != accumulate_dtype(rows.dtype):
-            wide = torch.mm(rows, weight, out_dtype=accumulate_dtype(rows.dtype))
-            torch.mul(wide, coefficients.unsqueeze(1), out=out)
-            return
         torch.mm(rows, weight, out=out)
-        if coefficients is not None:
-            out.mul_(coefficients.unsqueeze(1))
-        return
-    total = torch.zeros_like(out, dtype=rows.dtype)
-    for block in chunks(0, weight.shape[0], upcast_rows):
-        total.addmm_(rows[:, block], weight[block].to(rows.dtype))
-    out.copy_(total if coefficients is None else total.mul_(coefficients.unsqueeze(1)))
+    elif rows.dtype == weight.dtype:
+        torch.mm(rows, weight, out_dtype=out.dtype, out=out)
+    else:
+        out.zero_()
+        for block in chunks(0, weight.shape[0], upcast_rows):
+            out.addmm_(rows[:, block], weight[block].to(rows.dtype))

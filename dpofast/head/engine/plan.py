@@ -7,6 +7,8 @@ buffers (Buffer) that the error message prints if the budget is too small.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -14,12 +16,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dpofast.head.engine.device import HeadDevice, head_device
 from dpofast.head.engine.dtypes import accumulate_dtype, exp_dtype
 from dpofast.head.options import LogitOptions
 
 # Default of max_logits_bytes, for logits and what is computed from them. On a CPU, half of it makes linear_logprobs
 # with a trained head 10 % slower (N = 2,048, V = 151,936: fewer rows of E are kept), linear_preference_loss 1 %.
 DEFAULT_LOGITS_BYTES = 1 << 30
+# The same on a GPU with at least this much memory, so that a 16-bit dW is written once as often as possible.
+_LARGE_LOGITS_BYTES, _LARGE_MEMORY = 4 << 30, 39 * 10**9
 
 # Rows whose temporaries (softcap's derivative, a statistic's product) exist at the same time, where memory allows.
 TEMPORARY_ROWS = 32
@@ -32,6 +37,12 @@ _COLUMN_MULTIPLE = 16
 # HeadPlan. A product packs the whole head first, whatever its rows: on a CPU that costs a tenth at 512 rows, so more
 # are taken.
 SCRATCH_ROWS, _CPU_SCRATCH_ROWS = 512, 2048
+# A GPU's product is made of tiles of so many results, one a multiprocessor at a time: of this many rounds the last one,
+# on average half empty, costs 1 %. Below this width D a round is so short that the start of the product counts too.
+_GEMM_TILE, _ROUNDS, _WIDE = 128 * 256, 48, 1024
+# To read and write a float32 dW takes a GPU as long as to compute the logits of about this many rows again: 8·V·D bytes
+# at 2.7 TB/s, 2·V·D operations a row at 800 TFLOP/s.
+_DW_ROWS = 1200
 # Rows of the (V, D) factor that are upcast together where they have to be, and where memory allows.
 _UPCAST_ROWS = 1024
 
@@ -72,6 +83,21 @@ def even_rows(rows: int, most: int) -> int:
     even = -(-rows // -(-rows // most))
     rounded = -(-even // _ROW_MULTIPLE) * _ROW_MULTIPLE
     return rounded if rounded <= most else even
+
+
+def even_chunks(start: int, stop: int, most: int) -> list[slice]:
+    """Divide [start, stop) into the fewest slices of at most `most` rows: equal ones, up to 128 rows."""
+    rows, most = stop - start, max(most, 1)
+    count = -(-rows // most)
+    step = _ROW_MULTIPLE if most % _ROW_MULTIPLE == 0 else 1
+    steps = -(-rows // step)
+    bounds = [min(start + steps * number // count * step, stop) for number in range(count + 1)] if count else []
+    return [slice(at, end) for at, end in itertools.pairwise(bounds)]
+
+
+def default_logits_bytes(device: torch.device) -> int:
+    """max_logits_bytes where none is given: 1 GiB, on a GPU of 40 GB or more 4 GiB."""
+    return _LARGE_LOGITS_BYTES if head_device(device).memory_bytes >= _LARGE_MEMORY else DEFAULT_LOGITS_BYTES
 
 
 def chunks(start: int, stop: int, size: int) -> list[slice]:
@@ -139,21 +165,21 @@ class _HeadBuffers(_Buffers):
             *self.bias_gradient(),
         ]
 
-    def copied(self, rows: int) -> list[Buffer]:
-        """A product of a 16-bit weight before it is rounded."""
-        narrower = self.dtype.itemsize < self.wide.itemsize
-        return [Buffer("product before it is rounded", rows, self.width, self.wide)] if narrower else []
+    @property
+    def is_apart(self) -> bool:
+        """Whether E has a buffer of its own, narrower than the logits that it is made of; else it overwrites them."""
+        return self.narrow.itemsize < self.wide.itemsize
 
-    def scratch(self, rows: int) -> list[Buffer]:
-        """What `rows` rows that are not kept need."""
-        return self.logits(rows, self.vocab) + self.copied(rows) + self._scaled_hidden(rows)
+    def logits(self, rows: int) -> list[Buffer]:  # type: ignore[override]
+        """Rows of logits where they are not E's buffer."""
+        return [Buffer("logits", rows, self.vocab, self.wide)] if self.is_apart else []
 
-    def kept(self, rows: int) -> list[Buffer]:
-        """What `rows` kept rows of E need: dW's product takes them all at once."""
-        return [Buffer("kept rows of E", rows, self.vocab, self.narrow), *self._scaled_hidden(rows)]
-
-    def _scaled_hidden(self, rows: int) -> list[Buffer]:
-        return [Buffer("c ⊙ h", rows, self.width, self.narrow)] if self.keep else []
+    def exp(self, name: str, rows: int) -> list[Buffer]:
+        """Rows of E, and what their products need: both take all these rows at once."""
+        buffers = [Buffer(name, rows, self.vocab, self.narrow)]
+        if self.dtype.itemsize < self.wide.itemsize:
+            buffers.append(Buffer("product before it is rounded", rows, self.width, self.wide))
+        return buffers + ([Buffer("c ⊙ h", rows, self.width, self.narrow)] if self.keep else [])
 
 
 @dataclass(frozen=True)
@@ -162,10 +188,10 @@ class HeadPlan:
 
     Attributes:
         kept_rows: rows of E that are kept at a time until their coefficients are known.
-        scratch_rows: rows of logits that are scratch.
+        scratch_rows: rows of E that are scratch: of a frozen head, or computed again. Their products take all at once.
         upcast_rows: rows of the weight that are copied in float32 at once, where a product needs that.
         temporary_rows: rows of the vocabulary that the row work copies at once.
-        chunk_rows: rows that go through the scratch, or straight into the kept rows, at a time.
+        chunk_rows: rows of logits that exist at a time.
         buffers: what the plan allocates; at most max_logits_bytes together.
     """
 
@@ -186,12 +212,14 @@ class HeadPlan:
         largest: int | None = None,
         temporaries: int = 0,
         vocab: int | None = None,
+        device: HeadDevice | None = None,
     ) -> HeadPlan:
         """Split the byte budget.
 
         Counted are the logits, E, and what the products and the row work allocate beside them: nothing of the head is
-        alive beyond the budget but inputs, returned gradients, E·W (N, D) of a frozen head, the float32 dW of a 16-bit
-        head that several blocks of rows are added to, and vectors of N elements.
+        alive beyond the budget but inputs, returned gradients, E·W (N, D) of a frozen head, vectors of N elements, and
+        for a 16-bit head that trains 4·V·D bytes: a float32 dW that several blocks of rows are added to, or in its
+        place rows of E, where all of them fit then and dW is written once.
 
         Args:
             rows: those of the call.
@@ -201,47 +229,69 @@ class HeadPlan:
             largest: the most rows that must be kept at the same time, None for all.
             temporaries: blocks of temporary_rows that the row work needs at the same time.
             vocab: V where it is not the weight's (a larger shard of another rank).
+            device: where it is not the weight's (ranks that share a head cut the same chunks).
 
         Raises:
             ValueError: the budget does not hold a single row.
         """
         dtype, width, most = weight.dtype, weight.shape[1], max_logits_bytes
-        at_once = _CPU_SCRATCH_ROWS if weight.device.type == "cpu" else SCRATCH_ROWS
+        device = head_device(weight.device) if device is None else device
         columns = buffer_columns(weight.shape[0] if vocab is None else vocab, weight.device)
         counted = _HeadBuffers(columns, width, dtype, keep)
-        wide, narrower = counted.wide.itemsize, counted.narrow.itemsize < counted.wide.itemsize
+        wide = counted.wide.itemsize
         # CUDA's products widen their result themselves; E in float32 beside a float16 weight needs a copy there too.
-        upcasts = dtype.itemsize < wide and not (weight.is_cuda and narrower)
+        upcasts = dtype.itemsize < wide and not (device.widens and counted.is_apart)
         upcast = min(_UPCAST_ROWS, columns, max(1, most // (32 * wide * max(width, _UPCAST_ROWS)))) if upcasts else 0
         # db adds E up in float32, from a copy of a few rows.
-        temporaries = max(temporaries, int(keep and narrower))
+        temporaries = max(temporaries, int(keep and counted.is_apart))
         temporary = min(TEMPORARY_ROWS, max(1, most // (32 * wide * columns * max(temporaries, 1))))
 
         fixed = counted.fixed(upcast, temporary * temporaries)
-        scratch_bytes, kept_bytes = total_bytes(counted.scratch(1)), total_bytes(counted.kept(1))
-        copied_bytes = total_bytes(counted.copied(1))
+        chunk_bytes, exp_bytes = total_bytes(counted.logits(1)), total_bytes(counted.exp("E", 1))
         room = most - total_bytes(fixed)
-        if room < scratch_bytes:
-            least = [*counted.scratch(1), *fixed]
+        if room < chunk_bytes + exp_bytes:
+            least = [*counted.logits(1), *counted.exp("E", 1), *fixed]
             raise _too_few_bytes(columns, total_bytes(least), most, least)
 
-        def plan(kept_rows: int, scratch_rows: int, chunk_rows: int) -> HeadPlan:
-            scratch = counted.scratch(scratch_rows) if scratch_rows else counted.copied(chunk_rows)
-            buffers = (*fixed, *scratch, *(counted.kept(kept_rows) if keep else ()))
-            return HeadPlan(kept_rows, scratch_rows, upcast, temporary, chunk_rows, buffers)
+        # Half of the rows that would fit if all logits were there at once leave most of the room to E.
+        affordable = room // (chunk_bytes + exp_bytes)
+        chunk = _aligned(min(max(rows, 1), _chunk_rows(device, columns, width), max(1, affordable // 2)))
+        fitting = (room - chunk * chunk_bytes) // exp_bytes
+        accumulator = wide * (weight.shape[0] if vocab is None else vocab) * width if dtype.itemsize < wide else 0
 
-        affordable = room // scratch_bytes
+        def plan(kept_rows: int, scratch_rows: int, chunk_rows: int) -> HeadPlan:
+            buffers = [*fixed, *counted.logits(chunk_rows), *counted.exp("E", scratch_rows)]
+            buffers += counted.exp("kept rows of E", kept_rows) if keep else []
+            return HeadPlan(kept_rows, scratch_rows, upcast, temporary, chunk_rows, tuple(buffers))
+
         if not keep:
-            scratch_rows = even_rows(rows, min(affordable, at_once))
-            return plan(0, scratch_rows, scratch_rows)
-        # Logits become E where they are, so where all rows fit there is no scratch.
-        needed = rows if largest is None else largest
-        if not narrower and needed * kept_bytes + min(needed, at_once) * copied_bytes <= room:
-            kept_rows = min(rows, max(needed, (room - at_once * copied_bytes) // kept_bytes))
-            return plan(kept_rows, 0, even_rows(kept_rows, at_once))
-        scratch_rows = even_rows(rows, min(SCRATCH_ROWS, max(1, affordable // 2)))
-        kept_rows = min(rows, (room - scratch_rows * scratch_bytes) // kept_bytes)
-        return plan(kept_rows, scratch_rows, scratch_rows)
+            # A CPU gains nothing by more rows than go through the products at their best.
+            scratch = chunk if device.kind == "cpu" else even_rows(rows, _aligned(fitting))
+            return plan(0, scratch, min(chunk, scratch))
+        if (rows - fitting) * exp_bytes <= accumulator:
+            return plan(rows, 0, chunk)
+        if largest is not None and largest <= fitting:
+            return plan(max(largest, _aligned(fitting)), 0, chunk)
+        # With few rows computed again at a time dW is read and written often, with many fewer of them are kept: at
+        # r rows it is (rows - fitting)/r times the cost of _DW_ROWS rows, and r more rows are computed again.
+        best = math.isqrt(_DW_ROWS * (rows - fitting))
+        scratch = _aligned(max(1, min(fitting // 2, max(chunk, best))))
+        return plan(_aligned(fitting) - scratch, scratch, min(chunk, scratch))
+
+
+def _aligned(rows: int) -> int:
+    """The largest multiple of 128 in so many rows, where there is one."""
+    return rows - rows % _ROW_MULTIPLE if rows > _ROW_MULTIPLE else rows
+
+
+def _chunk_rows(device: HeadDevice, vocab: int, width: int) -> int:
+    """Rows of logits that make an efficient product: 2,048 on an H100 at V = 128,256."""
+    if device.kind == "cpu":
+        return _CPU_SCRATCH_ROWS
+    if not device.multiprocessors:
+        return SCRATCH_ROWS
+    rows = _ROUNDS * max(1.0, _WIDE / width) * device.multiprocessors * _GEMM_TILE / vocab
+    return max(_ROW_MULTIPLE, 1 << math.ceil(math.log2(rows)))
 
 
 @dataclass(frozen=True)

@@ -11,33 +11,58 @@ head in tiles of the vocabulary (online_softmax.py).
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from dpofast.head.engine.interface import RowResult, RowSums
-from dpofast.head.engine.plan import CACHE_BYTES, chunks
+from dpofast.head.engine.plan import CACHE_BYTES, SCRATCH_ROWS, chunks
 from dpofast.head.options import LogitOptions
+
+if TYPE_CHECKING:
+    from dpofast.kernels.row_parts import TokenLogprobs
 
 
 def kernel_rows(
-    logits: Tensor, bias: Tensor | None, targets: Tensor, options: LogitOptions, *, exp_out: Tensor | None
-) -> RowResult:
-    """Log-probs of raw logits (R, V), float32, by kernels/: contiguous rows.
+    logits: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    options: LogitOptions,
+    *,
+    exp_out: Tensor | None,
+    out: TokenLogprobs,
+) -> None:
+    """Write log-probs, rescale and statistics of raw logits (R, V), float32, to out, by kernels/: contiguous rows.
 
-    exp_out (R, V) receives E, and zeros in rows of ignored targets: logits itself, or a buffer of its own in float32 or
-    bfloat16. RowBuffers allocates it in exp_dtype, which is never float16.
+    exp_out (R, V) receives E, and zeros in rows of ignored targets: logits itself, or a buffer of its own in bfloat16.
+    RowBuffers allocates it in exp_dtype, which is never float16.
     """
     from dpofast.kernels.exp_rows import exp_rows
     from dpofast.kernels.token_logprobs import token_logprobs
 
+    arguments = {"bias": bias, "stats": options.stats, "out": out, **options.kernel_arguments()}
     # Where E replaces the logits a row must be read twice.
-    apart = exp_out is not None and exp_out.data_ptr() != logits.data_ptr()
-    function = exp_rows if apart else token_logprobs
-    arguments = {"bias": bias, "stats": options.stats, "exp_out": exp_out, **options.kernel_arguments()}
-    rows = function(logits, targets, **arguments)
-    rescale = torch.where(targets == options.ignore_index, 0.0, -options.gradient_scale / rows.sum_exp)
-    nothing = rescale.new_empty(0)
-    return RowResult(rows.logps, RowSums(rescale, nothing, nothing, nothing), rows.stats)
+    if exp_out is not None and exp_out.dtype != logits.dtype:
+        exp_rows(logits, targets, exp_out=exp_out, **arguments)
+    else:
+        token_logprobs(logits, targets, exp_out=exp_out, **arguments)
+
+
+def scale_rows(out: Tensor, rows: Tensor, coefficients: Tensor, *, triton: bool, zero: bool = False) -> None:
+    """out (R, D) <- coefficients (R,) ⊙ rows (R, D), possibly in place.
+
+    zero: a row whose coefficient is 0 becomes 0 whatever it holds, as an ignored row's hidden may be NaN; elsewhere
+    such rows are finite.
+    """
+    if triton:
+        from dpofast.kernels import scale
+
+        scale.scale_rows(out, rows, coefficients)
+        return
+    for part in chunks(0, len(rows), SCRATCH_ROWS):  # of torch's own copies
+        torch.mul(rows[part], coefficients[part].unsqueeze(1), out=out[part])
+    if zero:
+        out.masked_fill_(coefficients.unsqueeze(1) == 0, 0.0)
 
 
 def torch_rows(x: Tensor, targets: Tensor, options: LogitOptions, *, exp: bool) -> tuple[Tensor, Tensor]:

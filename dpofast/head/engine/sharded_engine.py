@@ -25,12 +25,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dpofast import reference
+from dpofast.head.engine.device import HeadDevice
 from dpofast.head.engine.interface import Gradients, HeadInputs, KeptRows, Needs, RowResult, RowSums
-from dpofast.head.engine.matmul import logits_into
+from dpofast.head.engine.matmul import logits_into, product_into
 from dpofast.head.engine.online_softmax import rescale_factor
-from dpofast.head.engine.plan import HeadPlan, chunks
-from dpofast.head.engine.row_engine import RowBuffers, RowGradients, hidden_product, scale_rows
-from dpofast.head.engine.rows import scale_in_place
+from dpofast.head.engine.plan import HeadPlan, chunks, even_chunks
+from dpofast.head.engine.row_engine import RowBuffers, RowGradients
+from dpofast.head.engine.rows import scale_in_place, scale_rows
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,14 @@ class VocabShard:
         rank: this process's rank in it.
         sizes: V_r of every rank.
         max_logits_bytes: the least of all ranks'.
+        device: what the plan knows of the device: the fewest multiprocessors of all ranks'.
     """
 
     group: dist.ProcessGroup
     rank: int
     sizes: tuple[int, ...]
     max_logits_bytes: int
+    device: HeadDevice
 
     @property
     def offset(self) -> int:
@@ -74,6 +77,7 @@ class ShardedEngine:
             keep=keep,
             temporaries=_temporaries(inputs, backend),
             vocab=max(shard.sizes),
+            device=shard.device,
         )
         self._buffers = RowBuffers(inputs, self.plan)
         self.size = inputs.weight.shape[0]
@@ -96,13 +100,12 @@ class ShardedEngine:
 
     def remaining_chunks(self, start: int, stop: int) -> list[slice]:
         """Rows [start, stop), which are not kept, in chunks that fit the scratch."""
-        return chunks(start, stop, self.plan.scratch_rows)
+        return even_chunks(start, stop, self.plan.scratch_rows)
 
     def logps(self, rows: slice) -> list[RowResult]:
         """Log-probs of any number of consecutive rows, without E: all their sums are gathered at once."""
         sums = []
-        for part in self.remaining_chunks(rows.start, rows.stop):
-            z = self._buffers.logits(part)
+        for part, z in self._buffers.logits(rows):
             self._logits_into(part, z)
             sums.append(self._local_sums(part, z))
         return [self._result(rows, self._gathered(torch.cat(sums, dim=1)))] if sums else []
@@ -113,7 +116,7 @@ class ShardedEngine:
 
     def keep(self, kept: KeptRows, rows: slice) -> list[RowResult]:
         """Write E of any number of rows into the first rows of kept, a chunk at a time."""
-        return [self._with_exp(*chunk) for chunk in self._buffers.kept_chunks(kept, rows)]
+        return self._with_exp(rows, kept.exp)
 
     def hidden_products(self, products: Tensor) -> list[RowResult]:
         """Write this rank's own E·W into products (N, D).
@@ -124,15 +127,17 @@ class ShardedEngine:
         results = []
         for rows in self.remaining_chunks(0, len(self.inputs.targets)):
             exp = self._buffers.exp(rows)
-            results.append(self._with_exp(rows, self._buffers.logits(rows), exp))
-            hidden_product(products[rows], exp, self.inputs.weight, self.plan)
+            results += self._with_exp(rows, exp)
+            product_into(products[rows], exp, self.inputs.weight, self.plan.upcast_rows)
         return results
 
     def recomputed_exp(self, rows: slice, sums: RowSums) -> Tensor:
         """E of at most scratch_rows rows, in the scratch: valid until the next call. No collective."""
-        z, exp = self._buffers.logits(rows), self._buffers.exp(rows)
-        self._logits_into(rows, z)
-        self._exp_into(exp, rows, z, sums.row_max, sums.sum_exp)
+        exp = self._buffers.exp(rows)
+        for part, z, here in self._buffers.logits_and_exp(rows, exp):
+            self._logits_into(part, z)
+            known = sums.part(slice(part.start - rows.start, part.stop - rows.start))
+            self._exp_into(here, part, z, known.row_max, known.sum_exp)
         return exp
 
     def gradients(self, needs: Needs) -> ShardedGradients:
@@ -144,11 +149,14 @@ class ShardedEngine:
         dist.all_reduce(dh, group=self.shard.group)
         return dh.to(self.inputs.hidden.dtype)
 
-    def _with_exp(self, rows: slice, z: Tensor, exp: Tensor) -> RowResult:
-        self._logits_into(rows, z)
-        result = self._result(rows, self._gathered(self._local_sums(rows, z)))
-        self._exp_into(exp, rows, z, result.sums.row_max, result.sums.sum_exp)
-        return result
+    def _with_exp(self, rows: slice, exp: Tensor) -> list[RowResult]:
+        """The results of rows, a chunk at a time, and their E in the first rows of exp."""
+        results = []
+        for part, z, here in self._buffers.logits_and_exp(rows, exp):
+            self._logits_into(part, z)
+            results.append(self._result(part, self._gathered(self._local_sums(part, z))))
+            self._exp_into(here, part, z, results[-1].sums.row_max, results[-1].sums.sum_exp)
+        return results
 
     def _logits_into(self, rows: slice, out: Tensor) -> None:
         """Write z in torch, and for the kernels raw logits, which they scale on the way in."""
@@ -239,7 +247,10 @@ class ShardedEngine:
         row_max, sum_exp, target, *stats = gathered.masked_fill(self.ignored[rows], 0.0).unbind()
         logps = (target - row_max - sum_exp.log()).masked_fill_(self.ignored[rows], 0.0)
         rescale = torch.full_like(row_max, -1.0).masked_fill_(self.ignored[rows], 0.0)
-        values = {name: value > 0.5 if name == "is_top1" else value for name, value in zip(names, stats, strict=True)}
+        # Copies: the caller's own, beside the views that backward needs.
+        values = {
+            name: value > 0.5 if name == "is_top1" else value.clone() for name, value in zip(names, stats, strict=True)
+        }
         return RowResult(logps, RowSums(rescale, logps.new_empty(0), row_max, sum_exp), values)
 
     def _exp_into(self, out: Tensor, rows: slice, z: Tensor, row_max: Tensor, sum_exp: Tensor) -> None:
@@ -287,8 +298,8 @@ class ShardedGradients:
             self._own.add_exp(rows, exp, coefficients)
         if self.dh is not None:
             product = torch.empty_like(engine.inputs.hidden[rows], dtype=engine.inputs.narrow)
-            hidden_product(product, exp, engine.inputs.weight, engine.plan)
-            scale_rows(self.dh[rows], product, coefficients, engine.plan.chunk_rows)
+            product_into(product, exp, engine.inputs.weight, engine.plan.upcast_rows)
+            scale_rows(self.dh[rows], product, coefficients, triton=engine.triton)
 
     def finish(self) -> Gradients:
         """dh of all ranks, and dW and db of this one's rows; None where not needed. A collective where dh is needed."""
