@@ -375,6 +375,7 @@ def exp_gemm(
     softcap: float | None = None,
     temperature: float = 1.0,
     ignore_index: int = -100,
+    out: ExpGemm | None = None,
     splits: int | None = None,
     tile: LinearTile | None = None,
     descriptors: bool | None = None,
@@ -393,6 +394,7 @@ def exp_gemm(
         bias: b, (V,) in any of the three dtypes.
         logit_scale, softcap, temperature: the maps from x to z (module docstring), finite, the latter two above 0.
         ignore_index: rows with this target get 0, in E too, even if their hidden states contain NaN.
+        out: receives the results, each (N,) float32 and contiguous; None: new tensors.
         splits: programs that share the vocabulary of one row tile, at least 1; None chooses by shapes and device.
         tile: block sizes; None takes them from the table in linear_tiles.py.
         descriptors: load and store through tensor descriptors; None: if takes_descriptors says so and all rows, those
@@ -414,7 +416,9 @@ def exp_gemm(
             raise ValueError(f"exp_out: expected rows with a column stride of 1, got strides {exp_out.stride()}")
     hidden, weight = (rows if rows.stride(1) == 1 else rows.contiguous() for rows in (hidden, weight))
     new = hidden.new_empty
-    result = ExpGemm(*(new(N, dtype=torch.float32) for _ in range(3)))
+    result = ExpGemm(*(new(N, dtype=torch.float32) for _ in range(3))) if out is None else out
+    for name, values in zip(ExpGemm._fields, result, strict=True):
+        check_tensor(f"out.{name}", values, (N,), (torch.float32,), hidden.device)
     if N == 0:
         return result
     launch = LinearLaunch.make(

@@ -212,11 +212,11 @@ class LinearLaunch:
 
 
 def _default_splits(hidden: torch.Tensor, vocab_size: int, tile: LinearTile) -> int:
-    """vocab_splits for the device of ``hidden``; 1 in the interpreter, which runs programs sequentially.
+    """vocab_splits for the device of ``hidden``; 1 in the interpreter, which runs programs sequentially, and on meta.
 
     A program's 8 warps use most registers of a multiprocessor, so each multiprocessor runs one program at a time.
     """
-    if hidden.device.type == "cpu":
+    if hidden.device.type in ("cpu", "meta"):
         return 1
     properties = getattr(torch, hidden.device.type).get_device_properties(hidden.device)
     processors = getattr(properties, "multi_processor_count", None) or properties.gpu_subslice_count

@@ -29,7 +29,7 @@ _NEAR = {"rows": 4.0, "width": 1.5, "vocab": 2.0}
 
 @dataclass(frozen=True)
 class HeadCall:
-    """A call of the LM head: mode, one of MODES (which gradients it needs), N, D, V and the dtype of head and hidden."""
+    """A call of the LM head: one of MODES (which gradients it needs), N, D, V, and the dtype of head and hidden."""
 
     mode: str
     rows: int

@@ -153,8 +153,11 @@ class _Buffers:
         return [Buffer("db before it is rounded", 1, self.vocab, self.wide)] if self.keep else []
 
 
+@dataclass(frozen=True)
 class _HeadBuffers(_Buffers):
-    """What HeadPlan counts."""
+    """What HeadPlan counts. fused: logits are in no buffer."""
+
+    fused: bool = False
 
     def fixed(self, upcast: int, temporary_rows: int) -> list[Buffer]:
         """What does not grow with the rows: copies in float32 of `upcast` rows of the weight, temporaries, db."""
@@ -172,7 +175,7 @@ class _HeadBuffers(_Buffers):
 
     def logits(self, rows: int) -> list[Buffer]:  # type: ignore[override]
         """Rows of logits where they are not E's buffer."""
-        return [Buffer("logits", rows, self.vocab, self.wide)] if self.is_apart else []
+        return [Buffer("logits", rows, self.vocab, self.wide)] if self.is_apart and not self.fused else []
 
     def exp(self, name: str, rows: int) -> list[Buffer]:
         """Rows of E, and what their products need: both take all these rows at once."""
@@ -213,6 +216,7 @@ class HeadPlan:
         temporaries: int = 0,
         vocab: int | None = None,
         device: HeadDevice | None = None,
+        fused: bool = False,
     ) -> HeadPlan:
         """Split the byte budget.
 
@@ -230,6 +234,7 @@ class HeadPlan:
             temporaries: blocks of temporary_rows that the row work needs at the same time.
             vocab: V where it is not the weight's (a larger shard of another rank).
             device: where it is not the weight's (ranks that share a head cut the same chunks).
+            fused: E comes from a kernel that keeps logits off memory (kernels/exp_gemm.py).
 
         Raises:
             ValueError: the budget does not hold a single row.
@@ -237,7 +242,7 @@ class HeadPlan:
         dtype, width, most = weight.dtype, weight.shape[1], max_logits_bytes
         device = head_device(weight.device) if device is None else device
         columns = buffer_columns(weight.shape[0] if vocab is None else vocab, weight.device)
-        counted = _HeadBuffers(columns, width, dtype, keep)
+        counted = _HeadBuffers(columns, width, dtype, keep, fused)
         wide = counted.wide.itemsize
         # CUDA's products widen their result themselves; E in float32 beside a float16 weight needs a copy there too.
         upcasts = dtype.itemsize < wide and not (device.widens and counted.is_apart)

@@ -18,7 +18,7 @@ from dpofast.head.engine.device import head_device
 from dpofast.head.engine.interface import Gradients, HeadInputs, KeptRows, Needs, RowResult, RowSums
 from dpofast.head.engine.matmul import add_transposed_product, logits_into, product_into
 from dpofast.head.engine.plan import HeadPlan, buffer_columns, chunks, even_chunks
-from dpofast.head.engine.rows import kernel_rows, scale_rows
+from dpofast.head.engine.rows import fused_rows, kernel_rows, scale_rows
 
 if TYPE_CHECKING:
     from dpofast.kernels.row_parts import TokenLogprobs
@@ -72,9 +72,9 @@ class RowEngine:
 
     triton = True
 
-    def __init__(self, inputs: HeadInputs, plan: HeadPlan, backend: str) -> None:
-        """Allocate nothing yet; backend is "triton" or "fused"."""
-        self.inputs, self.plan, self.backend = inputs, plan, backend
+    def __init__(self, inputs: HeadInputs, plan: HeadPlan, *, fused: bool) -> None:
+        """Allocate nothing yet. fused: one kernel makes E and log-probs of hidden states; logits are in no buffer."""
+        self.inputs, self.plan, self._fused = inputs, plan, fused
         self._buffers = RowBuffers(inputs, plan)
 
     def new_kept(self) -> KeptRows:
@@ -95,19 +95,8 @@ class RowEngine:
         return self._results(rows, None)
 
     def all_logps(self) -> list[RowResult]:
-        """Log-probs of all rows, for a call that needs no gradient: the backend "fused" keeps logits off memory.
-
-        Statistics need the logits, so with them "fused" works as "triton" does.
-        """
-        inputs = self.inputs
-        if self.backend != "fused" or inputs.options.stats:
-            return self.logps(slice(0, len(inputs.targets)))
-        from dpofast.kernels.exp_gemm import exp_gemm
-
-        logps = exp_gemm(
-            inputs.hidden, inputs.weight, inputs.targets, bias=inputs.bias, **inputs.options.kernel_arguments()
-        ).logps
-        return [RowResult(logps, self.empty_sums(0)._replace(rescale=torch.zeros_like(logps)), {})]
+        """Log-probs of all rows, for a call that needs no gradient."""
+        return self.logps(slice(0, len(self.inputs.targets)))
 
     def keep(self, kept: KeptRows, rows: slice) -> list[RowResult]:
         """Write E of any number of rows into the first rows of kept."""
@@ -138,6 +127,9 @@ class RowEngine:
     def _compute(self, rows: slice, exp: Tensor | None, out: TokenLogprobs) -> None:
         """Write the results of any number of rows to out, and their E into the first rows of exp where given."""
         inputs, buffers, start = self.inputs, self._buffers, rows.start
+        if self._fused:
+            fused_rows(inputs, rows, exp_out=exp, out=out)
+            return
         without = ((*chunk, None) for chunk in buffers.logits(rows))
         for part, logits, here in without if exp is None else buffers.logits_and_exp(rows, exp):
             logits_into(logits, inputs.hidden[part], inputs.weight, self.plan.upcast_rows)
