@@ -108,6 +108,7 @@ def _row_cases(backend: str) -> list[AotCase]:
     return [
         case(forward, "logps fp32", wide),
         case(forward, "logps fp16, E fp16", {"logits_ptr": "*fp16", "exp_ptr": "*fp16"}),
+        case(forward, "logps fp32, E fp16", {"logits_ptr": "*fp32", "exp_ptr": "*fp16"}),
         case(forward, "logps fp32, E bf16", mixed),
         case(forward, "logps fp32, E bf16, ragged V", mixed, ragged=True),
         case(forward, "logps fp32, E bf16", mixed, V=100),

@@ -46,4 +46,6 @@ if __name__ == "__main__":
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_rank, (folder,), nprocs=2)
+        # forkserver: such a process ends without finalizing Python. torch's caches of sharded operators keep gloo's
+        # threads alive until then, and one that still frees a tensor would abort the process (torch 2.13, Python 3.11).
+        torch.multiprocessing.start_processes(_rank, (folder,), nprocs=2, start_method="forkserver")

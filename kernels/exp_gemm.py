@@ -25,7 +25,7 @@ GEMM's epilogue can write E as soon as it has a tile of logits: neither logits n
 Example: z · log2(e) = 1 3 | 9 5 with target 1 and sampled columns 0 and 1 gives c = 3 and e = 0.25 1 | 64 4.
 
 E is rounded once, when it is stored, and S is the sum before that. A bfloat16 or float32 E has exponents for any S
-between 2^-60 and 2^64. A float16 E has not: there c is 4 below the guess, and S at most 2^15. Equal inputs give
+between 2^-60 and 2^64. A float16 E has not: there c is 4 below the guess, and S at most 2^13. Equal inputs give
 bit-identical results: there are no atomics, and the number of splits depends on the shapes and the device only. Bytes:
 each row tile reads all of W from L2; row tiles that run at the same time share the reads of W from memory, and their
 hidden states stay in L2. E is written once, and 4 · (splits + 5) bytes a row.
@@ -65,7 +65,7 @@ class Range(NamedTuple):
 RANGES = {
     torch.float32: Range(-60.0, 64.0, 0.0),
     torch.bfloat16: Range(-60.0, 64.0, 0.0),
-    torch.float16: Range(0.0, 15.0, 4.0),
+    torch.float16: Range(0.0, 13.0, 4.0),
 }
 
 

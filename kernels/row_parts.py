@@ -31,7 +31,8 @@ class TokenLogprobs(NamedTuple):
         row_max: m, the row's largest z; 0 where ignored; NaN if the row's z contain NaN or +inf or are all −inf, or if
             the target is out of range.
         sum_exp: S = Σ exp(z − m); 1 where ignored.
-        rescale: −(logit_scale / temperature) / S, which times g gives c of dx = c · E; 0 where ignored.
+        rescale: −(logit_scale / temperature) / S, which times g gives c of dx = c · E; 0 where ignored. Where E is
+            float16, S and E are those that are scaled by a power of two.
         stats: the requested statistics by name.
     """
 

@@ -9,9 +9,10 @@ For a row x of logits with bias b (softcap: Gemma 2; logit_scale: Cohere, Granit
     dx   = −g / S · logit_scale / temperature · E            for an upstream gradient g of logp
 
 Logits, bias, E and dx are float32, bfloat16 or float16; all arithmetic and every statistic is float32, and E and dx
-are rounded once, when they are stored. One program handles a whole row: results do not depend on N, there are no
-atomics, and E or dx may overwrite the logits, since a program reads a block before it writes it and no other program
-accesses its row.
+are rounded once, when they are stored. In float16, whose largest number E may pass, a row of E is stored as 2ᵏ · E with
+2ᵏ · S in [2¹², 2¹³), and rescale belongs to that: probabilities from 2⁻²⁷ on keep all their bits. One program handles a
+whole row: results do not depend on N, there are no atomics, and E or dx may overwrite the logits, since a program reads
+a block before it writes it and no other program accesses its row.
 
 Bytes moved per logit of b bytes: b for the log-probs alone, 2b + (bytes of E) with E, b + (bytes of dx) for the
 gradient. Rows whose target is ignored are not read. If E has a separate buffer, exp_rows.py writes it from one read.
@@ -40,6 +41,13 @@ from .row_parts import (
     store_ignored,
 )
 from .tiles import check_tensor
+
+
+@triton.jit
+def _float16_scale(sum_exp):
+    """The power of two that takes S >= 1 into [2¹², 2¹³), from the exponent's bits; for a NaN any power of two."""
+    exponent = (sum_exp.to(tl.int32, bitcast=True) >> 23) & 255
+    return (tl.maximum(266 - exponent, 1) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -177,7 +185,10 @@ def _token_logprobs_kernel(
     tl.store(logps_ptr + row, z_target - row_max - log_sum)
     tl.store(row_max_ptr + row, row_max)
     tl.store(sum_exp_ptr + row, sum_exp)
-    tl.store(rescale_ptr + row, -grad_scale / sum_exp)
+    unit = 1.0
+    if exp_ptr is not None and exp_ptr.dtype.element_ty == tl.float16:
+        unit = _float16_scale(sum_exp)
+    tl.store(rescale_ptr + row, -grad_scale / (unit * sum_exp))
     if entropy_ptr is not None:
         tl.store(entropy_ptr + row, log_sum - tl.sum(e * (s_shift + clip(delta) * s), 0) / sum_exp)
     if mean_logits_ptr is not None:
@@ -195,7 +206,7 @@ def _token_logprobs_kernel(
             target,
             row_max,
             sum_exp,
-            1.0,
+            unit,
             stride_logits_v,
             stride_exp_v,
             V,
@@ -276,26 +287,22 @@ def token_logprobs(
         ignore_index: rows with this target get logp 0, statistics 0 and zeros in ``exp_out``.
         stats: any of "entropy" (of softmax(z), nats), "mean_logits" (mean of z over V), "is_top1" (the target is the
             argmax of z, the first index among equal maxima), "log_sum_sq_probs" (log Σ p², nats).
-        exp_out: (N, V), any of the three dtypes and any strides; receives E. May be ``logits`` itself but must not
-            overlap it otherwise. E does not include the factor logit_scale / temperature of dx.
+        exp_out: (N, V), any of the three dtypes and any strides; receives E, in float16 scaled by a power of two a row.
+            May be ``logits`` itself but must not overlap it otherwise. E does not include the factor
+            logit_scale / temperature of dx.
         out: where to write the results, contiguous (:func:`row_parts.empty_result`, or a part of it); new ones if None.
 
     Returns:
         :class:`TokenLogprobs`.
 
     Raises:
-        ValueError: a shape, dtype, device, option or name of a statistic is not as above, or E might overflow exp_out,
-            or out is of other rows or statistics.
+        ValueError: a shape, dtype, device, option or name of a statistic is not as above, or out is of other rows or
+            statistics.
     """
     check_rows(logits, targets, bias)
     row_map = row_options(logit_scale, softcap, temperature, ignore_index)
-    V = logits.shape[1]
     if exp_out is not None:
         check_tensor("exp_out", exp_out, logits.shape, FLOAT_DTYPES, logits.device)
-        if torch.finfo(exp_out.dtype).max < V:
-            raise ValueError(
-                f"exp_out: expected float32 or bfloat16 at V = {V}, since entries of E reach V − 1, got {exp_out.dtype}"
-            )
     return launch_rows(_token_logprobs_kernel, logits, targets, bias, exp_out, stats, row_map, out)
 
 

@@ -17,6 +17,7 @@ from dpofast.common.autograd import ReverseModeFunction, check_derivatives, firs
 from dpofast.common.backend import uses_triton
 from dpofast.head.engine.dtypes import accumulate_dtype
 from dpofast.head.engine.interface import Gradients, Needs
+from dpofast.head.engine.rows import scale_tensor
 from dpofast.head.linear_logprobs_op import fake_gradients
 from dpofast.head.operators import custom_operator, gradients_of
 from dpofast.head.options import LogitOptions
@@ -121,18 +122,8 @@ class LinearPreference(ReverseModeFunction):
         if not (grad_loss.is_cpu and grad_loss.item() == 1.0):
             for gradient in gradients:
                 if gradient is not None:
-                    _scale(gradient, grad_loss, ctx.call.backend)
+                    scale_tensor(gradient, grad_loss, triton=uses_triton(ctx.call.backend))
         return (*gradients, None, None)
-
-
-def _scale(gradient: Tensor, factor: Tensor, backend: str) -> None:
-    """Multiply in place; the kernel writes nothing where the factor is 1."""
-    if not uses_triton(backend):
-        gradient.mul_(factor)
-        return
-    from dpofast.kernels.scale import scale
-
-    scale(gradient, factor)
 
 
 def _values_and_gradients(

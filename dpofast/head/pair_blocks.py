@@ -103,8 +103,7 @@ def _with_frozen_head(inputs: HeadInputs, call: PairCall, needs: Needs) -> tuple
     block = _Block(slice(0, len(call.targets)), call.cu_targets, call.pairs, call.ref_logps)
     if not needs.hidden:
         return _terms(concatenate(engine, engine.all_logps()), call, block)[0], (None, None, None)
-    # In E's dtype: in float16 the sums of a flat row of a large vocabulary would be infinite.
-    products = torch.empty_like(hidden, dtype=inputs.narrow)
+    products = torch.empty_like(hidden, dtype=engine.narrow)
     terms, coefficients = _terms(concatenate(engine, engine.hidden_products(products)), call, block)
     dh = products if products.dtype == hidden.dtype else torch.empty_like(hidden)
     scale_rows(dh, products, coefficients, triton=uses_triton(call.backend))

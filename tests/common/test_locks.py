@@ -15,10 +15,8 @@ import os, sys, time
 from pathlib import Path
 from dpofast.common.locks import WriteLock
 with WriteLock(Path(sys.argv[1]), Path(sys.argv[1], "lock")):
-    child = os.fork()
-    if child == 0:
-        time.sleep(60)
-    print(child, flush=True)
+    if os.fork() == 0:
+        print(os.getpid(), flush=True)  # by the child: only now has it dropped the lock that it inherited
     time.sleep(60)
 """
 

@@ -9,6 +9,9 @@ import torch
 
 import dpofast
 from dpofast import reference
+from dpofast.head.engine.interface import HeadInputs, Needs
+from dpofast.head.engine.make import make_engine
+from dpofast.head.options import LogitOptions
 
 HALVES = (torch.bfloat16, torch.float16)
 # Rows whose float64 logits exist at the same time.
@@ -145,17 +148,40 @@ def test_flat_rows_of_a_large_vocabulary_with_small_coefficients(dtype, device):
     assert_gradients((hidden, weight, targets, upstream))
 
 
-def test_why_e_is_float32_for_float16():
-    """What head.exp_dtype says: behind a power of two E fits float16, and what must multiply it for dW does not."""
-    n, vocab, d = 16, 262_144, 8
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(n, d, generator=generator).half()
-    exponent = 2.0**-3  # V·2⁻³ = 32,768 fits; V·2⁻² = 65,536 does not
-    coefficients = torch.full((n,), 1e-3 / vocab)  # g/S of a flat row
-    target_entry = torch.tensor((1 - vocab) * exponent).half()
-    assert target_entry.isfinite()
-    scaled = (coefficients.unsqueeze(1) / exponent * hidden.float()).half()
-    # dW of a word that only row 0 has as its target.
-    got = target_entry.double() * scaled[0].double()
-    exact = (1 - vocab) * coefficients[0].double() * hidden[0].double()
-    assert (got - exact).norm() / exact.norm() > 0.25
+def kernel_gradients(hidden, weight, targets, upstream, blocks):
+    """dh and dW (in float32 before it is rounded) of whole rows of E in the model's dtype, as a GPU computes them."""
+    needs, rows = Needs(True, True, False), len(targets) // blocks
+    inputs = HeadInputs(hidden, weight, None, targets, LogitOptions())
+    engine = make_engine(inputs, "triton", 1 << 40, keep=True)
+    gradients = engine.gradients(needs)
+    for start in range(0, len(targets), rows):
+        here, kept = slice(start, start + rows), engine.new_kept()
+        (result,) = engine.keep(kept, here)
+        assert kept.exp.dtype == hidden.dtype
+        gradients.add(here, upstream[here] * result.sums.rescale, result.sums, kept)
+    wide = gradients.dw / gradients.product_scale.factor
+    dh, dw, _ = gradients.finish()
+    return dh, dw, wide
+
+
+@pytest.mark.parametrize("blocks", [1, 4])
+@pytest.mark.parametrize(
+    ("vocab", "scale", "size"), [(1000, 3.0, 1e4), (1000, 3.0, 1e-7), (50_257, 1.0, 1e-3), (262_144, 1e-3, 1e-3)]
+)
+def test_float16_products_lose_nothing_to_the_size_of_the_gradient(vocab, scale, size, blocks, device):
+    """Flat rows and peaked ones, coefficients from 1e-7 to 1e4, which differ a hundredfold from block to block."""
+    hidden, weight, targets, upstream = problem(16, vocab, 16, torch.float16, device, scale=scale)
+    upstream *= size
+    upstream[:4] *= 1e-2
+    targets[5], hidden[5] = -100, torch.nan
+    dh, dw, wide = kernel_gradients(hidden, weight, targets, upstream, blocks)
+    hidden, targets, upstream = hidden.nan_to_num(0.0), targets.clamp_min(0), upstream.clone()
+    upstream[5] = 0.0
+    _, exact_dh, exact_dw = by_hand(hidden, weight, targets, upstream, torch.float64)
+    # 2⁻¹¹ is one rounding to float16; below its least normal number 2⁻¹⁴ a result has fewer bits, wherever it was made.
+    for value, exact in ((dh, exact_dh), (dw, exact_dw)):
+        assert ((value.double() - exact).abs() <= 3 * 2.0**-11 * exact.abs().max() + 2.0**-24).all()
+    assert errors(wide, exact_dw)[0] <= 2.0**-10
+    others = torch.ones(vocab, dtype=torch.bool, device=device)
+    others[targets] = False
+    assert errors(wide[others], exact_dw[others])[0] <= 2.0**-10

@@ -9,7 +9,7 @@ import dpofast
 from bench.cost import Cost
 from dpofast.common.backend import choose_backend
 from dpofast.head.engine import plan as engine_plan
-from dpofast.head.engine.dtypes import exp_dtype
+from dpofast.head.engine.dtypes import tile_exp_dtype
 from dpofast.head.engine.interface import HeadInputs, Needs
 from dpofast.head.engine.make import make_engine
 from dpofast.head.options import STATS, LogitOptions
@@ -297,13 +297,13 @@ def linear_preference_cost(device, plan, dtype, budget, sequences, pairs, loss, 
 def allowed_bytes(plan, dtype, budget, flushes):
     """The budget, E·W (N, D) of a frozen head, dW in float32 of a 16-bit one that is flushed more than once, and O(N).
 
-    E, and so E·W, is float32 for float16.
+    On a CPU E, and so E·W, is float32 for float16; on a GPU its dW is float32 until the end.
     """
     need_dh, need_dw = PLANS[plan]
     allowed = budget + 64 * HEAD_N  # targets, log-probs, coefficients and the like: eight of eight bytes a row
     if need_dh and not need_dw:
-        allowed += HEAD_N * HEAD_D * exp_dtype(dtype).itemsize
-    if need_dw and dtype.itemsize == 2 and flushes > 1:
+        allowed += HEAD_N * HEAD_D * tile_exp_dtype(dtype).itemsize
+    if need_dw and dtype.itemsize == 2 and (flushes > 1 or dtype == torch.float16):
         allowed += 4 * HEAD_V * HEAD_D
     return allowed
 

@@ -5,11 +5,13 @@ import math
 import pytest
 import torch
 
-from dpofast.kernels.row_parts import STATS
+from dpofast.kernels.exp_rows import exp_rows
+from dpofast.kernels.row_parts import STATS, empty_result
 from dpofast.kernels.token_logprobs import token_logprobs, token_logprobs_grad
 from tests.support.close import assert_same
 from tests.support.row_cases import (
     FLOATS,
+    IGNORED,
     OPTIONS,
     assert_as_good_as_torch,
     extreme_rows,
@@ -58,6 +60,8 @@ def test_sixteen_bit_rows_are_computed_in_float32_and_rounded_once(dtype, out_dt
     options = make_bias(OPTIONS["all"], 2100, device)
     wide = kernel(logits.float(), targets, upstream, **options)
     got = kernel(logits, targets, upstream, out_dtype, **options)
+    if out_dtype == torch.float16:  # scaled, so that 2¹² ≤ S < 2¹³
+        wide["exp"] *= torch.exp2(12 - wide["sum_exp"].log2().floor())[:, None]
     for name in ("exp", "grad"):
         value = got.pop(name)
         assert value.dtype == out_dtype
@@ -214,11 +218,58 @@ def test_only_the_statistics_that_were_asked_for(device):
     assert list(token_logprobs(logits, targets, stats=("mean_logits", "entropy")).stats) == ["mean_logits", "entropy"]
 
 
-def test_a_vocabulary_whose_e_float16_cannot_hold(device):
-    logits = torch.zeros(1, 70_000, device=device)
-    tile = torch.empty(1, 70_000, dtype=torch.float16, device=device)
-    with pytest.raises(ValueError, match=r"exp_out: expected float32 or bfloat16 at V = 70000, .* got torch.float16"):
-        token_logprobs(logits, torch.tensor([3], device=device), exp_out=tile)
+def both_kernels(device):
+    """token_logprobs and exp_rows of the same rows, as functions of what they write to."""
+    logits, targets, _ = rows(5, 700, device)
+    options = {"logit_scale": 1.3, "temperature": 0.7, "softcap": 9.0, "stats": ("entropy", "is_top1")}
+    exp_out = torch.empty_like(logits)
+    return targets, (
+        lambda part, out: token_logprobs(logits[part], targets[part], out=out, **options),
+        lambda part, out: exp_rows(logits[part], targets[part], exp_out=exp_out[part], out=out, **options),
+    )
+
+
+def test_rescale_is_the_coefficient_for_a_gradient_of_one(device):
+    targets, functions = both_kernels(device)
+    for function in functions:
+        result = function(slice(None), None)
+        expected = (-(1.3 / 0.7) / result.sum_exp).masked_fill(targets == IGNORED, 0.0)
+        torch.testing.assert_close(result.rescale, expected, rtol=1e-6, atol=0)
+        assert (result.rescale == 0).tolist() == (targets == IGNORED).tolist()
+
+
+def test_results_are_written_where_they_are_wanted(device):
+    for function in both_kernels(device)[1]:
+        expected = function(slice(None), None)
+        out = empty_result(5, ("entropy", "is_top1"), device)
+        for part in (slice(0, 4), slice(4, 5)):
+            function(part, out.part(part))
+        for ours, theirs in zip(out[:-1], expected[:-1], strict=True):
+            assert_same(ours, theirs)
+        for name, values in expected.stats.items():
+            assert_same(out.stats[name], values, name)
+        for wrong in (empty_result(4, ("entropy", "is_top1"), device), empty_result(5, (), device)):
+            with pytest.raises(ValueError, match=r"out: expected results of 5 rows with statistics \['entropy', "):
+                function(slice(None), wrong)
+
+
+def test_float16_holds_e_of_any_vocabulary_behind_a_power_of_two_a_row(device):
+    """Flat rows, where e_y − S is −69,999 and 1/S small; peaked ones; one in between; an ignored and a broken one."""
+    logits = torch.randn(6, 70_000, device=device)
+    logits[0], logits[1, 4], logits[4, 9] = 0.0, 30.0, math.nan
+    targets = torch.tensor([3, 4, 5, IGNORED, 7, 8], device=device)
+    logits[5, 8] = -1e4
+    exact = truth(logits, targets, torch.ones(6, device=device), torch.float64, temperature=2.0)
+    tile = torch.empty(6, 70_000, dtype=torch.float16, device=device)
+    result = token_logprobs(logits, targets, exp_out=tile, temperature=2.0)
+    assert not tile[3].any() and tile[4].isnan().all() and result.rescale[3] == 0
+    whole = [0, 1, 2, 5]
+    unit = -0.5 / (result.rescale.double() * exact["sum_exp"])[whole]
+    torch.testing.assert_close(unit.log2(), unit.log2().round(), atol=1e-5, rtol=0)
+    assert ((unit * exact["sum_exp"][whole]).log2().floor() == 12).all()
+    gradient = -2 * result.rescale[whole].double()[:, None] * tile[whole].double()
+    true = exact["exp"][whole] / exact["sum_exp"][whole, None]
+    assert ((gradient - true).abs() <= 2.0**-11 * true.abs() + 2.0**-36).all()
 
 
 @pytest.mark.gpu

@@ -19,7 +19,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from dpofast.head.engine.dtypes import accumulate_dtype, exp_dtype
+from dpofast.head.engine.dtypes import accumulate_dtype
 from dpofast.head.engine.plan import HeadPlan, TilePlan
 from dpofast.head.options import LogitOptions
 
@@ -38,11 +38,6 @@ class HeadInputs:
     def wide(self) -> torch.dtype:
         """The dtype of logits, log-probs and sums."""
         return accumulate_dtype(self.hidden.dtype)
-
-    @property
-    def narrow(self) -> torch.dtype:
-        """The dtype of E."""
-        return exp_dtype(self.hidden.dtype)
 
     def ignored(self, rows: slice = slice(None)) -> Tensor:
         """Which of these rows' targets do not count: (R,) bool."""
@@ -136,6 +131,10 @@ class HeadEngine(Protocol):
     @property
     def plan(self) -> HeadPlan | TilePlan:
         """How many rows of everything fit in the budget."""
+
+    @property
+    def narrow(self) -> torch.dtype:
+        """The dtype of E."""
 
     def new_kept(self) -> KeptRows:
         """Uninitialized buffers for the plan's kept_rows."""

@@ -44,7 +44,7 @@ def empty_products(engine: HeadEngine, needs: Needs) -> Tensor:
     """The uninitialized buffer for ForwardResult.products."""
     hidden, frozen = engine.inputs.hidden, needs.hidden and not needs.trains
     shape = (hidden.shape[0], engine.inputs.weight.shape[1]) if frozen else (0,)
-    return hidden.new_empty(shape, dtype=engine.inputs.narrow)
+    return hidden.new_empty(shape, dtype=engine.narrow)
 
 
 def forward(engine: HeadEngine, needs: Needs) -> ForwardResult:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dpofast.head.engine.device import HeadDevice, head_device
-from dpofast.head.engine.dtypes import accumulate_dtype, exp_dtype
+from dpofast.head.engine.dtypes import accumulate_dtype, tile_exp_dtype
 from dpofast.head.options import LogitOptions
 
 # Default of max_logits_bytes, for logits and what is computed from them. On a CPU, half of it makes linear_logprobs
@@ -124,22 +124,21 @@ def _too_few_bytes(columns: int, least: int, most: int, buffers: Iterable[Buffer
 
 @dataclass(frozen=True)
 class _Buffers:
-    """The buffers of a head whose weight (V, D) has `dtype`; vocab: V, or the columns that a row of logits takes."""
+    """The buffers of a head whose weight (V, D) has `dtype`; vocab: V, or the columns that a row of logits takes.
+
+    narrow: the dtype of E.
+    """
 
     vocab: int
     width: int
     dtype: torch.dtype
+    narrow: torch.dtype
     keep: bool
 
     @property
     def wide(self) -> torch.dtype:
         """The dtype of logits and sums."""
         return accumulate_dtype(self.dtype)
-
-    @property
-    def narrow(self) -> torch.dtype:
-        """The dtype of E."""
-        return exp_dtype(self.dtype)
 
     def logits(self, rows: int, columns: int) -> list[Buffer]:
         """Logits, and E where it is narrower: elsewhere it overwrites them."""
@@ -242,10 +241,10 @@ class HeadPlan:
         dtype, width, most = weight.dtype, weight.shape[1], max_logits_bytes
         device = head_device(weight.device) if device is None else device
         columns = buffer_columns(weight.shape[0] if vocab is None else vocab, weight.device)
-        counted = _HeadBuffers(columns, width, dtype, keep, fused)
+        counted = _HeadBuffers(columns, width, dtype, dtype, keep, fused)
         wide = counted.wide.itemsize
-        # CUDA's products widen their result themselves; E in float32 beside a float16 weight needs a copy there too.
-        upcasts = dtype.itemsize < wide and not (device.widens and counted.is_apart)
+        # CUDA's products widen their result themselves.
+        upcasts = dtype.itemsize < wide and not device.widens
         upcast = min(_UPCAST_ROWS, columns, max(1, most // (32 * wide * max(width, _UPCAST_ROWS)))) if upcasts else 0
         # db adds E up in float32, from a copy of a few rows.
         temporaries = max(temporaries, int(keep and counted.is_apart))
@@ -262,7 +261,9 @@ class HeadPlan:
         affordable = room // (chunk_bytes + exp_bytes)
         chunk = _aligned(min(max(rows, 1), _chunk_rows(device, columns, width), max(1, affordable // 2)))
         fitting = (room - chunk * chunk_bytes) // exp_bytes
-        accumulator = wide * (weight.shape[0] if vocab is None else vocab) * width if dtype.itemsize < wide else 0
+        # What one block of rows saves: a float32 dW, which float16 has all the same (float16_scale.py).
+        accumulates = dtype.itemsize < wide and dtype != torch.float16
+        accumulator = wide * (weight.shape[0] if vocab is None else vocab) * width if accumulates else 0
 
         def plan(kept_rows: int, scratch_rows: int, chunk_rows: int) -> HeadPlan:
             buffers = [*fixed, *counted.logits(chunk_rows), *counted.exp("E", scratch_rows)]
@@ -385,7 +386,7 @@ class TilePlan:
         """
         (vocab, width), most = weight.shape, max_logits_bytes
         temporaries = (options.softcap is not None) + bool({"entropy", "log_sum_sq_probs"} & {*options.stats})
-        counted = _TileBuffers(vocab, width, weight.dtype, keep, temporaries)
+        counted = _TileBuffers(vocab, width, weight.dtype, tile_exp_dtype(weight.dtype), keep, temporaries)
         least = [*counted.logits(1, 1), *counted.copied(1), *counted.tile(1), *counted.temporary(1, 1)]
         least += counted.bias_gradient()
         # At least one whole row of logits, even if a tile of it would need less.

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dpofast.head.engine.device import head_device
+from dpofast.head.engine.float16_scale import ProductScale
 from dpofast.head.engine.interface import Gradients, HeadInputs, KeptRows, Needs, RowResult, RowSums
 from dpofast.head.engine.matmul import add_transposed_product, logits_into, product_into
 from dpofast.head.engine.plan import HeadPlan, buffer_columns, chunks, even_chunks
@@ -35,7 +36,7 @@ class RowBuffers:
 
     def __init__(self, inputs: HeadInputs, plan: HeadPlan) -> None:
         """Allocate nothing yet."""
-        self.weight, self.plan, self.wide, self.narrow = inputs.weight, plan, inputs.wide, inputs.narrow
+        self.weight, self.plan, self.wide, self.narrow = inputs.weight, plan, inputs.wide, inputs.hidden.dtype
 
     @cached_property
     def _logits(self) -> Tensor:
@@ -74,7 +75,7 @@ class RowEngine:
 
     def __init__(self, inputs: HeadInputs, plan: HeadPlan, *, fused: bool) -> None:
         """Allocate nothing yet. fused: one kernel makes E and log-probs of hidden states; logits are in no buffer."""
-        self.inputs, self.plan, self._fused = inputs, plan, fused
+        self.inputs, self.plan, self._fused, self.narrow = inputs, plan, fused, inputs.hidden.dtype
         self._buffers = RowBuffers(inputs, plan)
 
     def new_kept(self) -> KeptRows:
@@ -169,8 +170,9 @@ class _RowSource(Protocol):
 class RowGradients:
     """Accumulates dW and db over blocks of rows of E and writes dh of each (GradientAccumulator).
 
-    dW is accumulated in float32 (float64) and rounded at the end; one that a single block writes is rounded there. It
-    is allocated by the first block, when whatever that block's logits needed is free again.
+    dW is accumulated in float32 (float64) and rounded at the end; one that a single block writes is rounded there, but
+    for float16, whose blocks are scaled (float16_scale.py). It is allocated by the first block, when whatever that
+    block's logits needed is free again.
     """
 
     def __init__(self, engine: _RowSource, needs: Needs, *, once: bool) -> None:
@@ -181,7 +183,8 @@ class RowGradients:
         self.dh = torch.empty_like(hidden) if needs.hidden else None
         self.dw: Tensor | None = None
         self.db = hidden.new_zeros(weight.shape[0], dtype=inputs.wide) if needs.bias else None
-        self._dw_dtype = weight.dtype if once else inputs.wide
+        self.product_scale = ProductScale(triton=engine.triton) if weight.dtype == torch.float16 else None
+        self._dw_dtype = weight.dtype if once and self.product_scale is None else inputs.wide
 
     def add(self, rows: slice, coefficients: Tensor, sums: RowSums, kept: KeptRows | None) -> None:
         """Add the share of the first rows of kept, or of at most scratch_rows rows that are computed again."""
@@ -200,8 +203,11 @@ class RowGradients:
             scale_rows(dh, product, coefficients, triton=triton)
             del product
         if self.needs.weight:
-            scaled = exp.new_empty(len(exp), inputs.hidden.shape[1])
-            scale_rows(scaled, inputs.hidden[rows], coefficients, triton=triton, zero=True)
+            hidden, factors = inputs.hidden[rows], coefficients
+            if self.product_scale is not None:
+                factors = self.product_scale.follow(self.dw, hidden, coefficients)
+            scaled = exp.new_empty(len(exp), hidden.shape[1])
+            scale_rows(scaled, hidden, factors, triton=triton, zero=True)
             first = self.dw is None
             if self.dw is None:
                 self.dw = torch.empty_like(inputs.weight, dtype=self._dw_dtype)
@@ -215,5 +221,7 @@ class RowGradients:
         weight, dw = self.engine.inputs.weight, self.dw
         if dw is None and self.needs.weight:
             dw = torch.zeros_like(weight)
+        elif dw is not None and self.product_scale is not None:
+            dw = self.product_scale.rounded(dw, weight.dtype)
         dw, db = (None if total is None else total.to(weight.dtype) for total in (dw, self.db))
         return self.dh, dw, db

@@ -35,15 +35,15 @@ def kernel_rows(
 ) -> None:
     """Write log-probs, rescale and statistics of raw logits (R, V), float32, to out, by kernels/: contiguous rows.
 
-    exp_out (R, V) receives E, and zeros in rows of ignored targets: logits itself, or a buffer of its own in bfloat16.
-    RowBuffers allocates it in exp_dtype, which is never float16.
+    exp_out (R, V) receives E, and zeros in rows of ignored targets: logits itself, or a buffer of its own in bfloat16
+    or float16. In float16 every row is scaled by a power of two, which rescale takes back.
     """
     from dpofast.kernels.exp_rows import exp_rows
     from dpofast.kernels.token_logprobs import token_logprobs
 
     arguments = {"bias": bias, "stats": options.stats, "out": out, **options.kernel_arguments()}
-    # Where E replaces the logits a row must be read twice.
-    if exp_out is not None and exp_out.dtype != logits.dtype:
+    # Read once where that is enough: not where E replaces the logits, and float16's scale follows from the whole row.
+    if exp_out is not None and exp_out.dtype == torch.bfloat16:
         exp_rows(logits, targets, exp_out=exp_out, **arguments)
     else:
         token_logprobs(logits, targets, exp_out=exp_out, **arguments)
@@ -79,6 +79,16 @@ def scale_rows(out: Tensor, rows: Tensor, coefficients: Tensor, *, triton: bool,
         torch.mul(rows[part], coefficients[part].unsqueeze(1), out=out[part])
     if zero:
         out.masked_fill_(coefficients.unsqueeze(1) == 0, 0.0)
+
+
+def scale_tensor(values: Tensor, factor: Tensor, *, triton: bool) -> None:
+    """Multiply in place by a scalar on the device; the kernel writes nothing where it is 1."""
+    if triton:
+        from dpofast.kernels import scale
+
+        scale.scale(values, factor)
+    else:
+        values.mul_(factor)
 
 
 def torch_rows(x: Tensor, targets: Tensor, options: LogitOptions, *, exp: bool) -> tuple[Tensor, Tensor]:

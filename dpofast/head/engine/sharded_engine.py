@@ -12,8 +12,9 @@ and in backward dh (N, D) is all-reduced. With m = max m_r, S = Σ S_r·exp(m_r 
 
 Unlike the other engines' E, this one is divided by S and carries logit_scale/temperature, so RowSums.rescale is −1. It
 is written by a second pass over the logits, once m and S are known; its entries are within ±1·dz/dx, so nothing
-overflows. m and S are kept apart because one float for m + log S would round every probability by 5e-4 at logits of
-1e4. The plan is HeadPlan's, made for the largest shard, so that all ranks cut the same chunks.
+overflows. In float16, where small probabilities would vanish, E is 4,096 times that, and rescale −1/4,096. m and S are
+kept apart because one float for m + log S would round every probability by 5e-4 at logits of 1e4. The plan is
+HeadPlan's, made for the largest shard, so that all ranks cut the same chunks.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from dpofast import reference
 from dpofast.head.engine.device import HeadDevice
+from dpofast.head.engine.float16_scale import PROBABILITY_SCALE
 from dpofast.head.engine.interface import Gradients, HeadInputs, KeptRows, Needs, RowResult, RowSums
 from dpofast.head.engine.matmul import logits_into, product_into
 from dpofast.head.engine.online_softmax import rescale_factor
@@ -69,7 +71,8 @@ class ShardedEngine:
     def __init__(self, inputs: HeadInputs, shard: VocabShard, backend: str, *, keep: bool) -> None:
         """Plan inside the shard's byte budget, and allocate nothing yet; keep: the head trains."""
         options, targets = inputs.options, inputs.targets
-        self.inputs, self.shard, self.triton = inputs, shard, backend == "triton"
+        self.inputs, self.shard, self.triton, self.narrow = inputs, shard, backend == "triton", inputs.hidden.dtype
+        self._unit = PROBABILITY_SCALE if self.narrow == torch.float16 else 1.0
         self.plan = HeadPlan.make(
             len(targets),
             inputs.weight,
@@ -246,7 +249,7 @@ class ShardedEngine:
         names = self.inputs.options.stats
         row_max, sum_exp, target, *stats = gathered.masked_fill(self.ignored[rows], 0.0).unbind()
         logps = (target - row_max - sum_exp.log()).masked_fill_(self.ignored[rows], 0.0)
-        rescale = torch.full_like(row_max, -1.0).masked_fill_(self.ignored[rows], 0.0)
+        rescale = torch.full_like(row_max, -1.0 / self._unit).masked_fill_(self.ignored[rows], 0.0)
         # Copies: the caller's own, beside the views that backward needs.
         values = {
             name: value > 0.5 if name == "is_top1" else value.clone() for name, value in zip(names, stats, strict=True)
@@ -261,11 +264,11 @@ class ShardedEngine:
         if self.triton:
             from dpofast.kernels.token_logprobs import token_logprobs_grad
 
-            minus_one, arguments = torch.full_like(row_max, -1.0), options.kernel_arguments()
+            upstream, arguments = torch.full_like(row_max, -self._unit), options.kernel_arguments()
             targets = self.kernel_targets[rows]
-            token_logprobs_grad(z, targets, row_max, sum_exp, minus_one, out=out, bias=self.inputs.bias, **arguments)
+            token_logprobs_grad(z, targets, row_max, sum_exp, upstream, out=out, bias=self.inputs.bias, **arguments)
             return
-        scale = options.gradient_scale
+        scale = options.gradient_scale * self._unit
         onehot = self.owned[rows].to(z.dtype).mul_(-scale)
         for block in chunks(0, len(z), self.plan.temporary_rows):
             e = z[block]
@@ -297,7 +300,7 @@ class ShardedGradients:
         if engine.size:
             self._own.add_exp(rows, exp, coefficients)
         if self.dh is not None:
-            product = torch.empty_like(engine.inputs.hidden[rows], dtype=engine.inputs.narrow)
+            product = torch.empty_like(engine.inputs.hidden[rows], dtype=engine.narrow)
             product_into(product, exp, engine.inputs.weight, engine.plan.upcast_rows)
             scale_rows(self.dh[rows], product, coefficients, triton=engine.triton)
 

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dpofast.head.engine.dtypes import tile_exp_dtype
 from dpofast.head.engine.interface import Gradients, HeadInputs, KeptRows, Needs, RowResult, RowSums
 from dpofast.head.engine.online_softmax import OnlineSoftmax, rescale_factor
 from dpofast.head.engine.plan import TilePlan, chunks
@@ -43,7 +44,7 @@ class TiledEngine:
     def __init__(self, inputs: HeadInputs, plan: TilePlan) -> None:
         """Allocate nothing yet."""
         self.inputs, self.plan = inputs, plan
-        self.wide, self.narrow = inputs.wide, inputs.narrow
+        self.wide, self.narrow = inputs.wide, tile_exp_dtype(inputs.hidden.dtype)
         self.tiles = chunks(0, inputs.weight.shape[0], plan.columns)
         self._upcast_start = -1
 
