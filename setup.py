@@ -20,6 +20,7 @@ PACKAGES = [
     "dpofast.evaluation",
     "dpofast.head",
     "dpofast.head.engine",
+    "dpofast.head.planning",
     "dpofast.integrations",
     "dpofast.integrations._trl",
     "dpofast.kernels",

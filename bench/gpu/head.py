@@ -19,9 +19,9 @@ from bench.head.peers import OURS, build
 from bench.head.problem import MODES, Head, Problem, per_token
 from bench.head.table import table as mode_table
 from bench.head.truth import LOGPS_TOLERANCE, Truth
-from dpofast.head.engine.dtypes import accumulate_dtype
 from dpofast.head.engine.matmul import logits_into
-from dpofast.head.engine.plan import SCRATCH_ROWS
+from dpofast.head.planning.dtypes import accumulate_dtype
+from dpofast.head.planning.plan import SCRATCH_ROWS
 from dpofast.kernels.exp_gemm import exp_gemm
 from dpofast.kernels.token_logprobs import token_logprobs
 

@@ -7,7 +7,7 @@
     trace.peak_bytes        and whatever else bench/cost.py counts
 
 The code that runs is the product's own: an operator of meta tensors computes shapes alone, and Triton's launches are
-recorded in place of run. A meta tensor stands for one on a GPU (dpofast/head/engine/device.py).
+recorded in place of run. A meta tensor stands for one on a GPU (dpofast/head/planning/device.py).
 """
 
 from __future__ import annotations

@@ -8,9 +8,9 @@ from torch.distributed import ProcessGroup
 
 from dpofast import reference
 from dpofast.common.backend import choose_backend
-from dpofast.head.engine.dtypes import accumulate_dtype
 from dpofast.head.linear_logprobs_op import per_token
 from dpofast.head.options import LogitOptions, LogprobOutput
+from dpofast.head.planning.dtypes import accumulate_dtype
 from dpofast.head.validate import (
     autocast_inputs,
     check_head,

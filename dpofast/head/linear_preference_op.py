@@ -15,13 +15,13 @@ from torch import Tensor
 
 from dpofast.common.autograd import ReverseModeFunction, check_derivatives, first_order_only, no_second_derivative
 from dpofast.common.backend import uses_triton
-from dpofast.head.engine.dtypes import accumulate_dtype
 from dpofast.head.engine.interface import Gradients, Needs
 from dpofast.head.engine.rows import scale_tensor
 from dpofast.head.linear_logprobs_op import fake_gradients
 from dpofast.head.operators import custom_operator, gradients_of
 from dpofast.head.options import LogitOptions
 from dpofast.head.pair_blocks import PairCall, pair_gradients
+from dpofast.head.planning.dtypes import accumulate_dtype
 from dpofast.head.validate import check_target_values
 from dpofast.losses.config import PreferenceLoss
 from dpofast.losses.pairs import StepTotals

@@ -10,11 +10,11 @@ from torch import Tensor
 from dpofast import reference
 from dpofast.common.autograd import ReverseModeFunction, check_derivatives, first_order_only
 from dpofast.common.backend import choose_backend
-from dpofast.head.engine.dtypes import accumulate_dtype
 from dpofast.head.engine.interface import row_coefficients
-from dpofast.head.engine.plan import chunks
 from dpofast.head.engine.rows import torch_rows
 from dpofast.head.options import LogitOptions
+from dpofast.head.planning.dtypes import accumulate_dtype
+from dpofast.head.planning.plan import chunks
 from dpofast.head.validate import (
     check_floating,
     check_target_values,

@@ -17,11 +17,11 @@ from torch import Tensor
 from dpofast.common.autograd import ReverseModeFunction, check_derivatives, first_order_only
 from dpofast.common.backend import choose_backend
 from dpofast.head.engine import passes
-from dpofast.head.engine.device import head_device
 from dpofast.head.engine.interface import HeadInputs, KeptRows, Needs, RowSums, row_coefficients
-from dpofast.head.engine.plan import default_logits_bytes
 from dpofast.head.engine.sharded_engine import ShardedEngine, VocabShard
 from dpofast.head.options import LogitOptions
+from dpofast.head.planning.device import head_device
+from dpofast.head.planning.plan import default_logits_bytes
 from dpofast.head.validate import check_head, check_target_values
 
 if TYPE_CHECKING:

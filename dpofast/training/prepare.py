@@ -13,7 +13,7 @@ from transformers.integrations.liger import apply_liger_kernel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.hub import cached_file
 
-from dpofast.head.engine.plan import HeadPlan
+from dpofast.head.planning.plan import HeadPlan
 from dpofast.model.adapters import Wrapped, check_adapter, with_new_adapter
 from dpofast.model.attach import attach_logprob_head
 from dpofast.model.dropout import disable_dropout

@@ -8,11 +8,11 @@ import torch
 import dpofast
 from bench.cost import Cost
 from dpofast.common.backend import choose_backend
-from dpofast.head.engine import plan as engine_plan
-from dpofast.head.engine.dtypes import tile_exp_dtype
 from dpofast.head.engine.interface import HeadInputs, Needs
 from dpofast.head.engine.make import make_engine
 from dpofast.head.options import STATS, LogitOptions
+from dpofast.head.planning import plan as engine_plan
+from dpofast.head.planning.dtypes import tile_exp_dtype
 from dpofast.losses.config import PreferenceLoss
 
 pytestmark = pytest.mark.slow(100)

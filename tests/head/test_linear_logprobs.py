@@ -9,9 +9,9 @@ import dpofast
 from bench.cost import Cost
 from dpofast import reference
 from dpofast.common.backend import choose_backend
-from dpofast.head.engine.plan import HeadPlan, even_chunks, even_rows, total_bytes
 from dpofast.head.engine.row_engine import exp_rows_like
 from dpofast.head.linear_logprobs_op import linear_logprobs_op
+from dpofast.head.planning.plan import HeadPlan, even_chunks, even_rows, total_bytes
 from tests.support.row_cases import head_inputs
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

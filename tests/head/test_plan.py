@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from dpofast.head.engine.plan import Buffer, HeadPlan, TilePlan, total_bytes
 from dpofast.head.options import LogitOptions
+from dpofast.head.planning.plan import Buffer, HeadPlan, TilePlan, total_bytes
 
 BUDGET = 1 << 20
 

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 import dpofast
 from bench.cost import Cost
 from dpofast import reference
-from dpofast.head.engine import plan as engine_plan
-from dpofast.head.engine.plan import TilePlan
 from dpofast.head.options import STATS, LogitOptions
+from dpofast.head.planning import plan as engine_plan
+from dpofast.head.planning.plan import TilePlan
 from tests.support.close import named
 from tests.support.row_cases import FLOATS, head_inputs
 

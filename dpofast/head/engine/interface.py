@@ -19,9 +19,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from dpofast.head.engine.dtypes import accumulate_dtype
-from dpofast.head.engine.plan import HeadPlan, TilePlan
 from dpofast.head.options import LogitOptions
+from dpofast.head.planning.dtypes import accumulate_dtype
+from dpofast.head.planning.plan import HeadPlan, TilePlan
 
 
 @dataclass(frozen=True)

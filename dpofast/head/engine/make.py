@@ -7,9 +7,9 @@ from dataclasses import replace
 from dpofast.common.backend import uses_triton
 from dpofast.common.tuning.table import HeadCall, fused_is_faster
 from dpofast.head.engine.interface import HeadEngine, HeadInputs, Needs
-from dpofast.head.engine.plan import HeadPlan, TilePlan, default_logits_bytes
 from dpofast.head.engine.row_engine import RowEngine
 from dpofast.head.engine.tiled_engine import TiledEngine
+from dpofast.head.planning.plan import HeadPlan, TilePlan, default_logits_bytes
 
 
 def make_engine(

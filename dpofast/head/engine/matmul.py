@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dpofast.head.engine.device import head_device
-from dpofast.head.engine.dtypes import accumulate_dtype
-from dpofast.head.engine.plan import chunks
+from dpofast.head.planning.device import head_device
+from dpofast.head.planning.dtypes import accumulate_dtype
+from dpofast.head.planning.plan import chunks
 
 
 def logits_into(out: Tensor, hidden: Tensor, weight: Tensor, upcast_rows: int) -> None:

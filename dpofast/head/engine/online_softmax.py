@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from dpofast.head.engine.interface import HeadInputs, RowResult, RowSums
-from dpofast.head.engine.plan import chunks
 from dpofast.head.engine.rows import scale_in_place
+from dpofast.head.planning.plan import chunks
 
 # The shift from which exp is 0 in float32 and float64: beyond it, z − m times exp(z − m) is 0 and not 0·inf.
 _FAR = -1e4

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from dpofast.head.engine.device import head_device
 from dpofast.head.engine.float16_scale import ProductScale
 from dpofast.head.engine.interface import Gradients, HeadInputs, KeptRows, Needs, RowResult, RowSums
 from dpofast.head.engine.matmul import add_transposed_product, logits_into, product_into
-from dpofast.head.engine.plan import HeadPlan, buffer_columns, chunks, even_chunks
 from dpofast.head.engine.rows import fused_rows, kernel_rows, scale_rows
+from dpofast.head.planning.device import head_device
+from dpofast.head.planning.plan import HeadPlan, buffer_columns, chunks, even_chunks
 
 if TYPE_CHECKING:
     from dpofast.kernels.row_parts import TokenLogprobs
@@ -115,11 +115,12 @@ class RowEngine:
             product_into(products[rows], exp, self.inputs.weight, self.plan.upcast_rows)
         return [self._row_result(results)]
 
-    def recomputed_exp(self, rows: slice, sums: RowSums) -> Tensor:
-        """E of at most scratch_rows rows, in the scratch: valid until the next call."""
+    def recomputed_exp(self, rows: slice, sums: RowSums) -> tuple[Tensor, Tensor]:
+        """E of at most scratch_rows rows, in the scratch, valid until the next call; and what rescales it, (R,)."""
         exp = self._buffers.exp(rows)
-        self._compute(rows, exp, self._empty_results(len(exp)))
-        return exp
+        results = self._empty_results(len(exp))
+        self._compute(rows, exp, results)
+        return exp, results.rescale
 
     def gradients(self, needs: Needs) -> RowGradients:
         """Gradients to add to, which allocates them when they are first needed."""
@@ -164,7 +165,7 @@ class _RowSource(Protocol):
     @property
     def plan(self) -> HeadPlan: ...
 
-    def recomputed_exp(self, rows: slice, sums: RowSums) -> Tensor: ...
+    def recomputed_exp(self, rows: slice, sums: RowSums) -> tuple[Tensor, Tensor]: ...
 
 
 class RowGradients:
@@ -188,7 +189,12 @@ class RowGradients:
 
     def add(self, rows: slice, coefficients: Tensor, sums: RowSums, kept: KeptRows | None) -> None:
         """Add the share of the first rows of kept, or of at most scratch_rows rows that are computed again."""
-        exp = self.engine.recomputed_exp(rows, sums) if kept is None else kept.exp[: rows.stop - rows.start]
+        if kept is None:
+            exp, rescale = self.engine.recomputed_exp(rows, sums)
+            # Forward, which wrote no E of these rows, may have taken another shift. where: an ignored row has 0/0.
+            coefficients = torch.where(coefficients == 0, 0.0, coefficients * (rescale / sums.rescale))
+        else:
+            exp = kept.exp[: rows.stop - rows.start]
         self.add_exp(rows, exp, coefficients)
 
     def add_exp(self, rows: slice, exp: Tensor, coefficients: Tensor) -> None:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from dpofast.head.engine.interface import HeadInputs
-from dpofast.head.engine.plan import CACHE_BYTES, SCRATCH_ROWS, chunks
 from dpofast.head.options import LogitOptions
+from dpofast.head.planning.plan import CACHE_BYTES, SCRATCH_ROWS, chunks
 
 if TYPE_CHECKING:
     from dpofast.kernels.row_parts import TokenLogprobs

@@ -20,11 +20,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dpofast.head.engine.dtypes import tile_exp_dtype
 from dpofast.head.engine.interface import Gradients, HeadInputs, KeptRows, Needs, RowResult, RowSums
 from dpofast.head.engine.online_softmax import OnlineSoftmax, rescale_factor
-from dpofast.head.engine.plan import TilePlan, chunks
 from dpofast.head.engine.workspace import Scratch
+from dpofast.head.planning.dtypes import tile_exp_dtype
+from dpofast.head.planning.plan import TilePlan, chunks
 
 _LOGITS, _EXP, _UPCAST, _KEPT, _DW = Scratch(), Scratch(), Scratch(), Scratch(), Scratch()
 

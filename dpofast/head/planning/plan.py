@@ -16,9 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dpofast.head.engine.device import HeadDevice, head_device
-from dpofast.head.engine.dtypes import accumulate_dtype, tile_exp_dtype
 from dpofast.head.options import LogitOptions
+from dpofast.head.planning.device import HeadDevice, head_device
+from dpofast.head.planning.dtypes import accumulate_dtype, tile_exp_dtype
 
 # Default of max_logits_bytes, for logits and what is computed from them. On a CPU, half of it makes linear_logprobs
 # with a trained head 10 % slower (N = 2,048, V = 151,936: fewer rows of E are kept), linear_preference_loss 1 %.
