@@ -11,7 +11,7 @@ import torch
 
 from bench.head.predict import H100, H200, MODES, Gpu, head_trace, predict, seconds
 from bench.head.trace import Launch
-from dpofast.head.engine import device as head_device
+from dpofast.head.planning import device as head_device
 from dpofast.head.planning.plan import HeadPlan, default_logits_bytes
 
 N, D, V = 8192, 4096, 128_256

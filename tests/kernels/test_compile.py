@@ -65,7 +65,7 @@ def report():
     env = {**os.environ, "PYTHONPATH": path, "TRITON_CACHE_DIR": str(root / "build" / "triton-cache")}
     env.pop("TRITON_INTERPRET", None)
     command = [sys.executable, __file__]
-    done = subprocess.run(command, env=env, cwd=root, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, env=env, cwd=root, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

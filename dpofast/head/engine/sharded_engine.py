@@ -135,7 +135,7 @@ class ShardedEngine:
         return results
 
     def recomputed_exp(self, rows: slice, sums: RowSums) -> tuple[Tensor, Tensor]:
-        """E of at most scratch_rows rows, in the scratch, valid until the next call; and sums.rescale. No collective."""
+        """E of at most scratch_rows rows, in the scratch, valid until the next call; and its rescale. No collective."""
         exp = self._buffers.exp(rows)
         for part, z, here in self._buffers.logits_and_exp(rows, exp):
             self._logits_into(part, z)
