@@ -13,7 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dpofast.kernels import exp_gemm, exp_gemm_rows, exp_rows, linear_lse, preference, scale, token_logprobs
+from dpofast.kernels import exp_gemm, exp_gemm_rows, exp_rows, gather_kv, linear_lse, preference, scale, token_logprobs
 from dpofast.kernels.linear_tiles import guess_tile, linear_tile, takes_descriptors
 from dpofast.kernels.row_parts import STATS
 from dpofast.kernels.tiles import COMPILE_OPTIONS, row_tile
@@ -73,7 +73,13 @@ class AotCase:
 def aot_cases(architecture: str) -> list[AotCase]:
     """Every kernel at every tile of one of TARGETS, with the dtypes and options that change what it compiles to."""
     backend = TARGETS[architecture].backend
-    return [*_row_cases(backend), *_scale_cases(backend), *_preference_cases(), *_linear_cases(architecture)]
+    return [
+        *_row_cases(backend),
+        *_scale_cases(backend),
+        *_preference_cases(),
+        *_linear_cases(architecture),
+        *_gather_cases(),
+    ]
 
 
 def _row_cases(backend: str) -> list[AotCase]:
@@ -300,4 +306,27 @@ def _linear_row_cases(architecture: str) -> list[AotCase]:
             {"BLOCK_S": 8, "BLOCK_G": _SLOTS},
             exp_gemm.ROW_WARPS,
         ),
+    ]
+
+
+def _gather_cases() -> list[AotCase]:
+    def case(name: str, kernel: Any, kind: str, width: int) -> AotCase:
+        indices = ("rows_ptr", "offsets_ptr", "copies_ptr")
+        pointers = [argument for argument in kernel.arg_names if argument.endswith("_ptr")]
+        strides = [argument for argument in kernel.arg_names if argument.startswith("stride")]
+        count = "K" if "K" in kernel.arg_names else "T"
+        rows, columns = gather_kv.tile(width)
+        return AotCase(
+            f"{name} {kind} x{width}",
+            kernel,
+            {p: "*i32" if p in indices else f"*{kind}" for p in pointers} | dict.fromkeys([*strides, count], "i32"),
+            {"H": 8, "D": width, f"BLOCK_{count}": rows, "BLOCK_D": columns},
+            (count,),
+            gather_kv.WARPS,
+        )
+
+    return [
+        case(name, kernel, kind, width)
+        for name, kernel in (("gather", gather_kv._gather_kv_kernel), ("gather backward", gather_kv._sum_kv_kernel))
+        for kind, width in (("bf16", 64), ("fp16", 80), ("bf16", 128), ("bf16", 256))
     ]

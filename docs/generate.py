@@ -226,6 +226,17 @@ def worked_example() -> str:
     return f"```text\n{batch.layout()}\n```\n\n`batch.describe()` says: {batch.describe()}."
 
 
+def expected(name: str) -> Callable[[], str]:
+    """The table of this name of bench/roofline/tables.py: predictions for GPUs."""
+
+    def text() -> str:
+        from bench.roofline import tables
+
+        return getattr(tables, name)()
+
+    return text
+
+
 TEXTS: dict[str, Callable[[], str]] = {
     "flags": flags,
     "train_flags": train_flags,
@@ -247,6 +258,12 @@ TEXTS: dict[str, Callable[[], str]] = {
     "real_run": markdown.real_run_table,
     "gpu": markdown.gpu_table,
     "families": markdown.families_table,
+    "expect_one_gpu": expected("one_gpu_table"),
+    "expect_example": expected("worked_example"),
+    "expect_large": expected("large_table"),
+    "expect_devices": expected("devices_table"),
+    "expect_published": expected("published_table"),
+    "expect_errors": expected("errors_table"),
 }
 
 

@@ -157,6 +157,8 @@ def _models(arguments: ScoringArguments, *, given: bool) -> tuple[Any, Any]:
         if not arguments.load_in_4bit:  # bitsandbytes has put them there
             part.to(device())
         attach_logprob_head(part, padded=arguments.padded)
+        with torch.autocast(device().type, torch.bfloat16, enabled=arguments.bf16):  # again, as scored() runs it
+            attach_logprob_head(part, padded=arguments.padded)
     return model, ref_model
 
 

@@ -10,9 +10,11 @@ Weights, their names and the rest of the model stay as they are.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,7 +30,7 @@ from dpofast.losses.functional import PreferenceOutput
 from dpofast.losses.sequences import segment_sums
 from dpofast.model.adapters import check_inputs_kept
 from dpofast.model.attention.interface import register_again, restore_attention, use_packed_attention
-from dpofast.model.checks.parity import check_parity
+from dpofast.model.checks.parity import check_parity, forget_parity
 from dpofast.model.checks.support import CannotPack, check_lm_head, check_packed
 from dpofast.model.forward import packed_hidden, packed_routing, padded_hidden
 from dpofast.model.lm_head import logit_options, logprob_head, restore_head
@@ -70,6 +72,9 @@ def attach_logprob_head(model: Any, *, padded: bool = False) -> Any:
     several batches as balance, the batch's addend of the loss over all of them. model(packed=batch, count_routing=True)
     returns the RoutingCounts of one, from the backbone alone.
 
+    Its log-probs are compared with the model's own on a few ids. Where another attention may run since (on another
+    device, in another dtype, inside autocast), a second call compares them again; otherwise it does nothing.
+
     Args:
         model: a decoder-only transformers model with a language-modelling head. A PEFT model is attached through its
             base model and is called itself.
@@ -89,9 +94,12 @@ def attach_logprob_head(model: Any, *, padded: bool = False) -> Any:
                 f"padded: expected {base._padded_rows}, as the head is attached already, got {padded}: detach it first"
             )
         _take_off_autocast(model, base, stacklevel=3)
-        return model
     try:
-        _attach(model, padded)
+        if isinstance(base, PackedForward):
+            with _detached_where_refused(model):
+                check_parity(base, padded)
+        else:
+            _attach(model, padded)
     except CannotPack as error:
         raise ValueError(f"{error}. {_padded_advice(model)}") from error
     return model
@@ -105,13 +113,21 @@ def _attach(model: Any, padded: bool) -> None:
     _take_off_autocast(model, base, stacklevel=4)
     plain_class: Any = type(base)
     exchange_class(base, packed_class(plain_class, padded))
-    try:
+    with _detached_where_refused(model):
         # before anything wraps or shards the head: a wrapper takes the class that it meets
         logprob_head(base)
         follow_lengths(base)
         if not padded:
             use_packed_attention(backbone_of(base))
         check_parity(base, padded)
+
+
+@contextlib.contextmanager
+def _detached_where_refused(model: Any) -> Iterator[None]:
+    """Detach the head if something raises inside, and say so in words where the cause is known."""
+    base = base_causal_lm(model)
+    try:
+        yield
     except Exception as error:
         hooks = base.get_output_embeddings()._forward_hooks
         detach_logprob_head(model)
@@ -157,6 +173,7 @@ def detach_logprob_head(model: Any) -> Any:
         exchange_class(base, type(base)._unpacked_class)
         restore_head(base)
         stop_following(base)
+        forget_parity(base)
         if not padded:
             restore_attention(backbone_of(base))
     return model

@@ -66,7 +66,7 @@ def packed_hidden(
     """
     batch = split_by_table(model, batch)
     output = packed_backbone(model, batch, **({"output_router_logits": True} if balance else {}))
-    hidden = output.last_hidden_state[0]
+    hidden = output.last_hidden_state.squeeze(0)  # not [0], whose gradient is copied into zeros
     hidden = hidden.index_select(0, batch.logit_rows.to(hidden.device))
     if not balance:
         return hidden, None

@@ -96,6 +96,13 @@ class DPOConfig(TrainingArguments):
         default=True,
         metadata={"help": "Run every prompt once for all its responses; False measures what that saves."},
     )
+    flash_attention: str | None = field(
+        default=None,
+        metadata={
+            "help": "FA3 or FA4: FlashAttention 3 or 4 in place of torch's FlashAttention 2, where its package is "
+            "installed, for the whole process."
+        },
+    )
     max_logits_bytes: int | None = field(default=None, metadata={"help": "Room for logits in bytes (default 1 GiB)."})
     precompute_ref_log_probs: bool | None = field(
         default=None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from transformers.utils.hub import cached_file
 from dpofast.head.planning.plan import HeadPlan
 from dpofast.model.adapters import Wrapped, check_adapter, with_new_adapter
 from dpofast.model.attach import attach_logprob_head
+from dpofast.model.attention.flash import activate_flash_attention
 from dpofast.model.dropout import disable_dropout
 from dpofast.model.load import load_causal_lm
 from dpofast.model.parts import backbone_of, base_causal_lm, is_composite
@@ -52,14 +53,17 @@ def prepare_models(
     All but loading and the adapter is done to ref_model too, in place.
 
     Raises:
-        ValueError: a reference that does not fit the model or the loss, weights that are sharded already,
-            max_logits_bytes below one row of logits, or a model without layers to compile.
+        ValueError: a reference that does not fit the model or the loss, weights that are sharded already, a
+            FlashAttention that cannot run here, max_logits_bytes below one row of logits, or a model without layers to
+            compile.
     """
     if ref_model is not None and ref_model is model and not isinstance(model, str):
         raise ValueError("ref_model: expected another model than `model`, or None for the model as it is now")
     loss = args.preference_loss()
     if ref_model is not None and not loss.needs_reference:
         raise ValueError(f"ref_model: loss_type {loss.kind!r} has no reference; leave it out")
+    if args.flash_attention is not None:
+        activate_flash_attention(args.flash_attention, args.device)
     options = _loading_options(model, args, quantization_config)
     if processing_class is None:
         processing_class = tokenizer_beside(model, args, options)
@@ -110,6 +114,20 @@ def prepare_models(
         HeadPlan.make(1, model.get_output_embeddings().weight, args.max_logits_bytes, keep=True)
     args.torch_compile_backend = None  # done; accelerate would compile the whole model
     return Models(model, ref_model, processing_class, wrapped)
+
+
+def check_where_it_runs(
+    model: Any, args: DPOConfig, autocast: Callable[[], contextlib.AbstractContextManager[Any]]
+) -> None:
+    """Compare an attached model's log-probs with its own again where it runs: on its device, in its precision.
+
+    A model that was loaded by name was attached on the CPU, in float32, where another attention runs.
+
+    Raises:
+        ValueError: as attach_logprob_head's.
+    """
+    with autocast():
+        attach_logprob_head(model, padded=args.padded)
 
 
 def _loading_options(model: Any, args: DPOConfig, quantization_config: Any) -> dict[str, Any]:

@@ -53,7 +53,7 @@ from dpofast.training.out_of_memory import (
     restore_random_states,
     token_limits,
 )
-from dpofast.training.prepare import kept_use_cache, prepare_models, vocabulary
+from dpofast.training.prepare import check_where_it_runs, kept_use_cache, prepare_models, vocabulary
 from dpofast.training.ref_model import (
     MOVING_OPTIONS,
     MovingReference,
@@ -154,6 +154,8 @@ class DPOTrainer(CheckpointedTrainer):
         self.max_tokens, self.max_forward_tokens = token_limits(args.max_tokens, args.device)
         self._forward_dtype = forward_dtype(self.accelerator)
         self._reference = make_reference(self.model, ref_model, args, self._forward_dtype, wrapped=models.wrapped)
+        for each in filter(None, (self.model, self._reference.model)):
+            check_where_it_runs(each, args, self.accelerator.autocast)
         self._reference_identity = self._identity_of_reference(ref_model)  # before training changes the policy
         live = self.loss.needs_reference and not args.precompute_ref_log_probs
         self._settings = step_settings(

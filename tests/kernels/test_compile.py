@@ -17,7 +17,7 @@ import torch
 
 from bench import kernel_report
 from bench.aot import TARGETS, aot_cases
-from dpofast.kernels import exp_gemm, exp_rows, preference, scale, token_logprobs
+from dpofast.kernels import exp_gemm, exp_rows, gather_kv, preference, scale, token_logprobs
 from dpofast.kernels.linear_tiles import ARCHITECTURES, linear_tile, takes_descriptors
 from dpofast.kernels.tiles import row_tile
 
@@ -44,6 +44,8 @@ def compile_everything():
         lambda: scale.scale(ones, ones[0]),
         lambda: exp_gemm.exp_gemm(ones[None], ones[None], ones.long()),
         lambda: preference.preference_sigmoid(ones, cu_targets, adjacency, beta=0.1),
+        lambda: gather_kv.gather_kv(ones[:, None, None], ones[:, None, None], torch.zeros(1, dtype=torch.int32)),
+        lambda: gather_kv.sum_kv(ones[:, None, None], ones[:, None, None], cu_targets, cu_targets[:1]),
     ):
         try:
             launch()
@@ -201,9 +203,22 @@ def test_the_next_product_starts_before_the_last_one_ends(report):
             assert facts["pending_waits"] == (1 if "guess" in name else 2), (name, facts)
 
 
+@pytest.mark.parametrize("target", TARGETS)
+def test_key_rows_are_copied_and_summed_16_bytes_at_a_time(report, target):
+    for name, facts in report[target].items():
+        if name.startswith("gather"):
+            # Of K and of V, 2048 entries among 128 threads, or among the 256 of four wavefronts.
+            accesses = 4 if target in NVIDIA else 2
+            assert facts["load_bytes"] == facts["store_bytes"] == 16, (name, facts)
+            assert facts["wide_stores"] == accesses and facts["wide_loads"] >= accesses, (name, facts)
+            # Seven programs and more share a multiprocessor's 65,536 registers.
+            assert facts["registers"] <= 72, (name, facts)
+
+
 def test_a_cpu_tensor_without_the_interpreter_is_refused(report):
     errors = sorted(report["cpu_errors"])
-    assert [error.partition(":")[0] for error in errors] == ["hidden", "logits", "logps", "rows", "values"]
+    expected = ["grad_key", "hidden", "key", "logits", "logps", "rows", "values"]
+    assert [error.partition(":")[0] for error in errors] == expected
     for error in errors:
         assert "expected a tensor on a GPU, got one on the CPU" in error and "TRITON_INTERPRET=1" in error
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-from dpofast.model.attention.layout import AttentionOptions, PackedLayout
+from dpofast.model.attention.layout import AttentionOptions, PackedLayout, on_device
 from dpofast.packing.batch import Segments
 
 _BLOCK = 128
@@ -86,23 +86,25 @@ def block_mask(segments: Segments, window: int | None, device: torch.device) -> 
     """FlexAttention's BlockMask of the segments over one packed row of T positions."""
     rows = int(segments.cu_seqlens_q[-1])
     some, full = _blocks(segments, window)
-    partial_counts, partial_columns = _by_row(some & ~full, device)
-    full_counts, full_columns = _by_row(full, device)
+    sizes = segments.cu_seqlens_q.diff()
+    bounds = torch.stack((segments.cu_seqlens_q[:-1], *segments.prefixes.unbind(1))).repeat_interleave(sizes, dim=1)
+    start, low, high = (on_device(bound, device) for bound in bounds)
+    (partial_counts, partial_columns), (full_counts, full_columns) = (
+        (on_device(part, device) for part in _by_row(blocks)) for blocks in (some & ~full, full)
+    )
     return BlockMask.from_kv_blocks(
         partial_counts,
         partial_columns,
         full_counts,
         full_columns,
         BLOCK_SIZE=_BLOCK,
-        mask_mod=_visible(segments, window, device),
+        mask_mod=_visible(start, low, high, window),
         seq_lengths=(rows, rows),
     )
 
 
-def _visible(segments: Segments, window: int | None, device: torch.device) -> Callable[..., Tensor]:
-    sizes = segments.cu_seqlens_q.diff()
-    bounds = torch.stack((segments.cu_seqlens_q[:-1], *segments.prefixes.unbind(1)))
-    start, low, high = bounds.repeat_interleave(sizes, dim=1).to(device, non_blocking=True)
+def _visible(start: Tensor, low: Tensor, high: Tensor, window: int | None) -> Callable[..., Tensor]:
+    """The rule of visibility, from the first row and the prefix of each row's segment, (T,) int32 each."""
 
     def mask_mod(batch: Tensor, head: Tensor, row: Tensor, key: Tensor) -> Tensor:
         own = (key >= start[row]) & (key <= row)
@@ -145,8 +147,7 @@ def _blocks(segments: Segments, window: int | None) -> tuple[Tensor, Tensor]:
     return some > 0, full
 
 
-def _by_row(blocks: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+def _by_row(blocks: Tensor) -> tuple[Tensor, Tensor]:
     """Of every row of blocks the number marked, (1, 1, R) int32, and all columns, marked first, (1, 1, R, C) int32."""
     columns = blocks.int().argsort(dim=1, descending=True, stable=True)
-    counts = blocks.sum(dim=1)
-    return tuple(part.int().to(device, non_blocking=True)[None, None] for part in (counts, columns))  # type: ignore[return-value]
+    return blocks.sum(dim=1).int()[None, None], columns.int()[None, None]

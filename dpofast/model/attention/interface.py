@@ -11,8 +11,10 @@ it (layout.py says what they compute):
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +23,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from dpofast.model.attention.flash import active_flash_attention
 from dpofast.model.attention.flex import flex_attention_packed, flex_refusal
 from dpofast.model.attention.layout import AttentionOptions, PackedLayout
 from dpofast.model.attention.sdpa import sdpa_attention
@@ -28,6 +31,7 @@ from dpofast.model.attention.varlen import varlen_attention, varlen_refusal
 
 _PREFIX = "dpofast_"
 _BACKENDS = {"varlen": varlen_attention, "flex": flex_attention_packed, "sdpa": sdpa_attention}
+_SEGMENTWISE = ContextVar("_SEGMENTWISE", default=False)
 
 
 class BackendChoice(NamedTuple):
@@ -41,7 +45,7 @@ def choose_attention(query: Tensor, value: Tensor, options: AttentionOptions) ->
     """The fastest backend that can attend from query (1, H, T, Dh) to values (1, H_kv, T, Dv), and why."""
     refusal = varlen_refusal(query, value, options)
     if refusal is None:
-        return BackendChoice("varlen", "FlashAttention over all segments at once")
+        return BackendChoice("varlen", f"{active_flash_attention()} over all segments at once")
     capped = options.softcap is not None or options.sinks is not None
     if query.dtype in (torch.float16, torch.bfloat16) or capped:
         flex = flex_refusal(query, value, options)
@@ -146,8 +150,18 @@ def packed_attention(
     kind = query.device.type
     if torch.is_autocast_enabled(kind) and query.dtype != torch.float64:
         query, key, value = (tensor.to(torch.get_autocast_dtype(kind)) for tensor in (query, key, value))
-    choice = choose_attention(query, value, options)
-    return _BACKENDS[choice.backend](query, key, value, layout, options)
+    backend = "sdpa" if _SEGMENTWISE.get() else choose_attention(query, value, options).backend
+    return _BACKENDS[backend](query, key, value, layout, options)
+
+
+@contextlib.contextmanager
+def segmentwise() -> Iterator[None]:
+    """Inside, every layer attends by sdpa: by torch's functions alone, which a TorchFunctionMode may change."""
+    token = _SEGMENTWISE.set(True)
+    try:
+        yield
+    finally:
+        _SEGMENTWISE.reset(token)
 
 
 def _eager_attention_of(module: nn.Module) -> Callable[..., Any] | None:

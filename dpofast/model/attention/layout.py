@@ -12,6 +12,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dpofast.packing.batch import Segments
@@ -58,3 +59,9 @@ class PackedLayout:
         if key not in self._derived:
             self._derived[key] = make()
         return self._derived[key]
+
+
+def on_device(index: Tensor, device: torch.device) -> Tensor:
+    """An index of the CPU on a device; CUDA copies it from page-locked memory, for which the host does not wait."""
+    staged = index.pin_memory() if device.type == "cuda" else index
+    return staged.to(device, non_blocking=True)

@@ -1,7 +1,7 @@
 """Packed attention by torch.nn.attention.varlen: FlashAttention over all segments at once, 16-bit on CUDA.
 
-A segment's queries are consecutive rows. Its keys, the prompt's rows and its own, are gathered by index: a prompt's K/V
-rows are copied for each branch that reads them.
+A segment's queries are consecutive rows. Its keys, the prompt's rows and its own, are gathered (gather.py): a prompt's
+K/V rows are copied for each branch that reads them.
 """
 
 from __future__ import annotations
@@ -13,17 +13,20 @@ import torch
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
-from dpofast.model.attention.layout import AttentionOptions, PackedLayout
+from dpofast.model.attention.flash import active_flash_attention, max_head_dim
+from dpofast.model.attention.gather import KeyRows, gather_rows
+from dpofast.model.attention.layout import AttentionOptions, PackedLayout, on_device
 from dpofast.packing.batch import Segments
 
-_MAX_HEAD_DIM = 256
 _PARAMETERS = inspect.signature(varlen_attn).parameters
-# torch releases without this argument need K and V repeated for the query heads.
-_HAS_GQA = "enable_gqa" in _PARAMETERS
+# FlashAttention takes fewer K/V heads than query heads as they are. torch 2.11 passes them on and has no argument for
+# it; later releases compare the numbers first, and ask for this argument.
+_ASKS_FOR_GROUPS = "enable_gqa" in _PARAMETERS
 
 
 def varlen_refusal(query: Tensor, value: Tensor, options: AttentionOptions) -> str | None:
     """Why varlen cannot run this layer, or None where it can."""
+    width, widest = query.shape[-1], max_head_dim()
     reasons = {
         "it needs an NVIDIA GPU": query.device.type != "cuda" or torch.version.hip is not None,
         "it needs 16-bit numbers": query.dtype not in (torch.float16, torch.bfloat16),
@@ -32,14 +35,23 @@ def varlen_refusal(query: Tensor, value: Tensor, options: AttentionOptions) -> s
         # Sinks could be computed from its log-sum-exp, but that has no gradient.
         "it has no sinks": options.sinks is not None,
         "it has no dropout": options.dropout > 0,
-        "it needs values as wide as queries": query.shape[-1] != value.shape[-1],
-        f"it needs a head_dim that is a multiple of 8, at most {_MAX_HEAD_DIM}": query.shape[-1] % 8 != 0
-        or query.shape[-1] > _MAX_HEAD_DIM,
+        "it needs values as wide as queries": width != value.shape[-1],
+        f"it needs a head_dim that is a multiple of 8, at most {widest}": width % 8 != 0 or width > widest,
     }
     reason = next((reason for reason, applies in reasons.items() if applies), None)
-    if reason is None and torch.cuda.get_device_capability(query.device) < (8, 0):
+    return reason or _device_refusal(query.device, width)
+
+
+def _device_refusal(device: torch.device, width: int) -> str | None:
+    if active_flash_attention() == "FA2" and not torch.backends.cuda.is_flash_attention_available():
+        return "this torch was built without FlashAttention"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
         return "it needs compute capability 8.0"
-    return reason
+    # torch's FlashAttention 2 has no backward for these elsewhere.
+    if 192 < width <= 224 and capability not in ((8, 0), (9, 0)):
+        return "it needs compute capability 8.0 or 9.0 for a head_dim above 192 and up to 224"
+    return None
 
 
 class _Sequences:
@@ -55,10 +67,10 @@ class _Sequences:
         cu_seqlens_k = segments.cu_seqlens_k()
         self.max_q = int(segments.cu_seqlens_q.diff().max())
         self.max_k = int(cu_seqlens_k.diff().max())
-        self.cu_seqlens_q = segments.cu_seqlens_q.to(device, non_blocking=True)
-        self.cu_seqlens_k = cu_seqlens_k.to(device, non_blocking=True)
+        self.cu_seqlens_q = on_device(segments.cu_seqlens_q, device)
+        self.cu_seqlens_k = on_device(cu_seqlens_k, device)
         shared = bool((segments.prefixes[:, 1] > segments.prefixes[:, 0]).any())
-        self.key_rows = segments.key_rows().to(device, non_blocking=True) if shared else None
+        self.key_rows = KeyRows(*(on_device(part, device) for part in KeyRows.of(segments))) if shared else None
 
 
 def varlen_attention(
@@ -66,16 +78,11 @@ def varlen_attention(
 ) -> Tensor:
     """Attention of query (1, H, T, Dh) over key and value (1, H_kv, T, Dh), 16-bit on CUDA: (1, T, H, Dh)."""
     sequences: _Sequences = layout.once(("sequences", query.device), lambda: _Sequences(layout.segments, query.device))
-    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    # not tensor[0], whose gradient is copied into zeros
+    q, k, v = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
     if sequences.key_rows is not None:
-        k, v = k.index_select(0, sequences.key_rows), v.index_select(0, sequences.key_rows)
-    extra: dict[str, Any] = {}
-    if q.shape[1] != k.shape[1]:
-        if _HAS_GQA:
-            extra["enable_gqa"] = True
-        else:
-            repeats = q.shape[1] // k.shape[1]
-            k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
+        k, v = gather_rows(k, v, sequences.key_rows)
+    grouped: dict[str, Any] = {"enable_gqa": True} if _ASKS_FOR_GROUPS and q.shape[1] != k.shape[1] else {}
     attended: Any = varlen_attn(
         q,
         k,
@@ -86,9 +93,9 @@ def varlen_attention(
         sequences.max_k,
         scale=options.scaling,
         window_size=(_keys_to_the_left(options.window, sequences.max_k), 0),
-        **extra,
+        **grouped,
     )
-    return attended[None]
+    return attended.unsqueeze(0)
 
 
 def _keys_to_the_left(window: int | None, max_k: int) -> int:

@@ -1,5 +1,7 @@
 """Checks an attached model's log-probs against its own logits, on a few random ids, when the head is attached.
 
+And again where another attention may run since: on another device, in another dtype.
+
 What the rules of support.py do not know of shows here: an attention that ignores the layout, logits that are scaled in
 an unknown way, a forward that is another one in train mode. 16-bit models are compared in float32 as well, where a
 wrong mask cannot hide in rounding.
@@ -8,8 +10,8 @@ wrong mask cannot hide in rounding.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from torch.utils._pytree import tree_map
 
 from dpofast.common.eval_mode import eval_mode
 from dpofast.head.linear_logprobs import linear_logprobs
+from dpofast.model.attention.interface import segmentwise
 from dpofast.model.checks.support import CannotPack, cannot_pack
 from dpofast.model.dropout import active_dropout, config_rates
 from dpofast.model.forward import packed_hidden, padded_hidden
@@ -35,6 +38,7 @@ PARITY_TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-3, torch.float16: 5e-
 # Pairs and forwards by which a model is tried that draws random numbers in train mode.
 _PAIRS_OF_RANDOM, _DRAWS = 16, 4
 _SIXTEEN_BIT = (torch.float16, torch.bfloat16)
+_CHECKED = "_parity_checked"  # a model's settings in which it has passed
 # Config entries that families change their logits by.
 _LOGIT_ENTRY = re.compile("(?<!attn_)logit(?!s_to_keep)|(?<!attn_)soft_?cap|mup|lm_head|output_mult|unpadded_vocab")
 
@@ -45,14 +49,21 @@ def check_parity(model: Any, padded: bool) -> None:
 
     In train mode too, unless some dropout is on: the policy would differ from its reference by chance.
 
+    Nothing is done where the model has passed in this setting: device, dtype, autocast on a GPU, attention.
+
     Raises:
         ValueError: log-probs that are not finite or that differ by more than PARITY_TOLERANCE.
     """
+    setting = _setting(model)
+    passed = vars(model).setdefault(_CHECKED, set())
+    if setting in passed:
+        return
     batch = _random_batch(model)
     devices = _generator_devices(batch)
-    with eval_mode(model):
+    dtype = _computed_in(model)
+    with eval_mode(model), _uncompiled_layers(model):
         before = _generator_states(devices)
-        truth = _check_equal(model, batch, padded, lambda: model(packed=batch).logps, model.dtype)
+        truth = _check_equal(model, batch, padded, lambda: model(packed=batch).logps, dtype)
         if _drawn(before, devices):
             raise ValueError(
                 f"{type(model).__name__}: its forward draws random numbers in eval mode too, as attention by hashing "
@@ -60,10 +71,44 @@ def check_parity(model: Any, padded: bool) -> None:
             )
         in_float32 = model.dtype in _SIXTEEN_BIT and _runs_in_float32(model, batch)
         if in_float32:
-            with _InFloat32():
+            with _in_float32():
                 truth = _check_equal(model, batch, padded, lambda: _logps(model, batch, padded), torch.float32)
         if not active_dropout(model):
             _check_train_mode(model, batch, padded, truth, in_float32)
+    passed.add(setting)
+
+
+def forget_parity(model: Any) -> None:
+    """Forget in which settings the model has passed."""
+    vars(model).pop(_CHECKED, None)
+
+
+def _computed_in(model: Any) -> torch.dtype:
+    """The dtype that the model's attention and products have: autocast's on a GPU, or its weights'.
+
+    On a CPU autocast changes neither the attention nor the kernels.
+    """
+    kind = input_device(model).type
+    return torch.get_autocast_dtype(kind) if kind != "cpu" and torch.is_autocast_enabled(kind) else model.dtype
+
+
+def _setting(model: Any) -> tuple[Any, ...]:
+    attention = getattr(model.config.get_text_config(), "_attn_implementation", None)
+    return str(input_device(model)), model.dtype, _computed_in(model), attention
+
+
+@contextmanager
+def _uncompiled_layers(model: Any) -> Iterator[None]:
+    """Inside, layers run as before layer.compile(): a few ids are not worth a compilation for their length."""
+    compiled = [module for module in model.modules() if module._compiled_call_impl is not None]
+    calls = [module._compiled_call_impl for module in compiled]
+    try:
+        for module in compiled:
+            module._compiled_call_impl = None
+        yield
+    finally:
+        for module, call in zip(compiled, calls, strict=True):
+            module._compiled_call_impl = call
 
 
 def _random_batch(model: Any, pairs: int = 1) -> PackedBatch:
@@ -167,12 +212,12 @@ def _check_train_mode(model: Any, batch: PackedBatch, padded: bool, truth: Tenso
     truth (N,) are the batch's log-probs in eval mode. Where the forward draws random numbers, more ids are tried,
     several times: a router that samples does so for few tokens.
     """
-    tolerance = PARITY_TOLERANCE[torch.float32 if in_float32 else model.dtype]
+    tolerance = PARITY_TOLERANCE[torch.float32 if in_float32 else _computed_in(model)]
     devices = _generator_devices(batch)
 
     def logps(batch: PackedBatch, *, train: bool) -> Tensor:
         model.train(train)
-        with _InFloat32() if in_float32 else nullcontext():
+        with _in_float32() if in_float32 else nullcontext():
             return _logps(model, batch, padded)
 
     with torch.random.fork_rng(devices=devices):
@@ -212,10 +257,17 @@ def _runs_in_float32(model: Any, batch: PackedBatch) -> bool:
         return False
     ids, attended, _ = batch.padded()
     try:
-        with _InFloat32():
+        with _in_float32():
             return model(input_ids=ids, attention_mask=attended, use_cache=False).logits.dtype is torch.float32
     except (RuntimeError, TypeError):
         return False
+
+
+@contextmanager
+def _in_float32() -> Iterator[None]:
+    """Inside, _InFloat32; attention by sdpa, as torch.compile cannot trace FlexAttention under such a mode."""
+    with segmentwise(), _InFloat32():
+        yield
 
 
 class _InFloat32(TorchFunctionMode):
