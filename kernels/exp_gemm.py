@@ -145,7 +145,8 @@ def _exp_tile(
     return tl.sum(e, 1)
 
 
-@triton.jit(do_not_specialize=["splits", "slots"])
+# The first and the second run's flags differ in alignment: they are no reason to compile a kernel twice.
+@triton.jit(do_not_specialize=["splits", "slots"], do_not_specialize_on_alignment=["flags_ptr"])
 def _exp_gemm_kernel(
     hidden,
     weight,

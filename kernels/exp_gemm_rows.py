@@ -116,7 +116,9 @@ def guess_kernel(
     tl.store(guess_ptr + offs_n.to(tl.int64) * slots + slot, clip(guess) - raised, mask=mask_n)
 
 
-@triton.jit(do_not_specialize=["splits", "slots", "ignore_index"])
+@triton.jit(
+    do_not_specialize=["splits", "slots", "ignore_index"], do_not_specialize_on_alignment=["flags_ptr", "again_ptr"]
+)
 def patch_kernel(
     targets_ptr,
     target_logit_ptr,
@@ -186,7 +188,7 @@ def patch_kernel(
             fill_row(exp_row_ptr, float("nan"), 1, V, BLOCK_V)
 
 
-@triton.jit(do_not_specialize=["splits", "slots"])
+@triton.jit(do_not_specialize=["splits", "slots"], do_not_specialize_on_alignment=["flags_ptr"])
 def reshift_kernel(
     flags_ptr,
     row_max_ptr,

@@ -71,7 +71,7 @@ def _fold_tile(
     return m_new, s
 
 
-@triton.jit(do_not_specialize=["splits"])
+@triton.jit(do_not_specialize=["splits"], do_not_specialize_on_alignment=["flags_ptr"])
 def linear_lse_kernel(
     hidden,
     weight,

@@ -11,7 +11,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -63,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
     device = tuning_device(dry=options.dry)
     if options.dry:
         # The interpreter's tl.dot is wrong in bfloat16.
-        options = TuneArguments(rows=[24], width=[16], vocab=[100], dtype="float16", rounds=1, output=options.output)
+        options = replace(options, rows=[24], width=[16], vocab=[100], dtype="float16", rounds=1)
     if not options.overwrite:
         read_table(path)  # a damaged file is refused before anything is measured
     print(f"measuring on {device_key(device)}")
