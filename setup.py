@@ -35,6 +35,8 @@ PACKAGES = [
     "dpofast.training",
     "dpofast.training.checks",
     "dpofast.training.data",
+    "dpofast.training.layers",
+    "dpofast.training.memory",
 ]
 
 if not Path("dpofast/kernels").is_dir():

@@ -204,7 +204,7 @@ def gpu_table(results: Path = RESULTS) -> str:
         return "No run on a GPU is recorded: no GPU time, bandwidth or memory of dpofast is known."
     from bench.tables import TABLES
 
-    return "\n\n".join(f"```text\n{TABLES['gpu'](record['figures'])}\n```" for record in found[-1:])
+    return f"```text\n{TABLES['gpu'](found)}\n```"
 
 
 def _step_evidence(results: Path) -> list[tuple[str, ...]]:

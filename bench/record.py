@@ -54,6 +54,39 @@ def installed(packages: Iterable[str]) -> dict[str, str]:
     return versions
 
 
+def make_record(name: str, figures: Mapping[str, Any], *, command: str, packages: Iterable[str]) -> dict[str, Any]:
+    """What write_record appends; the arguments are its own."""
+    return {
+        "name": name,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "command": command,
+        "device": device(),
+        "versions": installed(packages),
+        "figures": dict(figures),
+    }
+
+
+def append(path: Path, record: Mapping[str, Any]) -> None:
+    """Append a record to a .jsonl file, made with its folder when absent; earlier lines stay as they are.
+
+    Raises:
+        ValueError: a figure is NaN or infinite.
+    """
+    line = json.dumps(record, allow_nan=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as stream:
+        stream.write(line + "\n")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a .jsonl file, oldest first: none where it is missing, without a last line that was cut."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
 def write_record(
     path: Path, name: str, figures: Mapping[str, Any], *, command: str, packages: Iterable[str]
 ) -> dict[str, Any]:
@@ -72,17 +105,6 @@ def write_record(
     Raises:
         ValueError: a figure is NaN or infinite.
     """
-    record = {
-        "name": name,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "command": command,
-        "device": device(),
-        "versions": installed(packages),
-        "figures": dict(figures),
-    }
-    line = json.dumps(record, allow_nan=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as stream:
-        stream.write(line + "\n")
+    record = make_record(name, figures, command=command, packages=packages)
+    append(path, record)
     return record

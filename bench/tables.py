@@ -1,37 +1,41 @@
-"""The last record of each benchmark as a table.
+"""The last run of each benchmark as a table.
 
 python -m bench.tables [head step kernel_report gpu] [--results FOLDER]
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from bench.cases import RESULTS
+from bench.record import read_lines
+
+Records = list[dict[str, Any]]
 
 
-def _head(figures: dict[str, Any]) -> str:
+def _head(records: Records) -> str:
     from bench.head.table import table
 
+    figures = records[-1]["figures"]
     shape = figures["shape"]
     title = f"N {shape['n']}, D {shape['d']}, V {shape['v']}, {figures['dtype']}, {figures['device']}"
     absent = [f"{name} was not installed and left out: {reason}" for name, reason in figures["absent"].items()]
     return "\n\n".join(["\n".join([title, *absent]), *(table(mode, row) for mode, row in figures["modes"].items())])
 
 
-def _step(figures: dict[str, Any]) -> str:
+def _step(records: Records) -> str:
     from bench.step import BASE, table
 
+    figures = records[-1]["figures"]
     title = f"{figures['model']}, {figures['profile']} prompts, {figures['pairs_per_step']} pairs a step"
     return f"{title}\n{table(figures['engines'], BASE)}"
 
 
-def _kernel_report(figures: dict[str, Any]) -> str:
+def _kernel_report(records: Records) -> str:
     lines = ["counts of the compiler and PREDICTIONS for an H100, nothing ran on a GPU"]
-    for architecture, kernels in figures.items():
+    for architecture, kernels in records[-1]["figures"].items():
         lines.append(f"{architecture:46}{'registers':>9}{'shared':>9}{'spills':>8}{'ms, predicted':>15}")
         for name, facts in kernels.items():
             predicted = facts.get("predicted_ms_h100")
@@ -40,13 +44,16 @@ def _kernel_report(figures: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _gpu(figures: dict[str, Any]) -> str:
+def _gpu(records: Records) -> str:
     from bench.gpu.__main__ import text
+    from bench.gpu.lines import last_run
 
-    return f"{figures['gpu']['name']}\n\n{text(figures['parts'])}"
+    gpu = records[-1]["figures"]["gpu"]
+    return f"{gpu['name']}, driver {gpu.get('driver', 'not known')}\n\n{text(last_run(records))}"
 
 
-TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+# Of the records of a benchmark, oldest first; a run on a GPU has many, of the others the last one is shown.
+TABLES: dict[str, Callable[[Records], str]] = {
     "kernel_report": _kernel_report,
     "head": _head,
     "step": _step,
@@ -68,9 +75,10 @@ def main(arguments: list[str] | None = None) -> int:
         if not path.exists():
             missing += [name] * (name in args.names)
             continue
-        record = json.loads(path.read_text(encoding="utf-8").splitlines()[-1])
+        records = read_lines(path)
+        record = records[-1]
         where = f"{record['device']['cpu']}, {record['device']['cores']} cores"
-        print(f"\n== {name}, {record['date']}, {where}, {record['command']}\n\n{TABLES[name](record['figures'])}")
+        print(f"\n== {name}, {record['date']}, {where}, {record['command']}\n\n{TABLES[name](records)}")
     for name in missing:
         print(f"error: {name} has no record in {args.results}", file=sys.stderr)
     return 1 if missing else 0

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ import numpy as np
 import torch
 
 from dpofast.common.memory import peak_resident, restart_peak_resident
+
+# Cycles a second of torch.cuda._sleep at a high clock rate; at a lower one it spins longer.
+SPIN_HZ = 2_000_000_000
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -68,15 +72,15 @@ class PeakMemory:
         return peak_resident() - self.start
 
 
-def timed(function: Callable[[], Any], device: torch.device, calls: int = 1) -> float:
+def timed(function: Callable[[], Any], device: torch.device, calls: int = 1, ahead_s: float = 1e-3) -> float:
     """Seconds of one call, the mean of `calls` in a row; on a GPU its own time, by events.
 
-    A GPU first spins, about 0.1 ms a call and 1 ms at least, so that the launches are queued before their turn comes:
-    in training, too, the host runs ahead.
+    A GPU first spins for about `ahead_s` seconds, so that the launches are queued before their turn comes: in training,
+    too, the host runs ahead. launch_seconds says how long that takes.
     """
     if device.type == "cuda":
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda._sleep(200_000 * max(calls, 10))
+        torch.cuda._sleep(int(SPIN_HZ * ahead_s))
         start.record()
         for _ in range(calls):
             function()
@@ -87,6 +91,45 @@ def timed(function: Callable[[], Any], device: torch.device, calls: int = 1) -> 
     for _ in range(calls):
         function()
     return (time.perf_counter() - begin) / calls
+
+
+def launch_seconds(function: Callable[[], Any], device: torch.device, calls: int = 1) -> float:
+    """How long `timed` should spin: what the host takes to launch `calls` calls and half as much, from 1 to 20 ms.
+
+    On a CPU nothing runs, and the answer is 0.
+    """
+    if device.type != "cuda":
+        return 0.0
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    for _ in range(calls):
+        function()
+    launched = time.perf_counter() - begin
+    torch.cuda.synchronize()
+    return min(max(1.5 * launched, 1e-3), 20e-3)
+
+
+@dataclass
+class Paired:
+    """Times of a contender and of a baseline, each pair measured one right after the other.
+
+    A drift of the clock rate, a warmer chip or a busy neighbour affects both of a pair, and cancels in their ratio.
+
+    Attributes:
+        seconds, base_seconds: one value each for every pair.
+    """
+
+    seconds: list[float] = field(default_factory=list)
+    base_seconds: list[float] = field(default_factory=list)
+
+    def add(self, base_seconds: float, seconds: float) -> None:
+        """Keep a pair."""
+        self.base_seconds.append(base_seconds)
+        self.seconds.append(seconds)
+
+    def ratio(self) -> dict[str, float]:
+        """Median, p20 and p80 of the pairs' ratios, the contender's time over the baseline's."""
+        return spread([time / base for base, time in zip(self.base_seconds, self.seconds, strict=True)])
 
 
 def seen(function: Callable[[], Any], device: torch.device) -> tuple[Any, int | None]:

@@ -10,15 +10,19 @@ call, and how often the next call is in another file, and in another package, th
 """
 
 import argparse
+import contextlib
+import importlib
 import json
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from types import FrameType
 from typing import Any
+from unittest import mock
 
 from bench.cases import UNATTENDED, RandomProfile
 
@@ -72,6 +76,21 @@ class Walk:
         )
 
 
+class _ThisThread:
+    """An executor that runs a call where it is submitted: the profiler follows one thread, and its order stays."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def submit(self, call: Callable[[], Any]) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(call())
+        return future
+
+    def shutdown(self, **_: Any) -> None:
+        pass
+
+
 def calls_of_a_step(root: Path) -> list[str]:
     """Train with the dpofast of a checkout and return the files of one step's calls, relative to dpofast/.
 
@@ -102,7 +121,10 @@ def calls_of_a_step(root: Path) -> list[str]:
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             sys.setprofile(note if state.global_step == LAST_WARM_UP else None)
 
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as patched:
+        with contextlib.suppress(ModuleNotFoundError):  # another checkout may pack where it trains
+            ahead = importlib.import_module("dpofast.training.data.ahead")
+            patched.enter_context(mock.patch.object(ahead, "ThreadPoolExecutor", _ThisThread))
         write_model(Path(folder), PROFILE)
         trainer = dpofast.DPOTrainer(
             folder,

@@ -14,11 +14,15 @@ import os
 import random
 import re
 import tempfile
+from pathlib import Path
 
 import hypothesis
 import numpy as np
 import pytest
 import torch
+from _pytest.mark.expression import Expression
+
+from bench.gpu.needs import gpu_test_modules
 
 # Read when huggingface_hub is imported, which happens in test modules, after this file.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -37,8 +41,14 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("dpofast")
 
 
+# How many neighbours stay together in a shard: they often share compiled kernels, and those of a shard run one by one.
+HAND = 4
+
+
 def _wants_gpu(config):
-    return re.search(r"(?<!not )\bgpu\b", config.option.markexpr or "") is not None
+    """Whether -m takes tests marked gpu, and no others."""
+    expression = Expression.compile(config.option.markexpr or "not gpu")
+    return expression.evaluate(lambda name, **_: name == "gpu") and not expression.evaluate(lambda name, **_: False)
 
 
 def pytest_addoption(parser):
@@ -66,18 +76,32 @@ def pytest_configure(config):
 
 def pytest_ignore_collect(collection_path, config):
     """With `-m gpu`, leave files alone that have no such test: what they import may be missing on a GPU machine."""
-    if _wants_gpu(config) and collection_path.suffix == ".py":
-        found = re.search(r"\bdef test_\w+\([^)]*\bdevice\b|mark\.gpu", collection_path.read_text("utf-8"))
-        return None if found else True
-    return None
+    if not _wants_gpu(config) or collection_path.name.startswith("__"):
+        return None
+    found = gpu_test_modules(Path(__file__).parent)
+    return None if any(collection_path in (path, *path.parents) for path in found) else True
+
+
+def pytest_generate_tests(metafunc):
+    """Give `device` to the tests that take it: the CPU, and in a second test marked gpu the GPU.
+
+    A test that is itself marked gpu gets the GPU only. It names what stands in for it where there is none:
+    `@pytest.mark.gpu(twin="test_of_the_same_file")`.
+    """
+    marked = metafunc.definition.get_closest_marker("gpu") is not None
+    if "device" in metafunc.fixturenames:
+        values = ["cuda"] if marked else ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+        metafunc.parametrize("device", values, indirect=True)
+    elif marked:
+        raise pytest.UsageError(f"{metafunc.definition.nodeid} is marked gpu: it takes its device by that argument")
 
 
 @pytest.hookimpl(trylast=True)  # after -m has deselected, and before the first test
 def pytest_collection_modifyitems(config, items):
     """Put the files that take longest first, so that no process of `make test` ends long after the other.
 
-    With --shard, keep the tests of one shard instead. Neighbours share compiled kernels, so a shard is a run of
-    neighbours.
+    With --shard, keep the tests of one shard instead, a few neighbours in turn for each shard, so that no shard gets
+    all tests of a file whose kernels take long to compile.
     """
     if config.option.shard is None:
         seconds = collections.Counter()
@@ -90,7 +114,7 @@ def pytest_collection_modifyitems(config, items):
     if not found or not 1 <= int(found[1]) <= int(found[2]):
         raise pytest.UsageError(f"--shard: expected I/K with 1 <= I <= K, got {config.option.shard!r}")
     shard, shards = int(found[1]), int(found[2])
-    items[:] = items[len(items) * (shard - 1) // shards : len(items) * shard // shards]
+    items[:] = [item for at, item in enumerate(items) if at // HAND % shards == shard - 1]
 
 
 def pytest_collection_finish():
@@ -121,9 +145,9 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.fixture
 def device(request):
-    """The device of the kernels: the CPU with Triton's interpreter, and in a second test marked gpu the GPU."""
+    """The device of the kernels: the CPU with Triton's interpreter, or the GPU (pytest_generate_tests)."""
     return torch.device(request.param)
 
 

@@ -5,14 +5,14 @@ whichever it chooses: the tl.dot kernel, which writes no logits to memory, and l
 with a row kernel.
 """
 
-import traceback
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench.gpu.setting import Setting, one_line
+from bench.gpu.setting import Setting
 from bench.head.compare import compare
 from bench.head.floor import FLOOR
 from bench.head.peers import OURS, build
@@ -54,57 +54,68 @@ def scratch(problem: Problem) -> Head:
     return per_token(problem, logps)
 
 
+# Seconds that must be left to begin a mode.
+LEAST_S = 10
+
 FORWARD_ONLY = {"tl.dot kernel": tl_dot, "scratch": scratch}
 
 
-def run(setting: Setting, figures: dict[str, Any], left: Callable[[], float]) -> None:
-    """Fill figures. Failures of dpofast's own contenders are raised at the end, when everything else is measured."""
-    problem = Problem.make(setting.n, setting.d, setting.v, setting.pairs, setting.dtype, setting.device)
-    figures["shape"] = {name: getattr(setting, name) for name in ("n", "d", "v", "pairs")}
-    heads, figures["absent"] = build(problem, [*OURS, *setting.peers])
-    for name, reason in figures["absent"].items():
-        print(f"{name} is not installed here and left out: {reason}", flush=True)
-    truth = Truth.of(problem)
-    counts = {"token": setting.n, "sequence": 2 * setting.pairs}
-    figures["own_error"] = {name: (truth.limit(count) - LOGPS_TOLERANCE) / 2 for name, count in counts.items()}
-    ours = {name: make(problem) for name, make in FORWARD_ONLY.items()}
-    figures["goals_apply"] = setting.device.type == "cuda"
-    figures["modes"] = {}
-    wrong = []
-    for mode in MODES:
-        if left() < 15:
-            wrong.append(f"{mode}: no time left")
-            continue
-        contenders = {**heads, **ours} if mode == "forward" else heads
-        try:
-            result = compare(problem, contenders, truth, mode, setting.rounds)
-        except Exception as error:
-            traceback.print_exc()
-            wrong.append(f"{mode}: {one_line(error)}")
-            continue
-        figures["modes"][mode] = result
-        wrong += [f"{mode}: {name}: {result['failed'][name]}" for name in ours if name in result["failed"]]
-        entries = result["contenders"]
-        wrong += [f"{mode}: {name}: {entries[name]['wrong']}" for name in ours if entries.get(name, {}).get("wrong")]
+def run(setting: Setting, left: Callable[[], float]) -> Iterator[tuple[str, Any]]:
+    """Each mode at each shape, the goals' first.
+
+    Raises:
+        RuntimeError: at the end, what of dpofast's own did not run or was wrong.
+    """
+    wrong: list[str] = []
+    for shape in setting.heads:
+        peers = setting.peers if shape == setting.heads[0] else setting.few_peers
+        problem = Problem.make(setting.n, shape.d, shape.v, setting.pairs, setting.dtype, setting.device)
+        heads, absent = build(problem, [*OURS, *peers])
+        truth = Truth.of(problem)
+        counts = {"token": setting.n, "sequence": 2 * setting.pairs}
+        common = {
+            "shape": {"n": setting.n, "d": shape.d, "v": shape.v, "pairs": setting.pairs},
+            "own_error": {name: (truth.limit(count) - LOGPS_TOLERANCE) / 2 for name, count in counts.items()},
+            "absent": absent,
+            "goals_apply": setting.device.type == "cuda" and shape == setting.heads[0],
+        }
+        ours = {name: make(problem) for name, make in FORWARD_ONLY.items()}
+        for mode in MODES:
+            title = f"D {shape.d}, {mode}"
+            if left() < LEAST_S:
+                wrong.append(f"{title}: no time left")
+                continue
+            contenders = {**heads, **ours} if mode == "forward" else heads
+            result = compare(problem, contenders, truth, mode, setting.rounds, left, keep_wrong=True)
+            yield title, {**common, "mode": mode, "result": result}
+            own = [name for name in contenders if name in ours or name in OURS]
+            wrong += [f"{title}: {name}: {result['failed'][name]}" for name in own if name in result["failed"]]
+            entries = result["contenders"]
+            wrong += [
+                f"{title}: {name}: {entries[name]['wrong']}" for name in own if entries.get(name, {}).get("wrong")
+            ]
+        del problem, heads, truth, ours
     if wrong:
         raise RuntimeError("; ".join(wrong))
 
 
-def table(figures: dict[str, Any]) -> str:
+def table(pieces: dict[str, Any]) -> str:
     """The modes of bench.head, the floor's rate, and the goals beside what was reached."""
-    shape = figures["shape"]
-    lines = [f"head: N {shape['n']}, D {shape['d']}, V {shape['v']}, {shape['pairs']} pairs"]
-    own = figures["own_error"]
-    lines.append(
-        f"torch.mm with a float32 result: off by {own['token']:.0e} nats a token, {own['sequence']:.0e} a sequence"
-    )
-    for name, reason in figures["absent"].items():
-        lines.append(f"{name} is not installed here and left out: {reason}")
-    for mode, result in figures["modes"].items():
+    lines: list[str] = []
+    seen: list[dict[str, int]] = []
+    for figures in pieces.values():
+        shape, mode, result = figures["shape"], figures["mode"], figures["result"]
+        if shape not in seen:
+            seen.append(shape)
+            own = figures["own_error"]
+            lines += [f"head: N {shape['n']}, D {shape['d']}, V {shape['v']}, {shape['pairs']} pairs"]
+            errors = f"{own['token']:.0e} nats a token, {own['sequence']:.0e} a sequence"
+            lines.append(f"torch.mm with a float32 result: off by {errors}")
+            lines += [f"{name} is not here and left out: {reason}" for name, reason in figures["absent"].items()]
         products = 1 + len(MODES[mode])
         flops = products * 2 * shape["n"] * shape["d"] * shape["v"]
         lines += ["", mode_table(mode, result)]
-        lines.append(f"{FLOOR} runs at {flops / min(result['floor_s']) / 1e12:.0f} TFLOP/s")
+        lines.append(f"{FLOOR} runs at {flops / statistics.median(result['floor_s']) / 1e12:.0f} TFLOP/s")
         for (goal_mode, name), goal in GOALS.items():
             if figures["goals_apply"] and goal_mode == mode and name in result["contenders"]:
                 reached = result["contenders"][name]["floors"]
@@ -112,4 +123,5 @@ def table(figures: dict[str, Any]) -> str:
                     f"goal on an H100: {name} within {goal:.2f} of {products} x torch.mm: {reached:.3f}, "
                     f"{'reached' if reached <= goal else 'MISSED'}"
                 )
-    return "\n".join(lines)
+        lines.append("")
+    return "\n".join(lines[:-1])

@@ -1,11 +1,12 @@
 """The parts "rows", "linear" and "sigmoid" of bench.gpu: kernels against copy bandwidth and torch.mm, tile sweeps.
 
-Bandwidth is computed from the bytes that the task requires, each logit read once and each result written once,
-independent of what the kernel does. It is compared with a copy that reads and writes 1 GiB in the same rounds.
+Bandwidth is computed from the bytes that a kernel moves, as its docstring counts them, and compared with that of a copy
+that reads and writes 1 GiB right before it.
 """
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -13,13 +14,20 @@ import torch
 from torch import Tensor
 
 from bench.cases import SEED
-from bench.gpu.setting import Setting, measure, one_line
+from bench.gpu.lines import one_line
+from bench.gpu.setting import Setting, measure
 from bench.head.problem import Problem
-from dpofast.kernels import exp_gemm, linear_tiles, preference, row_parts, tiles, token_logprobs
+from dpofast.kernels import exp_gemm, exp_rows, linear_tiles, preference, row_parts, tiles, token_logprobs
+from dpofast.kernels.row_parts import TokenLogprobs
 from dpofast.losses.config import PreferenceLoss
 from dpofast.losses.functional import token_preference_loss
 
 COPY = "copy"
+# What training in bfloat16 runs, and what a gradient of given logits runs: their tiles are swept.
+EXP_ROWS, GRADIENT = "exp_rows, E", "gradient of 16 bits"
+SWEPT = (EXP_ROWS, GRADIENT)
+# Seconds that must be left to try another tile.
+LEAST_S = 8
 GOAL_OF_COPY = 0.90
 # Columns a step and warps; the table in tiles.py has one entry for all vocabularies of more than 256.
 ROW_TILES = ((1024, 4), (1024, 8), (2048, 4), (2048, 8), (2048, 16), (4096, 8), (4096, 16), (8192, 16))
@@ -51,18 +59,19 @@ def _rows(setting: Setting, v: int) -> tuple[Tensor, Tensor]:
     return torch.randn(setting.rows, v, **random).mul_(2), torch.randint(0, v, (setting.rows,), **random)
 
 
-def _check_rows(name: str, logits: Tensor, targets: Tensor, logps: Tensor, exp: Tensor) -> None:
-    """Compare log-probs and E with float64 on the first 32 rows.
+def _check_rows(name: str, logits: Tensor, targets: Tensor, sums: TokenLogprobs, exp: Tensor) -> None:
+    """Compare log-probs and E / S, which no choice of the shift changes, with float64 on the first 32 rows.
 
     Raises:
         ValueError: they are off.
     """
     x, y = logits[:32].double(), targets[:32]
-    exact = x.log_softmax(1).gather(1, y[:, None]).squeeze(1)
-    expected = (x - x.amax(1, keepdim=True)).exp()
-    expected.scatter_add_(1, y[:, None], -expected.sum(1, keepdim=True))
-    off = float((logps[:32] - exact).abs().max())
-    norm = float((exp[:32].double() - expected).norm() / expected.norm())
+    exact = x.log_softmax(1)
+    expected = exact.exp()
+    expected.scatter_add_(1, y[:, None], -torch.ones_like(expected[:, :1]))
+    off = float((sums.logps[:32] - exact.gather(1, y[:, None]).squeeze(1)).abs().max())
+    got = exp[:32].double() / sums.sum_exp[:32, None].double()
+    norm = float((got - expected).norm() / expected.norm())
     if not (off <= LOGPS_TOLERANCE and norm <= ROW_TOLERANCE):
         raise ValueError(f"{name}: log-probs are off by {off:.1e} nats, E by {norm:.1e} of its norm")
 
@@ -72,65 +81,87 @@ def _calls(setting: Setting) -> int:
     return 4 if setting.device.type == "cuda" else 1
 
 
-def rows(setting: Setting, figures: dict[str, Any], left: Callable[[], float]) -> None:
-    """Row kernels against a copy, then a sweep over their tiles."""
-    narrow = torch.bfloat16
+def rows(setting: Setting, left: Callable[[], float]) -> Iterator[tuple[str, Any]]:
+    """Row kernels against a copy at two vocabularies, then a sweep over the tiles of the two that training runs."""
     size = 1 << 30 if setting.device.type == "cuda" else 1 << 20
     source = torch.zeros(size, dtype=torch.uint8, device=setting.device)
     target = torch.empty_like(source)
-    functions: dict[str, Callable[[], Any]] = {COPY: lambda: target.copy_(source)}
-    moved = {COPY: 2 * len(source)}
+    copy = Case(2 * size, lambda: target.copy_(source))
+    for v in (setting.v, setting.ragged):
+        cases = {COPY: copy, **_row_cases(setting, v)}
+        times = measure({name: case.run for name, case in cases.items()}, setting, COPY, _calls(setting))
+        for name, case in cases.items():
+            times[name]["bytes"] = case.bytes
+        yield f"V {v}", {"rows": setting.rows, "v": v, "times": times}
+        if v == setting.v:
+            for name in SWEPT:
+                yield f"tiles of {name}", {"v": v, "sweep": _sweep_rows(cases[name].run, setting, left)}
 
-    def add(v: int, extra: bool) -> None:
-        wide, targets = _rows(setting, v)
-        half, exp, out = wide.to(narrow), torch.empty_like(wide, dtype=narrow), torch.empty_like(wide, dtype=narrow)
-        sums = token_logprobs.token_logprobs(wide, targets, exp_out=exp)
-        _check_rows(f"E of float32 logits, V {v}", wide, targets, sums.logps, exp)
-        upstream = torch.ones_like(sums.logps)
-        cases: dict[str, tuple[int, Callable[[], Any]]] = {
-            "logps, E": (6, lambda: token_logprobs.token_logprobs(wide, targets, exp_out=exp)),
-            "logps": (4, lambda: token_logprobs.token_logprobs(wide, targets)),
-        }
-        if extra:
-            stats = row_parts.STATS
-            cases |= {
-                "logps of 16 bits": (2, lambda: token_logprobs.token_logprobs(half, targets)),
-                "logps, statistics": (4, lambda: token_logprobs.token_logprobs(wide, targets, stats=stats)),
-                "gradient of 16 bits": (
-                    4,
-                    lambda: token_logprobs.token_logprobs_grad(
-                        half, targets, sums.row_max, sums.sum_exp, upstream, out=out
-                    ),
-                ),
-            }
-        for name, (width, function) in cases.items():
-            functions[f"{name}, V {v}"] = function
-            moved[f"{name}, V {v}"] = width * wide.numel()
 
-    add(setting.v, extra=True)
-    add(setting.ragged, extra=False)
-    figures["rows"], figures["sweep"] = setting.rows, {}
-    figures["times"] = measure(functions, setting, _calls(setting))
-    figures["bytes"] = moved
-    for name in (f"logps, E, V {setting.v}", f"gradient of 16 bits, V {setting.v}"):
-        figures["sweep"][name] = _sweep_rows(functions[name], setting, left)
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What is timed, and the bytes that it must move."""
+
+    bytes: int
+    run: Callable[[], Any]
+
+
+def _row_cases(setting: Setting, v: int) -> dict[str, Case]:
+    """The launches of the row kernels; the bytes are those of each kernel's docstring, of a row read as often as it is.
+
+    Raises:
+        ValueError: a kernel is wrong.
+    """
+    narrow = torch.bfloat16
+    wide, targets = _rows(setting, v)
+    half, exp, out = wide.to(narrow), torch.empty_like(wide, dtype=narrow), torch.empty_like(wide, dtype=narrow)
+    for name, kernel in (("exp_rows", exp_rows.exp_rows), ("token_logprobs", token_logprobs.token_logprobs)):
+        sums = kernel(wide, targets, exp_out=exp)
+        _check_rows(f"{name}, V {v}", wide, targets, sums, exp)
+    upstream, count = torch.ones_like(sums.logps), wide.numel()
+
+    def gradient() -> None:
+        token_logprobs.token_logprobs_grad(half, targets, sums.row_max, sums.sum_exp, upstream, out=out)
+
+    return {
+        EXP_ROWS: Case(6 * count, lambda: exp_rows.exp_rows(wide, targets, exp_out=exp)),
+        "token_logprobs, E": Case(10 * count, lambda: token_logprobs.token_logprobs(wide, targets, exp_out=exp)),
+        "token_logprobs": Case(4 * count, lambda: token_logprobs.token_logprobs(wide, targets)),
+        "token_logprobs, statistics": Case(
+            4 * count, lambda: token_logprobs.token_logprobs(wide, targets, stats=row_parts.STATS)
+        ),
+        "token_logprobs of 16 bits": Case(2 * count, lambda: token_logprobs.token_logprobs(half, targets)),
+        GRADIENT: Case(4 * count, gradient),
+    }
 
 
 def _sweep_rows(function: Callable[[], Any], setting: Setting, left: Callable[[], float]) -> dict[str, Any]:
-    """Median seconds by tile, or why a tile does not run."""
+    """By tile: its time over that of the tile we choose, or why it did not run."""
     chosen = tiles.row_tile(setting.v)
     results: dict[str, Any] = {}
     for block_v, num_warps in ROW_TILES if setting.device.type == "cuda" else ROW_TILES[:1]:
-        if left() < 10:
-            raise TimeoutError(f"no time left for tiles from BLOCK_V {block_v}, {num_warps} warps on")
         tile = dataclasses.replace(chosen, BLOCK_V=block_v, num_warps=num_warps)
         name = f"{block_v} x {num_warps} warps" + (" (ours)" if tile == chosen else "")
-        with mock.patch.object(row_parts, "row_tile", lambda *_, tile=tile, **__: tile):
-            try:
-                results[name] = measure({name: function}, setting, _calls(setting))[name]["median"]
-            except Exception as error:
-                results[name] = _refusal(error)
+
+        def with_tile(tile: tiles.RowTile = tile) -> None:
+            with mock.patch.object(row_parts, "row_tile", lambda *_, **__: tile):
+                function()
+
+        results[name] = _tried({"ours": function, "tile": with_tile}, setting, left, _calls(setting))
     return results
+
+
+def _tried(
+    functions: dict[str, Callable[[], Any]], setting: Setting, left: Callable[[], float], calls: int
+) -> dict[str, float] | str:
+    """The ratio of the second function's time to the first's, or why there is none."""
+    if left() < LEAST_S:
+        return "no time left"
+    baseline, candidate = functions
+    try:
+        return measure(functions, setting, baseline, calls)[candidate]["ratio"]
+    except Exception as error:
+        return _refusal(error)
 
 
 def _refusal(error: Exception) -> str:
@@ -144,87 +175,93 @@ def _refusal(error: Exception) -> str:
     return one_line(error)
 
 
-def rows_table(figures: dict[str, Any]) -> str:
-    """Time, bandwidth and share of the copy's; then the sweep."""
-    times, moved = figures["times"], figures["bytes"]
-    rates = {name: moved[name] / times[name]["median"] for name in times}
-    title = f"row kernels, {figures['rows']} rows"
-    lines = [f"{title:36}{'ms':>9}{'p20':>9}{'p80':>9}{'TB/s':>8}{'of copy':>9}"]
-    for name, time in times.items():
-        values = "".join(f"{1e3 * time[key]:9.4f}" for key in ("median", "p20", "p80"))
-        lines.append(f"{name:36}{values}{rates[name] / 1e12:8.3f}{rates[name] / rates[COPY]:9.1%}")
-    lines.append(f"goal on an H100: {GOAL_OF_COPY:.0%} of the copy, bytes counted as each logit read once")
-    for name, sweep in figures["sweep"].items():
-        lines += ["", f"tiles of {name}, ms", *_ranked(sweep, lambda seconds: f"{1e3 * seconds:9.4f}")]
-    return "\n".join(lines)
+def rows_table(pieces: dict[str, Any]) -> str:
+    """Time, bandwidth and share of the copy's; then the sweeps."""
+    lines = []
+    for name, figures in pieces.items():
+        if "sweep" in figures:
+            lines += [f"{name}, V {figures['v']}, time over that of our tile", *_ranked(figures["sweep"]), ""]
+            continue
+        title = f"row kernels, {figures['rows']} rows, V {figures['v']}"
+        lines.append(f"{title:40}{'ms':>9}{'p20':>9}{'p80':>9}{'TB/s':>8}{'of copy':>9}{'p20':>8}{'p80':>8}")
+        copied = figures["times"][COPY]["bytes"]
+        for case, time in figures["times"].items():
+            values = "".join(f"{1e3 * time[key]:9.4f}" for key in ("median", "p20", "p80"))
+            # A longer time is a smaller share, so the percentiles change places.
+            share = [time["bytes"] / copied / time["ratio"][key] for key in ("median", "p80", "p20")]
+            rate = time["bytes"] / time["median"] / 1e12
+            lines.append(f"{case:40}{values}{rate:8.3f}{share[0]:9.1%}{share[1]:8.1%}{share[2]:8.1%}")
+        lines += [f"goal on an H100: {GOAL_OF_COPY:.0%} of the copy", ""]
+    return "\n".join(lines[:-1])
 
 
-def _ranked(sweep: dict[str, Any], text: Callable[[float], str]) -> list[str]:
-    """The candidates that ran, best first, then the others with the reason."""
-    ran = sorted((value, name) for name, value in sweep.items() if not isinstance(value, str))
+def _ranked(sweep: dict[str, Any]) -> list[str]:
+    """The candidates that ran, best first, with p20 and p80 of their ratio, then the others with the reason."""
+    ran = sorted((ratio["median"], name, ratio) for name, ratio in sweep.items() if not isinstance(ratio, str))
     failed = [f"  {name:34} {reason}" for name, reason in sweep.items() if isinstance(reason, str)]
-    return [*(f"  {name:34} {text(value)}" for value, name in ran), *failed]
+    return [
+        *(f"  {name:34} {median:9.3f} {ratio['p20']:8.3f} {ratio['p80']:8.3f}" for median, name, ratio in ran),
+        *failed,
+    ]
 
 
-def linear(setting: Setting, figures: dict[str, Any], left: Callable[[], float]) -> None:
+def linear(setting: Setting, left: Callable[[], float]) -> Iterator[tuple[str, Any]]:
     """The tl.dot kernel's tiles and splits against torch.mm of the same shape, at many and at few rows."""
     problem = Problem.make(setting.n, setting.d, setting.v, setting.pairs, setting.dtype, setting.device)
-    architecture = linear_tiles.architecture_of(problem.hidden)
+    architecture = linear_tiles.architecture_of(setting.device)
     bulk = linear_tiles.takes_descriptors(architecture, setting.dtype)
     chosen = linear_tiles.linear_tile(
         architecture, setting.dtype, softcap=False, descriptors=bulk, stores=False, even=True
     )
     cuda = setting.device.type == "cuda"
     brief, calls = dataclasses.replace(setting, rounds=5 if cuda else 1), 2 if cuda else 1
-    few = min(128, setting.n // 2)
-    figures["sweep"] = {}
-    for n in (setting.n, few):
+    candidates: dict[str, dict[str, Any]] = {"ours": {}}
+    if bulk:
+        candidates["ours, no descriptors"] = {"descriptors": False}
+    for shape in LINEAR_TILES if cuda else DRY_LINEAR_TILES:
+        tile = linear_tiles.LinearTile(*shape)
+        candidates["x".join(map(str, shape)) + (" (ours)" if tile == chosen else "")] = {"tile": tile}
+    candidates |= {f"{splits} splits": {"splits": splits} for splits in (SPLITS if cuda else SPLITS[1:2])}
+    for n in (setting.n, min(128, setting.n // 2)):
         hidden, targets = problem.hidden[:n], problem.targets[:n]
         product = torch.empty(n, setting.v, dtype=setting.dtype, device=setting.device)
-        floor = {"torch.mm": lambda h=hidden, out=product: torch.mm(h, problem.weight.t(), out=out)}
         expected = exp_gemm.exp_gemm(hidden, problem.weight, targets).logps
 
-        def against_the_floor(options: dict[str, Any], hidden=hidden, targets=targets, floor=floor, expected=expected):
-            def function() -> Tensor:
-                return exp_gemm.exp_gemm(hidden, problem.weight, targets, **options).logps
+        def floor(hidden: Tensor = hidden, product: Tensor = product) -> None:
+            torch.mm(hidden, problem.weight.t(), out=product)
 
-            off = float((function() - expected).abs().max())
-            if not off <= LOGPS_TOLERANCE:
-                raise ValueError(f"another tile's log-probs are off by {off:.1e} nats")
-            times = measure({**floor, "kernel": function}, brief, calls)
-            return times["kernel"]["median"] / times["torch.mm"]["median"]
+        def kernel(options: dict[str, Any], hidden: Tensor = hidden, targets: Tensor = targets) -> Tensor:
+            return exp_gemm.exp_gemm(hidden, problem.weight, targets, **options).logps
 
-        candidates: dict[str, dict[str, Any]] = {"ours": {}}
-        if bulk:
-            candidates["ours, no descriptors"] = {"descriptors": False}
-        for shape in LINEAR_TILES if cuda else DRY_LINEAR_TILES:
-            tile = linear_tiles.LinearTile(*shape)
-            candidates["x".join(map(str, shape))] = {"tile": tile}
-        candidates |= {f"{splits} splits": {"splits": splits} for splits in (SPLITS if cuda else SPLITS[1:2])}
-        sweep = figures["sweep"][f"{n} rows"] = {}
+        sweep = {}
         for name, options in candidates.items():
-            if left() < 10:
-                raise TimeoutError(f"no time left at {n} rows from {name} on")
-            label = name + (" (ours)" if options.get("tile") == chosen else "")
-            try:
-                sweep[label] = against_the_floor(options)
-            except Exception as error:
-                if name == "ours":
-                    raise
-                sweep[label] = _refusal(error)
+            function = functools.partial(kernel, options)
+            sweep[name] = _right(function, expected) or _tried(
+                {"torch.mm": floor, "kernel": function}, brief, left, calls
+            )
+        yield f"{n} rows", {"n": n, "d": setting.d, "v": setting.v, "architecture": architecture, "sweep": sweep}
 
 
-def linear_table(figures: dict[str, Any]) -> str:
+def _right(function: Callable[[], Tensor], expected: Tensor) -> str:
+    """Why a candidate is out before it is timed: it does not run, or its log-probs are off; empty: it is right."""
+    try:
+        off = float((function() - expected).abs().max())
+    except Exception as error:
+        return _refusal(error)
+    return "" if off <= LOGPS_TOLERANCE else f"log-probs are off by {off:.1e} nats"
+
+
+def linear_table(pieces: dict[str, Any]) -> str:
     """Times over torch.mm's, best first."""
     lines = []
-    for name, sweep in figures["sweep"].items():
-        lines += [f"tl.dot kernel, {name}, time over torch.mm's", *_ranked(sweep, lambda ratio: f"{ratio:9.3f}"), ""]
+    for name, figures in pieces.items():
+        title = f"tl.dot kernel, {name}, D {figures['d']}, V {figures['v']}, tiles of {figures['architecture']}"
+        lines += [f"{title}: time over torch.mm's", *_ranked(figures["sweep"]), ""]
     return "\n".join(lines[:-1])
 
 
-def sigmoid(setting: Setting, figures: dict[str, Any], left: Callable[[], float]) -> None:
+def sigmoid(setting: Setting, left: Callable[[], float]) -> Iterator[tuple[str, Any]]:
     """From per-token log-probs to loss and coefficients: the one launch, and the public function, with backward."""
-    figures["times"] = {}
     for sequences in (2 * setting.pairs, setting.n // 8):
         generator = torch.Generator().manual_seed(SEED)
         logps = -torch.rand(setting.n, generator=generator).to(setting.device)
@@ -254,13 +291,14 @@ def sigmoid(setting: Setting, figures: dict[str, Any], left: Callable[[], float]
             "the same in torch": lambda public=public: public("torch"),
         }
         calls = 10 if setting.device.type == "cuda" else 1
-        figures["times"][f"{setting.n} targets, {sequences} sequences"] = measure(functions, setting, calls)
+        times = measure(functions, setting, "the same in torch", calls)
+        yield f"{setting.n} targets, {sequences} sequences", times
 
 
-def sigmoid_table(figures: dict[str, Any]) -> str:
+def sigmoid_table(pieces: dict[str, Any]) -> str:
     """Microseconds; where a call takes longer to launch than to run, as forward with backward may, the launches'."""
     lines = [f"{'sigmoid loss':56}{'us':>9}{'p20':>9}{'p80':>9}"]
-    for shape, times in figures["times"].items():
+    for shape, times in pieces.items():
         for name, time in times.items():
             values = "".join(f"{1e6 * time[key]:9.1f}" for key in ("median", "p20", "p80"))
             lines.append(f"{name + ', ' + shape:56}{values}")

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 import dpofast
-from bench.gpu.setting import Setting, one_line
+from bench.gpu.lines import one_line
+from bench.gpu.setting import Setting
 from bench.head import problem as head
 from bench.head.peers import OURS, dpofast_logprobs
 from bench.head.problem import MODES, Problem
@@ -67,26 +68,30 @@ def no_sync(device: torch.device) -> Iterator[None]:
         torch.cuda.set_sync_debug_mode(before)
 
 
-def syncs(setting: Setting, figures: dict[str, Any], left: Callable[[], float]) -> None:
-    """Run each path once to compile it, then once more where waiting is an error."""
-    figures["paths"] = {}
+def syncs(setting: Setting, left: Callable[[], float]) -> Iterator[tuple[str, Any]]:
+    """Run each path once to compile it, then once more where waiting is an error.
+
+    Raises:
+        RuntimeError: at the end, a path waits.
+    """
+    wrong = []
     for name, path in device_paths(small_problem(setting)).items():
-        path()
+        reason = None
         try:
+            path()
             with no_sync(setting.device):
                 path()
         except Exception as error:
-            figures["paths"][name] = one_line(error)
-        else:
-            figures["paths"][name] = None
-    wrong = [f"{name}: {reason}" for name, reason in figures["paths"].items() if reason]
+            reason = one_line(error)
+            wrong.append(f"{name}: {reason}")
+        yield name, reason
     if wrong:
         raise RuntimeError("; ".join(wrong))
 
 
-def syncs_table(figures: dict[str, Any]) -> str:
+def syncs_table(pieces: dict[str, Any]) -> str:
     """One line a path."""
-    return "\n".join(["host syncs", *(f"  {name:34} {reason or 'none'}" for name, reason in figures["paths"].items())])
+    return "\n".join(["host syncs", *(f"  {name:34} {reason or 'none'}" for name, reason in pieces.items())])
 
 
 def wall(function: Callable[[], Any], device: torch.device, calls: int) -> float:
@@ -102,7 +107,7 @@ def wall(function: Callable[[], Any], device: torch.device, calls: int) -> float
     return (time.perf_counter() - begin) / calls
 
 
-def graphs(setting: Setting, figures: dict[str, Any], left: Callable[[], float]) -> None:
+def graphs(setting: Setting, left: Callable[[], float]) -> Iterator[tuple[str, Any]]:
     """Capture dpofast.linear_logprobs, forward and with a frozen head; replay on other inputs and compare.
 
     On the CPU the same calls run twice without a capture.
@@ -110,7 +115,6 @@ def graphs(setting: Setting, figures: dict[str, Any], left: Callable[[], float])
     problem = small_problem(setting)
     run = dpofast_logprobs(problem)
     other = problem.hidden.flip(0) * 0.5
-    figures["plans"] = {}
     for mode in ("forward", "frozen"):
         inputs = problem.hidden.clone()
         static = Problem(hidden=inputs, weight=problem.weight, targets=problem.targets, pairs=problem.pairs)
@@ -127,8 +131,7 @@ def graphs(setting: Setting, figures: dict[str, Any], left: Callable[[], float])
             off = float((value.float() - expected.float()).norm() / expected.float().norm())
             if not off <= REPLAY_TOLERANCE:
                 raise ValueError(f"{mode}: what a graph replays on other inputs is off by {off:.1e} of its norm")
-        seconds = {"eager": wall(eager, setting.device, 20), "graph": wall(replay, setting.device, 20)}
-        figures["plans"][mode] = seconds
+        yield mode, {"eager": wall(eager, setting.device, 20), "graph": wall(replay, setting.device, 20)}
 
 
 def _captured(function: Callable[[], list[Tensor]], device: torch.device) -> tuple[Callable[[], Any], Callable]:
@@ -148,9 +151,9 @@ def _captured(function: Callable[[], list[Tensor]], device: torch.device) -> tup
     return graph.replay, lambda: outputs
 
 
-def graphs_table(figures: dict[str, Any]) -> str:
+def graphs_table(pieces: dict[str, Any]) -> str:
     """Milliseconds as the host sees them."""
     lines = [f"{'CUDA graph of linear_logprobs':36}{'eager ms':>10}{'graph ms':>10}"]
-    for mode, seconds in figures["plans"].items():
+    for mode, seconds in pieces.items():
         lines.append(f"{mode:36}{1e3 * seconds['eager']:10.3f}{1e3 * seconds['graph']:10.3f}")
     return "\n".join(lines)

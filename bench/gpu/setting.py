@@ -7,10 +7,22 @@ from typing import Any
 
 import torch
 
-from bench.timing import interleave, spread, timed
+from bench.timing import Paired, launch_seconds, spread, timed
 
 # The shapes of the goals need about 50 GiB, most of it for the plain code and the float32 truth.
 LARGE_BYTES = 60 << 30
+
+
+@dataclass(frozen=True)
+class HeadShape:
+    """Hidden size and vocabulary of a head."""
+
+    d: int
+    v: int
+
+
+# Those of Llama 3.1 8B (the goals'), Llama 3.2 1B and Qwen2.5 0.5B.
+HEADS = (HeadShape(4096, 128_256), HeadShape(2048, 128_256), HeadShape(896, 151_936))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,27 +30,43 @@ class Setting:
     """Shapes and repetitions.
 
     Attributes:
-        n, d, v, pairs: targets, hidden size, vocabulary and pairs of the head (bench.head).
+        n, pairs: targets and pairs of the head (bench.head).
+        heads: its shapes, the most important first.
         rows: rows of logits that a row kernel gets.
         ragged: a vocabulary that 16 does not divide.
         layers, prompt, response: the model of the training step, and the longest prompt and response of its pairs.
-        peers: contenders of the head beside dpofast's own.
+        heads_q, heads_kv, width, groups: heads of attention and their width, and the pairs of a packed batch.
+        peers, few_peers: contenders of the head beside dpofast's own, at the first shape and at the others.
         rounds: timed samples of every contender.
     """
 
     device: torch.device
     dtype: torch.dtype
     n: int
-    d: int
-    v: int
     pairs: int
+    heads: tuple[HeadShape, ...]
     rows: int
     ragged: int
     layers: int
     prompt: int
     response: int
+    heads_q: int
+    heads_kv: int
+    width: int
+    groups: int
     peers: tuple[str, ...]
+    few_peers: tuple[str, ...]
     rounds: int
+
+    @property
+    def d(self) -> int:
+        """Hidden size of the first head."""
+        return self.heads[0].d
+
+    @property
+    def v(self) -> int:
+        """Vocabulary of the first head."""
+        return self.heads[0].v
 
     @staticmethod
     def make(dry: bool) -> "Setting":
@@ -48,10 +76,25 @@ class Setting:
             RuntimeError: no dry run, and no CUDA device.
         """
         if dry:
-            shapes = {"n": 24, "d": 32, "v": 96, "pairs": 3, "rows": 4, "ragged": 91}
-            model = {"layers": 2, "prompt": 12, "response": 8}
-            peers = ("naive", "torch chunked", "trl")
-            return Setting(device=torch.device("cpu"), dtype=torch.float32, **shapes, **model, peers=peers, rounds=2)
+            return Setting(
+                device=torch.device("cpu"),
+                dtype=torch.float32,
+                n=24,
+                pairs=3,
+                heads=(HeadShape(32, 96), HeadShape(16, 91)),
+                rows=4,
+                ragged=91,
+                layers=2,
+                prompt=12,
+                response=8,
+                heads_q=4,
+                heads_kv=2,
+                width=16,
+                groups=3,
+                peers=("naive", "torch chunked", "trl"),
+                few_peers=("naive",),
+                rounds=2,
+            )
         if not torch.cuda.is_available():
             raise RuntimeError("torch sees no CUDA device; python -m bench.gpu --dry tries the code on the CPU")
         device = torch.device("cuda", torch.cuda.current_device())
@@ -60,33 +103,47 @@ class Setting:
             device=device,
             dtype=torch.bfloat16,
             n=8192 if large else 2048,
-            d=4096,
-            v=128_256,
             pairs=16,
+            heads=HEADS,
             rows=2048,
             ragged=50_257,
             layers=8,
             prompt=600,
             response=400,
+            heads_q=32,
+            heads_kv=8,
+            width=128,
+            groups=20,
             peers=("naive", "naive compiled", "torch chunked", "trl", "liger", "cce"),
+            few_peers=("naive", "torch chunked"),
             rounds=15,
         )
 
 
-def measure(functions: dict[str, Callable[[], Any]], setting: Setting, calls: int = 1) -> dict[str, dict[str, float]]:
+def measure(
+    functions: dict[str, Callable[[], Any]],
+    setting: Setting,
+    baseline: str,
+    calls: int = 1,
+) -> dict[str, dict[str, Any]]:
     """Seconds of one call: median, p20 and p80 over the setting's rounds, the functions taking turns.
 
-    Each function runs twice before, untimed. Buffers of less than the L2 cache are found there: give large ones.
+    `ratio` is the same of a call's time over the baseline's, which is measured right before it. Each function runs
+    three times before, untimed. Buffers of less than the L2 cache are found there: give large ones.
+
+    Args:
+        functions: what is measured, by name.
+        setting: device and rounds.
+        baseline: the name of one of them.
+        calls: a sample is the mean of so many calls in a row.
     """
     for function in itertools.chain(functions.values(), functions.values()):
         function()
-    samples: dict[str, list[float]] = {name: [] for name in functions}
-    for name in interleave(list(functions), setting.rounds):
-        samples[name].append(timed(functions[name], setting.device, calls))
-    return {name: spread(values) for name, values in samples.items()}
-
-
-def one_line(error: BaseException) -> str:
-    """An exception in one line."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+    ahead = {name: launch_seconds(function, setting.device, calls) for name, function in functions.items()}
+    paired = {name: Paired() for name in functions}
+    for _ in range(setting.rounds):
+        for name, function in functions.items():
+            base = timed(functions[baseline], setting.device, calls, ahead[baseline])
+            own = base if name == baseline else timed(function, setting.device, calls, ahead[name])
+            paired[name].add(base, own)
+    return {name: {**spread(pairs.seconds), "ratio": pairs.ratio()} for name, pairs in paired.items()}

@@ -5,15 +5,16 @@ full logits for a few pairs at a time, as a plain PyTorch implementation does. T
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bench.cases import SEED
+from bench.gpu.lines import one_line
 from bench.gpu.paths import no_sync
-from bench.gpu.setting import Setting, measure, one_line
+from bench.gpu.setting import Setting, measure
 from bench.timing import seen
 from dpofast import PreferenceLoss, attach_logprob_head, pack, preference_loss, reference, sequence_logprobs
 from dpofast.model.attach import PackedPreference
@@ -86,8 +87,12 @@ def padded_logps(model: Any, batch: PackedBatch) -> Tensor:
     return reference.sequence_logprobs(tokens, batch.cu_targets)
 
 
-def run(setting: Setting, figures: dict[str, Any], left: Callable[[], float]) -> None:
-    """Check that packed and padded log-probs agree, then time both steps and record peak memory and host syncs."""
+def run(setting: Setting, left: Callable[[], float]) -> Iterator[tuple[str, Any]]:
+    """Check that packed and padded log-probs agree, then peak memory, host syncs and times of both steps.
+
+    Raises:
+        ValueError: log-probs do not agree.
+    """
     model, examples = make_model(setting), make_examples(setting)
     packed = [batch.to(setting.device) for batch in pack(examples, max_tokens=16_384)]
     chunks = [examples[at : at + PADDED_PAIRS] for at in range(0, len(examples), PADDED_PAIRS)]
@@ -97,17 +102,26 @@ def run(setting: Setting, figures: dict[str, Any], left: Callable[[], float]) ->
         # Random pairs share no prompt, so all sequences stand in the order of the examples.
         apart = list(torch.cat(refs).split([batch.num_sequences for batch in padded]))
         own = torch.cat([padded_logps(model, batch) for batch in padded])
-    ours = torch.cat(refs)
     targets = sum(batch.num_targets for batch in packed)
-    figures["difference_nats_per_token"] = float((ours - own).abs().sum() / targets)
-    if not figures["difference_nats_per_token"] <= TOLERANCE[setting.dtype]:
-        raise ValueError(f"packed and padded differ by {figures['difference_nats_per_token']:.2e} nats a token")
-    figures["pairs"], figures["targets"] = len(examples), targets
-    figures["attention"] = model.config._attn_implementation
-    positions = {"packed": sum(batch.num_tokens for batch in packed), "padded": 0}
-    positions["padded"] = sum(batch.padded()[0].numel() for batch in padded)
-    cuda = setting.device.type == "cuda"
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=cuda)
+    difference = float((torch.cat(refs) - own).abs().sum() / targets)
+    attention = model.config._attn_implementation
+    yield (
+        "setting",
+        {
+            "pairs": len(examples),
+            "targets": targets,
+            "attention": attention,
+            "difference_nats_per_token": difference,
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        },
+    )
+    if not difference <= TOLERANCE[setting.dtype]:
+        raise ValueError(f"packed and padded differ by {difference:.2e} nats a token")
+    positions = {
+        "packed": sum(batch.num_tokens for batch in packed),
+        "padded": sum(batch.padded()[0].numel() for batch in padded),
+    }
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=setting.device.type == "cuda")
 
     def step(gradients: Callable[..., Tensor], batches: list[PackedBatch], refs: list[Tensor]) -> Callable[[], Tensor]:
         def function() -> Tensor:
@@ -120,7 +134,6 @@ def run(setting: Setting, figures: dict[str, Any], left: Callable[[], float]) ->
 
     steps = {"packed": step(packed_step, packed, refs), "padded": step(padded_step, padded, apart)}
     ready: dict[str, Callable[[], Tensor]] = {}
-    figures["steps"] = {}
     for name, function in steps.items():
         try:
             function()  # the first step allocates the optimizer's state
@@ -128,41 +141,42 @@ def run(setting: Setting, figures: dict[str, Any], left: Callable[[], float]) ->
         except torch.cuda.OutOfMemoryError as error:
             if name == "packed":
                 raise
-            print(f"the padded step did not run: {one_line(error)}", flush=True)
-            figures["steps"][name] = {"failed": one_line(error)}
             optimizer.zero_grad()
+            yield name, {"failed": one_line(error)}
             continue
-        figures["steps"][name] = {"loss": float(loss), "peak_bytes": peak, "positions": positions[name]}
+        yield name, {"loss": float(loss), "peak_bytes": peak, "positions": positions[name], "targets": targets}
         ready[name] = function
+    times = measure(ready, setting, list(ready)[-1])
+    yield "times", times
+    waits = None
     try:
         with no_sync(setting.device):
             steps["packed"]()
     except RuntimeError as error:
-        figures["packed_step_syncs"] = one_line(error)
-    else:
-        figures["packed_step_syncs"] = None
-    optimizer.zero_grad()
-    for name, seconds in measure(ready, setting).items():
-        figures["steps"][name]["seconds"] = seconds
+        waits = one_line(error)
+    yield "host syncs", waits
 
 
-def table(figures: dict[str, Any]) -> str:
+def table(pieces: dict[str, Any]) -> str:
     """One line a step."""
-    title = f"step of {figures['pairs']} pairs"
-    lines = [f"{title:20}{'s':>9}{'p20':>9}{'p80':>9}{'positions':>11}{'targets/s':>11}{'peak MiB':>10}{'loss':>8}"]
-    for name, row in figures["steps"].items():
-        if "failed" in row:
-            lines.append(f"{name:20} did not run: {row['failed']}")
+    setting, times = pieces["setting"], pieces.get("times", {})
+    title = f"step of {setting['pairs']} pairs"
+    columns = f"{'of padded':>11}{'positions':>11}{'targets/s':>11}{'peak MiB':>10}{'loss':>8}"
+    lines = [f"{title:20}{'s':>9}{'p20':>9}{'p80':>9}{columns}"]
+    for name in ("packed", "padded"):
+        row = pieces.get(name, {"failed": "not measured"})
+        if "failed" in row or name not in times:
+            lines.append(f"{name:20} {row.get('failed', 'not timed')}")
             continue
-        seconds = row["seconds"]
+        time = times[name]
         peak = "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.0f}"
         lines.append(
-            f"{name:20}{seconds['median']:9.4f}{seconds['p20']:9.4f}{seconds['p80']:9.4f}{row['positions']:11}"
-            f"{figures['targets'] / seconds['median']:11.0f}{peak:>10}{row['loss']:8.4f}"
+            f"{name:20}{time['median']:9.4f}{time['p20']:9.4f}{time['p80']:9.4f}{time['ratio']['median']:11.3f}"
+            f"{row['positions']:11}{setting['targets'] / time['median']:11.0f}{peak:>10}{row['loss']:8.4f}"
         )
-    difference = figures["difference_nats_per_token"]
+    waits = pieces.get("host syncs", "not looked for")
     lines.append(
-        f"attention {figures['attention']}; log-probs differ by {difference:.1e} nats a token; "
-        f"host syncs of the packed step: {figures['packed_step_syncs'] or 'none'}"
+        f"{setting['parameters'] / 1e6:.0f} M parameters, attention {setting['attention']}; log-probs differ by "
+        f"{setting['difference_nats_per_token']:.1e} nats a token; host syncs of the packed step: {waits or 'none'}"
     )
     return "\n".join(lines)

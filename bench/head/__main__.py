@@ -9,9 +9,10 @@ log-probs where it gives them, by its own loss where it is one. Modes: `trained`
 
 Contenders alternate in one process, after a first run that is not timed: it warms up, compiles, counts GEMMs and bytes
 and is checked against the plain code in float32: `off by` is the largest difference of a log-prob, in nats. `x floor`
-is the least time of a contender over the least time of the mode's bare products in the same rounds: torch.mm of h·Wᵀ,
-of E·W, of Eᵀ·h. Bytes are the peak beyond inputs and returned gradients, counted (bench/cost.py) and, beside that,
-seen: resident memory on a CPU, the allocator's on a GPU. The plain code needs about five float32 tensors of (N, V).
+is a contender's time over that of the mode's bare products (torch.mm of h·Wᵀ, of E·W, of Eᵀ·h) measured right before
+it: the median of these ratios, with p20 and p80. Bytes are the peak beyond inputs and returned gradients, counted
+(bench/cost.py) and, beside that, seen: resident memory on a CPU, the allocator's on a GPU. The plain code needs about
+five float32 tensors of (N, V).
 """
 
 import argparse

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from bench import markdown
 from bench.roofline.devices import DEVICES, GIB
 from bench.roofline.models import MODELS
-from bench.roofline.published import PUBLISHED
+from bench.roofline.published import OPEN_INSTRUCT_MFU, PUBLISHED, model_flops_utilization, open_instruct
 from bench.roofline.results import Compared, compare
 from bench.roofline.step import IMPLEMENTATIONS, Prediction, Setting, best, strategy
 from bench.roofline.work import Pairs
@@ -233,7 +233,13 @@ def published_table() -> str:
             measured += f", {figure.measured_bytes / GIB:.1f} GiB"
             shown += f", {size / GIB:.1f} GiB"
         body.append((figure.what, figure.source, measured, shown, f"{predicted / figure.measured - 1:+.0%}"))
-    return markdown.rows(("what", "source", "published", "predicted", "error of the time"), body)
+    table = markdown.rows(("what", "source", "published", "predicted", "error of the time"), body)
+    step = open_instruct()
+    return (
+        f"{table}\n\nOf the peak rate, that step's products (without a repeated forward) are "
+        f"{OPEN_INSTRUCT_MFU:.1%} as published, "
+        f"{model_flops_utilization(step):.1%} as predicted, at {step.tokens_per_second:,.0f} tokens/s a GPU."
+    )
 
 
 def _ms(milliseconds: float) -> str:

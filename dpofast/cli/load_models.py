@@ -45,12 +45,16 @@ def load_tokenizer(name: str, *, trust_remote_code: bool) -> Any:
     """
     from transformers import AutoTokenizer
 
+    from dpofast.model.load import check_depth
+
     _refuse_special_files(name)
     source = name
     if is_adapter(name) and not any((Path(name) / f).exists() for f in ("tokenizer_config.json", "tokenizer.json")):
         source = base_of(name)
     check_name(source)
     try:
+        if not is_adapter(source):
+            check_depth(source)  # the tokenizer's class is looked up in the model's config
         return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except Exception as error:  # JSON of another shape makes the libraries raise anything
         raise ValueError(f"{named(source)}: no tokenizer can be loaded from it: {one_line(error)}") from error

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import sys
 
 import torch
 
 BACKENDS = ("auto", "triton", "fused", "torch", "reference")
+
+# Asked once: choose_backend is traced by torch.compile.
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def choose_backend(backend: str, device: torch.device, head_dtype: torch.dtype | None = None) -> str:
@@ -22,6 +27,7 @@ def choose_backend(backend: str, device: torch.device, head_dtype: torch.dtype |
     if backend == "auto":
         if device.type not in ("cuda", "xpu"):
             return "torch"
+        require_triton()
         return "auto" if head_dtype in (torch.bfloat16, torch.float16) else "triton"
     if backend == "fused" and head_dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(
@@ -39,7 +45,24 @@ def choose_backend(backend: str, device: torch.device, head_dtype: torch.dtype |
             f"backend={backend!r} needs a GPU, but the tensors are on the CPU: use backend='auto', "
             "or start Python with TRITON_INTERPRET=1 to run the kernels in Triton's interpreter"
         )
+    if uses_triton(backend):
+        require_triton()
     return backend
+
+
+def require_triton() -> None:
+    """Check that triton, in which the GPU's kernels are written, is installed.
+
+    Raises:
+        ValueError: it is not, with what to install.
+    """
+    if not _HAS_TRITON:
+        package = "triton-windows" if sys.platform == "win32" else "triton"
+        raise ValueError(
+            f"backend: expected triton for the kernels of a GPU, got an environment without it: pip install {package} "
+            "(of the minor version that this torch was built with; torch's own wheels for CUDA on Linux bring it), or "
+            "run on the CPU (use_cpu=True)"
+        )
 
 
 def uses_triton(backend: str) -> bool:

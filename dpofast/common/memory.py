@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import re
-import resource
 import sys
 from pathlib import Path
 
 import torch
+
+try:
+    import resource
+except ModuleNotFoundError:  # on Windows
+    resource = None  # type: ignore[assignment]
 
 
 def peak_memory() -> tuple[int, str]:
@@ -27,6 +31,10 @@ def peak_resident() -> int:
         found = None
     if found:
         return int(found[1]) * 1024
+    if resource is None:
+        import psutil  # which accelerate needs
+
+        return int(psutil.Process().memory_info().peak_wset)
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return resident * (1 if sys.platform == "darwin" else 1024)
 

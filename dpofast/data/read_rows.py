@@ -171,6 +171,8 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, Row | BadRow]]:
             header = next(rows, None)
             if header is None:
                 return
+            if not all(map(_is_utf8, header)):
+                raise DataError(f"{path}: its header is not UTF-8: save the file as UTF-8 (UTF-16 is not read)")
             try:
                 formats.check_once(header)
             except BadRow as problem:
@@ -196,7 +198,7 @@ def _csv_row(header: list[str], fields: list[str]) -> Row:
         raise BadRow("another number of fields than the header", f"expected {len(header)}, got {len(fields)}")
     row: Row = dict(zip(header, fields, strict=True))
     for name, text in row.items():
-        if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+        if not _is_utf8(text):
             raise BadRow("not UTF-8", f"column '{name}'")
         if not text and name in (*formats.REF_COLUMNS, *formats.TEMPLATE_COLUMNS):
             row[name] = None
@@ -206,6 +208,10 @@ def _csv_row(header: list[str], fields: list[str]) -> Row:
             except (ValueError, RecursionError) as error:
                 raise BadRow(f"column '{name}' is not valid JSON", str(error)) from None
     return row
+
+
+def _is_utf8(text: str) -> bool:
+    return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _is_json_turns(text: str) -> bool:

@@ -32,6 +32,7 @@ from dpofast.model.adapters import check_inputs_kept
 from dpofast.model.attention.interface import register_again, restore_attention, use_packed_attention
 from dpofast.model.checks.parity import check_parity, forget_parity
 from dpofast.model.checks.support import CannotPack, check_lm_head, check_packed
+from dpofast.model.dropout import check_rates
 from dpofast.model.forward import packed_hidden, packed_routing, padded_hidden
 from dpofast.model.lm_head import logit_options, logprob_head, restore_head
 from dpofast.model.moe import RoutingCounts
@@ -108,6 +109,7 @@ def attach_logprob_head(model: Any, *, padded: bool = False) -> Any:
 def _attach(model: Any, padded: bool) -> None:
     base = base_causal_lm(model)
     check_lm_head(base)
+    check_rates(base)
     if not padded:
         check_packed(base)
     _take_off_autocast(model, base, stacklevel=4)

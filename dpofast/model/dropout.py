@@ -29,6 +29,22 @@ def active_dropout(model: nn.Module) -> dict[str, float]:
     }
 
 
+def check_rates(model: nn.Module) -> None:
+    """Check that every rate of dropout that layers keep is one: a config may hold null, or a number below 0.
+
+    Raises:
+        ValueError: one is not, by its name.
+    """
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            number = isinstance(value, float) and "drop" in name
+            if (number and not 0 <= value <= 1) or (name == "attention_dropout" and value is None):
+                raise ValueError(
+                    f"{type(model).__name__}: expected a rate between 0 and 1 as {path}.{name}, got {value}: correct "
+                    "its config (config.json), with 0 for no dropout"
+                )
+
+
 def config_rates(model: nn.Module) -> list[str]:
     """Names of rates above 0 in the model's configs, which a few layers read while they run."""
     configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from safetensors import SafetensorError
 
 ADAPTER_FILE = "adapter_config.json"
 _SHOWN = 5
+_LAYERS = re.compile("(num|num_hidden|n|encoder|decoder)_layers?")
+_MOST_LAYERS = 10_000  # a config alone makes transformers build as many as it names, before any file of weights is read
 
 
 def load_causal_lm(name: str, **options: Any) -> Any:
@@ -43,6 +46,28 @@ def load_causal_lm(name: str, **options: Any) -> Any:
     further = [key for key in found["unexpected_keys"] if re.sub(r"\d+", "#", key) in own]
     _refuse_gaps(name, "its config has no place for", further)
     return model
+
+
+def check_depth(name: str, **access: Any) -> None:
+    """Check the number of layers in a model's config.json, before anything is built of it.
+
+    Args:
+        name: a folder or hub name.
+        access: from_pretrained's options of where and how it is read.
+
+    Raises:
+        ValueError: more than 10,000.
+        OSError: there is no config.json.
+    """
+    from transformers import PreTrainedConfig
+
+    settings, _ = PreTrainedConfig.get_config_dict(name, **access)
+    for key, layers in _depths(settings):
+        if layers > _MOST_LAYERS:
+            raise ValueError(
+                f"{name}: its config has {key}={layers:,}, and models of at most {_MOST_LAYERS:,} layers are loaded: "
+                "correct its config.json"
+            )
 
 
 def load_adapter(base: Any, folder: str, **options: Any) -> Any:
@@ -74,6 +99,7 @@ def _auto_class(name: str, options: dict[str, Any]) -> Any:
     if (Path(name) / ADAPTER_FILE).is_file():
         return AutoModelForCausalLM
     access = {key: options[key] for key in ("trust_remote_code", "revision", "token", "cache_dir") if key in options}
+    check_depth(name, **access)
     config = AutoConfig.from_pretrained(name, **access)
     if config.get_text_config() is not config:
         for kind in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
@@ -84,6 +110,15 @@ def _auto_class(name: str, options: dict[str, Any]) -> Any:
             f"{name}: its architecture is {config.architectures}, and a decoder-only causal language model is needed"
         )
     return AutoModelForCausalLM
+
+
+def _depths(settings: dict[str, Any], part: str = "") -> Iterator[tuple[str, int]]:
+    """The numbers of layers in a config and in those nested in it, with their names."""
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            yield from _depths(value, f"{part}{key}.")
+        elif isinstance(value, int) and _LAYERS.fullmatch(key):
+            yield f"{part}{key}", value
 
 
 def _refuse_gaps(name: str, what: str, keys: Any) -> None:

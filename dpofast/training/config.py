@@ -37,6 +37,13 @@ class DPOConfig(TrainingArguments):
             "fp16 or a launcher's or DeepSpeed's own setting says otherwise; off on a CPU."
         },
     )
+    torch_compile: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Compile the decoder layers by torch.compile. Default: on a GPU, unless use_liger_kernel fuses "
+            "them or the model is sharded, quantized, padded or placed by accelerate; off on a CPU."
+        },
+    )
     resume_from_checkpoint: str | None = field(
         default=None, metadata={"help": "The checkpoint to resume: its folder, or latest: the newest of output_dir."}
     )
@@ -190,7 +197,7 @@ class DPOConfig(TrainingArguments):
         self.chose_precompute = self.precompute_ref_log_probs is None
         if self.precompute_ref_log_probs is None:
             self.precompute_ref_log_probs = not self.sync_ref_model
-        super().__post_init__()
+        self._post_init_uncompiled()
         check_options(self)
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
@@ -230,6 +237,17 @@ class DPOConfig(TrainingArguments):
             raise ValueError(f"on_bad_row: expected 'raise' or 'skip', got {self.on_bad_row!r}")
         # It would replace a NaN loss by an average and go on.
         self.logging_nan_inf_filter = False
+
+    def _post_init_uncompiled(self) -> None:
+        """TrainingArguments' __post_init__, which for torch_compile would turn on TF32, and accelerate's compiler."""
+        asked = {name: getattr(self, name) for name in ("torch_compile", "torch_compile_backend", "torch_compile_mode")}
+        for name in asked:
+            setattr(self, name, None)
+        super().__post_init__()
+        if asked["torch_compile"] is None and any(asked.values()):
+            asked["torch_compile"] = True
+        for name, value in asked.items():
+            setattr(self, name, value)
 
     def _check_max_tokens(self) -> None:
         if isinstance(self.max_tokens, str) and self.max_tokens.isdecimal():

@@ -7,10 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 from transformers import AutoTokenizer
-from transformers.integrations.liger import apply_liger_kernel
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.hub import cached_file
 
 from dpofast.head.planning.plan import HeadPlan
@@ -23,6 +20,7 @@ from dpofast.model.parts import backbone_of, base_causal_lm, is_composite
 from dpofast.model.wrappers import take_off_autocast
 from dpofast.training.config import DPOConfig
 from dpofast.training.fsdp import check_whole
+from dpofast.training.layers.choose import compile_chosen, fuse_layers
 
 # One of them lies beside every model that has a tokenizer.
 _TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -31,13 +29,15 @@ _TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model"
 class Models(NamedTuple):
     """The model to train, the reference that was passed, the policy's tokenizer, and what a new adapter did to it.
 
-    ref_model is None without one, tokenizer where there is none beside the model, wrapped without a peft_config.
+    ref_model is None without one, tokenizer where there is none beside the model, wrapped without a peft_config. layers
+    says what was chosen for the decoder layers by default, or is None.
     """
 
     policy: Any
     ref_model: Any
     tokenizer: Any
     wrapped: Wrapped | None
+    layers: str | None
 
 
 def prepare_models(
@@ -96,24 +96,22 @@ def prepare_models(
             take_off_autocast(module)  # of an earlier training: this one has its own
         if args.disable_dropout:
             disable_dropout(each)
-        if args.use_liger_kernel:
-            _use_liger_layers(each, args)
+        fuse_layers(each, args)
         if hasattr(each, "peft_config"):
             from dpofast.model.lora import fuse_lora
 
             fuse_lora(each)
         attach_logprob_head(each, padded=args.padded)
         _freeze_what_text_never_reaches(base_causal_lm(each))
-        if args.torch_compile:
-            _compile_layers(each, args)
     if len({vocabulary(each) for each in models}) > 1:
         raise ValueError(
             f"ref_model: expected the model's vocabulary of {vocabulary(model)} tokens, got {vocabulary(ref_model)}"
         )
     if args.max_logits_bytes is not None:  # refused here and not in the first step
         HeadPlan.make(1, model.get_output_embeddings().weight, args.max_logits_bytes, keep=True)
+    layers = compile_chosen(models, args)
     args.torch_compile_backend = None  # done; accelerate would compile the whole model
-    return Models(model, ref_model, processing_class, wrapped)
+    return Models(model, ref_model, processing_class, wrapped, layers)
 
 
 def check_where_it_runs(
@@ -179,18 +177,6 @@ def vocabulary(model: Any) -> int:
     return model.get_input_embeddings().weight.shape[0]
 
 
-def _compile_layers(model: nn.Module, args: DPOConfig) -> None:
-    """Compile every layer in place. Layers are alike, so one of them is traced; packing stays outside of them."""
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    if not layers:
-        raise ValueError(
-            f"torch_compile: expected a model of transformers' repeated layers (GradientCheckpointingLayer), which are "
-            f"compiled one by one, and {type(model).__name__} has none: leave it off"
-        )
-    for layer in layers:
-        layer.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
-
-
 def _freeze_what_text_never_reaches(model: Any) -> None:
     """A composite's encoders get no gradient from text; DDP would wait for it, and the optimizer would hold them."""
     if is_composite(model):
@@ -198,29 +184,6 @@ def _freeze_what_text_never_reaches(model: Any) -> None:
         for parameter in model.parameters():
             if id(parameter) not in reached:
                 parameter.requires_grad_(False)
-
-
-def _use_liger_layers(model: nn.Module, args: DPOConfig) -> None:
-    """Liger's fused layers, without its fused loss, whose forward would take the place of the packed one.
-
-    The Trainer applies them again when training begins, which changes nothing; the reference is to run them too.
-    """
-    config = args.liger_kernel_config or {}
-    if config.get("fused_linear_cross_entropy") or config.get("cross_entropy"):
-        raise ValueError(
-            "liger_kernel_config: expected no cross_entropy and no fused_linear_cross_entropy, which compute another "
-            "loss: leave them out; the LM head is fused by dpofast"
-        )
-    if args.device.type == "cpu":
-        raise ValueError(
-            "use_liger_kernel: Liger's layers are Triton kernels and need a GPU, and this run is on the CPU: leave it "
-            "off there"
-        )
-    args.liger_kernel_config = {**config, "cross_entropy": False, "fused_linear_cross_entropy": False}
-    try:
-        apply_liger_kernel(model, args.liger_kernel_config)
-    except ImportError as error:
-        raise ValueError(f"use_liger_kernel: {error}") from error
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,10 +22,19 @@ from dpofast.checkpointing.signals import outlive_signals
 from dpofast.common.ranks import Ranks
 from dpofast.data.arrow import chunk_bounds, read_chunks
 from dpofast.data.formats import ID_COLUMNS
+from dpofast.data.report import DataReport
+from dpofast.packing.batch import PackedBatch
 from dpofast.packing.planner import plan
 
 SAMPLING_STRATEGIES = ("random", "sequential")
 _ROWS = 1024  # of an Arrow table at a time
+
+
+class PackedShare(NamedTuple):
+    """The micro-batches of a step's examples on the CPU, and the max_tokens that they were packed for."""
+
+    batches: list[PackedBatch]
+    max_tokens: int | None
 
 
 class StepExamples(list[Any]):
@@ -34,10 +43,14 @@ class StepExamples(list[Any]):
     Attributes:
         num_pairs: pairs of the step, on all ranks.
         num_chosen_tokens: tokens of their chosen responses.
+        packed: set where they were packed ahead.
+        report: of a stream, the DataReport on all rows up to this step.
     """
 
     num_pairs: int
     num_chosen_tokens: int
+    packed: PackedShare | None = None
+    report: DataReport | None = None
 
 
 @dataclass(frozen=True)
@@ -180,7 +193,9 @@ class StepDataset(torch.utils.data.Dataset[Any]):
 
     def __getitems__(self, share: _Share) -> StepExamples:
         """A rank's examples of a step, each with its index in the dataset."""
-        examples = StepExamples({**self.dataset[index], "index": index} for index in share)
+        columns = self.dataset[list(share)]
+        rows = zip(share, *columns.values(), strict=True)
+        examples = StepExamples({**dict(zip(columns, row, strict=True)), "index": index} for index, *row in rows)
         examples.num_pairs = len(share.step)
         if self.lengths is None:
             examples.num_chosen_tokens = sum(len(example["chosen_ids"]) for example in examples)

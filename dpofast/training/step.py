@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from dpofast.checkpointing.folder import where_to_go_on
 from dpofast.common.eval_mode import eval_mode
 from dpofast.common.ranks import Ranks
-from dpofast.data.formats import ID_COLUMNS, REF_COLUMNS
+from dpofast.data.formats import REF_COLUMNS
 from dpofast.data.load import DataReport
 from dpofast.evaluation.metrics import TOKEN_STATISTICS, MetricSums
 from dpofast.losses.config import PreferenceLoss
@@ -34,7 +34,8 @@ from dpofast.scoring.ref_cache import reference_logps
 from dpofast.training.config import DPOConfig
 from dpofast.training.coupled import CoupledShare, coupled_shares, gathered
 from dpofast.training.fsdp import is_sharded, without_sync
-from dpofast.training.out_of_memory import unless_out_of_memory
+from dpofast.training.layers.compiled import explained_compile_errors
+from dpofast.training.memory.out_of_memory import unless_out_of_memory
 from dpofast.training.ref_model import ReferenceModel, unwrapped
 
 # What a rank without pairs runs while the others run a micro-batch: their forwards or gradients are collectives.
@@ -97,13 +98,13 @@ def step_settings(
 class StepResult:
     """losses (P,) and rewards (P, 2) of each micro-batch of this rank, in the order they ran, and the metrics.
 
-    balancing: this rank's addend of the step's weighted load-balancing loss; 0 without.
+    balancing: this rank's addend of the step's weighted load-balancing loss, a scalar; None without.
     """
 
     losses: list[Tensor]
     rewards: list[Tensor]
     sums: MetricSums
-    balancing: float
+    balancing: Tensor | None
 
 
 class OptimizerStep:
@@ -133,7 +134,7 @@ class OptimizerStep:
         self._is_sharded = is_sharded(settings.accelerator)
         count = int(ranks.all_reduce_max(len(batches))) if self._is_sharded else max(len(batches), 1)
         self._num_batches = len(batches)
-        self._balancing: Tensor | float = 0.0
+        self._balancing: Tensor | None = None
         self.batches: list[PackedBatch | None] = [*batches, *[None] * (count - len(batches))]
         self._is_split = count > 1 or ranks.size > 1
         self._is_joint = settings.loss.coupled and self._is_split
@@ -173,7 +174,7 @@ class OptimizerStep:
         done.append(ended)
         pairs = zip(done[: self._num_batches], self.batches, strict=False)  # those of None stand last
         rewards = [output.of_pairs("rewards", batch.pairs) for output, batch in pairs if batch is not None]
-        return StepResult([output.losses for output in done], rewards, self.sums, float(self._balancing))
+        return StepResult([output.losses for output in done], rewards, self.sums, self._balancing)
 
     def _all_but_the_last_backward(self, done: list[PreferenceOutput]) -> PreferenceOutput:
         """The loop over micro-batches; returns the output whose backward synchronizes gradients."""
@@ -201,7 +202,8 @@ class OptimizerStep:
         if (aux_loss := output.aux_loss) is not None:
             balancing = self.settings.balancing * aux_loss  # of a split step an addend of its loss
             output = replace(output, loss=output.loss + balancing)
-            self._balancing = self._balancing + balancing.detach()
+            own = balancing.detach()
+            self._balancing = own if self._balancing is None else self._balancing + own
             self.sums.add("aux_loss", aux_loss.detach() * self.totals.num_pairs, count)
         with_reference = batch.ref_logps is not None or loss.needs_reference
         self.sums.add_pairs(output, batch, loss.beta, with_reference=with_reference)
@@ -213,7 +215,8 @@ class OptimizerStep:
         DDP, FSDP and DeepSpeed average gradients over ranks, and the loss of a step is a sum over them: hence · ranks.
         """
         ranks = self.settings.ranks
-        self.settings.accelerator.backward(output.loss * ranks.size if ranks.size > 1 else output.loss)
+        with explained_compile_errors():  # layers that are compiled may compile their backward when it first runs
+            self.settings.accelerator.backward(output.loss * ranks.size if ranks.size > 1 else output.loss)
         return replace(output, loss=output.loss.detach(), aux_loss=None)
 
     def count_routing(self, *, recoverable: bool = False) -> bool:
@@ -343,26 +346,6 @@ class OptimizerStep:
             if with_reference and settings.reference is not None:
                 self.reference_logps(batch)
             return _empty_output(self.model(packed=batch, max_logits_bytes=settings.max_logits_bytes).logps.sum() * 0.0)
-
-
-def micro_batches(
-    examples: Sequence[Mapping[str, Any]], max_tokens: int | None, *, share_prompts: bool, ref_logps_by_pair: bool
-) -> list[PackedBatch]:
-    """Pack a rank's examples of a step.
-
-    Args:
-        examples: with token ids, and reference log-probs where they were computed.
-        max_tokens: most packed positions of a micro-batch; None packs all into one.
-        share_prompts: run a prompt once for all its responses.
-        ref_logps_by_pair: ref_logps become (P, 2) instead of (S,): with ld_alpha the number of a response differs from
-            pair to pair.
-    """
-    if not (ref_logps_by_pair and len(examples) > 0 and REF_COLUMNS[0] in examples[0]):
-        return pack(examples, max_tokens, share_prompts=share_prompts)
-    columns = torch.tensor([[float(example[name]) for name in REF_COLUMNS] for example in examples])
-    tokens = [{name: example[name] for name in ID_COLUMNS} for example in examples]
-    batches = pack(tokens, max_tokens, share_prompts=share_prompts)
-    return [replace(batch, ref_logps=columns[batch.pair_examples]) for batch in batches]
 
 
 def rows_not_finite(

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -25,7 +26,6 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from dpofast.checkpointing.identity import reference_identity
 from dpofast.checkpointing.trainer import CheckpointedTrainer
-from dpofast.common.ranks import Ranks
 from dpofast.data.arrow import mapped_files, release_pages
 from dpofast.data.formats import ID_COLUMNS, REF_COLUMNS
 from dpofast.evaluation.metrics import MetricSums, check_best_metric
@@ -36,23 +36,20 @@ from dpofast.model.neftune import noisy_embeddings
 from dpofast.packing.batch import PackedBatch
 from dpofast.scoring.score import Forward
 from dpofast.training.checks.arguments import check_arguments
+from dpofast.training.checks.device import check_kernels, device_notes
 from dpofast.training.checks.launch import check_options_of_sharded, check_pairs, check_reference_used, own_arguments
 from dpofast.training.checks.methods import check_methods
 from dpofast.training.coupled import RunningRewards
+from dpofast.training.data.ahead import Ahead
+from dpofast.training.data.micro_batches import StepPacker
 from dpofast.training.data.stream import stream_loader
 from dpofast.training.data.tokens import PreferenceData, each_eval_dataset
 from dpofast.training.evaluate import evaluate_pairs
 from dpofast.training.fsdp import forward_dtype, is_sharded
 from dpofast.training.log_window import LogWindow, step_flops
+from dpofast.training.memory.fit import auto_max_tokens, run_until_it_fits
+from dpofast.training.memory.out_of_memory import halved_max_tokens, token_limits
 from dpofast.training.model_card import model_card_of
-from dpofast.training.out_of_memory import (
-    halved_max_tokens,
-    largest_auto,
-    probe_max_tokens,
-    random_states,
-    restore_random_states,
-    token_limits,
-)
 from dpofast.training.prepare import check_where_it_runs, kept_use_cache, prepare_models, vocabulary
 from dpofast.training.ref_model import (
     MOVING_OPTIONS,
@@ -62,10 +59,9 @@ from dpofast.training.ref_model import (
     reference_is_gone,
     with_reference_columns,
 )
-from dpofast.training.sampler import StepExamples, StepLoader, first_examples, step_loader
-from dpofast.training.step import OptimizerStep, StepResult, micro_batches, not_finite, rows_not_finite, step_settings
+from dpofast.training.sampler import StepExamples, StepLoader, step_loader
+from dpofast.training.step import OptimizerStep, not_finite, rows_not_finite, step_settings
 
-_OPTIMIZER_BYTES = 8  # AdamW's two float32 moments of a parameter
 _REFERENCE_FILE = "moving_reference.safetensors"  # in a checkpoint
 
 
@@ -122,6 +118,7 @@ class DPOTrainer(CheckpointedTrainer):
         check_methods(type(self), DPOTrainer)
         check_arguments(data_collator, compute_metrics, processing_class, peft_config)
         args = own_arguments(args, train_dataset)
+        check_kernels(args.device)
         self.loss = args.preference_loss()
         torch.manual_seed(args.seed)
         models = prepare_models(model, ref_model, args, processing_class, peft_config, quantization_config)
@@ -145,11 +142,14 @@ class DPOTrainer(CheckpointedTrainer):
                 optimizers=optimizers,
             )
         self._check_data_and_launch(ref_model)
-        if args.chose_bf16 and self.is_world_process_zero():
-            print("dpofast: mixed precision in bfloat16, which this GPU has (bf16=False: float32)", file=sys.stderr)
+        if self.is_world_process_zero():
+            for note in device_notes(args, models.policy, models.layers):
+                print(f"dpofast: {note}", file=sys.stderr)
         # padded rows repeat the prompt, so max_tokens counts it for each of them
         self.share_prompts = args.share_prompts and not args.padded
-        self._share_in_training = self.share_prompts and not args.neftune_noise_alpha
+        self._packer = StepPacker(args.device, self.share_prompts, ref_logps_by_pair=self.loss.ld_alpha is not None)
+        self._training_packer = replace(self._packer, share_prompts=self.share_prompts and not args.neftune_noise_alpha)
+        self._ahead: Ahead[StepExamples] | None = None
         self.neftune_noise_alpha = None  # Trainer's own noise, scaled by the width of a packed row
         self.max_tokens, self.max_forward_tokens = token_limits(args.max_tokens, args.device)
         self._forward_dtype = forward_dtype(self.accelerator)
@@ -169,7 +169,9 @@ class DPOTrainer(CheckpointedTrainer):
             self.eval_dataset = each_eval_dataset(self._with_reference, self.eval_dataset)
             self._reference.release()
         if args.max_tokens == "auto":
-            self.max_tokens = self._auto_max_tokens()
+            self.max_tokens = auto_max_tokens(
+                self.model, self.train_dataset, self._training_packer, self._settings, self._totals
+            )
 
     # ---- what the constructor prepares ------------------------------------------------------------------------------
 
@@ -224,11 +226,19 @@ class DPOTrainer(CheckpointedTrainer):
         """This rank's share of every batch of further data, for predict()."""
         return self.get_eval_dataloader(self._prepared(test_dataset, "test"))
 
-    def _packed(self, examples: Sequence[Any], max_tokens: int | None, *, training: bool = False) -> list[PackedBatch]:
-        share = self._share_in_training if training else self.share_prompts
-        by_pair = self.loss.ld_alpha is not None
-        batches = micro_batches(examples, max_tokens, share_prompts=share, ref_logps_by_pair=by_pair)
-        return [batch.to(self.args.device) for batch in batches]
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[StepExamples], None]:
+        """The next step's examples, fetched and packed while the step before it ran."""
+        if self._ahead is None:
+            self._ahead = self._training_packer.ahead(epoch_iterator, lambda: self.max_tokens)
+        return list(islice(self._ahead, num_batches)), None
+
+    def _run_epoch(self, **arguments: Any) -> None:
+        try:
+            super()._run_epoch(**arguments)
+        finally:
+            if self._ahead is not None:
+                self._ahead.close()
+                self._ahead = None
 
     @property
     def aux_loss_enabled(self) -> bool:
@@ -332,13 +342,22 @@ class DPOTrainer(CheckpointedTrainer):
                 for gradients, for a micro-batch.
         """
         start = time.perf_counter()
+        if inputs.report is not None:
+            self.data_reports["train"] = inputs.report
         model.train()
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()
-        batches, result = self._run_until_it_fits(model, inputs)
+
+        def attempt() -> OptimizerStep:
+            batches = self._training_packer.on_device(inputs, self.max_tokens)
+            return OptimizerStep(self._settings, model, batches, self._totals(inputs))
+
+        batches, result = run_until_it_fits(attempt, self._halve, model)
         loss = torch.cat(result.losses).sum()
+        addends = [loss] if result.balancing is None else [loss, result.balancing]
+        of_pairs, *balancing = torch.stack([value.double() for value in addends]).tolist()  # the step's one host sync
         positions = sum(batch.num_tokens for batch in batches)
-        total, seen = self.ranks.all_reduce_sum([loss.item() / inputs.num_pairs + result.balancing, positions])
+        total, seen = self.ranks.all_reduce_sum([of_pairs / inputs.num_pairs + sum(balancing), positions])
         if self.args.include_num_input_tokens_seen != "no":
             self.state.num_input_tokens_seen += int(seen)
         if not math.isfinite(total):
@@ -353,40 +372,10 @@ class DPOTrainer(CheckpointedTrainer):
     def _track_num_input_tokens(self, inputs: Any) -> None:
         """Nothing: training_step counts the positions of a step, which have no pads."""
 
-    def _run_until_it_fits(self, model: nn.Module, examples: StepExamples) -> tuple[list[PackedBatch], StepResult]:
-        device, draws = self.args.device, random_states(self.args.device)
-        while True:
-            batches = self._packed(examples, self.max_tokens, training=True)
-            result = OptimizerStep(self._settings, model, batches, self._totals(examples)).run()
-            if result is not None:
-                return batches, result
-            model.zero_grad(set_to_none=True)
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-            self.max_tokens = halved_max_tokens(self.max_tokens, batches, self.ranks, self.state.global_step + 1)
-            self.max_forward_tokens = min(self.max_forward_tokens, self.max_tokens)
-            restore_random_states(draws, device)
-
-    def _auto_max_tokens(self) -> int:
-        """What fits on every rank, measured with the first rows of the data."""
-        cap = largest_auto(self.args.device)
-        if self.train_dataset is None:
-            return cap
-        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        fitting = probe_max_tokens(self._probe, self.args.device, cap, kept=_OPTIMIZER_BYTES * trained)
-        return -int(self.ranks.all_reduce_max(-fitting))
-
-    def _probe(self, positions: int) -> int:
-        """Forward and backward of a micro-batch of the first rows; returns its positions and restores all state."""
-        examples = first_examples(self.train_dataset, positions, share_prompts=self._share_in_training)
-        (batch,) = self._packed(examples, None, training=True)
-        draws = random_states(self.args.device)
-        self.model.train()
-        alone = replace(self._settings, ranks=Ranks.alone())
-        OptimizerStep(alone, self.model, [batch], self._totals(examples)).forward(batch).loss.backward()
-        self.model.zero_grad(set_to_none=True)
-        restore_random_states(draws, self.args.device)
-        return batch.num_tokens
+    def _halve(self, batches: Sequence[PackedBatch]) -> None:
+        """Halve max_tokens, after these micro-batches did not fit."""
+        self.max_tokens = halved_max_tokens(self.max_tokens, batches, self.ranks, self.state.global_step + 1)
+        self.max_forward_tokens = min(self.max_forward_tokens, self.max_tokens)
 
     def floating_point_ops(self, inputs: Any) -> float:
         """6·parameters·positions of the last step, for LM head and backbone; Trainer adds it up as total_flos."""
@@ -428,13 +417,14 @@ class DPOTrainer(CheckpointedTrainer):
         self.callback_handler.eval_dataloader = dataloader
 
         def step_of(examples: StepExamples, sums: MetricSums) -> OptimizerStep:
-            batches = self._packed(examples, self.max_forward_tokens)
+            batches = self._packer.on_device(examples, self.max_forward_tokens)
             return OptimizerStep(self._settings, model, batches, self._totals(examples), sums)
 
         def after_each() -> None:
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
 
-        found = evaluate_pairs(dataloader, step_of, self.ranks, after_each)
+        with self._packer.ahead(iter(dataloader), lambda: self.max_forward_tokens) as steps:
+            found = evaluate_pairs(steps, step_of, self.ranks, after_each)
         self.pair_records[metric_key_prefix] = found.records
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.metrics.items()}
         rewards = found.records.rewards()  # predict() returns them

@@ -1,7 +1,6 @@
 """bench.gpu without a GPU: every part at toy sizes in the interpreter, and what happens to a part that fails."""
 
-import json
-import shutil
+import os
 import time
 
 import pytest
@@ -11,41 +10,63 @@ from bench import tables, timing
 from bench.gpu import __main__ as gpu
 from bench.gpu import head as gpu_head
 from bench.gpu import kernels as gpu_kernels
-from bench.gpu import run_tests
-from bench.gpu.__main__ import Part, finite, main, run_here, text
+from bench.gpu import machine
+from bench.gpu.__main__ import Part, main, run_here
+from bench.gpu.lines import END, Run, finite, last_run, one_line
 from bench.gpu.paths import no_sync
-from bench.gpu.setting import Setting, measure, one_line
+from bench.gpu.setting import Setting, measure
 from bench.head.problem import MODES, Problem, per_token, plain_logps
 from bench.head.truth import LOGPS_TOLERANCE, Truth, gate
+from bench.record import read_lines
 
 pytestmark = pytest.mark.slow(60)
 
 
-@pytest.mark.parametrize("name", gpu.PARTS)
-def test_every_part_runs_dry_and_has_a_table(name):
-    result = json.loads(json.dumps(run_here(name, dry=True, limit_s=300)))
-    assert result["error"] is None
-    shown = text({name: result})
-    assert shown.splitlines()[-1].split() == [name, f"{result['seconds']:.0f}", "s", "ok"]
+@pytest.fixture
+def run(tmp_path):
+    return Run(name="now", command="python -m bench.gpu", gpu={"name": "none"}, files=(str(tmp_path / "lines.jsonl"),))
+
+
+def pieces_of(run, part):
+    return last_run(read_lines(gpu.Path(run.files[0]))).get(part, {})
+
+
+@pytest.mark.parametrize("name", [name for name in gpu.PARTS if name != "tests"])
+def test_every_part_runs_dry_and_has_a_table(name, run):
+    assert run_here(name, run, dry=True, limit_s=300) is None
+    pieces = pieces_of(run, name)
+    run.write(name, END, {"seconds": 1.0, "error": None, "clocks": {}})
+    shown = gpu.text({name: pieces_of(run, name)})
+    assert shown.splitlines()[-1].split() == [name, "1", "s", "ok"]
     assert len(shown.splitlines()) > 4
     if name == "head":
-        assert {"tl.dot kernel", "scratch"} <= result["figures"]["modes"]["forward"]["contenders"].keys()
+        assert list(pieces) == [f"D {d}, {mode}" for d in (32, 16) for mode in MODES]
+        assert {"tl.dot kernel", "scratch"} <= pieces["D 16, forward"]["result"]["contenders"].keys()
         assert "goal" not in shown  # those of an H100
+    if name == "rows":
+        times = pieces["V 96"]["times"]
+        assert times["exp_rows, E"]["bytes"] == 6 * 4 * 96 and times["token_logprobs, E"]["bytes"] == 10 * 4 * 96
+        assert "tiles of exp_rows, E" in pieces
     if name == "syncs":
-        assert set(result["figures"]["paths"].values()) == {None}
+        assert set(pieces.values()) == {None}
 
 
-def broken(setting, figures, left):
-    figures["first"] = 1
+def test_the_limits_of_all_parts_and_the_build_add_up():
+    assert sum(part.limit_s for part in gpu.PARTS.values()) + gpu.BUILD_S <= gpu.LIMIT_S
+    assert list(gpu.PARTS)[:4] == ["head", "step", "rows", "attention"]
+
+
+def broken(setting, left):
+    yield "first", 1
     raise ValueError("the second half\nand more")
 
 
-def slow(setting, figures, left):
-    figures["left"] = left()
+def slow(setting, left):
+    yield "left", left()
     try:
         time.sleep(10)
     except Exception:  # as a part goes on after a peer that raises
-        figures["went on"] = True
+        yield "went on", True
 
 
 def part(function):
@@ -58,65 +79,132 @@ def parts_of_this_file(monkeypatch):
     monkeypatch.setattr(gpu, "PARTS", {"broken": part("broken"), "slow": part("slow")})
 
 
-def table(figures):
-    return f"measured {figures['second']}"
+def table(pieces):
+    return f"measured {pieces['second']}"
 
 
-def test_a_part_that_fails_keeps_what_it_measured_and_says_why(parts_of_this_file):
-    result = run_here("broken", dry=True, limit_s=60)
-    assert result["figures"] == {"first": 1} and result["error"] == "ValueError: the second half"
-    assert "FAILED: ValueError: the second half" in text({"broken": result})
+def test_a_part_that_fails_keeps_what_it_measured_and_says_why(parts_of_this_file, run):
+    assert run_here("broken", run, dry=True, limit_s=60) == "ValueError: the second half"
+    assert pieces_of(run, "broken") == {"first": 1}
+    run.write("broken", END, {"seconds": 1.0, "error": "ValueError: the second half", "clocks": {}})
+    assert "FAILED: ValueError: the second half" in gpu.text({"broken": pieces_of(run, "broken")})
 
 
-def test_a_part_ends_when_its_time_is_over(parts_of_this_file):
-    result = run_here("slow", dry=True, limit_s=0.2)
-    assert result["error"] == "OutOfTime: took more than 0 s" and result["seconds"] < 5
-    assert 0 < result["figures"]["left"] <= 0.2 and "went on" not in result["figures"]
+def test_a_part_ends_when_its_time_is_over(parts_of_this_file, run):
+    begin = time.monotonic()
+    assert run_here("slow", run, dry=True, limit_s=0.2) == "OutOfTime: took more than 0 s"
+    pieces = pieces_of(run, "slow")
+    assert time.monotonic() - begin < 5 and 0 < pieces["left"] <= 0.2 and pieces.keys() == {"left"}
 
 
-def test_a_process_that_dies_fails_its_part_alone(monkeypatch, tmp_path):
+def test_a_part_that_is_killed_leaves_what_it_had_measured(run, monkeypatch):
+    """The process of a real part, killed by itself after its first piece as the kernel would."""
+    killed = "import os, signal, sys; from bench.gpu import __main__ as gpu, lines\n"
+    killed += "write = lines.Run.write\n"
+    killed += "def once(*args):\n    write(*args)\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+    killed += "lines.Run.write = once\nsys.exit(gpu.main())"
+    real = gpu.subprocess.Popen
+
+    def started(command, **options):
+        return real([command[0], "-c", killed, *command[3:]], **options)
+
+    monkeypatch.setattr(gpu.subprocess, "Popen", started)
+    ended = gpu.run_child("syncs", run, dry=True, limit_s=120)
+    assert ended["error"] == "its process ended with code -9"
+    assert pieces_of(run, "syncs") == {"logprobs": None, END: ended}
+
+
+def test_a_process_that_dies_or_hangs_fails_its_part_alone(run, monkeypatch, tmp_path):
     monkeypatch.setattr(gpu.sys, "executable", "/bin/false")
-    result = gpu.run_child("rows", dry=True, limit_s=30)
-    assert result["error"] == "its process ended with code 1 and no result"
+    assert gpu.run_child("rows", run, dry=True, limit_s=30)["error"] == "its process ended with code 1"
     sleeper = tmp_path / "sleeper"
     sleeper.write_text("#!/bin/sh\nexec sleep 60\n")
     sleeper.chmod(0o755)
     monkeypatch.setattr(gpu.sys, "executable", str(sleeper))
-    monkeypatch.setattr(gpu, "GRACE_S", 0.1)
-    assert gpu.run_child("rows", dry=True, limit_s=0.1)["error"] == "killed after 0 s"
+    assert gpu.run_child("rows", run, dry=True, limit_s=0.1)["error"] == "killed after 0 s"
+
+
+def test_a_file_that_cannot_be_written_is_said_and_the_others_get_their_lines(run, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    both = Run(name="now", command="", gpu={}, files=(str(tmp_path / "file" / "gpu.jsonl"), *run.files))
+    both.write("head", "first", {"seconds": float("nan")})
+    assert pieces_of(run, "head") == {"first": {"seconds": "nan"}}
+    assert f"not recorded in {both.files[0]}" in capsys.readouterr().err
+
+
+def test_the_last_run_is_read_and_a_line_that_was_cut_is_left_out(run):
+    run.write("head", "of before", 1)
+    Run(name="later", command="", gpu={}, files=run.files).write("head", "of now", 2)
+    with open(run.files[0], "a") as stream:
+        stream.write('{"name": "gpu", "fig')
+    assert pieces_of(run, "head") == {"of now": 2}
 
 
 @pytest.fixture
 def results_of_a_gpu(monkeypatch):
-    """main as on a GPU, without its parts."""
-    children = {"syncs": {"figures": {"paths": {"a": None}}, "error": None, "seconds": 1.0}}
+    """main as on a GPU, without its parts: their errors by name, each after one piece."""
+    errors = {"syncs": None}
+
+    def child(name, run, dry, limit_s):
+        run.write(name, "a path", None)
+        ended = {"seconds": 1.0, "error": errors[name], "clocks": {"absent": "no nvidia-smi"}}
+        run.write(name, END, ended)
+        return ended
+
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(gpu, "gpu", lambda: {"name": "a GPU"})
-    monkeypatch.setattr(gpu, "run_child", lambda name, dry, limit_s: children[name])
-    return children
+    monkeypatch.setattr(machine, "described", lambda: {"name": "a GPU", "driver": "1.2"})
+    monkeypatch.setattr(gpu, "build", lambda: None)
+    monkeypatch.setattr(gpu, "run_child", child)
+    return errors
 
 
 def test_the_record_is_kept_and_copied_and_the_table_comes_last(results_of_a_gpu, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("OUT", str(tmp_path / "out"))
     arguments = ["--parts", "syncs", "--results", str(tmp_path / "gpu.jsonl")]
     assert main(arguments) == 0
-    record = json.loads((tmp_path / "gpu.jsonl").read_text())
-    assert record["figures"]["gpu"] == {"name": "a GPU"} and record["figures"]["parts"] == results_of_a_gpu
-    assert json.loads((tmp_path / "out" / "gpu.jsonl").read_text()) == record
+    lines = read_lines(tmp_path / "gpu.jsonl")
+    assert [line["figures"]["piece"] for line in lines] == ["a path", END]
+    assert all(line["figures"]["gpu"]["driver"] == "1.2" and line["versions"]["torch"] for line in lines)
+    assert read_lines(tmp_path / "out" / "gpu.jsonl") == lines
     shown = (tmp_path / "out" / "gpu.txt").read_text()
-    assert capsys.readouterr().out.endswith(shown)
+    assert shown in capsys.readouterr().out
+    assert "clocks not known: no nvidia-smi" in shown and shown.splitlines()[-1].split() == ["syncs", "1", "s", "ok"]
     assert tables.main(["gpu", "--results", str(tmp_path)]) == 0
-    assert shown.strip() in capsys.readouterr().out
+    assert "a GPU, driver 1.2" in capsys.readouterr().out
 
-    results_of_a_gpu["syncs"] = {"figures": {}, "error": "RuntimeError: waits", "seconds": float("nan")}
+    results_of_a_gpu["syncs"] = "RuntimeError: waits"
     assert main(arguments) == 1
-    assert "FAILED: RuntimeError: waits" in capsys.readouterr().out
-    assert len((tmp_path / "out" / "gpu.jsonl").read_text().splitlines()) == 2
+    assert "FAILED: syncs: RuntimeError: waits" in capsys.readouterr().out
+    assert len(read_lines(tmp_path / "out" / "gpu.jsonl")) == 4
+
+
+def test_what_cannot_be_built_or_is_missing_is_said_and_the_rest_runs(results_of_a_gpu, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "build", lambda: "ended with code 1")
+    monkeypatch.setattr(gpu.run_tests, "check", lambda: ["python lacks peft"])
+    assert main(["--parts", "syncs", "--results", str(tmp_path / "gpu.jsonl")]) == 1
+    shown = capsys.readouterr()
+    assert "error: python lacks peft" in shown.err and "error: the extension: ended with code 1" in shown.err
+    assert "FAILED: python lacks peft" in shown.out and len(read_lines(tmp_path / "gpu.jsonl")) == 2
+
+
+def test_a_part_gets_the_time_that_others_left_over_but_not_that_of_later_ones(results_of_a_gpu, tmp_path, monkeypatch):
+    limits = {}
+
+    def child(name, run, dry, limit_s):
+        limits[name] = limit_s
+        run.write(name, END, ended := {"seconds": 0.0, "error": "not run", "clocks": {}})
+        return ended
+
+    monkeypatch.setattr(gpu, "run_child", child)
+    main(["--results", str(tmp_path / "gpu.jsonl"), "--limit", "420"])
+    certain = {name: part.limit_s for name, part in gpu.PARTS.items()}
+    assert limits["head"] == pytest.approx(certain["head"], abs=5)
+    assert limits["linear"] == pytest.approx(420, abs=5)  # nothing ran before
 
 
 def test_a_part_without_time_fails(results_of_a_gpu, tmp_path, capsys):
     assert main(["--parts", "syncs", "--limit", "5", "--results", str(tmp_path / "gpu.jsonl")]) == 1
-    assert "FAILED: no time left" in capsys.readouterr().out
+    assert "FAILED: syncs: no time left" in capsys.readouterr().out
 
 
 def test_without_a_gpu_it_says_what_to_do(capsys):
@@ -126,6 +214,45 @@ def test_without_a_gpu_it_says_what_to_do(capsys):
         Setting.make(dry=False)
 
 
+def test_what_changes_the_figures_is_unset_for_the_parts(monkeypatch, tmp_path):
+    for name in gpu.UNSET:
+        monkeypatch.setenv(name, "1")
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    assert not set(gpu.UNSET) & gpu.environment(dry=False).keys()
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert "TRITON_CACHE_DIR" in gpu.environment(dry=False)
+    assert gpu.environment(dry=True)["TRITON_INTERPRET"] == "1"
+
+
+SAID = """1980, 3201, 650.10, 61, 99
+1965, 3201, 655.00, 62, 100
+345, 3201, 90.0, 40, 0
+1950, 3201, 660.0, 63, 98
+19"""
+
+
+def test_clocks_are_those_of_a_busy_gpu(tmp_path, monkeypatch):
+    figures = machine.clocks(SAID)
+    assert figures["samples"] == 3 and figures["sm_mhz"]["median"] == 1965 and figures["celsius"]["median"] == 62
+    assert "sm_mhz 1965 (1956 to 1974)" in machine.clocks_line(figures)
+    assert machine.clocks("[Not Supported]")["absent"].endswith("the last: [Not Supported]")
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text(f"#!/bin/sh\ncat <<END\n{SAID}\nEND\nexec sleep 60\n")
+    smi.chmod(0o755)
+    with machine.watched("GPU-1") as absent:
+        pass
+    assert "nvidia-smi" in machine.clocks_line(absent)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with machine.watched("GPU-1") as sampled:
+        time.sleep(1)
+    assert sampled == figures
+    assert machine.clocks_line({}) == "clocks not sampled"
+
+
+def test_a_device_that_cannot_be_asked_is_no_reason_to_stop():
+    assert machine.described()["name"].startswith("not known")
+
+
 def test_what_no_record_takes_is_spelled_out():
     assert finite({"a": [1.0, float("inf")], "b": ("x", float("nan"), None)}) == {
         "a": [1.0, "inf"],
@@ -133,12 +260,15 @@ def test_what_no_record_takes_is_spelled_out():
     }
 
 
-def test_functions_take_turns():
+def test_each_function_is_timed_right_after_the_baseline():
     calls = []
     setting = Setting.make(dry=True)
-    times = measure({name: lambda name=name: calls.append(name) for name in "ab"}, setting, calls=2)
-    assert calls == list("abab") + list("aabb") * setting.rounds
-    assert times["a"]["p20"] <= times["a"]["median"] <= times["a"]["p80"]
+    times = measure({name: lambda name=name: calls.append(name) for name in "ab"}, setting, "a", calls=2)
+    assert calls == list("abab") + list("aaaabb") * setting.rounds
+    assert times["b"]["p20"] <= times["b"]["median"] <= times["b"]["p80"]
+    assert times["a"]["ratio"] == {"median": 1.0, "p20": 1.0, "p80": 1.0}
+    pairs = timing.Paired([4.0, 9.0, 6.0], [2.0, 3.0, 1.0])
+    assert pairs.ratio()["median"] == 3.0  # of 2, 3 and 6; the ratio of the medians is 3, that of the least 4
 
 
 def test_a_gpu_is_timed_by_its_own_clock(monkeypatch):
@@ -159,8 +289,15 @@ def test_a_gpu_is_timed_by_its_own_clock(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: said.append(cycles))
-    assert timing.timed(lambda: said.append("call"), torch.device("cuda"), calls=3) == pytest.approx(4e-3)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: said.append("synchronize"))
+    device = torch.device("cuda")
+    assert timing.timed(lambda: said.append("call"), device, calls=3) == pytest.approx(4e-3)
     assert said == [2_000_000, "record", "call", "call", "call", "record", "synchronize"]
+    said.clear()
+    # It spins for longer than the launches take.
+    assert timing.launch_seconds(lambda: time.sleep(2e-3), device, calls=2) >= 6e-3
+    assert timing.launch_seconds(lambda: time.sleep(20e-3), device) == 20e-3
+    assert timing.launch_seconds(lambda: None, device) == 1e-3 and said == ["synchronize"] * 6
 
 
 def test_waiting_is_an_error_only_inside(monkeypatch):
@@ -184,24 +321,37 @@ def test_an_error_of_the_gpu_ends_a_sweep():
     assert one_line(KeyError()) == "KeyError"
 
 
+def test_a_tile_that_is_wrong_or_comes_too_late_is_not_timed():
+    setting = Setting.make(dry=True)
+    zeros = torch.zeros(2)
+    assert gpu_kernels._right(lambda: zeros, zeros) == ""
+    assert gpu_kernels._right(lambda: zeros + 1, zeros) == "log-probs are off by 1.0e+00 nats"
+    assert gpu_kernels._tried({"ours": int, "tile": int}, setting, lambda: 1.0, 1) == "no time left"
+    assert gpu_kernels._tried({"ours": int, "tile": lambda: 1 / 0}, setting, lambda: 99.0, 1).startswith("ZeroDivision")
+
+
 def test_wrong_rows_are_refused():
     setting = Setting.make(dry=True)
     logits, targets = gpu_kernels._rows(setting, setting.v)
+    sums = gpu_kernels.token_logprobs.token_logprobs(logits, targets)._replace(logps=torch.zeros(len(targets)))
     with pytest.raises(ValueError, match="E of V: log-probs are off by"):
-        gpu_kernels._check_rows("E of V", logits, targets, torch.zeros(len(targets)), torch.zeros_like(logits))
+        gpu_kernels._check_rows("E of V", logits, targets, sums, torch.zeros_like(logits))
 
 
-def test_a_kernel_of_ours_that_is_wrong_fails_the_head(monkeypatch):
+def test_a_head_that_is_wrong_is_marked_and_fails_the_part(monkeypatch):
     def off(problem):
         return per_token(problem, lambda h, w: plain_logps(h, w, problem.targets) + 1)
 
     monkeypatch.setitem(gpu_head.FORWARD_ONLY, "scratch", off)
-    setting, figures = Setting.make(dry=True), {}
-    with pytest.raises(RuntimeError, match="forward: scratch: logps off by 1.0e"):
-        gpu_head.run(setting, figures, lambda: 1e9)
-    assert figures["modes"].keys() == MODES.keys()
-    with pytest.raises(RuntimeError, match="trained: no time left"):
-        gpu_head.run(setting, figures, lambda: 0)
+    monkeypatch.setitem(gpu_head.OURS, "dpofast", off)
+    setting, pieces = Setting.make(dry=True), {}
+    with pytest.raises(RuntimeError, match=r"D 32, trained: dpofast: .*D 32, forward: scratch: logps off by 1.0e"):
+        for name, figures in gpu_head.run(setting, lambda: 1e9):
+            pieces[name] = figures
+    assert len(pieces) == 2 * len(MODES)
+    assert "WRONG: logps off by 1.0e" in gpu_head.table(pieces)
+    with pytest.raises(RuntimeError, match="D 32, trained: no time left"):
+        list(gpu_head.run(setting, lambda: 0))
 
 
 def test_the_gate_allows_twice_the_devices_own_error():
@@ -213,49 +363,6 @@ def test_the_gate_allows_twice_the_devices_own_error():
     assert truth.limit(6) == pytest.approx(LOGPS_TOLERANCE + 4e-2, rel=1e-3)
     assert gate({"logps": 1.5e-2}, torch.bfloat16, truth.limit(12)) == ""
     assert gate({"logps": 1.5e-2}, torch.bfloat16) == "logps off by 1.5e-02"
-
-
-@pytest.fixture
-def five_tests(tmp_path):
-    """Writes five tests of the same body into a folder with this one's conftest; returns pytest's arguments."""
-    shutil.copy(run_tests.ROOT / "tests" / "conftest.py", tmp_path)
-
-    def write(body):
-        lines = "import pytest, time\n@pytest.mark.parametrize('i', range(5))\ndef test_some(i):\n    "
-        (tmp_path / "test_some.py").write_text(lines + body + "\n")
-        return ["-c", "/dev/null", "--rootdir", str(tmp_path), str(tmp_path)]
-
-    return write
-
-
-def test_shards_run_every_test_once(five_tests, capfd):
-    assert run_tests.run(five_tests("pass"), 1, 600) == 0
-    assert "shard 1/1: 5 passed" in capfd.readouterr().out
-    assert run_tests.run(five_tests("assert i != 4"), 2, 600) == 1
-    shown = capfd.readouterr().out
-    assert "shard 1/2: 2 passed" in shown and "shard 2/2: 1 failed, 2 passed" in shown and "FAILED with code 1" in shown
-    assert run_tests.run([*five_tests("pass"), "--shard", "3/2"], 1, 600) == 1
-    assert "--shard: expected I/K with 1 <= I <= K, got '3/2'" in capfd.readouterr().out
-
-
-def test_a_shard_that_hangs_is_killed(five_tests, capfd):
-    assert run_tests.run(five_tests("time.sleep(60)"), 1, 3) == 1
-    assert "KILLED after 3 s" in capfd.readouterr().out
-
-
-def test_tests_of_the_gpu_need_one(five_tests, capfd, monkeypatch):
-    assert run_tests.run(["-m", "gpu", *five_tests("pass")], 1, 600) == 1
-    assert "unset it" in capfd.readouterr().out
-    monkeypatch.delenv("TRITON_INTERPRET")
-    assert run_tests.run(["-m", "gpu", *five_tests("pass")], 1, 600) == 1
-    assert "-m gpu needs a CUDA device" in capfd.readouterr().out
-
-
-def test_what_is_missing_is_said_in_one_line(monkeypatch):
-    monkeypatch.setattr(run_tests, "NEEDED", ("torch", "no_such_a", "no_such_b"))
-    assert "lacks no_such_a, no_such_b: pip install no_such_a no_such_b" in run_tests.lacking()
-    monkeypatch.setattr(run_tests, "NEEDED", ("torch",))
-    assert "sees no CUDA device" in run_tests.lacking() and "\n" not in run_tests.lacking()
 
 
 def test_a_benchmark_without_a_record_is_said(tmp_path, capsys):

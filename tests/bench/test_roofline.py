@@ -327,7 +327,9 @@ def test_published_figures_are_within_what_the_page_says():
     assert all(made == pytest.approx(published_bytes, rel=0.1) for made, published_bytes in sizes)
     prediction = published.open_instruct()
     assert prediction.tokens_per_second * 16 * prediction.seconds == pytest.approx(524_288)
-    assert published.model_flops_utilization(prediction) * prediction.seconds / 6.19 == pytest.approx(0.225, abs=0.02)
+    assert published.model_flops_utilization(prediction) * prediction.seconds / 6.19 == pytest.approx(
+        published.OPEN_INSTRUCT_MFU, abs=0.02
+    )
 
 
 def test_the_command(capsys, tmp_path):

@@ -73,6 +73,7 @@ def test_csv_holds_lists_and_numbers_as_json(load, tmp_path):
         (b"prompt,chosen,rejected,chosen\na,b,c,d\n", "column 'chosen' stands there twice"),
         (b'prompt,chosen,rejected\na,"b,c\n', "not valid CSV"),
         (b"prompt,chosen,rejected\na,\xff,c\n", "line 2: not UTF-8: column 'chosen'"),
+        ("prompt,chosen,rejected\na,b,c\n".encode("utf-16"), "pairs.csv: its header is not UTF-8: save the file"),
         (b"prompt,chosen\na,b\n", "line 2: column 'rejected' is missing"),
         (b"prompt,chosen,rejected\n", "there are no rows"),
         (b"", "there are no rows"),

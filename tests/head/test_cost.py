@@ -63,10 +63,10 @@ def test_gemm_work_is_counted(function, operands, flops, inference):
     assert cost.gemm_units(M, K, N) == flops / UNIT
 
 
-@pytest.mark.gpu  # on a CPU these forms do not exist
+@pytest.mark.gpu(twin="test_gemm_work_is_counted")  # on a CPU these forms do not exist
 @pytest.mark.parametrize("into", [False, True])
-def test_gemms_that_widen_their_result_are_counted(into):
-    a, b, c = (x.cuda() for x in gemm_operands(torch.bfloat16))
+def test_gemms_that_widen_their_result_are_counted(into, device):
+    a, b, c = (x.to(device) for x in gemm_operands(torch.bfloat16))
     wide = c.float()
     with Cost() as cost:
         torch.mm(a, b, out_dtype=torch.float32, **({"out": wide} if into else {}))

@@ -141,7 +141,7 @@ def test_even_chunks_are_the_fewest_and_of_one_size_up_to_128_rows(start, rows, 
 )
 def test_plan_stays_inside_the_budget(rows_of_call, vocab, width, budget, dtype, keep):
     plan = HeadPlan.make(rows_of_call, torch.empty(vocab, width, dtype=dtype, device="meta"), budget, keep=keep)
-    logits, exp = (4, 2) if dtype == torch.bfloat16 else (0, 4)
+    logits, exp = (4, 2) if dtype.itemsize == 2 else (0, 4)
     used = vocab * (plan.chunk_rows * logits + (plan.scratch_rows + plan.kept_rows) * exp)
     # In place of a float32 dW, whose bytes a 16-bit head that trains may take beside the budget, E of all rows.
     whole = keep and dtype.itemsize == 2 and plan.kept_rows == rows_of_call

@@ -250,15 +250,15 @@ def test_bad_arguments(change, message):
         exp_gemm(**{**GOOD, **change})
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu(twin="test_logprobs_are_as_exact_as_torch")
 @pytest.mark.parametrize("descriptors", [None, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("options", ["plain", "all"])
 @pytest.mark.parametrize(
     ("n", "d", "v"), [(300, 1024, 151_936), (1, 4096, 50_257), (2500, 576, 49_152), (130, 41, 999)]
 )
-def test_real_sizes_on_the_gpu(n, d, v, options, dtype, descriptors):
-    hidden, weight, targets = problem(n, d, v, torch.device("cuda"), dtype)
+def test_real_sizes_on_the_gpu(n, d, v, options, dtype, descriptors, device):
+    hidden, weight, targets = problem(n, d, v, device, dtype)
     options = make_bias(OPTIONS[options], v, hidden.device)
     result = exp_gemm(hidden, weight, targets, descriptors=descriptors, **options)
     assert_logps_as_good_as_torch(result, hidden, weight, targets, **options)

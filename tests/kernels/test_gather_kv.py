@@ -88,7 +88,7 @@ def test_empty(device):
     assert sum_kv(empty, empty, torch.zeros(1, dtype=torch.int32, device=device), none)[0].shape == (0, 2, 8)
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu(twin="test_the_forward_copies_rows")
 def test_rows_beyond_int32_entries(device):
     rows = torch.tensor([0, (1 << 21) + 5, 0, 3], dtype=torch.int32, device=device)
     key = torch.zeros((1 << 21) + 6, 8, 128, dtype=torch.bfloat16, device=device)

@@ -272,10 +272,9 @@ def test_float16_holds_e_of_any_vocabulary_behind_a_power_of_two_a_row(device):
     assert ((gradient - true).abs() <= 2.0**-11 * true.abs() + 2.0**-36).all()
 
 
-@pytest.mark.gpu
-def test_many_large_rows_in_place_do_not_race():
-    # In the interpreter, whose programs run one after the other, test_in_place_equals_out_of_place stands in.
-    logits, targets, upstream = rows(512, 151_936, torch.device("cuda"), torch.bfloat16)
+@pytest.mark.gpu(twin="test_in_place_equals_out_of_place")  # the interpreter runs programs one after the other
+def test_many_large_rows_in_place_do_not_race(device):
+    logits, targets, upstream = rows(512, 151_936, device, torch.bfloat16)
     exp, grad = torch.empty_like(logits), torch.empty_like(logits)
     apart = token_logprobs(logits, targets, exp_out=exp)
     sums = (apart.row_max, apart.sum_exp)

@@ -209,6 +209,15 @@ def test_what_is_no_decoder_is_refused_by_name(make, message):
     assert type(model) is original
 
 
+@pytest.mark.parametrize("rate", [None, -0.5, 1.5])
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_rate_of_dropout_that_is_none_is_refused_by_name(rate, padded):
+    model = tiny_model(attention_dropout=rate)
+    message = rf"between 0 and 1 as model\.layers\.0\.self_attn\.attention_dropout, got {rate}: correct its config"
+    with pytest.raises(ValueError, match=message):
+        attach_logprob_head(model, padded=padded)
+
+
 def test_log_probs_in_the_place_of_the_output_are_refused():
     (batch,) = pack(tiny_pairs(2))
     output = attach_logprob_head(tiny_model())(packed=batch)

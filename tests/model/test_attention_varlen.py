@@ -331,10 +331,10 @@ def test_head_dims_and_builds_that_varlen_leaves_to_flex(gpu, monkeypatch):
 # ---- on a GPU -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu(twin="test_torchs_own_varlen_attn_runs_on_what_it_gets")
 @pytest.mark.parametrize("width", [64, 128])
-def test_grouped_heads_equal_repeated_ones(width):
-    case = attention_case(pairs=3, prompt=70, responses=(40, 33), heads=8, kv_heads=2, head_dim=width, device="cuda")
+def test_grouped_heads_equal_repeated_ones(width, device):
+    case = attention_case(pairs=3, prompt=70, responses=(40, 33), heads=8, kv_heads=2, head_dim=width, device=device)
     tensors = [tensor.requires_grad_() for tensor in (case.query, case.key, case.value)]
     options = AttentionOptions()
     grouped = varlen_attention(*tensors, case.layout, options)
@@ -349,10 +349,10 @@ def test_grouped_heads_equal_repeated_ones(width):
         torch.testing.assert_close(ours, expected, atol=2e-2, rtol=2e-2)
 
 
-@pytest.mark.gpu
-def test_gradients_of_gathered_rows_are_the_same_to_the_bit():
-    case = attention_case(pairs=16, prompt=300, responses=(100, 90), device="cuda")
-    rows = KeyRows(*(part.cuda() for part in KeyRows.of(case.layout.segments)))
+@pytest.mark.gpu(twin="test_the_gradient_of_gathered_rows")
+def test_gradients_of_gathered_rows_are_the_same_to_the_bit(device):
+    case = attention_case(pairs=16, prompt=300, responses=(100, 90), device=device)
+    rows = KeyRows(*(part.to(device) for part in KeyRows.of(case.layout.segments)))
     key, value = (tensor[0].transpose(0, 1).detach().requires_grad_() for tensor in (case.key, case.value))
     gathered = gather_rows(key, value, rows)
     upstream = [torch.randn_like(part) for part in gathered]

@@ -1,6 +1,7 @@
 """Models and adapters are loaded whole or refused: no tensor keeps a random start value that no file had."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -79,6 +80,19 @@ def test_weights_that_no_file_has_are_refused_by_name(damage, message, folder, t
         assert main(command) == 2
         assert "no causal language model can be loaded from it: its" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [({"num_hidden_layers": 10**12}, "num_hidden_layers"), ({"part": {"n_layer": 10**12}}, r"part\.n_layer")],
+)
+def test_more_layers_than_can_be_built_are_refused_before_one_is(changes, key, folder, tmp_path, capsys):
+    name = configured(folder, **changes)
+    message = f"its config has {key}=1,000,000,000,000, and models of at most 10,000 layers are loaded"
+    with pytest.raises(ValueError, match=message):
+        load_causal_lm(name)
+    assert main(["train", "--model", name, "--data", "pairs.jsonl", "--output_dir", str(tmp_path / "run")]) == 2
+    assert re.search(message, capsys.readouterr().err)
 
 
 def test_pickles_are_not_read_by_the_trainer(folder, tmp_path):

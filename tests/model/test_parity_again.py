@@ -139,10 +139,10 @@ def test_sixteen_bits_are_compared_in_float32_beside_flex(family, monkeypatch):
     assert dtypes == {torch.bfloat16}
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu(twin="test_another_device_or_dtype_is_checked_once")
 @pytest.mark.parametrize("autocast", [False, True])
-def test_varlen_is_compared_on_the_device(autocast, monkeypatch):
-    model = attach_logprob_head(tiny_model(dtype=torch.float32 if autocast else torch.bfloat16)).cuda()
+def test_varlen_is_compared_on_the_device(autocast, device, monkeypatch):
+    model = attach_logprob_head(tiny_model(dtype=torch.float32 if autocast else torch.bfloat16)).to(device)
     ran = []
     varlen = attention_interface._BACKENDS["varlen"]
     monkeypatch.setitem(attention_interface._BACKENDS, "varlen", lambda *inputs: ran.append(1) or varlen(*inputs))

@@ -18,6 +18,7 @@ from dpofast import DPOConfig, DPOTrainer
 from dpofast.checkpointing.trainer import CheckpointedTrainer
 from dpofast.training import config
 from dpofast.training.checks.arguments import as_dpo_config
+from dpofast.training.checks.device import device_notes
 from dpofast.training.checks.methods import NOT_CALLED
 from dpofast.training.checks.options import MOOT, OF_TRL, UNREAD, check_options
 from tests.support.tiny import save_tiny, tiny_dataset, tiny_model, tiny_pairs, tiny_tokenizer
@@ -184,6 +185,23 @@ def test_a_gpu_that_has_bfloat16_computes_in_it_unless_told(monkeypatch, options
     assert config._chooses_bf16(args) is expected
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: False)
     assert config._chooses_bf16(args) is False
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device", "options", "said"),
+    [
+        (torch.float32, "cuda", {}, True),
+        (torch.float32, "cuda", {"bf16": True}, False),
+        (torch.float32, "cuda", {"fp16": True}, False),
+        (torch.bfloat16, "cuda", {}, False),
+        (torch.float32, "cpu", {}, False),
+    ],
+)
+def test_what_float32_costs_on_a_gpu_is_said(dtype, device, options, said):
+    off = dict.fromkeys(("chose_bf16", "bf16", "fp16", "deepspeed", "fsdp"), False)
+    args = SimpleNamespace(**{**off, "device": torch.device(device), **options})
+    notes = device_notes(args, tiny_model(dtype=dtype), None)
+    assert len(notes) == said and all("tensor cores" in note and "bf16=True" in note for note in notes)
 
 
 def test_the_choice_of_bfloat16_is_said_in_one_line(tmp_path, monkeypatch, capsys):

@@ -98,7 +98,7 @@ def test_reference_columns_with_ld_alpha_are_trls_weighted_sums(tmp_path):
     # The same response in two pairs of one prompt has another weighted sum in each.
     examples[1] = {**examples[1], "prompt_ids": examples[0]["prompt_ids"], "chosen_ids": examples[0]["chosen_ids"]}
     trainer = make_trainer(tmp_path, loss_type="sigmoid", ld_alpha=0.5, train=Dataset.from_list(examples))
-    (batch,) = trainer._packed(list(trainer.train_dataset), 1000)
+    (batch,) = trainer._packer.pack(list(trainer.train_dataset), 1000)
     assert batch.ref_logps[:, 0].tolist() == [-5.0 - i for i in batch.pair_examples.tolist()]
     trainer.train()
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dpofast.head.engine import workspace
-from dpofast.training import out_of_memory
+from dpofast.training.memory import out_of_memory
 from tests.support.ranks_cases import RunsOutOfMemory
 from tests.support.tiny import tiny_dataset, tiny_model
 from tests.support.tiny_training import losses_of, make_trainer, weights_of
@@ -92,14 +92,13 @@ def test_no_graph_of_the_failed_attempt_is_alive_when_its_memory_is_given_back(t
             backward(loss)
 
         monkeypatch.setattr(trainer.accelerator, "backward", too_large)
-    halved, seen = out_of_memory.halved_max_tokens, []
+    seen = []
 
-    def given_back(*args):
-        seen.append([ref for ref in alive if ref() is not None])
-        return halved(*args)
+    def given_back(device):
+        seen.append([ref for ref in alive if ref() is not None] + [p for p in model.parameters() if p.grad is not None])
 
     alive.clear()  # of the reference pass
-    monkeypatch.setattr("dpofast.training.trainer.halved_max_tokens", given_back)
+    monkeypatch.setattr("dpofast.training.memory.fit.give_back", given_back)
     gc.disable()
     try:
         trainer.train()
@@ -148,7 +147,7 @@ def test_auto_counts_the_prompts_of_rows_that_share_none(rows, tmp_path, monkeyp
         probed.append(run(asked[-1]))
         return cap
 
-    monkeypatch.setattr("dpofast.training.trainer.probe_max_tokens", probe)
+    monkeypatch.setattr("dpofast.training.memory.fit.probe_max_tokens", probe)
     make_trainer(tmp_path, train=tiny_dataset(40), max_tokens="auto", **rows)
     assert asked[0] <= probed[0] < asked[0] + 60  # the last pair goes beyond
 
@@ -192,7 +191,7 @@ def test_peak_bytes_sees_what_was_allocated_in_memory_freed_before():
     # In a process of its own, where nothing else moves what the C library keeps.
     code = """
 import torch
-from dpofast.training.out_of_memory import peak_bytes
+from dpofast.training.memory.out_of_memory import peak_bytes
 mib = 2**18
 torch.ones(30 * mib)  # once such a block was freed, smaller ones are kept
 blocks = [torch.ones(24 * mib) for _ in range(12)]

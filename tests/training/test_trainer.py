@@ -39,7 +39,7 @@ def test_a_model_that_cannot_run_packed_trains_over_padded_rows(tmp_path):
     with pytest.raises(ValueError, match=r"BloomForCausalLM cannot run packed.*DPOConfig\(padded=True\), or --padded"):
         make_trainer(tmp_path, model=family_model("bloom"))
     trainer = make_trainer(tmp_path, model=family_model("bloom"), padded=True, num_train_epochs=8)
-    assert all(batch.num_tokens <= 40 for batch in trainer._packed(tiny_pairs(), 40))  # whole rows are counted
+    assert all(batch.num_tokens <= 40 for batch in trainer._packer.pack(tiny_pairs(), 40))  # whole rows are counted
     trainer.train()
     losses = losses_of(trainer)
     assert losses[0] == pytest.approx(math.log(2), abs=1e-5) and losses[-1] < losses[0]

@@ -37,6 +37,7 @@ OVERRIDDEN = {
     "evaluate": "eval_dataset, ignore_keys, metric_key_prefix",
     "evaluation_loop": "dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix",
     "floating_point_ops": "inputs",
+    "get_batch_samples": "epoch_iterator, num_batches, device",
     "get_eval_dataloader": "eval_dataset",
     "get_test_dataloader": "test_dataset",
     "get_train_dataloader": "",

@@ -8,11 +8,14 @@ import torch
 from accelerate import dispatch_model
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import Trainer, TrainingArguments
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
+from transformers.models.llama import modeling_llama
+from triton.runtime.interpreter import GridExecutor
 
-from dpofast.training import prepare
+from dpofast import attach_logprob_head, pack
+from dpofast.training.layers import liger
 from tests.support.composites import tiny_composite
-from tests.support.tiny import tiny_model
+from tests.support.tiny import tiny_model, tiny_pairs
 from tests.support.tiny_training import losses_of, make_trainer, weights_of
 
 LORA = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
@@ -71,13 +74,63 @@ def test_a_model_with_trainable_weights_on_disk_is_refused(tmp_path):
         make_trainer(tmp_path, model=model)
 
 
-def test_liger_layers_are_used_without_its_loss(monkeypatch):
+@pytest.fixture
+def liger_is_taken_off(monkeypatch):
+    """Liger exchanges names of the model's module too."""
+    for name in ("apply_rotary_pos_emb", "LlamaRMSNorm", "LlamaMLP"):
+        monkeypatch.setattr(modeling_llama, name, getattr(modeling_llama, name))
+
+
+def with_liger(model, **config):
+    args = SimpleNamespace(device=torch.device("cuda"), liger_kernel_config=config)
+    liger.use_liger_layers(model, args)
+    return args.liger_kernel_config
+
+
+def test_ligers_layers_run_packed_without_its_head(liger_is_taken_off, monkeypatch):
+    """Its kernels in Triton's interpreter, which that of the rotary embeddings runs in, forward and backward."""
+    (batch,) = pack(tiny_pairs(3))
+
+    def gradients(model):
+        logps = attach_logprob_head(model)(packed=batch).logps
+        logps.sum().backward()
+        return logps.detach(), {name: p.grad for name, p in model.named_parameters()}
+
+    expected, expected_gradients = gradients(tiny_model())
+    model, launched = tiny_model(), []
+    own = vars(model).get("forward")
+    run = GridExecutor.__call__
+    monkeypatch.setattr(
+        GridExecutor, "__call__", lambda self, *a, **o: (launched.append(self.fn.__name__), run(self, *a, **o))[1]
+    )
+    with_liger(model, rms_norm=False, swiglu=False)
+    assert vars(model).get("forward") is own  # its fused head would stand there
+    found, found_gradients = gradients(model)
+    kernels = " ".join(launched)
+    assert "rope" in kernels and "cross_entropy" not in kernels
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    for name, gradient in expected_gradients.items():
+        torch.testing.assert_close(found_gradients[name], gradient, atol=1e-5, rtol=1e-4)
+
+
+def test_ligers_norms_and_mlps_take_the_place_of_the_models(liger_is_taken_off):
+    model = tiny_model()
+    with_liger(model)
+    fused = [module for name, module in model.named_modules() if name.endswith(("norm", "mlp"))]
+    assert len(fused) == 10 and all(module.forward.__module__.startswith("liger_kernel") for module in fused)
+
+
+def test_liger_is_told_which_layers(monkeypatch):
     calls = []
-    monkeypatch.setattr(prepare, "apply_liger_kernel", lambda model, config: calls.append(copy.copy(config)))
-    args = SimpleNamespace(device=torch.device("cuda"), liger_kernel_config={"rope": False})
-    prepare._use_liger_layers(tiny_model(), args)
+    monkeypatch.setattr(liger, "apply_liger_kernel", lambda model, config: calls.append(copy.copy(config)))
     expected = {"rope": False, "cross_entropy": False, "fused_linear_cross_entropy": False}
-    assert calls == [expected] and args.liger_kernel_config == expected
+    assert with_liger(tiny_model(), rope=False) == expected and calls == [expected]
+
+
+def test_a_family_that_liger_has_no_layers_for_is_refused():
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=97, n_embd=8, n_layer=1, n_head=2))
+    with pytest.raises(ValueError, match="use_liger_kernel: the installed liger-kernel has no layers for 'gpt2'"):
+        with_liger(model)
 
 
 @pytest.mark.parametrize(

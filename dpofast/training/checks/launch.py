@@ -90,10 +90,8 @@ def check_options_of_sharded(args: DPOConfig) -> None:
     """Refuse options that need a model which is whole on every rank; for FSDP and DeepSpeed.
 
     Raises:
-        ValueError: torch_compile, sync_ref_model or max_tokens="auto".
+        ValueError: sync_ref_model or max_tokens="auto".
     """
-    if args.torch_compile:
-        raise ValueError("torch_compile: expected a model that is whole on every rank, and this one is sharded")
     if args.sync_ref_model:
         raise ValueError("sync_ref_model: expected a policy that is whole on every rank, and this one is sharded")
     if args.max_tokens == "auto":

@@ -6,6 +6,7 @@ reads what it has trained on once more, and leaves it out.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from itertools import islice
@@ -27,7 +28,7 @@ class StepStream(torch.utils.data.IterableDataset[Any]):
 
     Args:
         dataset: the stream, of preference pairs in any format.
-        data: tokenizes it, and keeps the report on the rows so far as "train".
+        data: tokenizes it. The report on the rows so far comes with every step: reading may be ahead of training.
         pairs_per_step: on all ranks together.
         ranks: the processes that share a step.
         drop_last: leave out a last step that is not full.
@@ -37,7 +38,9 @@ class StepStream(torch.utils.data.IterableDataset[Any]):
         self, dataset: IterableDataset, data: PreferenceData, pairs_per_step: int, ranks: Ranks, *, drop_last: bool
     ) -> None:
         """Read nothing yet."""
-        self.dataset, self.data, self.pairs_per_step = dataset, data, pairs_per_step
+        self.dataset, self.pairs_per_step = dataset, pairs_per_step
+        self.data = copy.copy(data)
+        self.data.reports = {}
         self.ranks, self.drop_last = ranks, drop_last
 
     def set_epoch(self, epoch: int) -> None:
@@ -56,11 +59,11 @@ class StepStream(torch.utils.data.IterableDataset[Any]):
             yield self._step(waiting)
 
     def _examples(self) -> Iterator[list[dict[str, Any]]]:
-        rows, first, report = iter(self.dataset), 0, None
+        rows, first, self._report = iter(self.dataset), 0, None
         while part := list(islice(rows, max(_ROWS, self.pairs_per_step))):
             chunk = Dataset.from_list(part, features=self.dataset.features)
             tokens = self.data.tokenized(chunk, "train", first_row=first)
-            report = self.data.reports["train"] = _added(report, self.data.reports["train"])
+            self._report = _added(self._report, self.data.reports["train"])
             yield [{**example, "row": example["row"] + first} for example in tokens.with_format("numpy")]
             first += len(part)
 
@@ -71,7 +74,7 @@ class StepStream(torch.utils.data.IterableDataset[Any]):
             lengths = PairLengths.of(Dataset.from_list(examples))
             own = rank_shares(lengths, own, self.ranks.size)[self.ranks.rank]
         share = StepExamples(examples[index] for index in own)
-        share.num_pairs, share.num_chosen_tokens = len(examples), chosen
+        share.num_pairs, share.num_chosen_tokens, share.report = len(examples), chosen, self._report
         return share
 
 

@@ -152,6 +152,12 @@ def halved_max_tokens(max_tokens: int, batches: Sequence[PackedBatch], ranks: Ra
     return halved
 
 
+def give_back(device: torch.device) -> None:
+    """Return memory that no tensor uses from CUDA's caching allocator to the device: freed blocks may not join."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def random_states(device: torch.device) -> tuple[torch.Tensor, ...]:
     """Returns the states of the random generators that a step draws from, so that the step can be repeated."""
     states = (torch.get_rng_state(),)
