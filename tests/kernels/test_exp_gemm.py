@@ -219,16 +219,16 @@ def test_bad_arguments(change, message):
         exp_gemm(**good, **change)
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu(twin="test_every_dtype_of_e_however_it_is_stored")
 @pytest.mark.parametrize("descriptors", [None, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(
     ("n", "d", "v"), [(300, 1024, 151_936), (1, 4096, 50_257), (2500, 576, 49_152), (130, 41, 999)]
 )
-def test_real_sizes_on_the_gpu(n, d, v, dtype, descriptors):
-    hidden, weight, targets = problem(n, d, v, torch.device("cuda"), dtype)
+def test_real_sizes_on_the_gpu(n, d, v, dtype, descriptors, device):
+    hidden, weight, targets = problem(n, d, v, device, dtype)
     columns = -(-v // 16) * 16
-    exps = [torch.full((n, columns), math.nan, dtype=dtype, device="cuda")[:, :v] for _ in range(2)]
+    exps = [torch.full((n, columns), math.nan, dtype=dtype, device=device)[:, :v] for _ in range(2)]
     results = [exp_gemm(hidden, weight, targets, exp_out=exp, descriptors=descriptors) for exp in exps]
     assert_logps_as_good_as_torch(results[0], hidden, weight, targets)
     assert torch.equal(exps[0], exps[1]) and torch.equal(results[0].rescale, results[1].rescale)
