@@ -15,6 +15,7 @@ PACKAGES = [
     "dpofast.checkpointing",
     "dpofast.cli",
     "dpofast.common",
+    "dpofast.common.tuning",
     "dpofast.data",
     "dpofast.demo",
     "dpofast.evaluation",

@@ -13,8 +13,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dpofast.kernels import exp_rows, gather_kv, linear_logprobs, preference, scale, token_logprobs
-from dpofast.kernels.linear_tiles import linear_tile, takes_descriptors
+from dpofast.kernels import exp_gemm, exp_gemm_rows, exp_rows, gather_kv, linear_lse, preference, scale, token_logprobs
+from dpofast.kernels.linear_tiles import guess_tile, linear_tile, takes_descriptors
 from dpofast.kernels.row_parts import STATS
 from dpofast.kernels.tiles import COMPILE_OPTIONS, row_tile
 
@@ -171,66 +171,140 @@ def _preference_cases() -> list[AotCase]:
     ]
 
 
+_LINEAR_TYPES = {
+    **dict.fromkeys(("N", "V", "D", "samples", "stride_hidden_n", "stride_weight_v", "stride_sample_v"), "i32"),
+    **dict.fromkeys(("stride_exp_n", "splits", "slots", "ignore_index"), "i32"),
+    **dict.fromkeys(("scale", "grad_scale", "least", "most", "raised", "log2_e"), "fp32"),
+    **dict.fromkeys(("row_max_ptr", "sum_exp_ptr", "guess_ptr", "target_logit_ptr"), "*fp32"),
+    **dict.fromkeys(("logps_ptr", "lse_ptr", "rescale_ptr"), "*fp32"),
+    **dict.fromkeys(("flags_ptr", "again_ptr"), "*i8"),
+    "targets_ptr": "*i64",
+}
+# What 16 does not divide where nothing is aligned on purpose; rows of hidden states, head and E start aligned.
+_UNALIGNED = ("N", "V", "samples", "splits", "slots", "ignore_index", "flags_ptr", "again_ptr")
+_SLOTS = 8
+
+
+def _linear_types(kernel: Any, pointers: dict[str, str], bias: bool, softcap: bool) -> dict[str, str]:
+    types = {**_LINEAR_TYPES, **pointers}
+    types |= {"bias_ptr": "*bf16", "sample_bias_ptr": "*bf16"} if bias else {}
+    types |= {"cap": "fp32"} if softcap else {}
+    return {name: types[name] for name in kernel.arg_names if name in types}
+
+
 def _linear_cases(architecture: str) -> list[AotCase]:
-    kernel, merge = linear_logprobs._linear_logprobs_kernel, linear_logprobs._merge_splits_kernel
-    integers = dict.fromkeys(("N", "V", "D", "stride_hidden_n", "stride_weight_v", "splits", "ignore_index"), "i32")
-    vectors = dict.fromkeys(("row_max_ptr", "sum_exp_ptr", "logps_ptr", "lse_ptr"), "*fp32")
-    ragged = ("N", "V", "splits", "ignore_index")
-    misaligned = (*ragged, "D", "stride_hidden_n", "stride_weight_v")
-
-    def types_of(program: Any, pointers: dict[str, str], bias: bool, softcap: bool) -> dict[str, str]:
-        types = {**integers, **vectors, "targets_ptr": "*i64", **pointers, "scale": "fp32"}
-        types |= {"bias_ptr": "*bf16"} if bias else {}
-        types |= {"cap": "fp32"} if softcap else {}
-        return {name: types[name] for name in program.arg_names if name in types}
-
-    def case(dtype: torch.dtype, *, bias: bool = False, softcap: bool = False, odd_depth: bool = False) -> AotCase:
-        """Without odd_depth, rows are aligned and D is whole blocks."""
-        descriptors = takes_descriptors(architecture, dtype) and not odd_depth
-        tile = linear_tile(architecture, dtype, softcap=softcap, descriptors=descriptors)
-        kind = _TRITON_NAMES[dtype]
-        if descriptors:
-            depth = tile.BLOCK_D
-            rows = {
-                "hidden": f"tensordesc<{kind}[{tile.BLOCK_N}, {depth}]>",
-                "weight": f"tensordesc<{kind}[{tile.BLOCK_V}, {depth}]>",
-            }
-        else:
-            rows = {"hidden": f"*{kind}", "weight": f"*{kind}"}
-        name = (
-            f"linear {kind}{', all options' if softcap else ', bias' if bias else ''}{', odd D' if odd_depth else ''}"
+    def gemm(
+        dtype: torch.dtype,
+        *,
+        stores: bool = True,
+        exp: torch.dtype | None = None,
+        bias: bool = False,
+        softcap: bool = False,
+        odd_depth: bool = False,
+        aligned: bool = False,
+        again: bool = False,
+    ) -> AotCase:
+        """Without odd_depth, rows are aligned and D is whole blocks. aligned: V too. again: by running maxima."""
+        out = _TRITON_NAMES[exp or dtype]
+        descriptors = takes_descriptors(architecture, dtype) and not odd_depth and exp is None
+        tile = linear_tile(
+            architecture, dtype, softcap=softcap, descriptors=descriptors, stores=stores, even=not odd_depth
         )
+        kind = _TRITON_NAMES[dtype]
+        pointers = {"hidden": f"*{kind}", "weight": f"*{kind}", "exp": f"*{out}"}
+        if descriptors:
+            pointers = {
+                "hidden": f"tensordesc<{kind}[{tile.BLOCK_N}, {tile.BLOCK_D}]>",
+                "weight": f"tensordesc<{kind}[{tile.BLOCK_V}, {tile.BLOCK_D}]>",
+                "exp": f"tensordesc<{out}[{tile.BLOCK_N}, {tile.BLOCK_V}]>",
+            }
+        if not stores:
+            del pointers["exp"]
+        kernel = linear_lse.linear_lse_kernel if again else exp_gemm._exp_gemm_kernel
+        constants = {"DESCRIPTORS": descriptors, "EVEN_D": not odd_depth, "BLOCK_N": tile.BLOCK_N}
+        constants |= {"BLOCK_V": tile.BLOCK_V, "BLOCK_D": tile.BLOCK_D}
+        if not again:
+            constants |= {"BLOCK_G": _SLOTS}
+        types = _linear_types(kernel, pointers, bias, softcap)
+        parts = [f"linear {kind}", "running maxima" if again else f"E {out}" if stores else "no E"]
+        parts += ["all options"] if softcap else ["bias"] if bias else []
+        parts += ["odd D"] if odd_depth else ["V of 16s"] if aligned else []
+        unaligned = [name for name in _UNALIGNED if name in types and not (aligned and name == "V")]
+        unaligned += ["D", "stride_hidden_n", "stride_weight_v"] if odd_depth else []
         return AotCase(
-            f"{name} {tile.BLOCK_N}x{tile.BLOCK_V}x{tile.BLOCK_D}",
+            f"{', '.join(parts)} {tile.BLOCK_N}x{tile.BLOCK_V}x{tile.BLOCK_D}",
             kernel,
-            types_of(kernel, rows, bias, softcap),
-            {
-                "DESCRIPTORS": descriptors,
-                "EVEN_D": not odd_depth,
-                "BLOCK_N": tile.BLOCK_N,
-                "BLOCK_V": tile.BLOCK_V,
-                "BLOCK_D": tile.BLOCK_D,
-            },
-            misaligned if odd_depth else ragged,
+            types,
+            constants,
+            tuple(unaligned),
             tile.num_warps,
             tile.num_stages,
         )
 
-    pointers = {"hidden_ptr": "*bf16", "weight_ptr": "*bf16"}
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     return [
-        case(torch.bfloat16),
-        case(torch.bfloat16, bias=True),
-        case(torch.float16, bias=True, softcap=True),
-        case(torch.bfloat16, bias=True, softcap=True, odd_depth=True),
-        case(torch.float32),
-        case(torch.float32, bias=True, softcap=True, odd_depth=True),
-        AotCase(
-            "linear merge bf16, all options",
-            merge,
-            types_of(merge, pointers, True, True),
-            {"BLOCK_D": linear_logprobs.BLOCK_TARGET, "BLOCK_S": 8},
-            ragged,
-            linear_logprobs.TARGET_WARPS,
+        gemm(bf16),
+        gemm(bf16, aligned=True),
+        gemm(bf16, bias=True),
+        gemm(bf16, bias=True, odd_depth=True),
+        gemm(bf16, bias=True, softcap=True, odd_depth=True),
+        gemm(bf16, stores=False),
+        gemm(bf16, stores=False, bias=True, odd_depth=True),
+        gemm(bf16, stores=False, bias=True, softcap=True),
+        gemm(bf16, stores=False, bias=True, softcap=True, odd_depth=True),
+        gemm(fp16, bias=True, softcap=True),
+        gemm(fp16, exp=fp32),
+        gemm(fp32),
+        gemm(fp32, bias=True, softcap=True, odd_depth=True),
+        gemm(bf16, stores=False, again=True),
+        gemm(fp16, bias=True, softcap=True, again=True),
+        gemm(bf16, bias=True, softcap=True, odd_depth=True, again=True),
+        gemm(fp32, bias=True, softcap=True, odd_depth=True, again=True),
+        *_linear_row_cases(architecture),
+    ]
+
+
+def _linear_row_cases(architecture: str) -> list[AotCase]:
+    tile, large = guess_tile(torch.bfloat16), row_tile(1 << 17, TARGETS[architecture].backend)
+    guess, patch, reshift = exp_gemm_rows.guess_kernel, exp_gemm_rows.patch_kernel, exp_gemm_rows.reshift_kernel
+    rows = dict.fromkeys(("hidden_ptr", "sample_ptr", "weight_ptr"), "*bf16")
+    blocks = {"BLOCK_N": tile.BLOCK_N, "BLOCK_V": tile.BLOCK_V, "BLOCK_D": tile.BLOCK_D}
+
+    def case(name: str, kernel: Any, types: dict[str, str], constants: dict[str, Any], warps: int) -> AotCase:
+        unaligned = tuple(name for name in _UNALIGNED if name in types)
+        return AotCase(f"linear {name}", kernel, types, constants, unaligned, warps)
+
+    small = guess_tile(torch.float32)
+    narrow = {"BLOCK_N": small.BLOCK_N, "BLOCK_V": small.BLOCK_V, "BLOCK_D": small.BLOCK_D, "EVEN_D": False}
+    return [
+        case(
+            "guess fp32, all options, odd D",
+            guess,
+            _linear_types(guess, dict.fromkeys(rows, "*fp32"), True, True),
+            narrow,
+            small.num_warps,
+        ),
+        case("guess bf16", guess, _linear_types(guess, rows, False, False), {**blocks, "EVEN_D": True}, tile.num_warps),
+        case(
+            "guess bf16, all options, odd D",
+            guess,
+            _linear_types(guess, rows, True, True),
+            {**blocks, "EVEN_D": False},
+            tile.num_warps,
+        ),
+        case(
+            "patch bf16, all options",
+            patch,
+            _linear_types(patch, {"exp_ptr": "*bf16"}, True, True),
+            {"BLOCK_N": 128, "BLOCK_G": _SLOTS, "BLOCK_S": 8, "BLOCK_V": large.BLOCK_V},
+            exp_gemm.ROW_WARPS,
+        ),
+        case(
+            "second shift",
+            reshift,
+            _linear_types(reshift, {}, False, False),
+            {"BLOCK_S": 8, "BLOCK_G": _SLOTS},
+            exp_gemm.ROW_WARPS,
         ),
     ]
 

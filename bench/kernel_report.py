@@ -50,7 +50,8 @@ class KernelFacts:
         wide_loads, wide_stores: 16-byte accesses in the PTX (gfx942: in the assembly).
         wide_load_instructions: 16-byte loads that the assembler kept (gfx942: wide_loads).
         matrix: the tensor cores' instruction and how often it stands in the code, or none.
-        bulk_copies: copies of whole tiles by tensor descriptor.
+        bulk_copies, bulk_stores: copies of whole tiles by tensor descriptor, from and to global memory.
+        pending_waits: waits that leave a product of the tensor cores pending (sm_90).
         offset_types: Triton types of what is added to pointers.
         accesses: barriers and global accesses in order, as the assembler left them (NVIDIA).
     """
@@ -66,6 +67,8 @@ class KernelFacts:
     wide_load_instructions: int
     matrix: dict[str, int]
     bulk_copies: int
+    bulk_stores: int
+    pending_waits: int
     offset_types: list[str]
     accesses: list[str]
 
@@ -119,7 +122,9 @@ def _nvidia_facts(asm: dict[str, Any]) -> dict[str, Any]:
         "wide_stores": stores.count(16),
         "wide_load_instructions": len(re.findall(r"\bLDG\.E\.128", sass)),
         "matrix": _matrix(ptx),
-        "bulk_copies": len(re.findall(r"\bcp\.async\.bulk\.tensor\S*shared::", ptx)),
+        "bulk_copies": len(re.findall(r"\bcp\.async\.bulk\.tensor\S*\.shared::\S*global", ptx)),
+        "bulk_stores": len(re.findall(r"\bcp\.async\.bulk\.tensor\S*\.global\.shared::", ptx)),
+        "pending_waits": len(re.findall(r"\bwgmma\.wait_group\.sync\.aligned [1-9]", ptx)),
         "accesses": re.findall(r"\b(?:BAR\.SYNC|(?:LDG|STG)\.E\S*)", sass),
     }
 
@@ -143,6 +148,8 @@ def _amd_facts(asm: dict[str, Any]) -> dict[str, Any]:
         "wide_load_instructions": loads.count(16),
         "matrix": _matrix(assembly),
         "bulk_copies": 0,
+        "bulk_stores": 0,
+        "pending_waits": 0,
         "accesses": [],
     }
 

@@ -1,4 +1,4 @@
-"""Tile sizes of linear_logprobs.py for every architecture, and how the vocabulary is split among programs.
+"""Tile sizes of exp_gemm.py for every architecture, and how the vocabulary is split among programs.
 
 A program keeps BLOCK_N × BLOCK_V float32 logits in registers (in tensor memory on sm_100), which is half of the
 register file or more. The entries below are the largest tiles that compile without register spills for every option
@@ -55,17 +55,29 @@ def takes_descriptors(architecture: str, dtype: torch.dtype) -> bool:
     return architecture in ("sm_90", "sm_100") and dtype != torch.float32
 
 
-def linear_tile(architecture: str, dtype: torch.dtype, *, softcap: bool, descriptors: bool) -> LinearTile:
-    """The tile for one of ARCHITECTURES, the dtype of hidden states and weight, and how they are loaded."""
+def linear_tile(
+    architecture: str, dtype: torch.dtype, *, softcap: bool, descriptors: bool, stores: bool, even: bool
+) -> LinearTile:
+    """The tile for one of ARCHITECTURES, the dtype of hidden states and weight, and how they are loaded.
+
+    softcap: its tanh takes registers.
+    stores: whether tiles of E are stored, which with descriptors takes shared memory.
+    even: rows start at multiples of 16 bytes and D is one of 64; the masks of another depth take registers.
+    """
     if dtype == torch.float32:
         return LinearTile(64, 64, 32, num_warps=8, num_stages=2)
     if descriptors:
-        if not softcap:
-            return LinearTile(128, 256, 64, num_warps=8, num_stages=4)
-        return LinearTile(256 if architecture == "sm_90" else 128, 128, 64, num_warps=8, num_stages=4)
+        if softcap:
+            return LinearTile(128, 128, 64, num_warps=8, num_stages=4)
+        return LinearTile(128, 256, 64, num_warps=8, num_stages=3 if stores else 4)
     if architecture == "gfx942":
         return LinearTile(128, 128, 64, num_warps=8, num_stages=2)
-    return LinearTile(128, 128, 32, num_warps=8, num_stages=4)
+    return LinearTile(128 if even and not softcap else 64, 128, 32, num_warps=8, num_stages=4)
+
+
+def guess_tile(dtype: torch.dtype) -> LinearTile:
+    """The tile of exp_gemm.py's guess on every architecture: small, so that few rows have enough programs."""
+    return LinearTile(64, 64 if dtype == torch.float32 else 128, 32, num_warps=4, num_stages=2)
 
 
 @lru_cache(maxsize=1024)

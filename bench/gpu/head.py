@@ -22,7 +22,7 @@ from bench.head.truth import LOGPS_TOLERANCE, Truth
 from dpofast.head.engine.matmul import logits_into
 from dpofast.head.planning.dtypes import accumulate_dtype
 from dpofast.head.planning.plan import SCRATCH_ROWS
-from dpofast.kernels.linear_logprobs import linear_logprobs
+from dpofast.kernels.exp_gemm import exp_gemm
 from dpofast.kernels.token_logprobs import token_logprobs
 
 # On an H100: two reads of the logits are 1.16 of two products, one read 1.10.
@@ -37,7 +37,7 @@ GOALS = {
 
 def tl_dot(problem: Problem) -> Head:
     """The kernel with the product inside, as it is launched without options."""
-    return per_token(problem, lambda h, w: linear_logprobs(h, w, problem.targets).logps)
+    return per_token(problem, lambda h, w: exp_gemm(h, w, problem.targets).logps)
 
 
 def scratch(problem: Problem) -> Head:

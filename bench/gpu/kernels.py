@@ -17,7 +17,7 @@ from bench.cases import SEED
 from bench.gpu.lines import one_line
 from bench.gpu.setting import Setting, measure
 from bench.head.problem import Problem
-from dpofast.kernels import exp_rows, linear_logprobs, linear_tiles, preference, row_parts, tiles, token_logprobs
+from dpofast.kernels import exp_gemm, exp_rows, linear_tiles, preference, row_parts, tiles, token_logprobs
 from dpofast.kernels.row_parts import TokenLogprobs
 from dpofast.losses.config import PreferenceLoss
 from dpofast.losses.functional import token_preference_loss
@@ -210,7 +210,9 @@ def linear(setting: Setting, left: Callable[[], float]) -> Iterator[tuple[str, A
     problem = Problem.make(setting.n, setting.d, setting.v, setting.pairs, setting.dtype, setting.device)
     architecture = linear_tiles.architecture_of(setting.device)
     bulk = linear_tiles.takes_descriptors(architecture, setting.dtype)
-    chosen = linear_tiles.linear_tile(architecture, setting.dtype, softcap=False, descriptors=bulk)
+    chosen = linear_tiles.linear_tile(
+        architecture, setting.dtype, softcap=False, descriptors=bulk, stores=False, even=True
+    )
     cuda = setting.device.type == "cuda"
     brief, calls = dataclasses.replace(setting, rounds=5 if cuda else 1), 2 if cuda else 1
     candidates: dict[str, dict[str, Any]] = {"ours": {}}
@@ -223,13 +225,13 @@ def linear(setting: Setting, left: Callable[[], float]) -> Iterator[tuple[str, A
     for n in (setting.n, min(128, setting.n // 2)):
         hidden, targets = problem.hidden[:n], problem.targets[:n]
         product = torch.empty(n, setting.v, dtype=setting.dtype, device=setting.device)
-        expected = linear_logprobs.linear_logprobs(hidden, problem.weight, targets).logps
+        expected = exp_gemm.exp_gemm(hidden, problem.weight, targets).logps
 
         def floor(hidden: Tensor = hidden, product: Tensor = product) -> None:
             torch.mm(hidden, problem.weight.t(), out=product)
 
         def kernel(options: dict[str, Any], hidden: Tensor = hidden, targets: Tensor = targets) -> Tensor:
-            return linear_logprobs.linear_logprobs(hidden, problem.weight, targets, **options).logps
+            return exp_gemm.exp_gemm(hidden, problem.weight, targets, **options).logps
 
         sweep = {}
         for name, options in candidates.items():

@@ -82,22 +82,35 @@ class Trace(Cost):
 
     def launch(self, kernel: Any, arguments: tuple[Any, ...]) -> None:
         """Record a launch of a Triton kernel."""
-        named = inspect.signature(kernel.fn).bind_partial(*arguments)
+        given = inspect.signature(kernel.fn).bind_partial(*arguments).arguments
         name, size = kernel.fn.__name__, 0
-        for argument, value in named.arguments.items():
+        if name in _AGAIN and given["flags_ptr"].storage_offset() > 0:
+            self.launches.append(Launch(name, 0))
+            return
+        for argument, value in given.items():
             if isinstance(value, Tensor):
                 moves = _MOVES.get(name, {}).get(argument)
-                size += _bytes(value) * (1 if moves is None else moves(named.arguments))
-        self.launches.append(Launch(name, size))
+                size += _bytes(value) * (1 if moves is None else moves(given))
+        columns = _COLUMNS.get(name)
+        self.launches.append(Launch(name, size, (given["N"], given["D"], given[columns]) if columns else None))
 
 
 # How often a kernel moves an argument where that is not once.
 _MOVES: dict[str, dict[str, Callable[[dict[str, Any]], int]]] = {
     # E in the place of the logits needs their maximum first: the row is read twice.
     "_token_logprobs_kernel": {"logits_ptr": lambda given: 1 if given["exp_ptr"] is None else 2},
+    # A row's target entry of E; where a few columns are sampled, those and the rows of the targets.
+    "patch_kernel": {"exp_ptr": lambda given: 0},
+    "guess_kernel": {"weight_ptr": lambda given: 0},
     # By 1, as backward from a loss does: it writes nothing.
     "_scale_kernel": {"values_ptr": lambda given: 0},
 }
+
+
+# Products inside of a kernel: the argument that is their number of columns.
+_COLUMNS = {"_exp_gemm_kernel": "V", "guess_kernel": "samples"}
+# They end at once where no row is flagged (kernels/exp_gemm.py), as in a run whose guesses are good.
+_AGAIN = ("_exp_gemm_kernel", "patch_kernel", "linear_lse_kernel", "reshift_kernel")
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -9,9 +9,6 @@ import sys
 import torch
 
 BACKENDS = ("auto", "triton", "fused", "torch", "reference")
-# GPU architectures (kernels/linear_tiles.py) where "auto" takes the fused kernel for calls without gradient. None yet:
-# on none has it been timed against the GEMM and row kernel that "auto" takes.
-FUSED_BY_DEFAULT: tuple[str, ...] = ()
 
 # Asked once: choose_backend is traced by torch.compile.
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -20,6 +17,9 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None
 def choose_backend(backend: str, device: torch.device, head_dtype: torch.dtype | None = None) -> str:
     """'triton', 'fused', 'torch' or 'reference' for this device; ValueError where the one asked for cannot run.
 
+    "auto" stays where a GPU has a head in 16 bits: the engine takes 'triton', or 'fused' for a shape that `dpofast
+    tune` measured to be faster so (tuning/table.py).
+
     head_dtype: of hidden states and head, which 'fused' multiplies; None where the call has neither.
     """
     if backend not in BACKENDS:
@@ -27,9 +27,8 @@ def choose_backend(backend: str, device: torch.device, head_dtype: torch.dtype |
     if backend == "auto":
         if device.type not in ("cuda", "xpu"):
             return "torch"
-        sixteen_bit = head_dtype is not None and head_dtype.itemsize == 2
         require_triton()
-        return "fused" if sixteen_bit and _architecture(device) in FUSED_BY_DEFAULT else "triton"
+        return "auto" if head_dtype in (torch.bfloat16, torch.float16) else "triton"
     if backend == "fused" and head_dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(
             "backend='fused' multiplies hidden states with the head in float32, bfloat16 or float16, got "
@@ -66,12 +65,6 @@ def require_triton() -> None:
         )
 
 
-def _architecture(device: torch.device) -> str:
-    from dpofast.kernels.linear_tiles import architecture_of
-
-    return architecture_of(device)
-
-
 def uses_triton(backend: str) -> bool:
-    """Whether this chosen backend does its row work in kernels/: 'fused' too, where it needs E or statistics."""
-    return backend in ("triton", "fused")
+    """Whether this chosen backend does its row work in kernels/."""
+    return backend in ("auto", "triton", "fused")

@@ -57,11 +57,10 @@ def linear_logprobs(
             Nothing else is alive at the same time but inputs, results, gradients, vectors of N, and: (N, D) for a
             frozen head; 4·V·D bytes for a 16-bit head that trains and whose rows do not all fit at once.
         backend: "auto" (Triton on a GPU, chunked torch elsewhere), "triton", "fused", "torch" or "reference". "fused"
-            computes calls that need neither a gradient nor statistics (a reference pass, an evaluation) in one Triton
-            kernel: no logit reaches memory, and beside the results only 8 bytes a row and split are allocated; every
-            other call as "triton" does. Both accumulate in float32, so a policy and its equal reference differ by
-            roundings of the last bits of a logit. "auto" does not choose it on a device where it has not been timed
-            (common/backend.py, FUSED_BY_DEFAULT).
+            has one Triton kernel multiply hidden states with the head and write E: no logit reaches memory, and beside
+            E only a few numbers a row are allocated. With statistics, which need the logits, it works as "triton"
+            does. Both accumulate in float32, so a policy and its equal reference differ by roundings of the last bits
+            of a logit. "auto" chooses it for shapes that `dpofast tune` measured to be faster so.
 
     Returns:
         LogprobOutput; logps (N,) float32 (float64 for float64 inputs), nats.

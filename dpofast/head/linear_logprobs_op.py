@@ -58,7 +58,7 @@ class LinearArguments(NamedTuple):
         stats = tuple(filter(None, self.stats.split(",")))
         options = LogitOptions(self.temperature, self.logit_scale, self.softcap, self.ignore_index, stats)
         inputs = HeadInputs(self.hidden, self.weight, self.bias, self.targets, options)
-        return make_engine(inputs, self.backend, self.max_logits_bytes, keep=self.needs.trains, with_stats=with_stats)
+        return make_engine(inputs, self.backend, self.max_logits_bytes, needs=self.needs, with_stats=with_stats)
 
 
 class LinearResults(NamedTuple):

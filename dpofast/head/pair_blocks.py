@@ -47,9 +47,9 @@ class PairCall:
     backend: str
     max_logits_bytes: int | None
 
-    def engine(self, inputs: HeadInputs, *, keep: bool, largest: int | None = None) -> HeadEngine:
-        """The call's LM-head engine; keep and largest as in make_engine."""
-        return make_engine(inputs, self.backend, self.max_logits_bytes, keep=keep, largest=largest)
+    def engine(self, inputs: HeadInputs, needs: Needs, largest: int | None = None) -> HeadEngine:
+        """The call's LM-head engine; needs and largest as in make_engine."""
+        return make_engine(inputs, self.backend, self.max_logits_bytes, needs=needs, largest=largest)
 
     def counted(self, rows: slice = slice(None)) -> Tensor | None:
         """Which of these targets are tokens, for a loss that asks how many there are; else None."""
@@ -99,7 +99,7 @@ def pair_gradients(
 
 def _with_frozen_head(inputs: HeadInputs, call: PairCall, needs: Needs) -> tuple[PairTerms, Gradients]:
     """E·W is written where dh will be, and scaled by row once all coefficients are known."""
-    engine, hidden = call.engine(inputs, keep=False), inputs.hidden
+    engine, hidden = call.engine(inputs, needs), inputs.hidden
     block = _Block(slice(0, len(call.targets)), call.cu_targets, call.pairs, call.ref_logps)
     if not needs.hidden:
         return _terms(concatenate(engine, engine.all_logps()), call, block)[0], (None, None, None)
@@ -114,7 +114,7 @@ def _with_trained_head(inputs: HeadInputs, call: PairCall, needs: Needs) -> tupl
     cu_targets = call.cu_targets.tolist()
     runs = [(0, len(cu_targets) - 1)] if call.loss.coupled else components(cu_targets, call.pairs.tolist())
     largest = max((cu_targets[stop] - cu_targets[start] for start, stop in runs), default=0)
-    engine = call.engine(inputs, keep=True, largest=largest)
+    engine = call.engine(inputs, needs, largest)
     kept, gradients = engine.new_kept(), engine.gradients(needs)
     parts = []
     for start, stop in joined_runs(cu_targets, runs, engine.plan.kept_rows):

@@ -4,11 +4,12 @@ import json
 
 import pytest
 
-from tests.support.tiny import save_tiny
-
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory):
+    # Not above: pytest may load this file before tests/conftest.py chooses Triton's interpreter.
+    from tests.support.tiny import save_tiny
+
     return save_tiny(tmp_path_factory.mktemp("model"))
 
 

@@ -152,7 +152,7 @@ def kernel_gradients(hidden, weight, targets, upstream, blocks):
     """dh and dW (in float32 before it is rounded) of whole rows of E in the model's dtype, as a GPU computes them."""
     needs, rows = Needs(True, True, False), len(targets) // blocks
     inputs = HeadInputs(hidden, weight, None, targets, LogitOptions())
-    engine = make_engine(inputs, "triton", 1 << 40, keep=True)
+    engine = make_engine(inputs, "triton", 1 << 40, needs=Needs(True, True, True))
     gradients = engine.gradients(needs)
     for start in range(0, len(targets), rows):
         here, kept = slice(start, start + rows), engine.new_kept()

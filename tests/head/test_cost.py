@@ -8,7 +8,7 @@ import torch
 import dpofast
 from bench.cost import Cost
 from dpofast.common.backend import choose_backend
-from dpofast.head.engine.interface import HeadInputs
+from dpofast.head.engine.interface import HeadInputs, Needs
 from dpofast.head.engine.make import make_engine
 from dpofast.head.options import STATS, LogitOptions
 from dpofast.head.planning import plan as engine_plan
@@ -256,7 +256,7 @@ def rows_kept(device, dtype, budget, **options):
     hidden, weight = (torch.empty(rows, HEAD_D, dtype=dtype, device=device) for rows in (HEAD_N, HEAD_V))
     targets, backend = torch.zeros(HEAD_N, dtype=torch.int64, device=device), choose_backend("auto", device, dtype)
     inputs = HeadInputs(hidden, weight, None, targets, LogitOptions())
-    return make_engine(inputs, backend, budget, keep=True, **options).plan.kept_rows
+    return make_engine(inputs, backend, budget, needs=Needs(True, True, True), **options).plan.kept_rows
 
 
 def head_cost(device, plan, dtype, bias, function):

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from dpofast.common.backend import uses_triton
-from dpofast.head.engine.interface import HeadEngine, HeadInputs
+from dpofast.common.tuning.table import HeadCall, fused_is_faster
+from dpofast.head.engine.interface import HeadEngine, HeadInputs, Needs
 from dpofast.head.engine.row_engine import RowEngine
 from dpofast.head.engine.tiled_engine import TiledEngine
 from dpofast.head.planning.plan import HeadPlan, TilePlan, default_logits_bytes
@@ -16,17 +17,21 @@ def make_engine(
     backend: str,
     max_logits_bytes: int | None,
     *,
-    keep: bool,
+    needs: Needs,
     largest: int | None = None,
     with_stats: bool = True,
 ) -> HeadEngine:
-    """The engine for a chosen backend: RowEngine for "triton" and "fused", TiledEngine for "torch".
+    """The engine for a chosen backend: TiledEngine for "torch", RowEngine for the others.
+
+    "auto" is "fused" where the tuned table says that it is faster (common/tuning/table.py), else "triton". That is
+    decided here, where torch.compile does not trace. Statistics need the logits, so with them "fused" works as
+    "triton" does.
 
     Args:
         inputs: the call's tensors and options.
         backend: what choose_backend returned, but "reference".
         max_logits_bytes: the budget of the plan, None for the device's default.
-        keep: the head trains, so rows of E are kept for it.
+        needs: which gradients the call needs. Where the head trains, rows of E are kept for it.
         largest: the most rows that must be kept at the same time, None for all.
         with_stats: False in backward, which needs forward's plan, made with the statistics, and not their values.
 
@@ -37,5 +42,13 @@ def make_engine(
     most = default_logits_bytes(weight.device) if max_logits_bytes is None else max_logits_bytes
     run = inputs if with_stats else replace(inputs, options=replace(inputs.options, stats=()))
     if uses_triton(backend):
-        return RowEngine(run, HeadPlan.make(rows, weight, most, keep=keep, largest=largest), backend)
-    return TiledEngine(run, TilePlan.make(rows, weight, most, inputs.options, keep=keep, largest=largest))
+        fused = not inputs.options.stats and (backend == "fused" or (backend == "auto" and _tuned(inputs, needs)))
+        plan = HeadPlan.make(rows, weight, most, keep=needs.trains, largest=largest, fused=fused)
+        return RowEngine(run, plan, fused=fused)
+    return TiledEngine(run, TilePlan.make(rows, weight, most, inputs.options, keep=needs.trains, largest=largest))
+
+
+def _tuned(inputs: HeadInputs, needs: Needs) -> bool:
+    mode = "trained" if needs.trains else "frozen" if needs.hidden else "forward"
+    (vocab, width), dtype = inputs.weight.shape, str(inputs.weight.dtype).removeprefix("torch.")
+    return fused_is_faster(HeadCall(mode, len(inputs.targets), width, vocab, dtype), inputs.weight.device)

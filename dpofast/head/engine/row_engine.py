@@ -17,7 +17,7 @@ from torch import Tensor
 from dpofast.head.engine.float16_scale import ProductScale
 from dpofast.head.engine.interface import Gradients, HeadInputs, KeptRows, Needs, RowResult, RowSums
 from dpofast.head.engine.matmul import add_transposed_product, logits_into, product_into
-from dpofast.head.engine.rows import kernel_rows, scale_rows
+from dpofast.head.engine.rows import fused_rows, kernel_rows, scale_rows
 from dpofast.head.planning.device import head_device
 from dpofast.head.planning.plan import HeadPlan, buffer_columns, chunks, even_chunks
 
@@ -73,9 +73,9 @@ class RowEngine:
 
     triton = True
 
-    def __init__(self, inputs: HeadInputs, plan: HeadPlan, backend: str) -> None:
-        """Allocate nothing yet; backend is "triton" or "fused"."""
-        self.inputs, self.plan, self.backend, self.narrow = inputs, plan, backend, inputs.hidden.dtype
+    def __init__(self, inputs: HeadInputs, plan: HeadPlan, *, fused: bool) -> None:
+        """Allocate nothing yet. fused: one kernel makes E and log-probs of hidden states; logits are in no buffer."""
+        self.inputs, self.plan, self._fused, self.narrow = inputs, plan, fused, inputs.hidden.dtype
         self._buffers = RowBuffers(inputs, plan)
 
     def new_kept(self) -> KeptRows:
@@ -96,19 +96,8 @@ class RowEngine:
         return self._results(rows, None)
 
     def all_logps(self) -> list[RowResult]:
-        """Log-probs of all rows, for a call that needs no gradient: the backend "fused" keeps logits off memory.
-
-        Statistics need the logits, so with them "fused" works as "triton" does.
-        """
-        inputs = self.inputs
-        if self.backend != "fused" or inputs.options.stats:
-            return self.logps(slice(0, len(inputs.targets)))
-        from dpofast.kernels.linear_logprobs import linear_logprobs
-
-        logps, _ = linear_logprobs(
-            inputs.hidden, inputs.weight, inputs.targets, bias=inputs.bias, **inputs.options.kernel_arguments()
-        )
-        return [RowResult(logps, self.empty_sums(0)._replace(rescale=torch.zeros_like(logps)), {})]
+        """Log-probs of all rows, for a call that needs no gradient."""
+        return self.logps(slice(0, len(self.inputs.targets)))
 
     def keep(self, kept: KeptRows, rows: slice) -> list[RowResult]:
         """Write E of any number of rows into the first rows of kept."""
@@ -126,11 +115,12 @@ class RowEngine:
             product_into(products[rows], exp, self.inputs.weight, self.plan.upcast_rows)
         return [self._row_result(results)]
 
-    def recomputed_exp(self, rows: slice, sums: RowSums) -> Tensor:
-        """E of at most scratch_rows rows, in the scratch: valid until the next call."""
+    def recomputed_exp(self, rows: slice, sums: RowSums) -> tuple[Tensor, Tensor]:
+        """E of at most scratch_rows rows, in the scratch, valid until the next call; and what rescales it, (R,)."""
         exp = self._buffers.exp(rows)
-        self._compute(rows, exp, self._empty_results(len(exp)))
-        return exp
+        results = self._empty_results(len(exp))
+        self._compute(rows, exp, results)
+        return exp, results.rescale
 
     def gradients(self, needs: Needs) -> RowGradients:
         """Gradients to add to, which allocates them when they are first needed."""
@@ -139,6 +129,9 @@ class RowEngine:
     def _compute(self, rows: slice, exp: Tensor | None, out: TokenLogprobs) -> None:
         """Write the results of any number of rows to out, and their E into the first rows of exp where given."""
         inputs, buffers, start = self.inputs, self._buffers, rows.start
+        if self._fused:
+            fused_rows(inputs, rows, exp_out=exp, out=out)
+            return
         without = ((*chunk, None) for chunk in buffers.logits(rows))
         for part, logits, here in without if exp is None else buffers.logits_and_exp(rows, exp):
             logits_into(logits, inputs.hidden[part], inputs.weight, self.plan.upcast_rows)
@@ -172,7 +165,7 @@ class _RowSource(Protocol):
     @property
     def plan(self) -> HeadPlan: ...
 
-    def recomputed_exp(self, rows: slice, sums: RowSums) -> Tensor: ...
+    def recomputed_exp(self, rows: slice, sums: RowSums) -> tuple[Tensor, Tensor]: ...
 
 
 class RowGradients:
@@ -196,7 +189,12 @@ class RowGradients:
 
     def add(self, rows: slice, coefficients: Tensor, sums: RowSums, kept: KeptRows | None) -> None:
         """Add the share of the first rows of kept, or of at most scratch_rows rows that are computed again."""
-        exp = self.engine.recomputed_exp(rows, sums) if kept is None else kept.exp[: rows.stop - rows.start]
+        if kept is None:
+            exp, rescale = self.engine.recomputed_exp(rows, sums)
+            # Forward, which wrote no E of these rows, may have taken another shift. where: an ignored row has 0/0.
+            coefficients = torch.where(coefficients == 0, 0.0, coefficients * (rescale / sums.rescale))
+        else:
+            exp = kept.exp[: rows.stop - rows.start]
         self.add_exp(rows, exp, coefficients)
 
     def add_exp(self, rows: slice, exp: Tensor, coefficients: Tensor) -> None:

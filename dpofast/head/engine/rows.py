@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from dpofast.head.engine.interface import HeadInputs
 from dpofast.head.options import LogitOptions
 from dpofast.head.planning.plan import CACHE_BYTES, SCRATCH_ROWS, chunks
 
@@ -46,6 +47,21 @@ def kernel_rows(
         exp_rows(logits, targets, exp_out=exp_out, **arguments)
     else:
         token_logprobs(logits, targets, exp_out=exp_out, **arguments)
+
+
+def fused_rows(inputs: HeadInputs, rows: slice, *, exp_out: Tensor | None, out: TokenLogprobs) -> None:
+    """Write log-probs and rescale of some rows of hidden states to out, and their E into the first rows of exp_out."""
+    from dpofast.kernels.exp_gemm import ExpGemm, exp_gemm
+
+    exp_gemm(
+        inputs.hidden[rows],
+        inputs.weight,
+        inputs.targets[rows],
+        bias=inputs.bias,
+        exp_out=None if exp_out is None else exp_out[: rows.stop - rows.start],
+        out=ExpGemm(out.logps, torch.empty_like(out.logps), out.rescale),
+        **inputs.options.kernel_arguments(),
+    )
 
 
 def scale_rows(out: Tensor, rows: Tensor, coefficients: Tensor, *, triton: bool, zero: bool = False) -> None:

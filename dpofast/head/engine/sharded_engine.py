@@ -134,14 +134,14 @@ class ShardedEngine:
             product_into(products[rows], exp, self.inputs.weight, self.plan.upcast_rows)
         return results
 
-    def recomputed_exp(self, rows: slice, sums: RowSums) -> Tensor:
-        """E of at most scratch_rows rows, in the scratch: valid until the next call. No collective."""
+    def recomputed_exp(self, rows: slice, sums: RowSums) -> tuple[Tensor, Tensor]:
+        """E of at most scratch_rows rows, in the scratch, valid until the next call; and its rescale. No collective."""
         exp = self._buffers.exp(rows)
         for part, z, here in self._buffers.logits_and_exp(rows, exp):
             self._logits_into(part, z)
             known = sums.part(slice(part.start - rows.start, part.stop - rows.start))
             self._exp_into(here, part, z, known.row_max, known.sum_exp)
-        return exp
+        return exp, sums.rescale
 
     def gradients(self, needs: Needs) -> ShardedGradients:
         """Allocate the gradients that are needed."""
@@ -296,7 +296,7 @@ class ShardedGradients:
     def add(self, rows: slice, coefficients: Tensor, sums: RowSums, kept: KeptRows | None) -> None:
         """Add the share of the first rows of kept, or of at most scratch_rows rows that are computed again."""
         engine = self.engine
-        exp = engine.recomputed_exp(rows, sums) if kept is None else kept.exp[: rows.stop - rows.start]
+        exp = engine.recomputed_exp(rows, sums)[0] if kept is None else kept.exp[: rows.stop - rows.start]
         if engine.size:
             self._own.add_exp(rows, exp, coefficients)
         if self.dh is not None:

@@ -152,8 +152,11 @@ class _Buffers:
         return [Buffer("db before it is rounded", 1, self.vocab, self.wide)] if self.keep else []
 
 
+@dataclass(frozen=True)
 class _HeadBuffers(_Buffers):
-    """What HeadPlan counts."""
+    """What HeadPlan counts. fused: logits are in no buffer."""
+
+    fused: bool = False
 
     def fixed(self, upcast: int, temporary_rows: int) -> list[Buffer]:
         """What does not grow with the rows: copies in float32 of `upcast` rows of the weight, temporaries, db."""
@@ -171,7 +174,7 @@ class _HeadBuffers(_Buffers):
 
     def logits(self, rows: int) -> list[Buffer]:  # type: ignore[override]
         """Rows of logits where they are not E's buffer."""
-        return [Buffer("logits", rows, self.vocab, self.wide)] if self.is_apart else []
+        return [Buffer("logits", rows, self.vocab, self.wide)] if self.is_apart and not self.fused else []
 
     def exp(self, name: str, rows: int) -> list[Buffer]:
         """Rows of E, and what their products need: both take all these rows at once."""
@@ -212,6 +215,7 @@ class HeadPlan:
         temporaries: int = 0,
         vocab: int | None = None,
         device: HeadDevice | None = None,
+        fused: bool = False,
     ) -> HeadPlan:
         """Split the byte budget.
 
@@ -229,6 +233,7 @@ class HeadPlan:
             temporaries: blocks of temporary_rows that the row work needs at the same time.
             vocab: V where it is not the weight's (a larger shard of another rank).
             device: where it is not the weight's (ranks that share a head cut the same chunks).
+            fused: E comes from a kernel that keeps logits off memory (kernels/exp_gemm.py).
 
         Raises:
             ValueError: the budget does not hold a single row.
@@ -236,7 +241,7 @@ class HeadPlan:
         dtype, width, most = weight.dtype, weight.shape[1], max_logits_bytes
         device = head_device(weight.device) if device is None else device
         columns = buffer_columns(weight.shape[0] if vocab is None else vocab, weight.device)
-        counted = _HeadBuffers(columns, width, dtype, dtype, keep)
+        counted = _HeadBuffers(columns, width, dtype, dtype, keep, fused)
         wide = counted.wide.itemsize
         # CUDA's products widen their result themselves.
         upcasts = dtype.itemsize < wide and not device.widens

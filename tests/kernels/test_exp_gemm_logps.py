@@ -1,14 +1,15 @@
-"""kernels/linear_logprobs.py against float64: on the GPU where there is one, in Triton's interpreter elsewhere."""
+"""Log-probs of kernels/exp_gemm.py without E against float64: on the GPU if there is one, else in the interpreter."""
 
+import itertools
 import math
 
 import pytest
 import torch
 
-from dpofast import reference
-from dpofast.kernels.linear_logprobs import linear_logprobs
+from dpofast.kernels.exp_gemm import exp_gemm
 from dpofast.kernels.linear_tiles import ARCHITECTURES, LinearTile, linear_tile, takes_descriptors, vocab_splits
 from tests.support.close import assert_same
+from tests.support.linear_cases import assert_logps_as_good_as_torch, problem, tensor_core_error, truth
 from tests.support.row_cases import IGNORED, OPTIONS, make_bias
 
 # The interpreter is numpy, which warns about infinities in lanes that a mask or a where discards.
@@ -17,49 +18,13 @@ pytestmark = [pytest.mark.usefixtures("nan_empty"), pytest.mark.filterwarnings("
 # The interpreter's tl.dot is wrong in bfloat16, which is tested on the GPU alone.
 DTYPES = (torch.float32, torch.float16)
 SMALL = LinearTile(16, 32, 16, num_warps=4, num_stages=2)
+BOTH = (False, True)
 TABLE = {
-    (linear_tile(architecture, dtype, softcap=softcap, descriptors=descriptors), descriptors)
-    for architecture in ARCHITECTURES
+    (linear_tile(name, dtype, softcap=softcap, descriptors=bulk, stores=stores, even=even), bulk)
+    for name, softcap, stores, even in itertools.product(ARCHITECTURES, BOTH, BOTH, BOTH)
     for dtype in (torch.float32, torch.float16)
-    for softcap in (False, True)
-    for descriptors in {False, takes_descriptors(architecture, dtype)}
+    for bulk in {False, takes_descriptors(name, dtype)}
 }
-
-
-def problem(n, d, v, device, dtype=torch.float32, scale=3.0):
-    """Hidden states and a head whose logits are about ``scale`` in size, and targets, the second of them ignored."""
-    hidden = (torch.randn(n, d) * scale / math.sqrt(d)).to(device, dtype)
-    targets = torch.randint(0, v, (n,))
-    targets[1:2] = IGNORED
-    return hidden, torch.randn(v, d).to(device, dtype), targets.to(device)
-
-
-def truth(hidden, weight, targets, dtype, *, bias=None, **scales):
-    """(logps, lse, largest |z|) by the reference in ``dtype``."""
-    logits = torch.nn.functional.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
-    z = reference.scaled_logits(logits, **scales)
-    lse = torch.where(targets == IGNORED, 0.0, z.logsumexp(-1))
-    return reference.logprobs(z, targets), lse, z[z.isfinite()].abs().max()
-
-
-def tensor_core_error(hidden):
-    """Relative error of a 16-bit product on a GPU: a tensor core may cut its sum to float32 at every 16 terms."""
-    return 2.0**-22 * hidden.shape[1] / 16 if hidden.is_cuda and hidden.dtype != torch.float32 else 0.0
-
-
-def assert_as_good_as_torch(result, hidden, weight, targets, **options):
-    """Error against float64 within twice float32 torch's own, plus two roundings of the largest z and of the value.
-
-    z is a float32 wherever it is computed, so its last bits are an error in nats.
-    """
-    exact_logps, exact_lse, z_max = truth(hidden, weight, targets, torch.float64, **options)
-    torch_logps, torch_lse, _ = truth(hidden, weight, targets, torch.float32, **options)
-    for name, exact, framework in (("logps", exact_logps, torch_logps), ("lse", exact_lse, torch_lse)):
-        value = getattr(result, name)
-        assert value.dtype == torch.float32
-        error, own = (value.double() - exact).abs().max(), (framework.double() - exact).abs().max()
-        floor = 2.0**-22 * (z_max + exact.abs().max()) + tensor_core_error(hidden) * z_max
-        assert error <= 2 * own + floor, f"{name}: error {error:.3g}, torch's {own:.3g}, floor {floor:.3g}"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -69,8 +34,8 @@ def test_logprobs_are_as_exact_as_torch(n, d, v, options, dtype, device):
     hidden, weight, targets = problem(n, d, v, device, dtype)
     options = make_bias(OPTIONS[options], v, device)
     for tile in (SMALL, None):
-        result = linear_logprobs(hidden, weight, targets, tile=tile, **options)
-        assert_as_good_as_torch(result, hidden, weight, targets, **options)
+        result = exp_gemm(hidden, weight, targets, tile=tile, **options)
+        assert_logps_as_good_as_torch(result, hidden, weight, targets, **options)
 
 
 @pytest.mark.parametrize(("tile", "descriptors"), sorted(TABLE, key=repr))
@@ -81,8 +46,8 @@ def test_every_tile(tile, descriptors, device):
     if device.type == "cuda":
         tile = LinearTile(tile.BLOCK_N, tile.BLOCK_V, tile.BLOCK_D, tile.num_warps, num_stages=1)
     hidden, weight, targets = problem(tile.BLOCK_N + 1, tile.BLOCK_D + 8, 2 * tile.BLOCK_V + 1, device, dtype)
-    result = linear_logprobs(hidden, weight, targets, tile=tile, descriptors=descriptors)
-    assert_as_good_as_torch(result, hidden, weight, targets)
+    result = exp_gemm(hidden, weight, targets, tile=tile, descriptors=descriptors)
+    assert_logps_as_good_as_torch(result, hidden, weight, targets)
 
 
 @pytest.mark.parametrize("descriptors", [False, True])
@@ -93,9 +58,9 @@ def test_any_number_of_splits(v, splits, descriptors, device):
     hidden, weight, targets = problem(20, 48, v, device, torch.float16)
     launch = {"tile": SMALL, "splits": splits, "descriptors": descriptors}
     options = make_bias(OPTIONS["all"], v, device)
-    result = linear_logprobs(hidden, weight, targets, **launch, **options)
-    assert_as_good_as_torch(result, hidden, weight, targets, **options)
-    again = linear_logprobs(hidden, weight, targets, **launch, **options)
+    result = exp_gemm(hidden, weight, targets, **launch, **options)
+    assert_logps_as_good_as_torch(result, hidden, weight, targets, **options)
+    again = exp_gemm(hidden, weight, targets, **launch, **options)
     assert torch.equal(result.logps, again.logps) and torch.equal(result.lse, again.lse)
 
 
@@ -106,30 +71,30 @@ def test_extreme_logits(dtype, device):
     hidden[2] *= -4000
     targets[0] = (hidden[0].float() @ weight.float().t()).argmax()
     targets[2] = (hidden[2].float() @ weight.float().t()).argmin()
-    result = linear_logprobs(hidden, weight, targets, tile=SMALL, splits=3)
+    result = exp_gemm(hidden, weight, targets, tile=SMALL, splits=3)
     assert result.lse[0] > 8e3 and result.logps[2] < -1.5e4
-    assert_as_good_as_torch(result, hidden, weight, targets)
+    assert_logps_as_good_as_torch(result, hidden, weight, targets)
     hidden[:] = 0  # equal logits
-    result = linear_logprobs(hidden, weight, targets, tile=SMALL)
-    assert_as_good_as_torch(result, hidden, weight, targets)
+    result = exp_gemm(hidden, weight, targets, tile=SMALL)
+    assert_logps_as_good_as_torch(result, hidden, weight, targets)
 
 
 def test_a_certain_target_has_no_positive_logprob(device):
     hidden, weight, targets = problem(64, 100, 40, device, scale=200.0)
     targets = (hidden @ weight.t()).argmax(1)
-    logps = linear_logprobs(hidden, weight, targets, tile=SMALL).logps
+    logps = exp_gemm(hidden, weight, targets, tile=SMALL).logps
     assert (logps <= 0).all() and (logps > -1e-3).any()
-    one_word = linear_logprobs(hidden, weight[:1], torch.zeros_like(targets))
-    assert_as_good_as_torch(one_word, hidden, weight[:1], torch.zeros_like(targets))
+    one_word = exp_gemm(hidden, weight[:1], torch.zeros_like(targets))
+    assert_logps_as_good_as_torch(one_word, hidden, weight[:1], torch.zeros_like(targets))
     assert (one_word.logps <= 0).all()
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_broken_row_breaks_only_itself(value, device):
     hidden, weight, targets = problem(20, 40, 100, device)
-    clean = linear_logprobs(hidden, weight, targets, tile=SMALL, splits=2)
+    clean = exp_gemm(hidden, weight, targets, tile=SMALL, splits=2)
     hidden[5, 7] = value
-    result = linear_logprobs(hidden, weight, targets, tile=SMALL, splits=2)
+    result = exp_gemm(hidden, weight, targets, tile=SMALL, splits=2)
     others = torch.arange(20, device=device) != 5
     for got, expected in zip(result, clean, strict=True):
         assert got[5].isnan() and torch.equal(got[others], expected[others])
@@ -138,13 +103,13 @@ def test_a_broken_row_breaks_only_itself(value, device):
 def test_ignored_rows_are_zero_whatever_they_hold(device):
     hidden, weight, targets = problem(20, 40, 100, device)
     hidden[1] = math.nan
-    result = linear_logprobs(hidden, weight, targets, tile=SMALL)
+    result = exp_gemm(hidden, weight, targets, tile=SMALL)
     assert result.logps[1] == 0 and result.lse[1] == 0
     assert result.logps.isfinite().all() and (result.logps[2:] < 0).all()
     targets[3] = 99
-    other = linear_logprobs(hidden, weight, targets, tile=SMALL, ignore_index=99)
+    other = exp_gemm(hidden, weight, targets, tile=SMALL, ignore_index=99)
     assert other.logps[3] == 0 and other.logps[1].isnan()
-    ignored = linear_logprobs(hidden.fill_(math.nan), weight, torch.full_like(targets, IGNORED))
+    ignored = exp_gemm(hidden.fill_(math.nan), weight, torch.full_like(targets, IGNORED))
     assert not ignored.logps.any() and not ignored.lse.any()
 
 
@@ -152,9 +117,9 @@ def test_ignored_rows_are_zero_whatever_they_hold(device):
 def test_a_target_outside_the_vocabulary_is_nan(target, device):
     hidden, weight, targets = problem(5, 40, 100, device)
     bias = torch.randn(100).to(device)
-    clean = linear_logprobs(hidden, weight, targets, bias=bias, tile=SMALL)
+    clean = exp_gemm(hidden, weight, targets, bias=bias, tile=SMALL)
     targets[3] = target
-    result = linear_logprobs(hidden, weight, targets, bias=bias, tile=SMALL)
+    result = exp_gemm(hidden, weight, targets, bias=bias, tile=SMALL)
     others = torch.arange(5, device=device) != 3
     assert result.logps[3].isnan() and result.lse[3].isnan()
     assert torch.equal(result.logps[others], clean.logps[others])
@@ -166,18 +131,18 @@ def test_masked_words(device):
     bias[50:] = -math.inf
     targets[2:] = torch.tensor([20, 60])
     # The first split's columns are all masked.
-    result = linear_logprobs(hidden, weight.flip(0), 99 - targets, bias=bias.flip(0), tile=SMALL, splits=4)
+    result = exp_gemm(hidden, weight.flip(0), 99 - targets, bias=bias.flip(0), tile=SMALL, splits=4)
     exact = torch.log_softmax((hidden.double() @ weight.double().t())[:, :50], 1)
     torch.testing.assert_close(result.logps[2].double(), exact[2, 20], rtol=0, atol=1e-5)
     assert result.logps[3] == -math.inf
-    nothing = linear_logprobs(hidden, weight, targets, bias=torch.full_like(bias, -math.inf), tile=SMALL)
+    nothing = exp_gemm(hidden, weight, targets, bias=torch.full_like(bias, -math.inf), tile=SMALL)
     assert nothing.logps[2].isnan() and nothing.lse[2].isnan()
 
 
 @pytest.mark.parametrize("descriptors", [None, True])
 def test_any_strides(descriptors, device):
     hidden, weight, targets = problem(20, 40, 100, device)
-    plain = linear_logprobs(hidden, weight, targets, tile=SMALL)
+    plain = exp_gemm(hidden, weight, targets, tile=SMALL)
     aligned = {"hidden": (20, 48), "weight": (100, 64)}
     for name, rows in (("hidden", hidden), ("weight", weight)):
         padded = torch.full(aligned[name], math.nan, device=device)[:, : rows.shape[1]].copy_(rows)
@@ -189,18 +154,18 @@ def test_any_strides(descriptors, device):
         for view in views:
             assert view.stride() != rows.stride()
             arguments = {"hidden": hidden, "weight": weight, name: view}
-            got = linear_logprobs(targets=targets, tile=SMALL, descriptors=descriptors, **arguments)
+            got = exp_gemm(targets=targets, tile=SMALL, descriptors=descriptors, **arguments)
             assert_same(got.logps, plain.logps, name)
             assert_same(got.lse, plain.lse, name)
-    repeated = linear_logprobs(hidden[:1].expand(20, -1), weight, targets[:1].expand(20), tile=SMALL)
+    repeated = exp_gemm(hidden[:1].expand(20, -1), weight, targets[:1].expand(20), tile=SMALL)
     assert_same(repeated.logps, plain.logps[:1].expand(20))
     strided = torch.stack([targets, targets + 1], 1)[:, 0]
-    assert_same(linear_logprobs(hidden, weight, strided, tile=SMALL).logps, plain.logps)
+    assert_same(exp_gemm(hidden, weight, strided, tile=SMALL).logps, plain.logps)
 
 
 def test_no_rows(device):
     hidden, weight, targets = problem(0, 40, 100, device)
-    result = linear_logprobs(hidden, weight, targets)
+    result = exp_gemm(hidden, weight, targets)
     assert result.logps.shape == result.lse.shape == (0,)
 
 
@@ -215,12 +180,12 @@ def test_rows_beyond_32_bit_offsets(device, tmp_path):
     far = storage.as_strided((3, d), (stride, 1))
     hidden, weight, _ = problem(3, d, 3, device, torch.float16)
     targets = torch.tensor([2, 1, 2], device=device)
-    near = linear_logprobs(hidden, weight, targets, tile=SMALL)
+    near = exp_gemm(hidden, weight, targets, tile=SMALL)
     for name, rows in (("hidden", hidden), ("weight", weight)):
         far.copy_(rows)
         for descriptors in (False, True):
             arguments = {"hidden": hidden, "weight": weight, name: far}
-            got = linear_logprobs(targets=targets, tile=SMALL, descriptors=descriptors, **arguments)
+            got = exp_gemm(targets=targets, tile=SMALL, descriptors=descriptors, **arguments)
             assert_same(got.logps, near.logps, (name, descriptors))
 
 
@@ -249,10 +214,12 @@ def test_many_rows_share_weight_tiles_and_stay_in_the_cache():
 
 def test_only_aligned_rows_take_descriptors(device):
     hidden, weight, targets = problem(4, 41, 50, device)
-    with pytest.raises(ValueError, match=r"descriptors: expected rows .* multiples of 16 bytes .* \(41, 1\)"):
-        linear_logprobs(hidden, weight, targets, descriptors=True)
+    with pytest.raises(
+        ValueError, match=r"descriptors: expected rows .* multiples of 16 bytes .* hidden with strides \(41, 1\)"
+    ):
+        exp_gemm(hidden, weight, targets, descriptors=True)
     with pytest.raises(ValueError, match=r"descriptors: .* do not overlap"):
-        linear_logprobs(hidden[:1, :40].expand(4, -1), weight[:, :40].contiguous(), targets, descriptors=True)
+        exp_gemm(hidden[:1, :40].expand(4, -1), weight[:, :40].contiguous(), targets, descriptors=True)
 
 
 GOOD = {"hidden": torch.zeros(2, 5), "weight": torch.zeros(3, 5), "targets": torch.zeros(2, dtype=torch.int64)}
@@ -280,7 +247,7 @@ GOOD = {"hidden": torch.zeros(2, 5), "weight": torch.zeros(3, 5), "targets": tor
 )
 def test_bad_arguments(change, message):
     with pytest.raises(ValueError, match=message):
-        linear_logprobs(**{**GOOD, **change})
+        exp_gemm(**{**GOOD, **change})
 
 
 @pytest.mark.gpu(twin="test_logprobs_are_as_exact_as_torch")
@@ -293,9 +260,9 @@ def test_bad_arguments(change, message):
 def test_real_sizes_on_the_gpu(n, d, v, options, dtype, descriptors, device):
     hidden, weight, targets = problem(n, d, v, device, dtype)
     options = make_bias(OPTIONS[options], v, hidden.device)
-    result = linear_logprobs(hidden, weight, targets, descriptors=descriptors, **options)
-    assert_as_good_as_torch(result, hidden, weight, targets, **options)
-    again = linear_logprobs(hidden, weight, targets, descriptors=descriptors, **options)
+    result = exp_gemm(hidden, weight, targets, descriptors=descriptors, **options)
+    assert_logps_as_good_as_torch(result, hidden, weight, targets, **options)
+    again = exp_gemm(hidden, weight, targets, descriptors=descriptors, **options)
     assert torch.equal(result.logps, again.logps)
     exact, _, z_max = truth(hidden, weight, targets, torch.float64, **options)
     sums = result.logps[:256].double().sum(), exact[:256].sum()

@@ -1,0 +1,1 @@
+"""What `dpofast tune` measured on this machine, which backend="auto" reads."""
