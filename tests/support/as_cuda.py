@@ -9,6 +9,7 @@ block.
 import contextlib
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -99,6 +100,9 @@ def counting_syncs():
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(GridExecutor, "__call__", interpreted))
         stack.enter_context(mock.patch("torch.cuda.device", lambda *_: contextlib.nullcontext()))
+        properties = SimpleNamespace(multi_processor_count=132, total_memory=80 << 30, major=9, minor=0, name="H100")
+        stack.enter_context(mock.patch("torch.cuda.get_device_properties", lambda *_: properties))
+        stack.enter_context(mock.patch("torch.cuda.get_device_capability", lambda *_: (9, 0)))
         stack.enter_context(mock.patch("torch.cuda.get_rng_state", lambda *_: torch.empty(0)))
         for caller in ("linear_preference", "linear_logprobs"):  # it refuses other classes
             stack.enter_context(mock.patch(f"dpofast.head.{caller}.check_head"))
