@@ -8,11 +8,12 @@ Parts, the most important first:
     step       a packed training step of a Llama against the padded one
     rows       row kernels against the device's copy bandwidth, and a sweep over their tiles
     attention  each packed backend against padded rows, and the copy of K and V
+    tune       the head's backends "triton" and "fused" at every shape: what `dpofast tune` would write
     tests      the tests that need a GPU (bench/gpu/run_tests.py)
     syncs      no device path waits for the GPU
     graphs     a plan captured as a CUDA graph
     sigmoid    the preference loss, from per-token log-probs
-    linear     the tl.dot kernel's tiles and splits against torch.mm
+    linear     tiles and splits of the kernel that writes E, and of its log-probs alone, against torch.mm
 
 Before them the extension is built in place. What is missing in this environment is said, and what can run without it
 runs. Each part runs in its own process with its own time limit, since an out-of-bounds access in a kernel makes the GPU
@@ -70,13 +71,14 @@ class Part:
 PARTS = {
     "head": Part("head", "run", "table", 105),
     "step": Part("step", "run", "table", 45),
-    "rows": Part("kernels", "rows", "rows_table", 35),
-    "attention": Part("attention", "run", "table", 45),
-    "tests": Part("run_tests", "part", "table", 110),
+    "rows": Part("kernels", "rows", "rows_table", 30),
+    "attention": Part("attention", "run", "table", 40),
+    "tune": Part("tune", "run", "table", 35),
+    "tests": Part("run_tests", "part", "table", 90),
     "syncs": Part("paths", "syncs", "syncs_table", 20),
     "graphs": Part("paths", "graphs", "graphs_table", 15),
     "sigmoid": Part("kernels", "sigmoid", "sigmoid_table", 15),
-    "linear": Part("kernels", "linear", "linear_table", 30),
+    "linear": Part("kernels", "linear", "linear_table", 25),
 }
 
 

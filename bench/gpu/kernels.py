@@ -206,23 +206,25 @@ def _ranked(sweep: dict[str, Any]) -> list[str]:
 
 
 def linear(setting: Setting, left: Callable[[], float]) -> Iterator[tuple[str, Any]]:
-    """The tl.dot kernel's tiles and splits against torch.mm of the same shape, at many and at few rows."""
+    """Tiles and splits against torch.mm of the same shape: with E at many rows, and without it at many and at few."""
     problem = Problem.make(setting.n, setting.d, setting.v, setting.pairs, setting.dtype, setting.device)
     architecture = linear_tiles.architecture_of(setting.device)
     bulk = linear_tiles.takes_descriptors(architecture, setting.dtype)
-    chosen = linear_tiles.linear_tile(
-        architecture, setting.dtype, softcap=False, descriptors=bulk, stores=False, even=True
-    )
     cuda = setting.device.type == "cuda"
     brief, calls = dataclasses.replace(setting, rounds=5 if cuda else 1), 2 if cuda else 1
-    candidates: dict[str, dict[str, Any]] = {"ours": {}}
-    if bulk:
-        candidates["ours, no descriptors"] = {"descriptors": False}
-    for shape in LINEAR_TILES if cuda else DRY_LINEAR_TILES:
-        tile = linear_tiles.LinearTile(*shape)
-        candidates["x".join(map(str, shape)) + (" (ours)" if tile == chosen else "")] = {"tile": tile}
-    candidates |= {f"{splits} splits": {"splits": splits} for splits in (SPLITS if cuda else SPLITS[1:2])}
-    for n in (setting.n, min(128, setting.n // 2)):
+    few = min(128, setting.n // 2)
+    for n, stores in ((setting.n, True), (setting.n, False), (few, False)):
+        chosen = linear_tiles.linear_tile(
+            architecture, setting.dtype, softcap=False, descriptors=bulk, stores=stores, even=True
+        )
+        candidates: dict[str, dict[str, Any]] = {"ours": {}}
+        if bulk:
+            candidates["ours, no descriptors"] = {"descriptors": False}
+        for shape in LINEAR_TILES if cuda else DRY_LINEAR_TILES:
+            tile = linear_tiles.LinearTile(*shape)
+            candidates["x".join(map(str, shape)) + (" (ours)" if tile == chosen else "")] = {"tile": tile}
+        candidates |= {f"{splits} splits": {"splits": splits} for splits in (SPLITS if cuda else SPLITS[1:2])}
+        exp_out = torch.empty(n, setting.v, dtype=setting.dtype, device=setting.device) if stores else None
         hidden, targets = problem.hidden[:n], problem.targets[:n]
         product = torch.empty(n, setting.v, dtype=setting.dtype, device=setting.device)
         expected = exp_gemm.exp_gemm(hidden, problem.weight, targets).logps
@@ -230,8 +232,10 @@ def linear(setting: Setting, left: Callable[[], float]) -> Iterator[tuple[str, A
         def floor(hidden: Tensor = hidden, product: Tensor = product) -> None:
             torch.mm(hidden, problem.weight.t(), out=product)
 
-        def kernel(options: dict[str, Any], hidden: Tensor = hidden, targets: Tensor = targets) -> Tensor:
-            return exp_gemm.exp_gemm(hidden, problem.weight, targets, **options).logps
+        def kernel(
+            options: dict[str, Any], hidden: Tensor = hidden, targets: Tensor = targets, exp: Tensor | None = exp_out
+        ) -> Tensor:
+            return exp_gemm.exp_gemm(hidden, problem.weight, targets, exp_out=exp, **options).logps
 
         sweep = {}
         for name, options in candidates.items():
@@ -239,7 +243,10 @@ def linear(setting: Setting, left: Callable[[], float]) -> Iterator[tuple[str, A
             sweep[name] = _right(function, expected) or _tried(
                 {"torch.mm": floor, "kernel": function}, brief, left, calls
             )
-        yield f"{n} rows", {"n": n, "d": setting.d, "v": setting.v, "architecture": architecture, "sweep": sweep}
+        yield (
+            f"{n} rows{', E' if stores else ''}",
+            {"n": n, "d": setting.d, "v": setting.v, "architecture": architecture, "sweep": sweep},
+        )
 
 
 def _right(function: Callable[[], Tensor], expected: Tensor) -> str:

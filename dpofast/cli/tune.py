@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from dpofast.cli.arguments import parse
-from dpofast.common.tuning.table import MODES, Measured, device_key, read_table, table_lines, table_path, write_entries
+from dpofast.common.tuning.table import MODES, Measured, device_key, read_table, table_path, write_entries
 from dpofast.head.linear_logprobs import linear_logprobs
 
 _BACKENDS = ("triton", "fused")
@@ -160,8 +160,3 @@ def _milliseconds(call: Callable[[], torch.Tensor], device: torch.device) -> flo
     after.record()
     after.synchronize()
     return before.elapsed_time(after)
-
-
-def tuned_lines(device: torch.device) -> list[str]:
-    """What the user's table has for this device, one line a shape: for reports."""
-    return table_lines(read_table(table_path()).get(device_key(device), ()))
