@@ -33,7 +33,7 @@ from dpofast.scoring.responses import ResponseLogps
 from dpofast.scoring.score import WINDOW, Forward, response_logps
 
 # To be raised whenever log-probs may change: kernels, attention, numerics of the head.
-ENGINE_VERSION = 1
+ENGINE_VERSION = 2
 
 # The folder inside output_dir that holds the caches unless ref_cache_dir names another.
 CACHE_FOLDER = "reference"

@@ -110,7 +110,9 @@ class DPOConfig(TrainingArguments):
             "installed, for the whole process."
         },
     )
-    max_logits_bytes: int | None = field(default=None, metadata={"help": "Room for logits in bytes (default 1 GiB)."})
+    max_logits_bytes: int | None = field(
+        default=None, metadata={"help": "Room for logits in bytes (default 1 GiB, on a GPU of 40 GB or more 4 GiB)."}
+    )
     precompute_ref_log_probs: bool | None = field(
         default=None,
         metadata={
