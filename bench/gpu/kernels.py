@@ -28,6 +28,7 @@ EXP_ROWS, GRADIENT = "exp_rows, E", "gradient of 16 bits"
 SWEPT = (EXP_ROWS, GRADIENT)
 # Seconds that must be left to try another tile.
 LEAST_S = 8
+NO_TIME = "no time left"
 GOAL_OF_COPY = 0.90
 # Columns a step and warps; the table in tiles.py has one entry for all vocabularies of more than 256.
 ROW_TILES = ((1024, 4), (1024, 8), (2048, 4), (2048, 8), (2048, 16), (4096, 8), (4096, 16), (8192, 16))
@@ -156,7 +157,7 @@ def _tried(
 ) -> dict[str, float] | str:
     """The ratio of the second function's time to the first's, or why there is none."""
     if left() < LEAST_S:
-        return "no time left"
+        return NO_TIME
     baseline, candidate = functions
     try:
         return measure(functions, setting, baseline, calls)[candidate]["ratio"]
@@ -240,9 +241,8 @@ def linear(setting: Setting, left: Callable[[], float]) -> Iterator[tuple[str, A
         sweep = {}
         for name, options in candidates.items():
             function = functools.partial(kernel, options)
-            sweep[name] = _right(function, expected) or _tried(
-                {"torch.mm": floor, "kernel": function}, brief, left, calls
-            )
+            sweep[name] = NO_TIME if left() < LEAST_S else _right(function, expected)
+            sweep[name] = sweep[name] or _tried({"torch.mm": floor, "kernel": function}, brief, left, calls)
         yield (
             f"{n} rows{', E' if stores else ''}",
             {"n": n, "d": setting.d, "v": setting.v, "architecture": architecture, "sweep": sweep},

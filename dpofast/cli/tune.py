@@ -41,7 +41,10 @@ class TuneArguments:
     overwrite: bool = field(default=False, metadata={"help": "Forget what the file holds."})
     dry: bool = field(
         default=False,
-        metadata={"help": "A tiny shape on the CPU in Triton's interpreter (TRITON_INTERPRET=1): tests, not times."},
+        metadata={
+            "help": "A tiny shape in float16 on the CPU in Triton's interpreter (TRITON_INTERPRET=1), whatever else is "
+            "asked for: a test, no times to go by."
+        },
     )
 
     def __post_init__(self) -> None:
@@ -64,8 +67,10 @@ def main(argv: Sequence[str]) -> int:
     if options.dry:
         # The interpreter's tl.dot is wrong in bfloat16.
         options = replace(options, rows=[24], width=[16], vocab=[100], dtype="float16", rounds=1)
+    # A damaged file, or a folder that cannot be made, is refused before anything is measured.
+    path.parent.mkdir(parents=True, exist_ok=True)
     if not options.overwrite:
-        read_table(path)  # a damaged file is refused before anything is measured
+        read_table(path)
     print(f"measuring on {device_key(device)}")
     entries = []
     for mode in MODES:
@@ -74,11 +79,13 @@ def main(argv: Sequence[str]) -> int:
                 for rows in options.rows:
                     entry = measure(mode, rows, width, vocab, options.dtype, device, options.rounds)
                     if entry is not None:
+                        # At once: what is measured is not lost.
+                        overwrite = options.overwrite and not entries
+                        write_entries(path, device_key(device), [entry], overwrite=overwrite)
                         entries.append(entry)
                         print(entry, flush=True)
     if not entries:
         raise ValueError("no shape fits in this GPU's memory: give fewer --rows or a smaller --vocab")
-    write_entries(path, device_key(device), entries, overwrite=options.overwrite)
     print(f"wrote {path}")
     return 0
 
@@ -94,7 +101,7 @@ def tuning_device(*, dry: bool) -> torch.device:
     if not torch.cuda.is_available():
         raise ValueError(
             "dpofast tune measures on a GPU, and torch sees none: it needs a CUDA or ROCm device and a torch built for "
-            "it (`dpofast info` shows both). --dry tries the same calls on the CPU"
+            "it (`dpofast info` shows both). `TRITON_INTERPRET=1 dpofast tune --dry` tries the same calls on the CPU"
         )
     return torch.device("cuda", torch.cuda.current_device())
 

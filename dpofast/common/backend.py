@@ -45,6 +45,11 @@ def choose_backend(backend: str, device: torch.device, head_dtype: torch.dtype |
             f"backend={backend!r} needs a GPU, but the tensors are on the CPU: use backend='auto', "
             "or start Python with TRITON_INTERPRET=1 to run the kernels in Triton's interpreter"
         )
+    if backend == "fused" and device.type == "cpu" and head_dtype == torch.bfloat16:
+        raise ValueError(
+            "backend='fused' multiplies in the kernel, and Triton's interpreter multiplies bfloat16 wrongly: use "
+            "float32 or float16 there, or backend='triton'"
+        )
     if uses_triton(backend):
         require_triton()
     return backend

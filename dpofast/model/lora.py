@@ -24,8 +24,8 @@ def fuse_lora(model: nn.Module) -> int:
 
     A layer still runs PEFT's forward wherever there is more to compute than the formula: dropout, DoRA and other
     variants, several or merged or disabled adapters, a bias of the adapter, weights of several dtypes, submodules with
-    hooks or a forward of their own (ZeRO-3, offloading). The fused function has first derivatives only, no torch.func
-    transforms, and hooks on all modules see the layer but not its submodules.
+    hooks or a forward of their own (ZeRO-3, offloading), and inside torch.compile. The fused function has first
+    derivatives only, no torch.func transforms, and hooks on all modules see the layer but not its submodules.
     """
     layers = [module for module in model.modules() if type(module) is Linear and type(module.base_layer) is nn.Linear]
     for layer in layers:
@@ -38,7 +38,9 @@ class FusedLoraLinear(Linear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
-        adapter = None if args or kwargs else self._only_adapter()
+        # A compiler fuses PEFT's own formula; the function below would split the graph, as it refuses forward mode.
+        plain = args or kwargs or torch.compiler.is_compiling()
+        adapter = None if plain else self._only_adapter()
         if adapter is None:
             return super().forward(x, *args, **kwargs)
         base: Any = self.base_layer

@@ -14,11 +14,14 @@ from __future__ import annotations
 import functools
 import inspect
 import types
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import nn
 
+# Whether layers that training compiles run uncompiled: the parity check sets it.
+UNCOMPILED: ContextVar[bool] = ContextVar("UNCOMPILED", default=False)
 # Where accelerate's hook keeps the forward that it calls.
 _HOOKED = "_old_forward"
 

@@ -37,6 +37,27 @@ def test_a_damaged_table_is_refused_before_anything_is_measured(tmp_path, capsys
     assert read_table(path)
 
 
+def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_measured(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(tune, "measure", lambda *_: pytest.fail("measured"))
+    assert main(["tune", "--dry", "--output", str(tmp_path / "file" / "tuned.json")]) == 2
+    assert str(tmp_path / "file") in capsys.readouterr().err
+
+
+def test_what_was_measured_before_a_failure_is_kept(tmp_path, monkeypatch):
+    path, measure = tmp_path / "tuned.json", tune.measure
+
+    def until_trained(mode, *arguments):
+        if mode == "trained":
+            raise ValueError("the GPU is gone")
+        return measure(mode, *arguments)
+
+    monkeypatch.setattr(tune, "measure", until_trained)
+    assert main(["tune", "--dry", "--overwrite", "--output", str(path)]) == 2
+    (entries,) = read_table(path).values()
+    assert [entry.mode for entry in entries] == ["forward", "frozen"]
+
+
 def test_backends_that_disagree_write_nothing(tmp_path, monkeypatch, capsys):
     path, call = tmp_path / "tuned.json", tune._call
 

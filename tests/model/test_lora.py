@@ -166,6 +166,20 @@ def test_dropout_is_none_in_evaluation():
     assert is_fused(fused.eval(), torch.randn(6, 24))
 
 
+def test_a_compiled_layer_is_one_graph_of_pefts_formula():
+    peft, fused = layers()
+    x, upstream = torch.randn(7, 24), torch.randn(7, 40)
+    torch.compiler.reset()
+    compiled = torch.compile(layer_of(fused), backend="aot_eager", fullgraph=True)
+    leaf = x.clone().requires_grad_()
+    y = compiled(leaf)
+    y.backward(upstream)
+    expected = run(peft, x, upstream)
+    torch.testing.assert_close(y.double(), expected[0])
+    torch.testing.assert_close(leaf.grad.double(), expected[1])
+    assert is_fused(fused, x)
+
+
 def test_a_checkpointed_and_a_copied_layer():
     _, fused = layers()
     copied = copy.deepcopy(fused)

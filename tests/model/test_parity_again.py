@@ -10,6 +10,7 @@ from dpofast import attach_logprob_head, detach_logprob_head, pack
 from dpofast.model.attention import interface as attention_interface
 from dpofast.model.attention.sdpa import sdpa_attention
 from dpofast.model.checks import parity
+from dpofast.training.layers.compiled import compile_layers
 from tests.support.families import family_model
 from tests.support.tiny import tiny_model, tiny_pairs
 
@@ -107,7 +108,17 @@ def test_the_trainer_checks_the_model_where_it_runs(monkeypatch, moved, tmp_path
         make_trainer(tmp_path, model=model)
 
 
-def test_compiled_layers_run_uncompiled_in_the_check_and_compiled_after_it(moved):
+def compile_each(model, backend):
+    for layer in model.model.layers:
+        layer.compile(backend=backend)
+
+
+def compile_as_training_does(model, backend):
+    compile_layers(model, backend=backend, mode=None, padded=False)
+
+
+@pytest.mark.parametrize("compile_model", [compile_each, compile_as_training_does])
+def test_compiled_layers_run_uncompiled_in_the_check_and_compiled_after_it(compile_model, moved):
     model = attach_logprob_head(tiny_model())
     compiled = []
 
@@ -115,8 +126,7 @@ def test_compiled_layers_run_uncompiled_in_the_check_and_compiled_after_it(moved
         compiled.append(graph)
         return graph
 
-    for layer in model.model.layers:
-        layer.compile(backend=backend)
+    compile_model(model, backend)
     moved()
     attach_logprob_head(model)
     assert not compiled

@@ -10,6 +10,7 @@ from datasets import Dataset, IterableDataset
 from peft import LoraConfig
 
 from dpofast.packing.batch import PackedBatch
+from dpofast.training.data import ahead as ahead_module
 from dpofast.training.data.ahead import Ahead
 from dpofast.training.data.micro_batches import StepPacker
 from tests.support.ranks_cases import RunsOutOfMemory
@@ -126,6 +127,25 @@ def test_closing_waits_for_the_item_in_progress_and_drops_an_error_in_it():
 
 
 @pytest.mark.slow(30)
+def test_a_source_that_blocks_keeps_nobody(monkeypatch):
+    """Not the caller, whose last step is done, and not one who is interrupted."""
+    monkeypatch.setattr(ahead_module, "_PATIENCE_S", 0.05)
+    begun, goes_on = threading.Event(), threading.Event()
+
+    def items():
+        yield 1
+        begun.set()
+        goes_on.wait(60)
+        yield 2
+
+    with Ahead(items(), str) as ahead:
+        assert next(ahead) == "1" and begun.wait(60)
+    assert ahead._thread.is_alive() and ahead._thread.daemon
+    goes_on.set()
+    ahead._thread.join(60)
+    assert not ahead._thread.is_alive() and list(ahead) == []
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_a_run_is_the_same_to_the_last_bit(case, tmp_path, monkeypatch):
     def run(name):

@@ -6,6 +6,7 @@ import torch
 from dpofast import attach_logprob_head, pack, reference, sequence_logprobs
 from dpofast.model.attention.interface import choose_attention
 from dpofast.model.attention.layout import AttentionOptions
+from dpofast.training.layers.compiled import decoder_layers
 from tests.support.tiny import tiny_dataset, tiny_model, tiny_pairs
 from tests.support.tiny_training import losses_of, make_trainer, weights_of
 
@@ -21,8 +22,9 @@ BFLOAT16_LOSS = 6e-3
 
 def trainer_on(device, folder, *, model=None, **options):
     model = tiny_model(**WIDE) if model is None else model
-    # Compiling the layers, a GPU's default, takes longer than everything that is tested here.
-    return make_trainer(folder, model=model, use_cpu=device.type == "cpu", torch_compile=False, **options)
+    # Compiling the layers, a GPU's default, takes longer than most of what is tested here.
+    options = {"torch_compile": False, **options}
+    return make_trainer(folder, model=model, use_cpu=device.type == "cpu", **options)
 
 
 def test_three_steps_in_bfloat16(tmp_path, device):
@@ -36,6 +38,21 @@ def test_three_steps_in_bfloat16(tmp_path, device):
     assert losses_of(trainer) == pytest.approx(losses_of(exact), abs=BFLOAT16_LOSS)
     assert max(losses_of(exact)) - min(losses_of(exact)) > 4 * BFLOAT16_LOSS  # the steps move the loss by more
     assert (weights_of(trainer).cpu() - before.cpu()).abs().max() > 1e-3
+
+
+def test_layers_that_are_compiled_by_default_train_the_same(tmp_path, device):
+    """On a GPU with the default, on a CPU by the whole compiler but its code generation."""
+    by_hand = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+    compiled = {"torch_compile": None} if device.type == "cuda" else by_hand
+    expected, trainer = (
+        trainer_on(device, tmp_path, model=tiny_model(num_hidden_layers=1, **WIDE), max_steps=2, **EXACT, **options)
+        for options in ({}, compiled)
+    )
+    layers = decoder_layers(trainer.model)
+    assert layers and all(hasattr(layer, "_made_from") for layer in layers)
+    for run in (expected, trainer):
+        run.train()
+    assert losses_of(trainer) == pytest.approx(losses_of(expected), abs=1e-4)
 
 
 def gradients_of(model, logps):

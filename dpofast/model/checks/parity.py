@@ -27,7 +27,7 @@ from dpofast.model.dropout import active_dropout, config_rates
 from dpofast.model.forward import packed_hidden, padded_hidden
 from dpofast.model.lm_head import KNOWN_LOGIT_ENTRIES, logit_options, logprob_head
 from dpofast.model.parts import text_token_ids, whole_backbone
-from dpofast.model.wrappers import input_device
+from dpofast.model.wrappers import UNCOMPILED, input_device
 from dpofast.packing.batch import PackedBatch
 from dpofast.packing.pack import pack
 from dpofast.reference import padded_logprobs
@@ -99,7 +99,8 @@ def _setting(model: Any) -> tuple[Any, ...]:
 
 @contextmanager
 def _uncompiled_layers(model: Any) -> Iterator[None]:
-    """Inside, layers run as before layer.compile(): a few ids are not worth a compilation for their length."""
+    """Inside, layers run uncompiled: a few ids are not worth a compilation for their length."""
+    token = UNCOMPILED.set(True)
     compiled = [module for module in model.modules() if module._compiled_call_impl is not None]
     calls = [module._compiled_call_impl for module in compiled]
     try:
@@ -107,6 +108,7 @@ def _uncompiled_layers(model: Any) -> Iterator[None]:
             module._compiled_call_impl = None
         yield
     finally:
+        UNCOMPILED.reset(token)
         for module, call in zip(compiled, calls, strict=True):
             module._compiled_call_impl = call
 

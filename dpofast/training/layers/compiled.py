@@ -22,7 +22,7 @@ from torch._dynamo.exc import TorchDynamoException
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dpofast.model.parts import backbone_of, base_causal_lm
-from dpofast.model.wrappers import exchange_class
+from dpofast.model.wrappers import UNCOMPILED, exchange_class
 
 
 class _Compiled:
@@ -78,7 +78,7 @@ def _compiled_class(cls: Any, backend: str, mode: str | None, padded: bool) -> t
     compiled = torch.compile(plain, backend=backend, mode=mode)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not padded and "packed_layout" not in kwargs:
+        if UNCOMPILED.get() or (not padded and "packed_layout" not in kwargs):
             return plain(self, *args, **kwargs)
         with explained_compile_errors():
             return compiled(self, *args, **kwargs)
@@ -104,10 +104,14 @@ def explained_compile_errors() -> Iterator[None]:
 
     Raises:
         RuntimeError: a layer cannot be compiled.
+        torch.OutOfMemoryError: memory ran out meanwhile, as it may in any step.
     """
     try:
         yield
     except TorchDynamoException as error:
+        cause = getattr(error, "inner_exception", None) or error.__cause__
+        if isinstance(cause, torch.OutOfMemoryError):
+            raise cause from None
         raise RuntimeError(
             "torch_compile: the model's layers could not be compiled on this machine; nothing was run uncompiled "
             "instead. Set torch_compile=False (--torch_compile false), or on a GPU use_liger_kernel=True. The compiler "
