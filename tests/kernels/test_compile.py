@@ -257,7 +257,7 @@ def test_predictions_are_the_bytes_and_operations_over_the_rates():
     head = predicted["linear bf16, no E 128x256x64"]
     assert 1.0 <= head.seconds / (2 * 4096 * logits / 800e12) < 1.05 and "6 splits" in head.formula
     # No logits; no rate for float32; D = 4096 is not odd.
-    for name in ("preference sigmoid", "linear fp32, E fp32 64x64x32", "linear bf16, E bf16, bias, odd D 128x128x32"):
+    for name in ("preference sigmoid", "linear fp32, E fp32 64x64x32", "linear bf16, E bf16, bias, odd D 64x128x32"):
         assert predicted[name] is None
 
 
