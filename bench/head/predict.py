@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import sys
 from dataclasses import dataclass
 from unittest import mock
 
@@ -73,15 +74,20 @@ class Prediction:
 def head_trace(
     n: int, d: int, v: int, mode: str, gpu: Gpu, max_logits_bytes: int | None = None, backend: str = "triton"
 ) -> Trace:
-    """Trace one call and its backward in bfloat16: 32 sequences, or as many as divide n, of one length.
+    """Trace one call and its backward in bfloat16: 32 sequences, fewer below 32 targets, as even as n allows.
 
     Args:
-        n, d, v: targets, hidden size, vocabulary.
+        n, d, v: targets, at least 2; hidden size and vocabulary, at least 1.
         mode: "forward", "frozen" and "trained": linear_preference_loss without a gradient, with one to hidden states,
             with one to the head too. "per token": linear_logprobs with both.
         gpu: for whose multiprocessors and memory the call is planned.
         max_logits_bytes, backend: as in linear_logprobs.
+
+    Raises:
+        ValueError: a size or max_logits_bytes is too small.
     """
+    if n < 2 or min(d, v) < 1:
+        raise ValueError(f"expected --n of at least 2, --d and --v of at least 1, got {n}, {d} and {v}")
 
     def new(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -91,8 +97,8 @@ def head_trace(
     for leaf in leaves:
         leaf.requires_grad_()
     targets, options = new(n, dtype=torch.int64), {"backend": backend, "max_logits_bytes": max_logits_bytes}
-    sequences = next(count for count in (32, 16, 8, 4, 2) if n % count == 0)
-    cu_targets = torch.arange(0, n + 1, n // sequences, dtype=torch.int32)
+    sequences = min(32, n // 2 * 2)
+    cu_targets = (torch.arange(sequences + 1) * n // sequences).int()
     pairs, ref_logps = torch.arange(sequences, dtype=torch.int32).view(-1, 2), new(sequences)
     upstream = new(n)
     meta = device.HeadDevice("cuda", gpu.multiprocessors, gpu.memory_bytes)
@@ -141,23 +147,29 @@ def predict(
     return Prediction(total, total / floor, units, len(trace.launches), trace.peak_bytes)
 
 
-def main() -> None:
-    """Print the predictions of every mode."""
+def main(given: list[str] | None = None) -> int:
+    """Print the predictions of every mode; 0, or 2 for what cannot be predicted, with the reason."""
     parser = argparse.ArgumentParser(prog="python -m bench.head.predict", description=__doc__.partition("\n")[0])
     parser.add_argument("--n", type=int, default=8192, help="targets")
     parser.add_argument("--d", type=int, default=4096, help="hidden size")
     parser.add_argument("--v", type=int, default=128_256, help="vocabulary")
     parser.add_argument("--max_logits_bytes", type=int)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
     shape = (arguments.n, arguments.d, arguments.v)
+    cases = list(itertools.product((H100, H200), ("triton", "fused"), MODES))
+    try:
+        predictions = [predict(*shape, mode, gpu, arguments.max_logits_bytes, backend) for gpu, backend, mode in cases]
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     print(f"PREDICTED, nothing ran on a GPU: N {shape[0]}, D {shape[1]}, V {shape[2]}, bfloat16")
-    for gpu, backend, mode in itertools.product((H100, H200), ("triton", "fused"), MODES):
-        found = predict(*shape, mode, gpu, arguments.max_logits_bytes, backend)
+    for (gpu, backend, mode), found in zip(cases, predictions, strict=True):
         print(
             f"{gpu.name} {backend:<6} {mode:<10} {found.seconds * 1e3:6.2f} ms, {found.ratio:.3f} of the products; "
             f"{found.units:g} units, {found.launches} launches, peak {found.peak_bytes / 1e9:.2f} GB"
         )
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -47,7 +47,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--devices", type=int, default=1, help="GPUs, eight to a node")
     parser.add_argument("--pairs", type=int, default=64, help="pairs of an optimizer step, over all GPUs")
     parser.add_argument(
-        "--lengths", type=lengths, default="200/320/280", metavar="P/C/R", help="mean tokens of each part"
+        "--lengths", type=lengths, default=(200.0, 320.0, 280.0), metavar="P/C/R", help="mean tokens of each part"
     )
     parser.add_argument("--spread", type=float, default=0.0, help="of the logarithm of lengths: 0.5 is usual, 0 equal")
     parser.add_argument("--lora", type=int, default=0, metavar="RANK", help="train an adapter; 0: all weights")
@@ -59,23 +59,27 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         type=Path,
         const=RESULTS,
         metavar="FOLDER",
-        help="compare recorded lines with their predictions instead",
+        help="compare recorded lines with their predictions instead; takes no other option",
     )
     args = parser.parse_args(arguments)
     if args.results is None and args.model is None:
         parser.error("expected --model, or --results")
+    given = [name for name, value in vars(args).items() if name != "results" and value != parser.get_default(name)]
+    if args.results is not None and given:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        parser.error(f"expected no other option with --results, got {options}")
     if min(args.devices, args.pairs, args.max_tokens, args.epochs) < 1 or args.lora < 0:
         parser.error("expected --devices, --pairs, --max-tokens and --epochs of at least 1, and --lora of 0 or more")
     return args
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line entry; 0, or 2 for an unknown model or device, or fewer pairs than devices."""
+    """Command line entry; 0, or 2 for what cannot be predicted or compared, with the reason."""
     args = parse(arguments)
-    if args.results is not None:
-        print(results_text(compare(args.results)))
-        return 0
     try:
+        if args.results is not None:
+            print(results_text(compare(args.results)))
+            return 0
         setting = Setting(
             model=find_model(args.model),
             pairs=Pairs.make(args.pairs, *args.lengths, args.spread),

@@ -114,11 +114,18 @@ MODELS = {
 }
 
 
+# The types of transformers whose layers are those that ModelShape counts: q, k, v and o, where a query sees all keys
+# before it; gate, up and down, of a layer or of each of its experts, none of them shared; two norms.
+MODEL_TYPES = tuple("gemma llama mistral mixtral olmo2 qwen2 qwen3 qwen3_moe smollm3".split())
+# What a config must say itself; the rest has the defaults of its type.
+_SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
+
+
 def find_model(name: str) -> ModelShape:
     """The shape of a model of MODELS, or of a config.json or the folder that holds one.
 
     Raises:
-        ValueError: neither, or a config without the sizes of a decoder of the Llama kind.
+        ValueError: neither; or, with the file's name, no JSON object, or a config that from_config refuses.
     """
     if name.lower() in MODELS:
         return MODELS[name.lower()][1]
@@ -126,39 +133,61 @@ def find_model(name: str) -> ModelShape:
     path = path / "config.json" if path.is_dir() else path
     if not path.is_file():
         raise ValueError(f"--model: expected one of {', '.join(MODELS)} or the path of a config.json, got {name!r}")
-    return from_config(json.loads(path.read_text(encoding="utf-8")))
+    try:
+        return from_config(_read(path))
+    except ValueError as error:
+        raise ValueError(f"--model {path}: {error}") from error
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"expected the JSON of a transformers config, got none ({error})") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"expected the JSON object of a transformers config, got a {type(config).__name__}")
+    return config
 
 
 def from_config(config: Mapping[str, Any]) -> ModelShape:
-    """The shape that a transformers config describes.
+    """The shape that a transformers config describes; what it leaves out is as its type has it by default.
 
     Args:
         config: the values of a config.json, or of `config.to_dict()`.
 
     Raises:
-        ValueError: a size is missing, or the layers are not all alike.
+        ValueError: a model type that is not counted, a missing size, what transformers refuses, a sliding window, or
+            layers that are not all alike.
     """
-    config = config.get("text_config") or config
-    wanted = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
-    if missing := [key for key in wanted if not config.get(key)]:
+    # Here, as it takes seconds and names of MODELS need none of it.
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import CONFIG_MAPPING
+
+    if (kind := config.get("model_type")) not in MODEL_TYPES:
+        raise ValueError(f"expected a model_type whose layers are counted, {', '.join(MODEL_TYPES)}, got {kind!r}")
+    if missing := [key for key in _SIZES if not config.get(key)]:
         raise ValueError(f"expected a config of a causal language model, got one without {', '.join(missing)}")
-    experts = config.get("num_local_experts") or config.get("num_experts") or config.get("n_routed_experts") or 0
-    mixed = ("first_k_dense_replace", "n_shared_experts", "shared_expert_intermediate_size", "mlp_only_layers")
-    if experts and (found := [key for key in mixed if config.get(key)]):
-        raise ValueError(f"expected layers that are all alike, with routed experts only, got {', '.join(found)}")
-    intermediate = (config.get("moe_intermediate_size") if experts else None) or config.get("intermediate_size")
-    if not intermediate:
-        raise ValueError("expected a config with intermediate_size, got one without")
-    heads = config["num_attention_heads"]
+    try:
+        whole = CONFIG_MAPPING[kind].from_dict(dict(config))
+    except StrictDataclassError as error:
+        raise ValueError(f"expected a config that transformers takes for {kind}, got: {error}") from error
+    if window := getattr(whole, "sliding_window", None):
+        raise ValueError(
+            f"expected attention to all keys, got sliding_window {window}, which is not counted: "
+            "make it null where no sequence is longer"
+        )
+    if getattr(whole, "mlp_only_layers", None) or getattr(whole, "decoder_sparse_step", 1) != 1:
+        raise ValueError("expected layers that are all alike, got mlp_only_layers or a decoder_sparse_step above 1")
+    heads, experts = whole.num_attention_heads, getattr(whole, "num_experts", 0)
     return ModelShape(
-        layers=config["num_hidden_layers"],
-        hidden=config["hidden_size"],
-        intermediate=intermediate,
+        layers=whole.num_hidden_layers,
+        hidden=whole.hidden_size,
+        intermediate=getattr(whole, "moe_intermediate_size", None) or whole.intermediate_size,
         heads=heads,
-        kv_heads=config.get("num_key_value_heads") or heads,
-        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-        vocab=config["vocab_size"],
-        tied=bool(config.get("tie_word_embeddings", False)),
+        kv_heads=whole.num_key_value_heads or heads,
+        head_dim=getattr(whole, "head_dim", None) or whole.hidden_size // heads,
+        vocab=whole.vocab_size,
+        tied=whole.tie_word_embeddings,
         experts=experts,
-        experts_per_token=config.get("num_experts_per_tok", 0) if experts else 0,
+        experts_per_token=whole.num_experts_per_tok if experts else 0,
     )

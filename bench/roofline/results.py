@@ -73,7 +73,11 @@ class Compared:
 
 
 def compare(results: Path = RESULTS) -> list[Compared]:
-    """All lines of all files of a folder of results, in the order of their dates."""
+    """All lines of all files of a folder of results, in the order of their dates.
+
+    Raises:
+        ValueError: there is no line.
+    """
     found = [*_steps(results), *_heads(results), *_gpu(results)]
     unlike = {
         "kernel_report": "counts of the compiler and predictions, nothing measured",
@@ -87,6 +91,10 @@ def compare(results: Path = RESULTS) -> list[Compared]:
         if path.stem not in ("step", "head", "gpu"):
             why = unlike.get(path.stem, "no model of it")
             found.append(Compared(line=f"{path.stem}, {len(records(path.stem, results))} lines", why=why))
+    if not found:
+        raise ValueError(
+            f"--results: expected a folder with lines in step.jsonl, head.jsonl or gpu.jsonl, got {results}"
+        )
     return found
 
 

@@ -49,13 +49,16 @@ class Pairs:
         """Pairs of these mean lengths; spread: standard deviation of the logarithm of each length, log-normal, seed 0.
 
         Raises:
-            ValueError: a length or the count is below 1, or a negative spread.
+            ValueError: the count is below 1, a length not from 1 to 1e9, the spread not from 0 to 3.
         """
-        if min(prompt, chosen, rejected) < 1 or count < 1 or spread < 0:
+        if count < 1:
+            raise ValueError(f"--pairs: expected at least one, got {count}")
+        if not all(1 <= mean <= 1e9 for mean in (prompt, chosen, rejected)):
             raise ValueError(
-                f"expected at least one pair and one token of each part, and a spread of 0 or more, "
-                f"got {count} pairs of {prompt:g}/{chosen:g}/{rejected:g} tokens and a spread of {spread:g}"
+                f"--lengths: expected 1 to 1e9 tokens of each part, got {prompt:g}/{chosen:g}/{rejected:g}"
             )
+        if not 0 <= spread <= 3:
+            raise ValueError(f"--spread: expected a number from 0 to 3, got {spread:g}")
         random = np.random.default_rng(0)
 
         def lengths(mean: float) -> tuple[int, ...]:

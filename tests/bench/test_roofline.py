@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from bench.cases import RESULTS
 from bench.cost import Cost
@@ -18,7 +18,7 @@ from bench.roofline import __main__ as command
 from bench.roofline import heads, layers, published, results, work
 from bench.roofline.calls import flops
 from bench.roofline.devices import DEVICES, GIB, Device, exchange_seconds, find_device
-from bench.roofline.models import MODELS, find_model, from_config
+from bench.roofline.models import MODEL_TYPES, MODELS, find_model, from_config
 from bench.roofline.step import DPOFAST, IMPLEMENTATIONS, NAIVE, TRL, Setting, best, predict, strategy
 from bench.roofline.work import Call, Pairs
 from dpofast import PreferenceLoss, attach_logprob_head, pack
@@ -102,11 +102,20 @@ def test_products_with_an_adapter_and_with_checkpointing(lora, again):
     assert cost.gemm_flops == flops(gemms) + (4 if again else 3) * attention
 
 
-def test_products_of_a_mixture_of_experts():
-    config = MixtralConfig(**TINY, num_local_experts=4, num_experts_per_tok=2)
-    model = MixtralForCausalLM._from_config(config, attn_implementation="eager", experts_implementation="eager")
-    shape = from_config(config.to_dict())
-    assert shape.weights() == sum(p.numel() for p in model.parameters())
+@pytest.mark.parametrize("kind", MODEL_TYPES)
+def test_weights_and_products_of_every_model_type_that_is_taken(kind):
+    changes = {
+        "mistral": {"sliding_window": None},
+        "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+        "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 56},
+    }
+    config = {"model_type": kind, "pad_token_id": 0, **TINY, **changes.get(kind, {})}
+    model = AutoModelForCausalLM.from_config(
+        CONFIG_MAPPING[kind].from_dict(dict(config)), attn_implementation="eager", experts_implementation="eager"
+    )
+    shape = from_config(config)
+    norms = shape.hidden * (2 * shape.layers + 1)
+    assert shape.weights() - norms == sum(p.numel() for p in model.parameters() if p.ndim > 1)
     gemms = layers.forward_gemms(shape, PADDED.positions) + layers.backward_gemms(shape, PADDED.positions)
     gemms += heads.full_logits(head_call(shape, PADDED)).gemms
     assert count_padded(model).gemm_flops == flops(gemms) + 3 * layers.attention_flops(shape, PADDED.visible)
@@ -348,7 +357,16 @@ def test_the_command(capsys, tmp_path):
         (["--model", "none"], "--model: expected one of smollm2-135m, .* or the path of a config.json, got 'none'"),
         (["--model", "qwen2.5-7b", "--device", "T4"], "--device: expected one of A100, .*, got 'T4'"),
         (["--model", "qwen2.5-7b", "--pairs", "4", "--devices", "8"], "as many --pairs as --devices, got 4 and 8"),
-        (["--model", "qwen2.5-7b", "--lengths", "0/2/2"], "at least one pair and one token of each part"),
+        (
+            ["--model", "qwen2.5-7b", "--lengths", "0/2/2"],
+            "--lengths: expected 1 to 1e9 tokens of each part, got 0/2/2",
+        ),
+        (["--model", "qwen2.5-7b", "--lengths=9/-1/2"], "--lengths: expected .* got 9/-1/2"),
+        (["--model", "qwen2.5-7b", "--lengths", "9/nan/1e300"], "--lengths: expected .* got 9/nan/1e\\+300"),
+        (["--model", "qwen2.5-7b", "--spread", "nan"], "--spread: expected a number from 0 to 3, got nan"),
+        (["--model", "qwen2.5-7b", "--spread", "inf"], "--spread: expected a number from 0 to 3, got inf"),
+        (["--model", "qwen2.5-7b", "--spread", "-1"], "--spread: expected a number from 0 to 3, got -1"),
+        (["--results", "/nowhere"], "--results: expected a folder with lines in step.jsonl, .*, got /nowhere"),
     ],
 )
 def test_what_the_command_refuses(capsys, arguments, message):
@@ -356,26 +374,69 @@ def test_what_the_command_refuses(capsys, arguments, message):
     assert re.search(message, capsys.readouterr().err)
 
 
-@pytest.mark.parametrize("arguments", [[], ["--model", "m", "--lengths", "3/4"], ["--model", "m", "--pairs", "0"]])
-def test_usage_errors(arguments):
-    with pytest.raises(SystemExit):
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[1, 2]", "expected the JSON object of a transformers config, got a list"),
+        ("hidden_size: 8", "expected the JSON of a transformers config, got none"),
+        ('{"model_type": "gpt2", "n_embd": 8}', "expected a model_type whose layers are counted, .*, got 'gpt2'"),
+    ],
+)
+def test_a_file_that_is_refused_is_named(capsys, tmp_path, text, message):
+    path = tmp_path / "x.json"
+    path.write_text(text)
+    assert command.main(["--model", str(path)]) == 2
+    assert re.search(f"error: --model {re.escape(str(path))}: {message}", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "expected --model, or --results"),
+        (["--model", "m", "--lengths", "3/4"], "expected PROMPT/CHOSEN/REJECTED"),
+        (["--model", "m", "--pairs", "0"], "--pairs, .* of at least 1"),
+        (
+            ["--results", "--model", "m", "--max-tokens", "9"],
+            "no other option with --results, got --model, --max-tokens\n",
+        ),
+    ],
+)
+def test_usage_errors(capsys, arguments, message):
+    with pytest.raises(SystemExit, match="2"):
         command.main(arguments)
+    assert re.search(message, capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"hidden_size": 8}, "without num_hidden_layers, num_attention_heads, vocab_size"),
-        (
-            {**TINY, "num_experts": 4, "moe_intermediate_size": 8, "first_k_dense_replace": 1},
-            "expected layers that are all alike, .* got first_k_dense_replace",
+        *(
+            ({**TINY, "model_type": kind}, f"expected a model_type .* gemma, llama, .*, got {kind!r}")
+            for kind in ("gpt_neox", "phi", "starcoder2", "deepseek_v3", "gpt_oss", "gemma3_text", "qwen2_moe", None)
         ),
-        ({**TINY, "intermediate_size": None}, "expected a config with intermediate_size"),
+        (
+            {"model_type": "llama", "hidden_size": 8},
+            "without num_hidden_layers, intermediate_size, num_attention_heads",
+        ),
+        ({**TINY, "model_type": "llama", "num_attention_heads": "6"}, "that transformers takes for llama, got: "),
+        ({**TINY, "model_type": "mistral"}, "all keys, got sliding_window 4096"),
+        ({**TINY, "model_type": "qwen2", "use_sliding_window": True, "sliding_window": 64}, "got sliding_window 64"),
+        ({**TINY, "model_type": "qwen3_moe", "mlp_only_layers": [0]}, "layers that are all alike, got mlp_only_layers"),
+        ({**TINY, "model_type": "qwen3_moe", "decoder_sparse_step": 2}, "all alike, got .* a decoder_sparse_step"),
     ],
 )
 def test_configs_that_are_refused(config, message):
     with pytest.raises(ValueError, match=message):
         from_config(config)
+
+
+def test_what_a_config_leaves_out_is_as_its_type_has_it():
+    sizes = {key: TINY[key] for key in TINY if key not in ("num_key_value_heads", "head_dim")}
+    gemma, qwen = (from_config({"model_type": kind, **sizes}) for kind in ("gemma", "qwen2"))
+    assert gemma.tied and not qwen.tied
+    assert (gemma.kv_heads, gemma.head_dim) == (16, 256) and qwen.head_dim == 8
+    unused = {"use_sliding_window": False, "sliding_window": 64, "tie_word_embeddings": True}
+    assert from_config({"model_type": "qwen2", **sizes, **unused}) == replace(qwen, tied=True)
 
 
 def test_known_models_have_their_published_sizes():

@@ -4,12 +4,13 @@ The case is Llama 3's head with 8,192 targets in bfloat16. Nothing here is a tim
 of bench/head/predict.py.
 """
 
+import re
 from unittest import mock
 
 import pytest
 import torch
 
-from bench.head.predict import H100, H200, MODES, Gpu, head_trace, predict, seconds
+from bench.head.predict import H100, H200, MODES, Gpu, head_trace, main, predict, seconds
 from bench.head.trace import Launch
 from dpofast.head.planning import device as head_device
 from dpofast.head.planning.plan import HeadPlan, default_logits_bytes
@@ -187,3 +188,29 @@ def test_pairs_do_no_product_again_at_any_budget(mode):
     trace = head_trace(20_480, D, V, mode, H100, max_logits_bytes=GIB // 2)
     if mode != "per token":
         assert trace.gemm_units(20_480, D, V) == MODES[mode]
+
+
+@pytest.mark.parametrize("n", [2, 7, 33, 8191])
+@pytest.mark.parametrize("mode", MODES)
+def test_any_number_of_targets_is_traced(mode, n):
+    trace = head_trace(n, 33, 101, mode, H100)
+    assert trace.gemm_units(n, 33, 101) == MODES[mode]
+
+
+def test_the_command(capsys):
+    assert main(["--n", "7", "--d", "33", "--v", "101"]) == 0
+    shown, *lines = capsys.readouterr().out.splitlines()
+    assert shown == "PREDICTED, nothing ran on a GPU: N 7, D 33, V 101, bfloat16" and len(lines) == 4 * len(MODES)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--n", "0"], "expected --n of at least 2, --d and --v of at least 1, got 0, 4096 and 128256"),
+        (["--n", "8", "--d", "-3"], "expected --n of at least 2, .* got 8, -3 and 128256"),
+        (["--max_logits_bytes", "10"], "max_logits_bytes: expected at least one row of 128256 logits .* got 10"),
+    ],
+)
+def test_what_the_command_refuses(capsys, arguments, message):
+    assert main(arguments) == 2
+    assert re.match(f"error: {message}", capsys.readouterr().err)
