@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import sys
 from dataclasses import dataclass
 from unittest import mock
@@ -59,7 +60,7 @@ class Prediction:
     Attributes:
         seconds: of all launches.
         ratio: seconds over the bare products' at the GPU's rate.
-        units: products that are done, in units of 2·N·D·V.
+        units: products that are done, by whatever kernel, in units of 2·N·D·V.
         launches: kernels and copies.
         peak_bytes: the most that is alive at once beside the inputs.
     """
@@ -143,7 +144,7 @@ def predict(
     trace = head_trace(n, d, v, mode, gpu, max_logits_bytes, backend)
     total = sum(seconds(launch, gpu) for launch in trace.launches)
     floor = MODES[mode] * 2 * n * d * v / gpu.flop_per_second
-    units = trace.gemm_units(n, d, v)
+    units = sum(math.prod(launch.gemm) for launch in trace.launches if launch.gemm is not None) / (n * d * v)
     return Prediction(total, total / floor, units, len(trace.launches), trace.peak_bytes)
 
 
