@@ -139,7 +139,8 @@ def test_predicted_times_on_an_h100():
     for mode, most, units in (("forward", 1.10, 1), ("frozen", 1.065, 2), ("trained", 1.06, 3), ("per token", 1.06, 3)):
         found = predict(n, d, v, mode, H100, backend="fused")
         assert found.ratio <= most and found.ratio < predict(n, d, v, mode, H100).ratio
-        assert found.units == units and found.launches < 60
+        # The guess of every row is the maximum of 512 columns.
+        assert found.units == pytest.approx(units + 512 / v) and found.launches < 60
     gemms = head_trace(n, d, v, "trained", H100, backend="fused").named("_exp_gemm_kernel")
     assert [launch.bytes > 2 * n * v for launch in gemms] == [True, False] and gemms[1].bytes == 0
 
