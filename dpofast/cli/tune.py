@@ -72,7 +72,7 @@ def main(argv: Sequence[str]) -> int:
     if not options.overwrite:
         read_table(path)
     print(f"measuring on {device_key(device)}")
-    entries = []
+    entries: list[Measured] = []
     for mode in MODES:
         for width in options.width:
             for vocab in options.vocab:

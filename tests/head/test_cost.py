@@ -12,7 +12,7 @@ from dpofast.head.engine.interface import HeadInputs, Needs
 from dpofast.head.engine.make import make_engine
 from dpofast.head.options import STATS, LogitOptions
 from dpofast.head.planning import plan as engine_plan
-from dpofast.head.planning.dtypes import tile_exp_dtype
+from dpofast.head.planning.dtypes import scaleless_exp_dtype
 from dpofast.losses.config import PreferenceLoss
 
 pytestmark = pytest.mark.slow(100)
@@ -302,7 +302,7 @@ def allowed_bytes(plan, dtype, budget, flushes):
     need_dh, need_dw = PLANS[plan]
     allowed = budget + 64 * HEAD_N  # targets, log-probs, coefficients and the like: eight of eight bytes a row
     if need_dh and not need_dw:
-        allowed += HEAD_N * HEAD_D * tile_exp_dtype(dtype).itemsize
+        allowed += HEAD_N * HEAD_D * scaleless_exp_dtype(dtype).itemsize
     if need_dw and dtype.itemsize == 2 and (flushes > 1 or dtype == torch.float16):
         allowed += 4 * HEAD_V * HEAD_D
     return allowed

@@ -18,8 +18,6 @@ from dpofast.head.engine.rows import scale_tensor
 _EXPONENT = 12
 # a stays a normal float32, and so does 1/a.
 _LARGEST_EXPONENT = 100
-# What a sharded head's E, probabilities, is multiplied by: the rows of E above are within a factor of two of it.
-PROBABILITY_SCALE = 4096.0
 
 
 class ProductScale:

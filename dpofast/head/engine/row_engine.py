@@ -34,9 +34,9 @@ def exp_rows_like(weight: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
 class RowBuffers:
     """The buffers of a HeadPlan; the scratch is allocated at its first use and reused for every chunk."""
 
-    def __init__(self, inputs: HeadInputs, plan: HeadPlan) -> None:
-        """Allocate nothing yet."""
-        self.weight, self.plan, self.wide, self.narrow = inputs.weight, plan, inputs.wide, inputs.hidden.dtype
+    def __init__(self, inputs: HeadInputs, plan: HeadPlan, narrow: torch.dtype) -> None:
+        """Allocate nothing yet. narrow: the dtype of E."""
+        self.weight, self.plan, self.wide, self.narrow = inputs.weight, plan, inputs.wide, narrow
 
     @cached_property
     def _logits(self) -> Tensor:
@@ -76,7 +76,7 @@ class RowEngine:
     def __init__(self, inputs: HeadInputs, plan: HeadPlan, *, fused: bool) -> None:
         """Allocate nothing yet. fused: one kernel makes E and log-probs of hidden states; logits are in no buffer."""
         self.inputs, self.plan, self._fused, self.narrow = inputs, plan, fused, inputs.hidden.dtype
-        self._buffers = RowBuffers(inputs, plan)
+        self._buffers = RowBuffers(inputs, plan, self.narrow)
 
     def new_kept(self) -> KeptRows:
         """Uninitialized buffers for the plan's kept rows of E."""
@@ -103,7 +103,7 @@ class RowEngine:
         """Write E of any number of rows into the first rows of kept."""
         results = self._results(rows, kept.exp)
         if self.plan.kept_rows == len(self.inputs.targets):
-            self._buffers = RowBuffers(self.inputs, self.plan)  # frees the logits before dW is allocated
+            self._buffers = RowBuffers(self.inputs, self.plan, self.narrow)  # frees the logits before dW is allocated
         return results
 
     def hidden_products(self, products: Tensor) -> list[RowResult]:
@@ -158,6 +158,7 @@ class _RowSource(Protocol):
     """What RowGradients asks of an engine whose E comes in whole rows."""
 
     triton: bool
+    narrow: torch.dtype
 
     @property
     def inputs(self) -> HeadInputs: ...
@@ -184,7 +185,7 @@ class RowGradients:
         self.dh = torch.empty_like(hidden) if needs.hidden else None
         self.dw: Tensor | None = None
         self.db = hidden.new_zeros(weight.shape[0], dtype=inputs.wide) if needs.bias else None
-        self.product_scale = ProductScale(triton=engine.triton) if weight.dtype == torch.float16 else None
+        self.product_scale = ProductScale(triton=engine.triton) if engine.narrow == torch.float16 else None
         self._dw_dtype = weight.dtype if once and self.product_scale is None else inputs.wide
 
     def add(self, rows: slice, coefficients: Tensor, sums: RowSums, kept: KeptRows | None) -> None:

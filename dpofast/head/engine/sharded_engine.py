@@ -12,7 +12,7 @@ and in backward dh (N, D) is all-reduced. With m = max m_r, S = Σ S_r·exp(m_r 
 
 Unlike the other engines' E, this one is divided by S and carries logit_scale/temperature, so RowSums.rescale is −1. It
 is written by a second pass over the logits, once m and S are known; its entries are within ±1·dz/dx, so nothing
-overflows. In float16, where small probabilities would vanish, E is 4,096 times that, and rescale −1/4,096. m and S are
+overflows. float16, in which small probabilities would vanish, keeps E in float32. m and S are
 kept apart because one float for m + log S would round every probability by 5e-4 at logits of 1e4. The plan is
 HeadPlan's, made for the largest shard, so that all ranks cut the same chunks.
 """
@@ -26,13 +26,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dpofast import reference
-from dpofast.head.engine.float16_scale import PROBABILITY_SCALE
 from dpofast.head.engine.interface import Gradients, HeadInputs, KeptRows, Needs, RowResult, RowSums
 from dpofast.head.engine.matmul import logits_into, product_into
 from dpofast.head.engine.online_softmax import rescale_factor
 from dpofast.head.engine.row_engine import RowBuffers, RowGradients
 from dpofast.head.engine.rows import scale_in_place, scale_rows
 from dpofast.head.planning.device import HeadDevice
+from dpofast.head.planning.dtypes import scaleless_exp_dtype
 from dpofast.head.planning.plan import HeadPlan, chunks, even_chunks
 
 
@@ -71,8 +71,8 @@ class ShardedEngine:
     def __init__(self, inputs: HeadInputs, shard: VocabShard, backend: str, *, keep: bool) -> None:
         """Plan inside the shard's byte budget, and allocate nothing yet; keep: the head trains."""
         options, targets = inputs.options, inputs.targets
-        self.inputs, self.shard, self.triton, self.narrow = inputs, shard, backend == "triton", inputs.hidden.dtype
-        self._unit = PROBABILITY_SCALE if self.narrow == torch.float16 else 1.0
+        self.inputs, self.shard, self.triton = inputs, shard, backend == "triton"
+        self.narrow = scaleless_exp_dtype(inputs.hidden.dtype)
         self.plan = HeadPlan.make(
             len(targets),
             inputs.weight,
@@ -81,8 +81,9 @@ class ShardedEngine:
             temporaries=_temporaries(inputs, backend),
             vocab=max(shard.sizes),
             device=shard.device,
+            narrow=self.narrow,
         )
-        self._buffers = RowBuffers(inputs, self.plan)
+        self._buffers = RowBuffers(inputs, self.plan, self.narrow)
         self.size = inputs.weight.shape[0]
         local = targets - shard.offset
         self.ignored = inputs.ignored()
@@ -249,7 +250,7 @@ class ShardedEngine:
         names = self.inputs.options.stats
         row_max, sum_exp, target, *stats = gathered.masked_fill(self.ignored[rows], 0.0).unbind()
         logps = (target - row_max - sum_exp.log()).masked_fill_(self.ignored[rows], 0.0)
-        rescale = torch.full_like(row_max, -1.0 / self._unit).masked_fill_(self.ignored[rows], 0.0)
+        rescale = torch.full_like(row_max, -1.0).masked_fill_(self.ignored[rows], 0.0)
         # Copies: the caller's own, beside the views that backward needs.
         values = {
             name: value > 0.5 if name == "is_top1" else value.clone() for name, value in zip(names, stats, strict=True)
@@ -264,11 +265,11 @@ class ShardedEngine:
         if self.triton:
             from dpofast.kernels.token_logprobs import token_logprobs_grad
 
-            upstream, arguments = torch.full_like(row_max, -self._unit), options.kernel_arguments()
+            minus_one, arguments = torch.full_like(row_max, -1.0), options.kernel_arguments()
             targets = self.kernel_targets[rows]
-            token_logprobs_grad(z, targets, row_max, sum_exp, upstream, out=out, bias=self.inputs.bias, **arguments)
+            token_logprobs_grad(z, targets, row_max, sum_exp, minus_one, out=out, bias=self.inputs.bias, **arguments)
             return
-        scale = options.gradient_scale * self._unit
+        scale = options.gradient_scale
         onehot = self.owned[rows].to(z.dtype).mul_(-scale)
         for block in chunks(0, len(z), self.plan.temporary_rows):
             e = z[block]

@@ -23,7 +23,7 @@ from torch import Tensor
 from dpofast.head.engine.interface import Gradients, HeadInputs, KeptRows, Needs, RowResult, RowSums
 from dpofast.head.engine.online_softmax import OnlineSoftmax, rescale_factor
 from dpofast.head.engine.workspace import Scratch
-from dpofast.head.planning.dtypes import tile_exp_dtype
+from dpofast.head.planning.dtypes import scaleless_exp_dtype
 from dpofast.head.planning.plan import TilePlan, chunks
 
 _LOGITS, _EXP, _UPCAST, _KEPT, _DW = Scratch(), Scratch(), Scratch(), Scratch(), Scratch()
@@ -44,7 +44,7 @@ class TiledEngine:
     def __init__(self, inputs: HeadInputs, plan: TilePlan) -> None:
         """Allocate nothing yet."""
         self.inputs, self.plan = inputs, plan
-        self.wide, self.narrow = inputs.wide, tile_exp_dtype(inputs.hidden.dtype)
+        self.wide, self.narrow = inputs.wide, scaleless_exp_dtype(inputs.hidden.dtype)
         self.tiles = chunks(0, inputs.weight.shape[0], plan.columns)
         self._upcast_start = -1
 

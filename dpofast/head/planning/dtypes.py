@@ -10,11 +10,11 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def tile_exp_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of E in tiles of the vocabulary: the model's own, but float32 for float16.
+def scaleless_exp_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of E whose rows are not scaled: the model's own, but float32 for float16.
 
-    float16 holds neither E, whose entries reach V − 1, nor c ⊙ h with |c| = |g|/S beside it. Where E comes in whole
-    rows, both are scaled by powers of two (float16_scale.py), and E has the model's dtype; a CPU has no product that
-    float16 would make faster.
+    float16 holds neither E, whose entries reach V − 1, nor c ⊙ h with |c| = |g|/S beside it. RowEngine scales
+    both by powers of two (float16_scale.py), and its E has the model's dtype. Tiles on a CPU, which has no product that
+    float16 would make faster, and heads that are sharded over ranks do not.
     """
     return torch.float32 if dtype == torch.float16 else dtype

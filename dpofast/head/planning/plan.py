@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dpofast.head.options import LogitOptions
 from dpofast.head.planning.device import HeadDevice, head_device
-from dpofast.head.planning.dtypes import accumulate_dtype, tile_exp_dtype
+from dpofast.head.planning.dtypes import accumulate_dtype, scaleless_exp_dtype
 
 # Default of max_logits_bytes, for logits and what is computed from them. On a CPU, half of it makes linear_logprobs
 # with a trained head 10 % slower (N = 2,048, V = 151,936: fewer rows of E are kept), linear_preference_loss 1 %.
@@ -215,6 +215,7 @@ class HeadPlan:
         temporaries: int = 0,
         vocab: int | None = None,
         device: HeadDevice | None = None,
+        narrow: torch.dtype | None = None,
         fused: bool = False,
     ) -> HeadPlan:
         """Split the byte budget.
@@ -233,6 +234,7 @@ class HeadPlan:
             temporaries: blocks of temporary_rows that the row work needs at the same time.
             vocab: V where it is not the weight's (a larger shard of another rank).
             device: where it is not the weight's (ranks that share a head cut the same chunks).
+            narrow: the dtype of E where it is not the weight's.
             fused: E comes from a kernel that keeps logits off memory (kernels/exp_gemm.py).
 
         Raises:
@@ -241,10 +243,10 @@ class HeadPlan:
         dtype, width, most = weight.dtype, weight.shape[1], max_logits_bytes
         device = head_device(weight.device) if device is None else device
         columns = buffer_columns(weight.shape[0] if vocab is None else vocab, weight.device)
-        counted = _HeadBuffers(columns, width, dtype, dtype, keep, fused)
+        counted = _HeadBuffers(columns, width, dtype, narrow or dtype, keep, fused)
         wide = counted.wide.itemsize
-        # CUDA's products widen their result themselves.
-        upcasts = dtype.itemsize < wide and not device.widens
+        # CUDA's products widen their result themselves; E in float32 beside a 16-bit weight needs a copy there too.
+        upcasts = dtype.itemsize < wide and not (device.widens and counted.is_apart)
         upcast = min(_UPCAST_ROWS, columns, max(1, most // (32 * wide * max(width, _UPCAST_ROWS)))) if upcasts else 0
         # db adds E up in float32, from a copy of a few rows.
         temporaries = max(temporaries, int(keep and counted.is_apart))
@@ -257,9 +259,10 @@ class HeadPlan:
             least = [*counted.logits(1), *counted.exp("E", 1), *fixed]
             raise _too_few_bytes(columns, total_bytes(least), most, least)
 
-        # Half of the rows that would fit if all logits were there at once leave most of the room to E.
         affordable = room // (chunk_bytes + exp_bytes)
-        chunk = _aligned(min(max(rows, 1), _chunk_rows(device, columns, width), max(1, affordable // 2)))
+        if counted.is_apart and (keep or device.kind != "cpu"):
+            affordable = max(1, affordable // 2)  # rows of logits, which leave most of the room to E
+        chunk = _aligned(min(max(rows, 1), _chunk_rows(device, columns, width), affordable))
         fitting = (room - chunk * chunk_bytes) // exp_bytes
         # What one block of rows saves: a float32 dW, which float16 has all the same (float16_scale.py).
         accumulates = dtype.itemsize < wide and dtype != torch.float16
@@ -386,7 +389,7 @@ class TilePlan:
         """
         (vocab, width), most = weight.shape, max_logits_bytes
         temporaries = (options.softcap is not None) + bool({"entropy", "log_sum_sq_probs"} & {*options.stats})
-        counted = _TileBuffers(vocab, width, weight.dtype, tile_exp_dtype(weight.dtype), keep, temporaries)
+        counted = _TileBuffers(vocab, width, weight.dtype, scaleless_exp_dtype(weight.dtype), keep, temporaries)
         least = [*counted.logits(1, 1), *counted.copied(1), *counted.tile(1), *counted.temporary(1, 1)]
         least += counted.bias_gradient()
         # At least one whole row of logits, even if a tile of it would need less.
