@@ -156,8 +156,8 @@ def check_stats(stats: Sequence[str]) -> None:
         raise ValueError(f"stats: expected names among {', '.join(STATS)}, got {', '.join(map(repr, unknown))}")
 
 
-def empty_result(rows: int, stats: Sequence[str], device: torch.device) -> TokenLogprobs:
-    """Allocate uninitialized results for that many rows.
+def empty_result(rows: int, stats: Sequence[str], like: torch.Tensor) -> TokenLogprobs:
+    """Allocate uninitialized results for that many rows, on the device of `like`.
 
     Raises:
         ValueError: a name of a statistic is unknown.
@@ -165,7 +165,7 @@ def empty_result(rows: int, stats: Sequence[str], device: torch.device) -> Token
     check_stats(stats)
 
     def per_row(dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.empty(rows, dtype=dtype, device=device)
+        return like.new_empty(rows, dtype=dtype)
 
     values = {name: per_row(torch.bool if name == "is_top1" else torch.float32) for name in stats}
     return TokenLogprobs(per_row(), per_row(), per_row(), per_row(), values)
@@ -248,7 +248,7 @@ def launch_rows(
         ValueError: a name of a statistic is unknown, or ``out`` has other rows or statistics.
     """
     N, V = logits.shape
-    result = empty_result(N, stats, logits.device) if out is None else out
+    result = empty_result(N, stats, logits) if out is None else out
     if set(result.stats) != set(stats) or any(len(vector) != N for vector in result[:-1]):
         raise ValueError(
             f"out: expected results of {N} rows with statistics {sorted(stats)}, "

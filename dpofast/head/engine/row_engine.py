@@ -148,7 +148,7 @@ class RowEngine:
     def _empty_results(self, rows: int) -> TokenLogprobs:
         from dpofast.kernels.row_parts import empty_result
 
-        return empty_result(rows, self.inputs.options.stats, self.inputs.targets.device)
+        return empty_result(rows, self.inputs.options.stats, self.inputs.targets)
 
     def _row_result(self, results: TokenLogprobs) -> RowResult:
         return RowResult(results.logps, self.empty_sums(0)._replace(rescale=results.rescale), results.stats)
