@@ -15,8 +15,7 @@ import importlib
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -76,19 +75,26 @@ class Walk:
         )
 
 
-class _ThisThread:
-    """An executor that runs a call where it is submitted: the profiler follows one thread, and its order stays."""
+class _NotAhead:
+    """Stands for Ahead: each item is prepared when it is asked for, in the thread that is followed."""
 
-    def __init__(self, *_: Any, **__: Any) -> None:
-        pass
+    def __init__(self, items: Iterator[Any], prepare: Callable[[Any], Any]) -> None:
+        self._prepared = map(prepare, items)
 
-    def submit(self, call: Callable[[], Any]) -> Future[Any]:
-        future: Future[Any] = Future()
-        future.set_result(call())
-        return future
+    def __next__(self) -> Any:
+        return next(self._prepared)
 
-    def shutdown(self, **_: Any) -> None:
-        pass
+    def __iter__(self) -> Any:
+        return self
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Nothing to end."""
 
 
 def calls_of_a_step(root: Path) -> list[str]:
@@ -123,8 +129,8 @@ def calls_of_a_step(root: Path) -> list[str]:
 
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as patched:
         with contextlib.suppress(ModuleNotFoundError):  # another checkout may pack where it trains
-            ahead = importlib.import_module("dpofast.training.data.ahead")
-            patched.enter_context(mock.patch.object(ahead, "ThreadPoolExecutor", _ThisThread))
+            micro_batches = importlib.import_module("dpofast.training.data.micro_batches")
+            patched.enter_context(mock.patch.object(micro_batches, "Ahead", _NotAhead))
         write_model(Path(folder), PROFILE)
         trainer = dpofast.DPOTrainer(
             folder,

@@ -35,7 +35,14 @@ HELP_GROUPS = {
         *("ref_model", "precompute_ref_log_probs", "ref_cache_dir"),
         *("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"),
     ),
-    "memory and packing": ("max_tokens", "share_prompts", "padded", "max_logits_bytes", "flash_attention"),
+    "memory and packing": (
+        "max_tokens",
+        "share_prompts",
+        "padded",
+        "max_logits_bytes",
+        "flash_attention",
+        "torch_compile",
+    ),
     "data": ("split", "eval_split", "max_length", "truncation_mode", "on_bad_row", "dataset_num_proc", "preview"),
     "adapter and quantization": (
         *("lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora", "load_in_4bit"),
