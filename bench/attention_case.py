@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dpofast.model.attention.layout import PackedLayout
+from dpofast.packing.batch import PackedBatch
 from dpofast.packing.pack import pack
 
 
@@ -26,6 +27,17 @@ class AttentionCase:
     layout: PackedLayout
 
 
+def shared_prompt_batch(pairs: int, prompt: int, responses: Sequence[int]) -> PackedBatch:
+    """`pairs` prompts of `prompt` tokens in one row, each with one branch for every length in `responses`."""
+    example = {
+        "branches": [[branch] * length for branch, length in enumerate(responses)],
+        "pairs": [(0, branch) for branch in range(1, len(responses))],
+    }
+    # Equal prompts would be one.
+    (batch,) = pack([{**example, "prompt_ids": [index] * prompt} for index in range(pairs)])
+    return batch
+
+
 def attention_case(
     *,
     pairs: int,
@@ -41,13 +53,7 @@ def attention_case(
 
     The defaults are Llama-3.1-8B's. T = pairs · (prompt + Σ (response − 1)).
     """
-    example = {
-        "prompt_ids": [0] * prompt,
-        "branches": [[branch] * length for branch, length in enumerate(responses)],
-        "pairs": [(0, branch) for branch in range(1, len(responses))],
-    }
-    examples = [{**example, "prompt_ids": [index] * prompt} for index in range(pairs)]  # equal prompts would be one
-    (batch,) = pack(examples)
+    batch = shared_prompt_batch(pairs, prompt, responses)
     shapes = (heads, kv_heads, kv_heads)
     tensors = (torch.randn(1, batch.num_tokens, count, head_dim, dtype=dtype, device=device) for count in shapes)
     query, key, value = (tensor.transpose(1, 2) for tensor in tensors)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bench.attention_case import shared_prompt_batch
 from bench.cases import SEED
 from bench.gpu.lines import one_line
 from bench.gpu.setting import Setting, measure
@@ -23,7 +24,6 @@ from dpofast.model.attention.layout import AttentionOptions, PackedLayout
 from dpofast.model.attention.sdpa import sdpa_attention
 from dpofast.model.attention.varlen import varlen_attention, varlen_refusal
 from dpofast.packing.batch import PackedBatch
-from dpofast.packing.pack import pack
 
 BASE, SLOW, GATHER, COPY = "padded rows", "segment by segment", "index_select", "copy of K and V"
 OPTIONS = AttentionOptions()
@@ -38,13 +38,7 @@ BACKENDS: dict[str, tuple[Callable[..., Tensor], Callable[..., str | None]]] = {
 def make_batch(setting: Setting) -> PackedBatch:
     """Pairs of one length: a prompt and two responses."""
     prompt, chosen, rejected = setting.prompt // 3, setting.response * 4 // 5, setting.response * 7 // 10
-    (batch,) = pack(
-        [
-            {"prompt_ids": [pair] * prompt, "chosen_ids": [0] * chosen, "rejected_ids": [1] * rejected}
-            for pair in range(setting.groups)
-        ]
-    )
-    return batch
+    return shared_prompt_batch(setting.groups, prompt, (chosen, rejected))
 
 
 def random_heads(setting: Setting, *shape: int, heads: tuple[int, ...]) -> list[Tensor]:

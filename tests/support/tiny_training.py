@@ -60,3 +60,14 @@ def padded_training(examples, batch_size, beta=0.1, lr=1e-2):
         optimizer.step()
         losses.append(loss.item())
     return losses, torch.cat([p.detach().flatten() for p in policy.parameters()])
+
+
+def fails_in_training(model):
+    """The model, whose forward raises RuntimeError in train mode."""
+
+    def broken(module, args, kwargs):
+        if module.training:
+            raise RuntimeError("shapes do not match")
+
+    model.register_forward_pre_hook(broken, with_kwargs=True)
+    return model

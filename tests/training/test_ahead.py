@@ -15,7 +15,7 @@ from dpofast.training.data.ahead import Ahead
 from dpofast.training.data.micro_batches import StepPacker
 from tests.support.ranks_cases import RunsOutOfMemory
 from tests.support.tiny import tiny_dataset, tiny_model, tiny_pairs
-from tests.support.tiny_training import losses_of, make_trainer, weights_of
+from tests.support.tiny_training import fails_in_training, losses_of, make_trainer, weights_of
 
 SHORT = {"max_tokens": 40, "num_train_epochs": 2}
 CASES = {
@@ -227,14 +227,7 @@ def test_a_bad_row_further_on_stops_where_it_would_have_been_trained_on(tmp_path
 
 
 def test_an_error_in_a_step_ends_the_thread(tmp_path):
-    model = tiny_model()
-
-    def broken(module, args, kwargs):
-        if module.training:
-            raise RuntimeError("shapes do not match")
-
-    model.register_forward_pre_hook(broken, with_kwargs=True)
-    trainer = make_trainer(tmp_path, model=model)
+    trainer = make_trainer(tmp_path, model=fails_in_training(tiny_model()))
     with pytest.raises(RuntimeError, match="shapes do not match"):
         trainer.train()
     assert not threads()

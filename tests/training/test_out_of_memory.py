@@ -15,7 +15,7 @@ from dpofast.head.engine import workspace
 from dpofast.training.memory import out_of_memory
 from tests.support.ranks_cases import RunsOutOfMemory
 from tests.support.tiny import tiny_dataset, tiny_model
-from tests.support.tiny_training import losses_of, make_trainer, weights_of
+from tests.support.tiny_training import fails_in_training, losses_of, make_trainer, weights_of
 
 pytestmark = pytest.mark.slow(15)
 
@@ -115,14 +115,7 @@ def test_one_pair_that_does_not_fit_stops(tmp_path):
 
 
 def test_another_error_is_not_taken_for_it(tmp_path):
-    model = tiny_model()
-
-    def broken(module, args, kwargs):
-        if module.training:
-            raise RuntimeError("shapes do not match")
-
-    model.register_forward_pre_hook(broken, with_kwargs=True)
-    trainer = make_trainer(tmp_path, model=model)
+    trainer = make_trainer(tmp_path, model=fails_in_training(tiny_model()))
     with pytest.raises(RuntimeError, match="shapes do not match"):
         trainer.train()
 
