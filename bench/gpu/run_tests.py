@@ -74,10 +74,9 @@ def run(arguments: list[str], count: int, limit_s: float) -> Iterator[tuple[str,
         processes = []
         for shard, log in enumerate(logs, 1):
             command = [sys.executable, "-m", "pytest", *options, "--shard", f"{shard}/{count}", *arguments]
-            with log.open("w") as stream:
-                processes.append(
-                    subprocess.Popen(command, cwd=ROOT, env=environment, stdout=stream, stderr=subprocess.STDOUT)
-                )
+            # Apart, because a stack that is written to stderr would continue the line of the test that has begun.
+            with log.open("w") as stdout, log.with_suffix(".stderr").open("w") as stderr:
+                processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=stdout, stderr=stderr))
         try:
             for shard, (process, log) in enumerate(zip(processes, logs, strict=True), 1):
                 code: int | None = None
@@ -88,7 +87,8 @@ def run(arguments: list[str], count: int, limit_s: float) -> Iterator[tuple[str,
                     process.wait()
                 said = log.read_text(errors="replace")
                 if code not in (0, 5):
-                    print("\n".join(said.rstrip().splitlines()[-200:]), flush=True)
+                    for text in (said, log.with_suffix(".stderr").read_text(errors="replace")):
+                        print("\n".join(text.rstrip().splitlines()[-200:]), flush=True)
                 # 5: it got none of the few tests that were selected.
                 ended = {0: "ok", 5: "ok", None: f"KILLED after {limit_s:.0f} s"}.get(code, f"FAILED with code {code}")
                 yield f"shard {shard}/{count}", {"ended": ended, **results_of(said)}

@@ -188,10 +188,14 @@ def test_a_shard_without_a_test_is_well_and_a_wrong_one_is_refused(ten_tests, ca
     assert "--shard: expected I/K with 1 <= I <= K, got '3/2'" in capfd.readouterr().out
 
 
-def test_a_shard_that_hangs_is_killed_and_leaves_its_results(ten_tests):
-    ((_, figures),) = run_tests.run(ten_tests("time.sleep(600 * (i == 2))"), 1, 20)
+@pytest.mark.parametrize("said", ["", "Timeout (0:00:16)!"])
+def test_a_shard_that_hangs_is_killed_and_leaves_its_results(ten_tests, capfd, said):
+    """Also where the faulthandler wrote a stack, or another thread a line, behind the name of the test that hangs."""
+    body = f"if i == 2: import os; os.write(2, b'{said}\\n'); time.sleep(600)"
+    ((_, figures),) = run_tests.run([*ten_tests(body), "-s"], 1, 20)
     assert figures["ended"] == "KILLED after 20 s" and figures["counts"] == {"passed": 2}
     assert [name.rpartition("/")[2] for name in figures["unfinished"]] == ["test_some.py::test_some[2]"]
+    assert said in capfd.readouterr().out
 
 
 def test_the_part_fails_where_a_test_fails_a_module_is_left_out_or_nothing_ran(monkeypatch):
