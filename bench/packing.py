@@ -190,7 +190,7 @@ def filling(rng: np.random.Generator, pairs: int, step: int, clock: Clock) -> di
                     flat.grouped,
                     max_tokens=MAX_TOKENS,
                     max_targets=_C.UNLIMITED,
-                    share_prompts=True,
+                    share="prompt",
                     vocab_size=VOCAB,
                     threads=1,
                 )

@@ -6,11 +6,9 @@
 
 #include "groups.hpp"
 #include "planner.hpp"
+#include "trie.hpp"
 
 namespace dpofast {
-
-// Returns the pairs of each micro-batch, ascending. A group that fits is not split; a pair never is.
-std::vector<std::vector<int64_t>> plan_batches(const Groups& groups, const Limits& limits);
 
 // Sizes of the arrays of one micro-batch.
 struct BatchShape {
@@ -19,25 +17,29 @@ struct BatchShape {
 
   // input_ids (T), position_ids (T), logit_rows (N), targets (N), pair_examples (P), in this order
   int64_t longs() const { return 2 * tokens + 2 * targets + pairs; }
-  // cu_seqlens_q (G + 1), prefixes (G, 2), cu_targets (S + 1), pairs (P, 2), in this order
-  int64_t ints() const { return 3 * segments + 1 + sequences + 1 + 2 * pairs; }
+  // cu_seqlens_q (G + 1), parents (G), cu_targets (S + 1), pairs (P, 2), in this order
+  int64_t ints() const { return 2 * segments + 1 + sequences + 1 + 2 * pairs; }
 };
 
-// Contents of all micro-batches, from which fill() writes their arrays. References the groups, and through them the
-// tokens, without owning them.
-struct Layout {
-  const Groups& groups;
-  std::vector<BatchShape> shapes;
-  std::vector<int64_t> branches;   // of every micro-batch, one after another: (sum of S), indices into groups.branches
-  std::vector<int64_t> pairs;      // likewise (sum of P), indices into groups.pairs
-  std::vector<int32_t> sequences;  // (sum of P, 2): the pairs' chosen and rejected sequence in their micro-batch
+// What one micro-batch holds.
+struct Batch {
+  std::vector<int64_t> pairs;      // (P,) ascending, indices into groups.pairs
+  std::vector<int64_t> branches;   // (S,) indices into groups.branches
+  std::vector<int32_t> sequences;  // (P, 2): the pairs' chosen and rejected sequence, places in `branches`
+  Trie trie;
+  BatchShape shape;
 };
 
-// Lays out each micro-batch: branches are grouped by prompt, groups and branches in order of first use by its pairs.
-Layout lay_out(const Groups& groups, const std::vector<std::vector<int64_t>>& plan);
+// Lays out a partition of the pairs, largest micro-batch first, equal ones by their first pair: branches are ordered by
+// group, groups and branches in order of first use by its pairs. Throws PackingError for a micro-batch beyond int32.
+std::vector<Batch> lay_out(const Groups& groups, std::vector<std::vector<int64_t>> plan, int64_t threads);
+
+// Plans micro-batches within the limits and lays them out. A group that fits is not split; a pair never is. Where
+// sequences may share any prefix, groups that begin alike are put together if that leaves fewer rows.
+std::vector<Batch> make_batches(const Groups& groups, const Limits& limits, int64_t threads);
 
 // Writes the arrays of all micro-batches one after another: `longs` has room for the sum of longs(), `ints` for the sum
 // of ints().
-void fill(const Layout& layout, int64_t* longs, int32_t* ints, int64_t threads);
+void fill(const Groups& groups, const std::vector<Batch>& batches, int64_t* longs, int32_t* ints, int64_t threads);
 
 }  // namespace dpofast

@@ -25,6 +25,17 @@ struct Items {
   }
 };
 
+// The items at these places.
+inline Items take(const Items& items, const std::vector<int64_t>& places) {
+  Items taken;
+  taken.tokens.reserve(places.size());
+  for (const int64_t item : places) taken.tokens.push_back(items.tokens[item]);
+  if (!items.targets.empty()) {
+    for (const int64_t item : places) taken.targets.push_back(items.targets[item]);
+  }
+  return taken;
+}
+
 // Items assigned to bins, and the tokens in each bin.
 struct Bins {
   std::vector<int64_t> bin_of;

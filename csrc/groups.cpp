@@ -141,10 +141,10 @@ void add_pairs(Groups& groups, int64_t example, int64_t first_pair, const std::v
 
 }  // namespace
 
-Groups group_examples(const Examples& examples, bool share_prompts, int64_t vocab_size, int64_t threads) {
+Groups group_examples(const Examples& examples, Share share, int64_t vocab_size, int64_t threads) {
   check_counts(examples);
   const std::vector<uint64_t> hashes = checked_hashes(examples, vocab_size, threads);
-  Groups groups{examples, share_prompts, {}, {}, {}, {}};
+  Groups groups{examples, share, {}, {}, {}, {}};
   const auto same = [&](int64_t a, int64_t b) { return equal(examples.sequences[a], examples.sequences[b]); };
 
   const int64_t count = examples.branch_counts.size;

@@ -38,25 +38,29 @@ struct Pair {
   int64_t example;
 };
 
+// Which rows sequences share: none, those of the prompt of a group, or all that they begin with alike.
+enum class Share { kNone, kPrompt, kPrefix };
+
 // Groups: examples with equal prompts are merged, and within a group equal responses are one branch.
 struct Groups {
   Examples examples;
-  bool share_prompts;
+  Share share;
   std::vector<int64_t> canonical;  // for each input sequence the first equal one (of the same group)
   std::vector<int64_t> prompts;    // the prompt's sequence for each group
   std::vector<Branch> branches;
   std::vector<Pair> pairs;  // one for each input pair, in input order
 
   int64_t length(int64_t sequence) const { return examples.sequences[sequence].length; }
-  // Positions for a group's prompt, and in addition for each of its branches. A branch's last token is only a target.
-  int64_t prompt_cost(int64_t group) const { return share_prompts ? length(prompts[group]) : 0; }
+  // Rows of a group's prompt, and in addition those of each of its branches where branches share no more than that. A
+  // branch's last token is only a target.
+  int64_t prompt_cost(int64_t group) const { return share == Share::kNone ? 0 : length(prompts[group]); }
   int64_t branch_cost(const Branch& branch) const {
-    return length(branch.sequence) - 1 + (share_prompts ? 0 : length(prompts[branch.group]));
+    return length(branch.sequence) - 1 + (share == Share::kNone ? length(prompts[branch.group]) : 0);
   }
 };
 
 // Validates all values (ids in [0, vocab_size), no empty sequence, pairs of two different branches) and merges equal
 // prompts and responses. Throws PackingError.
-Groups group_examples(const Examples& examples, bool share_prompts, int64_t vocab_size, int64_t threads);
+Groups group_examples(const Examples& examples, Share share, int64_t vocab_size, int64_t threads);
 
 }  // namespace dpofast

@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "batches.hpp"
+#include "prefixes.hpp"
 
 namespace dpofast {
 namespace {
@@ -113,46 +114,120 @@ class GroupSplitter {
   std::vector<int64_t> open_piece_;  // for the root of a component: the piece being filled
 };
 
-}  // namespace
+// Rows of each group: its prompt's and those of its branches, with what they share counted once.
+std::vector<int64_t> rows_of_groups(const Groups& groups) {
+  const int64_t count = groups.prompts.size();
+  std::vector<int64_t> rows(count), first(count + 1, 0);
+  for (int64_t g = 0; g < count; ++g) rows[g] = groups.prompt_cost(g);
+  for (const Branch& branch : groups.branches) {
+    rows[branch.group] += groups.branch_cost(branch);
+    ++first[branch.group + 1];
+  }
+  if (groups.share != Share::kPrefix) return rows;
+  std::partial_sum(first.begin(), first.end(), first.begin());
+  std::vector<Sequence> members(groups.branches.size());  // without their last tokens, which have no row
+  std::vector<int64_t> next(first.begin(), first.end() - 1);
+  for (const Branch& branch : groups.branches) {
+    const Sequence& ids = groups.examples.sequences[branch.sequence];
+    members[next[branch.group]++] = {ids.data, ids.length - 1, ids.wide};
+  }
+  for (int64_t g = 0; g < count; ++g) {
+    const auto begin = members.begin() + first[g], end = members.begin() + first[g + 1];
+    if (end - begin == 2) {
+      rows[g] -= common_prefix(begin[0], 0, begin[1], 0, std::min(begin[0].length, begin[1].length));
+    } else {
+      const auto common = sort_lexicographically(std::vector<Sequence>(begin, end)).common;
+      rows[g] -= std::accumulate(common.begin(), common.end(), int64_t{0});
+    }
+  }
+  return rows;
+}
 
-std::vector<std::vector<int64_t>> plan_batches(const Groups& groups, const Limits& limits) {
+// Pairs that are not separated: all of a group, or a part of a group that is too large.
+struct Units {
+  Items sizes;
+  std::vector<int64_t> of_pair;  // unit of each pair
+  std::vector<int64_t> groups;   // group of each unit
+};
+
+Units make_units(const Groups& groups, const Limits& limits) {
   const int64_t group_count = groups.prompts.size(), pair_count = groups.pairs.size();
   const auto group_of = [&](int64_t q) { return groups.branches[groups.pairs[q].chosen].group; };
-  Items sizes{std::vector<int64_t>(group_count), std::vector<int64_t>(group_count, 0)};
-  for (int64_t g = 0; g < group_count; ++g) sizes.tokens[g] = groups.prompt_cost(g);
-  for (const Branch& branch : groups.branches) {
-    sizes.tokens[branch.group] += groups.branch_cost(branch);
-    sizes.targets[branch.group] += groups.length(branch.sequence);
-  }
+  Items sizes{rows_of_groups(groups), std::vector<int64_t>(group_count, 0)};
+  for (const Branch& branch : groups.branches) sizes.targets[branch.group] += groups.length(branch.sequence);
 
-  // A unit is not split by the global plan: a whole group, or a part of a group that is too large.
-  Items units;
-  std::vector<int64_t> unit_of_group(group_count), unit_of_pair(pair_count);
+  Units units{{}, std::vector<int64_t>(pair_count), {}};
+  std::vector<int64_t> unit_of_group(group_count);
   std::vector<std::vector<int64_t>> large;
   for (int64_t g = 0; g < group_count; ++g) {
     if (sizes.fits(g, limits)) {
-      unit_of_group[g] = units.count();
-      units.tokens.push_back(sizes.tokens[g]);
-      units.targets.push_back(sizes.targets[g]);
+      unit_of_group[g] = units.sizes.count();
+      units.sizes.tokens.push_back(sizes.tokens[g]);
+      units.sizes.targets.push_back(sizes.targets[g]);
+      units.groups.push_back(g);
     } else {
       unit_of_group[g] = -1 - static_cast<int64_t>(large.size());
       large.emplace_back();
     }
   }
   for (int64_t q = 0; q < pair_count; ++q) {
-    unit_of_pair[q] = unit_of_group[group_of(q)];
-    if (unit_of_pair[q] < 0) large[-1 - unit_of_pair[q]].push_back(q);
+    units.of_pair[q] = unit_of_group[group_of(q)];
+    if (units.of_pair[q] < 0) large[-1 - units.of_pair[q]].push_back(q);
   }
   if (!large.empty()) {
     GroupSplitter splitter(groups, limits);
-    for (auto& pairs : large) splitter.split(pairs, unit_of_pair, units);
+    for (auto& pairs : large) {
+      splitter.split(pairs, units.of_pair, units.sizes);
+      units.groups.resize(units.sizes.count(), group_of(pairs[0]));
+    }
   }
+  if (limits.targets == kUnlimited) units.sizes.targets.clear();
+  return units;
+}
 
-  if (limits.targets == kUnlimited) units.targets.clear();
-  const Bins bins = pack_evenly(units, limits);
+std::vector<std::vector<int64_t>> partition(const Units& units, const Bins& bins) {
   std::vector<std::vector<int64_t>> plan(bins.loads.size());
-  for (int64_t q = 0; q < pair_count; ++q) plan[bins.bin_of[unit_of_pair[q]]].push_back(q);
+  for (size_t q = 0; q < units.of_pair.size(); ++q) plan[bins.bin_of[units.of_pair[q]]].push_back(q);
   return plan;
+}
+
+// Bins of items in another order, renumbered to that of the items.
+Bins reordered(const Bins& bins, const std::vector<int64_t>& order) {
+  Bins result{std::vector<int64_t>(order.size()), bins.loads};
+  for (size_t i = 0; i < order.size(); ++i) result.bin_of[order[i]] = bins.bin_of[i];
+  return result;
+}
+
+int64_t rows_of(const std::vector<Batch>& batches) {
+  return std::accumulate(batches.begin(), batches.end(), int64_t{0},
+                         [](int64_t sum, const Batch& batch) { return sum + batch.shape.tokens; });
+}
+
+// To let units that begin alike meet is tried where they share this part of all rows.
+constexpr int64_t kWorthTrying = 64;
+
+}  // namespace
+
+std::vector<Batch> make_batches(const Groups& groups, const Limits& limits, int64_t threads) {
+  const Units units = make_units(groups, limits);
+  if (groups.share != Share::kPrefix) {
+    return lay_out(groups, partition(units, pack_evenly(units.sizes, limits)), threads);
+  }
+  // Units in an order that their content alone decides, so that the plan does not depend on that of the examples.
+  std::vector<Sequence> prompts;
+  for (const int64_t group : units.groups) prompts.push_back(groups.examples.sequences[groups.prompts[group]]);
+  const Lexicographic sorted = sort_lexicographically(prompts);
+  const Items sizes = take(units.sizes, sorted.order);
+  const auto laid_out = [&](const Bins& bins) {
+    return lay_out(groups, partition(units, reordered(bins, sorted.order)), threads);
+  };
+  const Bins plain = pack_evenly(sizes, limits);
+  const int64_t shared = std::accumulate(sorted.common.begin(), sorted.common.end(), int64_t{0});
+  const int64_t all = std::accumulate(sizes.tokens.begin(), sizes.tokens.end(), int64_t{0});
+  if (plain.loads.size() < 2 || shared < all / kWorthTrying) return laid_out(plain);
+  std::vector<Batch> together = laid_out(pack_by_prefix(sizes, sorted.common, limits)), apart = laid_out(plain);
+  const auto cost = [](const std::vector<Batch>& batches) { return std::make_pair(rows_of(batches), batches.size()); };
+  return cost(together) <= cost(apart) ? together : apart;
 }
 
 }  // namespace dpofast

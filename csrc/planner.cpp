@@ -17,14 +17,9 @@ struct Sorted {
   Items items;
 };
 
-Sorted take(const Items& items, std::vector<int64_t> order) {
-  Sorted sorted{std::move(order), {}};
-  sorted.items.tokens.reserve(sorted.order.size());
-  for (const int64_t item : sorted.order) sorted.items.tokens.push_back(items.tokens[item]);
-  if (!items.targets.empty()) {
-    for (const int64_t item : sorted.order) sorted.items.targets.push_back(items.targets[item]);
-  }
-  return sorted;
+Sorted in_order(const Items& items, std::vector<int64_t> order) {
+  Items taken = take(items, order);
+  return {std::move(order), std::move(taken)};
 }
 
 // Returns indices by descending tokens, ties by descending targets, and items equal in both in the input's order.
@@ -109,7 +104,7 @@ Bins pack_fitting(const Items& items, const Limits& limits) {
 
 template <typename Pack>
 Bins pack_sorted(const Items& items, const Limits& limits, Pack pack) {
-  const Sorted sorted = take(items, by_share(items, limits));
+  const Sorted sorted = in_order(items, by_share(items, limits));
   const int64_t count = items.count();
   // Items beyond a limit have a share above 1 and therefore come first.
   int64_t oversized = 0;
@@ -166,7 +161,7 @@ RankedBins plan_ranks(const Items& items, const Limits& limits, int64_t ranks, b
     const int64_t count = bins.loads.size();
     return {std::move(bins), {0, count}};
   }
-  const Sorted sorted = take(items, by_tokens(items));
+  const Sorted sorted = in_order(items, by_tokens(items));
   Bins shares = least_loaded(sorted.items, ranks);
   if (items.count() <= kEvenItems) exchange(sorted.items, shares);
   shares = in_input_order(sorted.order, shares);
@@ -177,7 +172,7 @@ RankedBins plan_ranks(const Items& items, const Limits& limits, int64_t ranks, b
   std::vector<Bins> packed;
   size_t most = 0;
   for (auto& own : owned) {
-    parts.push_back(take(items, std::move(own)));
+    parts.push_back(in_order(items, std::move(own)));
     packed.push_back(pack_evenly(parts.back().items, limits));
     most = std::max(most, packed.back().loads.size());
   }

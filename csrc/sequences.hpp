@@ -76,12 +76,26 @@ inline bool equal(const Sequence& a, const Sequence& b) {
   return true;
 }
 
-// Writes the first `count` tokens to `out` as int64 and returns the end.
-inline int64_t* copy(const Sequence& sequence, int64_t count, int64_t* out) {
+// Number of equal tokens, at most `count`, from place a_begin of one sequence and b_begin of another.
+inline int64_t common_prefix(const Sequence& a, int64_t a_begin, const Sequence& b, int64_t b_begin, int64_t count) {
+  int64_t i = 0;
+  if (a.wide == b.wide) {
+    with_tokens(a, [&](const auto* tokens) {
+      const auto *x = tokens + a_begin, *y = static_cast<decltype(tokens)>(b.data) + b_begin;
+      constexpr int64_t kBlock = 16;
+      while (i + kBlock <= count && std::memcmp(x + i, y + i, kBlock * sizeof(*x)) == 0) i += kBlock;
+    });
+  }
+  while (i < count && a[a_begin + i] == b[b_begin + i]) ++i;
+  return i;
+}
+
+// Writes tokens [begin, begin + count) to `out` as int64 and returns the end.
+inline int64_t* copy(const Sequence& sequence, int64_t begin, int64_t count, int64_t* out) {
   if (sequence.wide) {
-    std::memcpy(out, sequence.data, count * sizeof(int64_t));
+    std::memcpy(out, static_cast<const int64_t*>(sequence.data) + begin, count * sizeof(int64_t));
   } else {
-    const int32_t* tokens = static_cast<const int32_t*>(sequence.data);
+    const int32_t* tokens = static_cast<const int32_t*>(sequence.data) + begin;
     for (int64_t i = 0; i < count; ++i) out[i] = tokens[i];
   }
   return out + count;

@@ -134,14 +134,9 @@ def attention_mask() -> str:
 
 
 def _visible(batch: Any) -> list[list[bool]]:
-    """seen[q][k] of a small batch: prefix rows, and the segment's own rows up to the query."""
-    bounds = batch.segments.cu_seqlens_q.tolist()
-    seen = [[False] * batch.num_tokens for _ in range(batch.num_tokens)]
-    for segment, (low, high) in enumerate(batch.segments.prefixes.tolist()):
-        for query in range(bounds[segment], bounds[segment + 1]):
-            for key in [*range(low, high), *range(bounds[segment], query + 1)]:
-                seen[query][key] = True
-    return seen
+    """seen[q][k] of a small batch: k is not later, and q stands before the end of all that follows k's segment."""
+    ends = batch.segments.by_row(batch.segments.ends).tolist()
+    return [[k <= q < ends[k] for k in range(batch.num_tokens)] for q in range(batch.num_tokens)]
 
 
 def head_engine() -> str:

@@ -33,7 +33,7 @@ class Packer:
         grouped: NDArray[np.uint8],
         max_tokens: int,
         max_targets: int,
-        share_prompts: bool,
+        share: str,
         vocab_size: int,
         threads: int,
     ) -> None: ...

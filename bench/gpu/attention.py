@@ -76,7 +76,7 @@ def run(setting: Setting, left: Callable[[], float]) -> Iterator[tuple[str, Any]
     (upstream,) = random_heads(setting, 1, batch.num_tokens, heads=heads[:1])
     upstream = upstream.transpose(1, 2)
     # Rows are padded on the right, so that causal ones need no mask.
-    sequences, longest = batch.num_sequences, int(batch.segments.cu_seqlens_k().diff().max())
+    sequences, longest = batch.num_sequences, int(batch.segments.runs.cu_seqlens_k.diff().max())
     rows = random_heads(setting, sequences, longest, heads=heads)
     (rows_upstream,) = random_heads(setting, sequences, longest, heads=heads[:1])
     padded = functools.partial(F.scaled_dot_product_attention, is_causal=True, enable_gqa=True)
@@ -85,7 +85,7 @@ def run(setting: Setting, left: Callable[[], float]) -> Iterator[tuple[str, Any]
         {
             "positions": batch.num_tokens,
             "padded_positions": sequences * longest,
-            "keys": int(batch.segments.cu_seqlens_k()[-1]),
+            "keys": int(batch.segments.runs.cu_seqlens_k[-1]),
             "heads": heads,
             "width": setting.width,
         },

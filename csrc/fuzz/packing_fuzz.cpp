@@ -1,10 +1,12 @@
 // Fuzz test of the packer's core with random and damaged inputs: it must throw PackingError or satisfy all invariants.
 // Built with sanitizers (make fuzz). Usage: fuzz CASES [FIRST_SEED]; a violation is printed with the seed to repeat it.
 #include <algorithm>
+#include <array>
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
 #include <random>
+#include <set>
 #include <vector>
 
 #include "../batches.hpp"
@@ -133,20 +135,58 @@ bool is_target(const Sequence& response, const int64_t* targets) {
   return true;
 }
 
+// Rows that two branches of one group share beyond their prompt.
+int64_t shared_rows(const Groups& groups, const Branch& a, const Branch& b) {
+  if (groups.share != Share::kPrefix) return 0;
+  const auto &x = groups.examples.sequences[a.sequence], &y = groups.examples.sequences[b.sequence];
+  int64_t same = 0;
+  while (same < std::min(x.length, y.length) - 1 && x[same] == y[same]) ++same;
+  return same;
+}
+
+// Distinct beginnings of a micro-batch's sequences without their last tokens: the rows of its trie.
+int64_t distinct_beginnings(const Groups& groups, const Batch& batch) {
+  std::set<std::vector<int64_t>> beginnings;
+  for (size_t s = 0; s < batch.branches.size(); ++s) {
+    const Branch& branch = groups.branches[batch.branches[s]];
+    const auto &prompt = groups.examples.sequences[groups.prompts[branch.group]],
+               &response = groups.examples.sequences[branch.sequence];
+    // What keeps sequences apart that may not share: the group, and where nothing is shared the sequence.
+    std::vector<int64_t> path;
+    if (groups.share == Share::kPrompt) path = {branch.group, 0};
+    if (groups.share == Share::kNone) path = {static_cast<int64_t>(s), 0};
+    const auto add = [&](int64_t token) {
+      path.push_back(token);
+      beginnings.insert(path);
+    };
+    for (int64_t i = 0; i < prompt.length; ++i) add(prompt[i]);
+    if (groups.share == Share::kPrompt) path[1] = 1 + static_cast<int64_t>(s);
+    for (int64_t i = 0; i + 1 < response.length; ++i) add(response[i]);
+  }
+  return beginnings.size();
+}
+
 // Checks every batch against the sequences it was made from.
-void check_batches(const Groups& groups, const Layout& layout, const int64_t* longs, const int32_t* ints) {
+void check_batches(const Groups& groups, const std::vector<Batch>& batches, const int64_t* longs, const int32_t* ints) {
   const auto& sequences = groups.examples.sequences;
-  const int64_t* branch = layout.branches.data();
-  for (const BatchShape& shape : layout.shapes) {
+  for (const Batch& batch : batches) {
+    const BatchShape& shape = batch.shape;
+    const int64_t* branch = batch.branches.data();
+    require(shape.tokens == distinct_beginnings(groups, batch), "rows are the distinct beginnings");
     const int64_t *ids = longs, *positions = ids + shape.tokens, *rows = positions + shape.tokens,
                   *targets = rows + shape.targets;
-    const int32_t *cu_seqlens = ints, *prefixes = cu_seqlens + shape.segments + 1,
-                  *cu_targets = prefixes + 2 * shape.segments, *pairs = cu_targets + shape.sequences + 1;
+    const int32_t *cu_seqlens = ints, *parents = cu_seqlens + shape.segments + 1,
+                  *cu_targets = parents + shape.segments, *pairs = cu_targets + shape.sequences + 1;
     require(cu_seqlens[0] == 0 && cu_seqlens[shape.segments] == shape.tokens, "segments cover the rows");
     for (int64_t g = 0; g < shape.segments; ++g) {
       require(cu_seqlens[g] < cu_seqlens[g + 1], "segments have rows");
-      require(0 <= prefixes[2 * g] && prefixes[2 * g] <= prefixes[2 * g + 1] && prefixes[2 * g + 1] <= cu_seqlens[g],
-              "prefixes lie before their segment");
+      require(-1 <= parents[g] && parents[g] < g, "parents come before their segments");
+    }
+    // The row before each row on its path, -1 for the first.
+    std::vector<int64_t> before(shape.tokens);
+    for (int64_t g = 0; g < shape.segments; ++g) {
+      for (int64_t row = cu_seqlens[g]; row < cu_seqlens[g + 1]; ++row) before[row] = row - 1;
+      before[cu_seqlens[g]] = parents[g] < 0 ? -1 : cu_seqlens[parents[g] + 1] - 1;
     }
     require(cu_targets[0] == 0 && cu_targets[shape.sequences] == shape.targets, "sequences cover the targets");
     for (int64_t s = 0; s < shape.sequences; ++s, ++branch) {
@@ -160,10 +200,13 @@ void check_batches(const Groups& groups, const Layout& layout, const int64_t* lo
         require(positions[row] == prompt.length - 1 + i, "positions");
         require(ids[row] == (i ? response[i - 1] : prompt[prompt.length - 1]), "input ids");
       }
-      const int64_t last_prompt_row = rows[first];
-      for (int64_t i = 0; i < prompt.length; ++i) {
-        require(ids[last_prompt_row - prompt.length + 1 + i] == prompt[i], "prompt");
+      int64_t row = rows[first + response.length - 1];
+      for (int64_t i = prompt.length + response.length - 2; i >= 0; --i, row = before[row]) {
+        require(row >= 0 && positions[row] == i, "positions of a path");
+        require(ids[row] == (i < prompt.length ? prompt[i] : response[i - prompt.length]), "tokens of a path");
+        if (i >= prompt.length - 1) require(rows[first + i - prompt.length + 1] == row, "logit rows lie on the path");
       }
+      require(row == -1, "a path begins at a root");
     }
     for (int64_t p = 0; p < 2 * shape.pairs; ++p) require(0 <= pairs[p] && pairs[p] < shape.sequences, "pairs");
     longs += shape.longs();
@@ -172,24 +215,26 @@ void check_batches(const Groups& groups, const Layout& layout, const int64_t* lo
 }
 
 void check_pack(Random& random, const Input& input) {
-  const bool share = !random.one_in(4);
+  const Share share = std::array{Share::kNone, Share::kPrompt, Share::kPrefix, Share::kPrefix}[random.below(4)];
   const Limits limits{random.one_in(8) ? kUnlimited : 1 + random.below(60),
                       random.one_in(2) ? kUnlimited : 1 + random.below(30)};
   const int64_t threads = 1 + random.below(3);
   const Groups groups = group_examples(input.examples(), share, random.one_in(50) ? 2 : 1000, threads);
-  const Layout layout = lay_out(groups, plan_batches(groups, limits));
-  int64_t long_count = 0, int_count = 0, pair = 0;
+  const std::vector<Batch> batches = make_batches(groups, limits, threads);
+  int64_t long_count = 0, int_count = 0;
   std::vector<int64_t> seen(groups.pairs.size(), 0);
-  for (const BatchShape& shape : layout.shapes) {
+  for (const Batch& batch : batches) {
+    const BatchShape& shape = batch.shape;
     long_count += shape.longs();
     int_count += shape.ints();
     int64_t largest_tokens = 0, largest_targets = 0;
-    for (int64_t p = 0; p < shape.pairs; ++p, ++pair) {
-      const Pair& found = groups.pairs[layout.pairs[pair]];
-      ++seen[layout.pairs[pair]];
+    for (const int64_t q : batch.pairs) {
+      const Pair& found = groups.pairs[q];
+      ++seen[q];
       const Branch &chosen = groups.branches[found.chosen], &rejected = groups.branches[found.rejected];
-      largest_tokens = std::max(
-          largest_tokens, groups.prompt_cost(chosen.group) + groups.branch_cost(chosen) + groups.branch_cost(rejected));
+      largest_tokens =
+          std::max(largest_tokens, groups.prompt_cost(chosen.group) + groups.branch_cost(chosen) +
+                                       groups.branch_cost(rejected) - shared_rows(groups, chosen, rejected));
       largest_targets = std::max(largest_targets, groups.length(chosen.sequence) + groups.length(rejected.sequence));
     }
     // A micro-batch beyond a limit holds one pair, and pairs that add nothing to it.
@@ -199,8 +244,8 @@ void check_pack(Random& random, const Input& input) {
   require(std::all_of(seen.begin(), seen.end(), [](int64_t times) { return times == 1; }), "every pair once");
   const std::unique_ptr<int64_t[]> longs(new int64_t[long_count]);
   const std::unique_ptr<int32_t[]> ints(new int32_t[int_count]);
-  fill(layout, longs.get(), ints.get(), threads);
-  check_batches(groups, layout, longs.get(), ints.get());
+  fill(groups, batches, longs.get(), ints.get(), threads);
+  check_batches(groups, batches, longs.get(), ints.get());
 }
 
 void check_plan(Random& random) {

@@ -64,12 +64,19 @@ py::tuple plan(const Array<int64_t>& lengths, const std::optional<Array<int64_t>
                         to_numpy(std::move(ranked.bins.loads)), to_numpy(std::move(ranked.rank_bounds)));
 }
 
+dpofast::Share read_share(const std::string& name) {
+  if (name == "none") return dpofast::Share::kNone;
+  if (name == "prompt") return dpofast::Share::kPrompt;
+  if (name == "prefix") return dpofast::Share::kPrefix;
+  throw dpofast::PackingError(-1, "share: expected prefix, prompt or none, got " + name);
+}
+
 // Groups, plans and lays out examples at construction; the arrays are written afterwards.
 class Packer {
  public:
   Packer(std::shared_ptr<dpofast::Sequences> sequences, Array<int64_t> branch_counts, Array<int64_t> pair_counts,
-         Array<int64_t> pairs, Array<uint8_t> grouped, int64_t max_tokens, int64_t max_targets, bool share_prompts,
-         int64_t vocab_size, int64_t threads)
+         Array<int64_t> pairs, Array<uint8_t> grouped, int64_t max_tokens, int64_t max_targets,
+         const std::string& share, int64_t vocab_size, int64_t threads)
       : sequences_(std::move(sequences)),
         branch_counts_(std::move(branch_counts)),
         pair_counts_(std::move(pair_counts)),
@@ -88,19 +95,17 @@ class Packer {
     }
     const dpofast::Examples examples{sequences_->span(), span(branch_counts_), span(pair_counts_), span(pairs_),
                                      span(grouped_)};
+    const dpofast::Share shared = read_share(share);
     py::gil_scoped_release nogil;
-    groups_ = dpofast::group_examples(examples, share_prompts, vocab_size, threads);
-    layout_ = std::make_unique<dpofast::Layout>(
-        dpofast::lay_out(groups_, dpofast::plan_batches(groups_, {max_tokens, max_targets})));
+    groups_ = dpofast::group_examples(examples, shared, vocab_size, threads);
+    batches_ = dpofast::make_batches(groups_, {max_tokens, max_targets}, threads);
   }
-  // The layout points into the groups, so the object must not move.
-  Packer(const Packer&) = delete;
-  Packer& operator=(const Packer&) = delete;
 
   py::array shapes() const {
-    py::array_t<int64_t> table({static_cast<py::ssize_t>(layout_->shapes.size()), py::ssize_t{6}});
+    py::array_t<int64_t> table({static_cast<py::ssize_t>(batches_.size()), py::ssize_t{6}});
     int64_t* row = table.mutable_data();
-    for (const dpofast::BatchShape& shape : layout_->shapes) {
+    for (const dpofast::Batch& batch : batches_) {
+      const dpofast::BatchShape& shape = batch.shape;
       for (const int64_t value :
            {shape.tokens, shape.targets, shape.segments, shape.sequences, shape.pairs, shape.padded_tokens}) {
         *row++ = value;
@@ -111,8 +116,9 @@ class Packer {
 
   py::array sequences() const {
     std::vector<int64_t> first;
-    first.reserve(layout_->branches.size());
-    for (const int64_t id : layout_->branches) first.push_back(groups_.branches[id].sequence);
+    for (const dpofast::Batch& batch : batches_) {
+      for (const int64_t id : batch.branches) first.push_back(groups_.branches[id].sequence);
+    }
     return to_numpy(std::move(first));
   }
 
@@ -121,9 +127,9 @@ class Packer {
   void fill(Array<int64_t> longs, Array<int32_t> ints, int64_t threads) const {
     dpofast::check_at_least_one("threads", threads);
     int64_t long_count = 0, int_count = 0;
-    for (const dpofast::BatchShape& shape : layout_->shapes) {
-      long_count += shape.longs();
-      int_count += shape.ints();
+    for (const dpofast::Batch& batch : batches_) {
+      long_count += batch.shape.longs();
+      int_count += batch.shape.ints();
     }
     if (longs.size() < long_count || ints.size() < int_count) {
       throw dpofast::PackingError(
@@ -132,7 +138,7 @@ class Packer {
     int64_t* const longs_at = longs.mutable_data();
     int32_t* const ints_at = ints.mutable_data();
     py::gil_scoped_release nogil;
-    dpofast::fill(*layout_, longs_at, ints_at, threads);
+    dpofast::fill(groups_, batches_, longs_at, ints_at, threads);
   }
 
  private:
@@ -140,7 +146,7 @@ class Packer {
   Array<int64_t> branch_counts_, pair_counts_, pairs_;
   Array<uint8_t> grouped_;
   dpofast::Groups groups_;
-  std::unique_ptr<dpofast::Layout> layout_;
+  std::vector<dpofast::Batch> batches_;
 };
 
 }  // namespace
@@ -164,10 +170,10 @@ PYBIND11_MODULE(_C, module) {
                   "column c. Values and offsets are (n,) int32 or int64 arrays, which are read in place.");
   py::class_<Packer>(module, "Packer")
       .def(py::init<std::shared_ptr<dpofast::Sequences>, Array<int64_t>, Array<int64_t>, Array<int64_t>, Array<uint8_t>,
-                    int64_t, int64_t, bool, int64_t, int64_t>(),
+                    int64_t, int64_t, const std::string&, int64_t, int64_t>(),
            py::arg("sequences").none(false), py::arg("branch_counts").noconvert(), py::arg("pair_counts").noconvert(),
            py::arg("pairs").noconvert(), py::arg("grouped").noconvert(), py::arg("max_tokens"), py::arg("max_targets"),
-           py::arg("share_prompts"), py::arg("vocab_size"), py::arg("threads"))
+           py::arg("share"), py::arg("vocab_size"), py::arg("threads"))
       .def_property_readonly("shapes", &Packer::shapes, "(B, 6) int64: T, N, G, S, P, padded_tokens.")
       .def_property_readonly("sequences", &Packer::sequences, "(sum of S,) the input sequence of each branch.")
       .def_property_readonly("canonical", &Packer::canonical, "For each input sequence the first equal one.")

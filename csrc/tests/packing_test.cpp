@@ -70,29 +70,29 @@ struct Table {
 
 void test_design_example() {
   const Table table({{10, 11, 12}, {20, 21}, {30, 31, 32}});
-  const Groups groups = group_examples(table.examples(), true, 100, 1);
-  const Layout layout = lay_out(groups, plan_batches(groups, {100, 100}));
-  expect<int64_t>("batches", layout.shapes.size(), 1);
-  const BatchShape& shape = layout.shapes[0];
+  const Groups groups = group_examples(table.examples(), Share::kPrompt, 100, 1);
+  const std::vector<Batch> batches = make_batches(groups, {100, 100}, 1);
+  expect<int64_t>("batches", batches.size(), 1);
+  const BatchShape& shape = batches[0].shape;
   std::vector<int64_t> longs(shape.longs());
   std::vector<int32_t> ints(shape.ints());
-  fill(layout, longs.data(), ints.data(), 2);
+  fill(groups, batches, longs.data(), ints.data(), 2);
   expect<std::vector<int64_t>>("longs", longs,
                                {10, 11, 12, 20, 30, 31, 0, 1, 2, 3, 3, 4, 2, 3, 2, 4, 5, 20, 21, 30, 31, 32, 0});
-  expect<std::vector<int32_t>>("ints", ints, {0, 4, 6, 0, 0, 0, 3, 0, 2, 5, 0, 1});
+  expect<std::vector<int32_t>>("ints", ints, {0, 3, 4, 6, -1, 0, 0, 0, 2, 5, 0, 1});
   expect<int64_t>("padded_tokens", shape.padded_tokens, 12);
 }
 
 void test_equal_ids_of_either_width_are_one() {
   const Table table({{7, 8}, {1}, {2}, {7, 8}, {2}, {1, 2, 3, 4, 5, 6, 7, 8, 9}});
-  const Groups groups = group_examples(table.examples(), true, 100, 1);
+  const Groups groups = group_examples(table.examples(), Share::kPrompt, 100, 1);
   expect<int64_t>("groups", groups.prompts.size(), 1);
   expect<int64_t>("branches", groups.branches.size(), 3);
   expect<std::vector<int64_t>>("canonical", groups.canonical, {0, 1, 2, 0, 2, 5});
 }
 
 void test_errors() {
-  const auto group = [](const Table& table) { group_examples(table.examples(), true, 100, 1); };
+  const auto group = [](const Table& table) { group_examples(table.examples(), Share::kPrompt, 100, 1); };
   expect_error("empty", "examples[0]: chosen_ids is empty", [&] { group(Table({{1}, {}, {2}})); });
   expect_error("negative", "examples[0]: prompt_ids[1] is -4", [&] { group(Table({{1, -4}, {1}, {2}})); });
   expect_error("negative int32", "examples[0]: chosen_ids[0] is -1", [&] { group(Table({{1}, {-1}, {2}})); });

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpofast.model.attention.layout import on_device
 from dpofast.packing.batch import PackedBatch
-from dpofast.packing.split import prompt_rows_follow
 
 
 def balancing_coefficient(model_config: Any, coefficient: float | None) -> float:
@@ -105,8 +105,10 @@ def _routed(router_logits: tuple[Tensor, ...], top_k: int, weights: Tensor) -> t
 def row_weights(batch: PackedBatch) -> Tensor:
     """(T,) float32 on the batch's device: how many rows of a padded batch of the same pairs contain each position."""
     device = batch.logit_rows.device
-    uses = torch.bincount(batch.pairs.flatten().long(), minlength=batch.num_sequences).float()
-    of_target = uses.repeat_interleave(batch.cu_targets.diff().long()).to(device, non_blocking=True)
-    # Each row of a response predicts one target; a prompt's last row predicts one for each of its responses.
-    weights = torch.zeros(batch.num_tokens, device=device).index_add(0, batch.logit_rows, of_target)
-    return prompt_rows_follow(weights)
+    uses = on_device(torch.bincount(batch.pairs.flatten().long(), minlength=batch.num_sequences).float(), device)
+    last = batch.logit_rows[on_device(batch.cu_targets[1:].long() - 1, device)]
+    ending = torch.zeros(batch.num_tokens + 1, device=device).index_add(0, last + 1, uses)
+    # the sequences through a row are those that end between it and the end of all that follows its segment
+    before = ending.cumsum(0)
+    segments = batch.segments
+    return before[on_device(segments.by_row(segments.ends), device)] - before[:-1]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dpofast.model.parts import base_causal_lm
-from dpofast.packing.batch import Segments
+from dpofast.packing.segments import Segments
 
 _ATTRIBUTE = "_dpofast_embedding_noise"  # of the causal language model
 
@@ -95,7 +95,7 @@ def packed_noise(model: nn.Module, segments: Segments) -> contextlib.AbstractCon
     noise = _active(model)
     if noise is None:
         return contextlib.nullcontext()
-    if bool(segments.prefixes.any()):
+    if segments.shared:
         raise ValueError(
             "packed: expected a batch whose responses have their own prompts, as NEFTune's noise depends on the length "
             "of prompt and response, and in this one they share them: pack with share_prompts=False"

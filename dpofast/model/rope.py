@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from dpofast.packing.batch import PackedBatch
-from dpofast.packing.split import prompt_rows_follow, split_prompts
+from dpofast.packing.split import following_value, split_by_kind
 
 _MODULES = "_dpofast_rotary_modules"  # an attribute of the model
 _ATTRIBUTE = "dpofast_table_lengths"
@@ -69,7 +69,7 @@ def split_by_table(model: nn.Module, batch: PackedBatch, *, appended: int = 0) -
     longest = longest_sequence(batch) - appended
     if not depends_on_length(model, longest):
         return batch
-    return split_prompts(batch, table_lengths(model, batch.lengths().cpu() - appended))
+    return split_by_kind(batch, table_lengths(model, batch.lengths().cpu() - appended))
 
 
 def packed_positions(model: nn.Module, batch: PackedBatch, *, appended: int = 0) -> Tensor:
@@ -79,7 +79,7 @@ def packed_positions(model: nn.Module, batch: PackedBatch, *, appended: int = 0)
         of_sequence = table_lengths(model, batch.lengths().cpu() - appended).to(positions.device)
         of_target = of_sequence.repeat_interleave(batch.cu_targets.diff().long().to(positions.device))
         of_row = torch.zeros_like(batch.position_ids).index_copy(0, batch.logit_rows, of_target)
-        positions = _marked(positions, prompt_rows_follow(of_row)[None])
+        positions = _marked(positions, following_value(of_row)[None])
     return positions
 
 
@@ -110,9 +110,7 @@ def check_read(model: nn.Module, positions: Tensor | None) -> None:
 
 def longest_sequence(batch: PackedBatch) -> int:
     """Tokens of the longest prompt + response, an upper bound that is read from the segments on the CPU."""
-    segments = batch.segments
-    own, prefix = segments.cu_seqlens_q.diff(), segments.prefixes[:, 1] - segments.prefixes[:, 0]
-    return int((own + prefix).max()) + 1  # a response's last token has no position
+    return batch.segments.longest_path() + 1  # a response's last token has no position
 
 
 def table_lengths(model: nn.Module, lengths: Tensor) -> Tensor:

@@ -29,6 +29,27 @@ def at_least_one(name: str, value: int, expected: str = "an integer") -> int:
     return int(value)
 
 
+SHARED = ("prefix", "prompt", "none")
+
+
+def sharing(share: str | None, share_prompts: bool | None) -> str:
+    """One of SHARED from `pack`'s arguments share and share_prompts, its alias: True is "prompt", False "none".
+
+    Raises:
+        ValueError: another value, or two that say different things.
+    """
+    if share is not None and share not in SHARED:
+        raise ValueError(f"share: expected {', '.join(SHARED[:-1])} or {SHARED[-1]}, got {share!r}")
+    if share_prompts is None:
+        return share or SHARED[0]
+    if not isinstance(share_prompts, bool):
+        raise ValueError(f"share_prompts: expected True or False, got {share_prompts!r}")
+    meant = "prompt" if share_prompts else "none"
+    if share not in (None, meant):
+        raise ValueError(f"share_prompts: {share_prompts} means share={meant!r}, got share={share!r}: give one of them")
+    return meant
+
+
 def integers(value: Any, name: str, columns: int | None = None) -> np.ndarray:
     """A 1-D integer array, or a 2-D one where columns is given.
 

@@ -5,7 +5,8 @@ A group is one prompt and its distinct responses (branches); a pair names two br
 
     input_ids     10 11 12 20 | 30 31        a branch's last token is only a target: it needs no position
     position_ids   0  1  2  3 |  3  4
-    segments      q rows [0,4) sees k rows 0..3 ; q rows [4,6) sees k rows 0..2 4..5    (causal, bottom-right)
+    segments      [0,3) [3,4) [4,6) with parents -1 0 0, which attention runs in two pieces (segments.py):
+                  q rows [0,4) sees k rows 0..3 ; q rows [4,6) sees k rows 0..2 4..5    (causal, bottom-right)
     logit_rows     2  3 |  2  4  5           the last prompt row predicts both first tokens
     targets       20 21 | 30 31 32
 """
@@ -19,48 +20,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True, eq=False)
-class Segments:
-    """Bounds of variable-length causal (bottom-right aligned) attention over a packed batch, in G segments.
-
-    Segment g's queries are rows [cu_seqlens_q[g], cu_seqlens_q[g + 1]); its keys are the prompt rows
-    [prefixes[g, 0], prefixes[g, 1]) followed by its own rows. A prompt and its first branch are one segment, whose
-    prefix is (0, 0).
-
-    Attributes:
-        cu_seqlens_q: (G + 1,) int32 on the CPU.
-        prefixes: (G, 2) int32 on the CPU, first and last + 1 prompt row that the segment also attends to.
-    """
-
-    cu_seqlens_q: Tensor
-    prefixes: Tensor
-
-    @property
-    def num_segments(self) -> int:
-        """The number of segments, G."""
-        return len(self.prefixes)
-
-    def cu_seqlens_k(self) -> Tensor:
-        """Cumulative key counts, (G + 1,) int32 on the CPU.
-
-        Raises:
-            ValueError: the total number of keys exceeds int32.
-        """
-        counts = self.cu_seqlens_q.diff().long() + self.prefixes[:, 1] - self.prefixes[:, 0]
-        total = int(counts.sum())
-        if total > torch.iinfo(torch.int32).max:
-            raise ValueError(f"the segments see {total} keys; int32 allows 2**31 - 1: pack with a smaller max_tokens")
-        return torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
-
-    def key_rows(self) -> Tensor:
-        """Packed row index of every key, ordered by segment: (K,) int64 on the CPU, K = cu_seqlens_k()[-1]."""
-        # A segment's keys are two ranges of consecutive rows: its prefix and its own rows.
-        starts = torch.stack((self.prefixes[:, 0], self.cu_seqlens_q[:-1]), dim=1).flatten().long()
-        stops = torch.stack((self.prefixes[:, 1], self.cu_seqlens_q[1:]), dim=1).flatten().long()
-        counts = stops - starts
-        shift = starts - (counts.cumsum(0) - counts)
-        return shift.repeat_interleave(counts) + torch.arange(int(counts.sum()))
+from dpofast.packing.segments import Segments
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,8 +31,8 @@ class PackedBatch:
 
     Attributes:
         input_ids: (T,) int64.
-        position_ids: (T,) int64, restarting after the prompt for every branch.
-        logit_rows: (N,) int64, the row of the backbone's output that predicts targets[i].
+        position_ids: (T,) int64, a row's place in each sequence that it is part of.
+        logit_rows: (N,) int64, the row of the backbone's output that predicts targets[i]; one row may predict several.
         targets: (N,) int64.
         segments: the rows that each row may attend to; stays on the CPU.
         cu_targets: (S + 1,) int32 on the CPU; the targets of sequence s are targets[cu_targets[s]:cu_targets[s + 1]].
@@ -149,20 +109,18 @@ class PackedBatch:
             input_ids, attention_mask and completion_mask, each (S, L) int64 on the batch's device, with L the longest
             prompt + response; the masks hold 0 and 1.
         """
-        bounds = self.cu_targets.long().to(self.targets.device)
-        first = bounds[:-1]
-        last_prompt_row = self.logit_rows[first]
-        prompt_length = self._prompt_lengths()
-        total = prompt_length + bounds.diff()
-        column = torch.arange(int(total.max()), device=total.device)
-        in_prompt = column < prompt_length[:, None]
+        device, runs = self.targets.device, self.segments.runs
+        last_target = self.cu_targets[1:].long().to(device) - 1
+        total = self.lengths()
+        column = torch.arange(int(total.max()), device=device)
+        # the keys of a run are its path, in order of position; a sequence's is the one that its last row lies in
+        keys, cu_seqlens_k = runs.key_rows().to(device), runs.cu_seqlens_k.long().to(device)
+        place = cu_seqlens_k[runs.of_rows(self.logit_rows[last_target])][:, None] + column
+        path_ids = self.input_ids[keys[place.clamp(max=len(keys) - 1)]]
         attended = column < total[:, None]
-        prompt_rows = (last_prompt_row - prompt_length + 1)[:, None] + column
-        target_rows = (first - prompt_length)[:, None] + column
-        prompt_ids = self.input_ids[prompt_rows.clamp(max=self.num_tokens - 1)]
-        response_ids = self.targets[target_rows.clamp(0, self.num_targets - 1)]
-        input_ids = torch.where(in_prompt, prompt_ids, torch.where(attended, response_ids, pad_id))
-        return input_ids, attended.long(), (attended & ~in_prompt).long()
+        path_ids = torch.where(column < total[:, None] - 1, path_ids, self.targets[last_target][:, None])
+        input_ids = torch.where(attended, path_ids, pad_id)
+        return input_ids, attended.long(), (attended & (column >= self._prompt_lengths()[:, None])).long()
 
     def lengths(self) -> Tensor:
         """Tokens of every sequence, prompt and response: (S,) int64 on the batch's device."""
@@ -185,8 +143,9 @@ class PackedBatch:
         )
 
     def layout(self) -> str:
-        """Return the whole batch as text, for small batches: rows split by segment, targets by sequence."""
-        rows, sequences = self.segments.cu_seqlens_q.tolist(), self.cu_targets.tolist()
+        """Return the whole batch as text, for small batches: rows split by run, targets by sequence."""
+        runs, sequences = self.segments.runs, self.cu_targets.tolist()
+        rows = runs.cu_seqlens_q.tolist()
         numbers = {
             "input_ids": (self.input_ids.tolist(), rows),
             "position_ids": (self.position_ids.tolist(), rows),
@@ -199,7 +158,8 @@ class PackedBatch:
             parts = (" ".join(f"{value:>{width}}" for value in values[start:stop]) for start, stop in pairwise(bounds))
             lines.append((name, " | ".join(parts)))
         lines += [("cu_targets", str(sequences)), ("pairs", str(self.pairs.tolist()))]
-        for (start, stop), (low, high) in zip(pairwise(rows), self.segments.prefixes.tolist(), strict=True):
-            prefix = f"{low}..{high - 1} " if high > low else ""
-            lines.append(("segment", f"q rows [{start},{stop}) sees k rows {prefix}{start}..{stop - 1}"))
+        ranges = runs.ranges.split(runs.range_counts.tolist())
+        for (start, stop), seen in zip(pairwise(rows), ranges, strict=True):
+            keys = " ".join(f"{low}..{high - 1}" for low, high in seen.tolist())
+            lines.append(("segment", f"q rows [{start},{stop}) sees k rows {keys}"))
         return "\n".join(f"{name:<13} {text}" for name, text in lines)

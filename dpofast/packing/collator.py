@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Sampler
 
-from dpofast.packing.arguments import at_least_one, limit
+from dpofast.packing.arguments import at_least_one, limit, sharing
 from dpofast.packing.batch import PackedBatch
 from dpofast.packing.pack import PackBuffers, pack
 
@@ -24,7 +24,8 @@ class PackingCollator:
     Args:
         max_tokens: most packed positions of a micro-batch; None: no limit.
         max_targets: most response tokens of a micro-batch; None: no limit.
-        share_prompts: as in `pack`.
+        share: as in `pack`; so is share_prompts.
+        share_prompts: an alias.
         vocab_size: if given, token ids must be below it.
         num_threads: as in `pack`.
         buffers: memory to reuse; a batch is then valid until the next one is collated. Not for use with worker
@@ -39,7 +40,8 @@ class PackingCollator:
         max_tokens: int | None = None,
         *,
         max_targets: int | None = None,
-        share_prompts: bool = True,
+        share: str | None = None,
+        share_prompts: bool | None = None,
         vocab_size: int | None = None,
         num_threads: int = 1,
         buffers: PackBuffers | None = None,
@@ -49,7 +51,7 @@ class PackingCollator:
         limit("max_targets", max_targets)
         self.max_tokens = max_tokens
         self.max_targets = max_targets
-        self.share_prompts = share_prompts
+        self.share = sharing(share, share_prompts)
         self.vocab_size = vocab_size
         self.num_threads = num_threads
         self.buffers = buffers
@@ -60,7 +62,7 @@ class PackingCollator:
             examples,
             self.max_tokens,
             max_targets=self.max_targets,
-            share_prompts=self.share_prompts,
+            share=self.share,
             vocab_size=self.vocab_size,
             num_threads=self.num_threads,
             buffers=self.buffers,

@@ -1,4 +1,4 @@
-"""pack: preference pairs -> packed micro-batches, with every prompt once, every distinct response once and no padding.
+"""pack: preference pairs -> packed micro-batches, with what sequences share once and no padding.
 
 batch.py describes the layout. The C++ extension (csrc/) reads the token ids in place (examples.py) and writes all
 arrays of a call into two buffers, one int64 and one int32; the tensors of the batches are views of them.
@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from dpofast import _C
-from dpofast.packing.arguments import at_least_one, limit
-from dpofast.packing.batch import PackedBatch, Segments
+from dpofast.packing.arguments import at_least_one, limit, sharing
+from dpofast.packing.batch import PackedBatch
+from dpofast.packing.segments import Segments
 from dpofast.packing.examples import FlatExamples, read_examples
 
 if TYPE_CHECKING:
@@ -62,17 +63,20 @@ def pack(
     max_tokens: int | None = None,
     *,
     max_targets: int | None = None,
-    share_prompts: bool = True,
+    share: str | None = None,
+    share_prompts: bool | None = None,
     vocab_size: int | None = None,
     num_threads: int = 1,
     buffers: PackBuffers | None = None,
 ) -> list[PackedBatch]:
     """Packs examples into micro-batches of at most max_tokens positions.
 
-    Examples with equal prompts share one group, and equal responses inside it are one branch. A group is split only
-    if it is larger than max_tokens, a pair never: one longer than max_tokens goes alone, but for pairs that add no
-    token to it, and its batch has num_tokens > max_tokens. Every pair lands in exactly one batch. Batches are
-    evenly filled (see `plan`) and come largest first; their sizes do not depend on the order of the examples.
+    Examples with equal prompts share one group, and equal responses inside it are one branch. What sequences of a batch
+    begin with alike is computed once: prompts that share a system prompt or earlier turns, responses that fork late. A
+    group is split only if it is larger than max_tokens, a pair never: one longer than max_tokens goes alone, but for
+    pairs that add no token to it, and its batch has num_tokens > max_tokens. Every pair lands in exactly one batch.
+    Groups that begin alike are put together where that leaves fewer positions. Batches are evenly filled (see `plan`)
+    and come largest first; their sizes do not depend on the order of the examples.
 
     Args:
         examples: mappings with prompt_ids, chosen_ids and rejected_ids (1-D integers, at least one each) and, for all
@@ -83,7 +87,9 @@ def pack(
             values[offsets[r]:offsets[r + 1]]. int32 and int64 ids are read where they lie.
         max_tokens: the budget of a micro-batch; None makes one batch.
         max_targets: a second budget, over response tokens; None leaves them unbounded.
-        share_prompts: False gives every branch its own copy of the prompt, to measure what sharing is worth.
+        share: which positions sequences share: "prefix" (the default) all that they begin with alike, "prompt" a prompt
+            among its responses, "none" nothing, to measure what sharing is worth.
+        share_prompts: True is share="prompt", False is share="none".
         vocab_size: where given, token ids must be below it.
         num_threads: threads that check the ids and write the arrays.
         buffers: memory to reuse; the batches then hold until its next use. None takes fresh memory.
@@ -96,6 +102,7 @@ def pack(
     """
     token_limit, target_limit = limit("max_tokens", max_tokens), limit("max_targets", max_targets)
     id_limit, threads = limit("vocab_size", vocab_size), at_least_one("num_threads", num_threads)
+    shared = sharing(share, share_prompts)
     flat = read_examples(examples)
     packer = _C.Packer(
         flat.sequences,
@@ -105,7 +112,7 @@ def pack(
         flat.grouped,
         max_tokens=token_limit,
         max_targets=target_limit,
-        share_prompts=share_prompts,
+        share=shared,
         vocab_size=id_limit,
         threads=threads,
     )
@@ -125,7 +132,7 @@ def pack(
     }
     int_sizes = {
         "cu_seqlens_q": segments + 1,
-        "prefixes": 2 * segments,
+        "parents": segments,
         "cu_targets": sequences + 1,
         "pairs": 2 * pairs,
     }
@@ -141,7 +148,7 @@ def pack(
         batches.append(
             PackedBatch(
                 **long_arrays,
-                segments=Segments(int_arrays["cu_seqlens_q"], int_arrays["prefixes"].view(-1, 2)),
+                segments=Segments(int_arrays["cu_seqlens_q"], int_arrays["parents"]),
                 cu_targets=int_arrays["cu_targets"],
                 pairs=int_arrays["pairs"].view(-1, 2),
                 ref_logps=None if ref_logps is None else ref_logps[index],

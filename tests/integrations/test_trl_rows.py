@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpofast.integrations._trl.rows import PaddedRows
+from tests.support.histories import histories
 
 CPU = torch.device("cpu")
 
@@ -35,11 +36,7 @@ def any_rows(draw):
 
 def seen_by(packed, row):
     """The tokens that packed row `row` sees, its own last: what a causal model computes there."""
-    segments = packed.batch.segments
-    at = int((segments.cu_seqlens_q <= row).sum()) - 1
-    low, high = segments.prefixes[at].tolist()
-    rows = [*range(low, high), *range(int(segments.cu_seqlens_q[at]), row + 1)]
-    return packed.batch.input_ids[rows].tolist()
+    return packed.batch.input_ids[histories(packed.batch.segments)[row]].tolist()
 
 
 @given(any_rows(), st.booleans())

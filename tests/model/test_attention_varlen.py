@@ -117,7 +117,7 @@ def test_key_rows_and_their_inverse(lengths):
     segments = packed_segments(lengths)
     rows, offsets, copies = KeyRows.of(segments)
     assert rows.dtype == offsets.dtype == copies.dtype == torch.int32
-    assert torch.equal(rows.long(), segments.key_rows())
+    assert torch.equal(rows.long(), segments.runs.key_rows())
     for row in range(int(segments.cu_seqlens_q[-1])):
         of_row = copies[offsets[row] : offsets[row + 1]].tolist()
         assert of_row == [key for key, read in enumerate(rows.tolist()) if read == row] and of_row
@@ -226,7 +226,7 @@ def test_launches_and_bytes_of_the_key_rows_of_a_layer():
     """Llama-3.1-8B, 64 pairs of a shared prompt: 8 K/V heads of 128 in bfloat16, counted on meta tensors."""
     case = attention_case(pairs=64, prompt=200, responses=(320, 280), device="meta")
     row = 2 * 8 * 128 * 2  # bytes of K and V
-    positions, keys = case.key.shape[2], len(case.layout.segments.key_rows())
+    positions, keys = case.key.shape[2], len(case.layout.segments.runs.key_rows())
     assert (positions, keys) == (64 * 798, 64 * 998)
     forward, backward = launches(gather_rows, case)
     assert forward.names == ["gather_kv"] and forward.bytes == 2 * keys * row

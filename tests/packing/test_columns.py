@@ -39,7 +39,7 @@ def assert_same(first, second):
         for name in ("input_ids", "position_ids", "logit_rows", "targets", "cu_targets", "pairs", "pair_examples"):
             assert torch.equal(getattr(a, name), getattr(b, name))
         assert torch.equal(a.segments.cu_seqlens_q, b.segments.cu_seqlens_q)
-        assert torch.equal(a.segments.prefixes, b.segments.prefixes)
+        assert torch.equal(a.segments.parents, b.segments.parents)
         assert a.padded_tokens == b.padded_tokens
         assert (a.ref_logps is None) == (b.ref_logps is None)
         assert a.ref_logps is None or torch.equal(a.ref_logps, b.ref_logps)
@@ -79,9 +79,9 @@ def test_other_list_types_and_nulls_beside_the_rows():
     fixed = pa.table({name: pa.array([[1, 2], [3, k]], pa.list_(pa.int64(), 2)) for k, name in enumerate(NAMES)})
     with pytest.raises(ValueError, match=r"examples\[0\]: chosen_ids and rejected_ids form a pair but are equal"):
         pack(fixed)
-    assert pack(fixed.slice(1))[0].input_ids.tolist() == [3, 0, 3, 3]
+    assert pack(fixed.slice(1))[0].input_ids.tolist() == [3, 0, 3]  # the responses begin alike
     table = pa.table({name: pa.array([[None], [3, k]]) for k, name in enumerate(NAMES)})
-    assert pack(table.slice(1))[0].input_ids.tolist() == [3, 0, 3, 3]
+    assert pack(table.slice(1))[0].input_ids.tolist() == [3, 0, 3]  # the responses begin alike
 
 
 def test_a_dataset_is_read_by_columns():
@@ -106,7 +106,7 @@ def test_token_data_is_read_in_place():
         flat.grouped,
         max_tokens=100,
         max_targets=100,
-        share_prompts=True,
+        share="prompt",
         vocab_size=_C.UNLIMITED,
         threads=1,
     )

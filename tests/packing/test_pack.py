@@ -8,9 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpofast.packing.batch import PackedBatch, Segments
+from dpofast.packing.arguments import SHARED
+from dpofast.packing.batch import PackedBatch
+from dpofast.packing.segments import Segments
 from dpofast.packing.pack import PackBuffers, pack
 from tests.support.examples import DESIGN, example, group
+from tests.support.histories import histories
 
 
 def pair_lists(examples):
@@ -46,37 +49,67 @@ def batch_pairs(batches):
 
 def visible_rows(batch):
     """For every row the list of rows its query attends to, from the segments: causal, bottom-right."""
-    keys = batch.segments.key_rows().split(batch.segments.cu_seqlens_k().diff().tolist())
-    bounds = batch.segments.cu_seqlens_q.tolist()
+    runs = batch.segments.runs
+    keys = runs.key_rows().split(runs.cu_seqlens_k.diff().tolist())
+    bounds = runs.cu_seqlens_q.tolist()
     visible = []
     for rows, start, stop in zip(keys, bounds, bounds[1:], strict=False):
         visible += [rows[: len(rows) - (stop - 1 - row)].tolist() for row in range(start, stop)]
     return visible
 
 
-def naive_pack(pairs, share_prompts):
-    """The layout from first principles: labelled rows, and visibility as 'same prompt or same branch, not later'."""
+class Rows:
+    """A trie of tokens in plain Python: a node is (token, position, children), a child is found by its key."""
+
+    def __init__(self):
+        self.roots = {}
+
+    def add(self, keys, tokens):
+        """Goes along a path, and makes what is not there; the nodes of the path."""
+        children, path = self.roots, []
+        for position, (key, token) in enumerate(zip(keys, tokens, strict=True)):
+            path.append(children.setdefault(key, (token, position, {})))
+            children = path[-1][2]
+        return path
+
+    def lay_out(self):
+        """(node, rows of its path) of every node, depth first."""
+        found, waiting = [], [(node, []) for node in reversed(self.roots.values())]
+        while waiting:
+            node, path = waiting.pop()
+            path = [*path, len(found)]
+            found.append((node, path))
+            waiting += [(child, path) for child in reversed(node[2].values())]
+        return found
+
+
+def naive_pack(pairs, share):
+    """The layout from first principles: (tokens, positions, logit rows, targets, sequences, rows that each row sees)."""
     responses = {}  # prompt -> branches, both in order of first appearance
     for _, prompt, chosen, rejected in pairs:
         for response in (chosen, rejected):
             branches = responses.setdefault(prompt, [])
             if response not in branches:
                 branches.append(response)
-    copies = [(p, [r]) for p, rs in responses.items() for r in rs] if not share_prompts else list(responses.items())
-    rows, logit_rows, targets, sequences = [], [], [], []  # a row is (copy, branch or None, token, position)
-    for copy, (prompt, branches) in enumerate(copies):
-        rows += [(copy, None, token, position) for position, token in enumerate(prompt)]
-        last = len(rows) - 1
-        for k, response in enumerate(branches):
-            logit_rows += [last, *range(len(rows), len(rows) + len(response) - 1)]
-            targets += response
-            rows += [(copy, k, token, len(prompt) + i) for i, token in enumerate(response[:-1])]
-            sequences.append((prompt, response))
-    visible = [
-        [j for j, key in enumerate(rows) if key[0] == row[0] and key[1] in (None, row[1]) and key[3] <= row[3]]
-        for row in rows
+    sequences = [(prompt, response) for prompt, branches in responses.items() for response in branches]
+    rows, paths = Rows(), []
+    for number, (prompt, response) in enumerate(sequences):
+        tokens = [*prompt, *response[:-1]]
+        apart = {"none": [number] * len(tokens), "prompt": [prompt] * len(prompt) + [number] * (len(response) - 1)}
+        keys = list(zip(apart.get(share, [0] * len(tokens)), tokens, strict=True))
+        paths.append(rows.add(keys, tokens))
+    laid_out = rows.lay_out()
+    row_of = {id(node): path[-1] for node, path in laid_out}
+    logit_rows = [
+        row_of[id(node)] for path, (prompt, _) in zip(paths, sequences, strict=True) for node in path[len(prompt) - 1 :]
     ]
-    return rows, logit_rows, targets, sequences, visible
+    tokens, positions = ([node[part] for node, _ in laid_out] for part in (0, 1))
+    targets = [token for _, response in sequences for token in response]
+    return tokens, positions, logit_rows, targets, sequences, [path for _, path in laid_out]
+
+
+def rows_of_pair(prompt, chosen, rejected, share):
+    return len(naive_pack([(0, prompt, chosen, rejected)], share)[0])
 
 
 # Three token ids and short responses, so that prompts and responses collide often.
@@ -93,17 +126,18 @@ def rows(draw):
     return group(prompt, branches, chain + draw(st.lists(st.sampled_from(every), max_size=4)))
 
 
-examples_and_budget = given(st.lists(rows(), max_size=12), st.none() | st.integers(1, 60), st.booleans())
+examples_and_budget = given(st.lists(rows(), max_size=12), st.none() | st.integers(1, 60), st.sampled_from(SHARED))
 
 
 def test_design_example():
     (batch,) = pack([DESIGN])
     assert batch.input_ids.tolist() == [10, 11, 12, 20, 30, 31]
     assert batch.position_ids.tolist() == [0, 1, 2, 3, 3, 4]
-    assert batch.segments.cu_seqlens_q.tolist() == [0, 4, 6]
-    assert batch.segments.prefixes.tolist() == [[0, 0], [0, 3]]
-    assert batch.segments.key_rows().tolist() == [0, 1, 2, 3, 0, 1, 2, 4, 5]
-    assert batch.segments.cu_seqlens_k().tolist() == [0, 4, 9]
+    assert batch.segments.cu_seqlens_q.tolist() == [0, 3, 4, 6]
+    assert batch.segments.parents.tolist() == [-1, 0, 0]
+    assert batch.segments.runs.cu_seqlens_q.tolist() == [0, 4, 6]
+    assert batch.segments.runs.key_rows().tolist() == [0, 1, 2, 3, 0, 1, 2, 4, 5]
+    assert batch.segments.runs.cu_seqlens_k.tolist() == [0, 4, 9]
     assert batch.logit_rows.tolist() == [2, 3, 2, 4, 5]
     assert batch.targets.tolist() == [20, 21, 30, 31, 32]
     assert batch.cu_targets.tolist() == [0, 2, 5]
@@ -112,45 +146,44 @@ def test_design_example():
     assert batch.ref_logps is None
     assert batch.padded_tokens == 12
     assert (batch.num_tokens, batch.num_targets, batch.num_sequences, batch.num_pairs) == (6, 5, 2, 1)
-    assert batch.segments.num_segments == 2
+    assert batch.segments.num_segments == 3
     for tensor in (batch.input_ids, batch.position_ids, batch.logit_rows, batch.targets, batch.pair_examples):
         assert tensor.dtype == torch.int64
-    for tensor in (batch.cu_targets, batch.pairs, batch.segments.cu_seqlens_q, batch.segments.prefixes):
+    for tensor in (batch.cu_targets, batch.pairs, batch.segments.cu_seqlens_q, batch.segments.parents):
         assert tensor.dtype == torch.int32
-    assert batch.segments.cu_seqlens_k().dtype == torch.int32
+    assert batch.segments.runs.cu_seqlens_k.dtype == torch.int32
 
 
 @examples_and_budget
-def test_every_pair_once_within_budget(examples, max_tokens, share_prompts):
-    batches = pack(examples, max_tokens, share_prompts=share_prompts)
+def test_every_pair_once_within_budget(examples, max_tokens, share):
+    batches = pack(examples, max_tokens, share=share)
     assert sorted(batch_pairs(batches)) == sorted(pair_lists(examples))
     assert [batch.num_tokens for batch in batches] == sorted((b.num_tokens for b in batches), reverse=True)
     for batch in batches:
         assert batch.pair_examples.tolist() == sorted(batch.pair_examples.tolist())
         if max_tokens is not None and batch.num_tokens > max_tokens:
             # Only one pair may pass the budget; others are with it if they add nothing.
-            copies = 1 if share_prompts else 2
-            assert batch.num_tokens in {copies * len(p) + len(c) + len(r) - 2 for _, p, c, r in batch_pairs([batch])}
+            assert batch.num_tokens in {rows_of_pair(p, c, r, share) for _, p, c, r in batch_pairs([batch])}
 
 
 @examples_and_budget
-def test_layout_and_visible_rows_against_plain_python(examples, max_tokens, share_prompts):
-    for batch in pack(examples, max_tokens, share_prompts=share_prompts):
+def test_layout_and_visible_rows_against_plain_python(examples, max_tokens, share):
+    for batch in pack(examples, max_tokens, share=share):
         pairs = batch_pairs([batch])
-        layout, logit_rows, targets, sequences, visible = naive_pack(pairs, share_prompts)
-        assert batch.input_ids.tolist() == [row[2] for row in layout]
-        assert batch.position_ids.tolist() == [row[3] for row in layout]
+        tokens, positions, logit_rows, targets, sequences, visible = naive_pack(pairs, share)
+        assert batch.input_ids.tolist() == tokens
+        assert batch.position_ids.tolist() == positions
         assert batch.logit_rows.tolist() == logit_rows
         assert batch.targets.tolist() == targets
         assert unpadded(batch) == sequences
-        assert visible_rows(batch) == visible
+        assert visible_rows(batch) == visible == histories(batch.segments)
         longest = max(len(prompt) + max(len(chosen), len(rejected)) for _, prompt, chosen, rejected in pairs)
         assert batch.padded_tokens == 2 * len(pairs) * longest
 
 
 @examples_and_budget
-def test_each_target_sees_its_own_history_only(examples, max_tokens, share_prompts):
-    for batch in pack(examples, max_tokens, share_prompts=share_prompts):
+def test_each_target_sees_its_own_history_only(examples, max_tokens, share):
+    for batch in pack(examples, max_tokens, share=share):
         visible, bounds = visible_rows(batch), batch.cu_targets.tolist()
         for s, (prompt, response) in enumerate(unpadded(batch)):
             for i, target in enumerate(range(bounds[s], bounds[s + 1])):
@@ -162,9 +195,9 @@ def test_each_target_sees_its_own_history_only(examples, max_tokens, share_promp
 @pytest.mark.slow(5)
 @examples_and_budget
 @settings(max_examples=200)
-def test_batch_sizes_do_not_depend_on_the_order(examples, max_tokens, share_prompts):
+def test_batch_sizes_do_not_depend_on_the_order(examples, max_tokens, share):
     shuffled = random.Random(0).sample(examples, len(examples))
-    first, second = (pack(order, max_tokens, share_prompts=share_prompts) for order in (examples, shuffled))
+    first, second = (pack(order, max_tokens, share=share) for order in (examples, shuffled))
     assert [batch.num_tokens for batch in first] == [batch.num_tokens for batch in second]
 
 
@@ -190,8 +223,8 @@ def test_equal_prompts_of_different_examples_share_rows_wherever_they_stand():
 def test_a_branch_of_one_token_has_no_position_and_no_segment():
     (batch,) = pack([group([1, 2], [[3], [4], [5, 6]], [(0, 1), (0, 2)])])
     assert batch.input_ids.tolist() == [1, 2, 5]
-    assert batch.segments.cu_seqlens_q.tolist() == [0, 2, 3]
-    assert batch.segments.prefixes.tolist() == [[0, 0], [0, 2]]
+    assert batch.segments.cu_seqlens_q.tolist() == [0, 3]
+    assert batch.segments.parents.tolist() == [-1]
     assert batch.logit_rows.tolist() == [1, 1, 1, 2]
     assert batch.cu_targets.tolist() == [0, 1, 2, 4]
 
@@ -199,8 +232,8 @@ def test_a_branch_of_one_token_has_no_position_and_no_segment():
 def test_share_prompts_false_copies_the_prompt_for_every_branch():
     shared, copied = pack([DESIGN]), pack([DESIGN], share_prompts=False)
     assert copied[0].input_ids.tolist() == [10, 11, 12, 20, 10, 11, 12, 30, 31]
-    assert copied[0].segments.prefixes.tolist() == [[0, 0], [0, 0]]
-    assert copied[0].segments.key_rows().tolist() == list(range(9))
+    assert copied[0].segments.parents.tolist() == [-1, -1]
+    assert copied[0].segments.runs.key_rows().tolist() == list(range(9))
     assert torch.equal(copied[0].targets, shared[0].targets)
     assert len(pack([DESIGN, example([1], [2], [3])], 9)) == 1
     assert len(pack([DESIGN, example([1], [2], [3])], 9, share_prompts=False)) == 2
@@ -212,7 +245,7 @@ def test_a_group_that_fits_stays_in_one_batch():
     examples = [
         example(prompts[i % 30], rng.integers(0, 100, 8).tolist(), rng.integers(0, 100, 9).tolist()) for i in range(120)
     ]
-    batches = pack(examples, 256)
+    batches = pack(examples, 256, share="prompt")
     assert sum(batch.num_tokens for batch in batches) == 30 * (20 + 4 * (7 + 8))
     for prompt in range(30):
         assert sum(bool((batch.pair_examples % 30 == prompt).any()) for batch in batches) == 1
@@ -309,13 +342,13 @@ def test_buffers_are_reused():
 
 
 @examples_and_budget
-def test_threads_write_the_same(examples, max_tokens, share_prompts):
-    one, three = (pack(examples, max_tokens, share_prompts=share_prompts, num_threads=count) for count in (1, 3))
+def test_threads_write_the_same(examples, max_tokens, share):
+    one, three = (pack(examples, max_tokens, share=share, num_threads=count) for count in (1, 3))
     for a, b in zip(one, three, strict=True):
         for name in ("input_ids", "position_ids", "logit_rows", "targets", "cu_targets", "pairs", "pair_examples"):
             assert torch.equal(getattr(a, name), getattr(b, name))
         assert torch.equal(a.segments.cu_seqlens_q, b.segments.cu_seqlens_q)
-        assert torch.equal(a.segments.prefixes, b.segments.prefixes)
+        assert torch.equal(a.segments.parents, b.segments.parents)
 
 
 @given(st.lists(rows(), max_size=12), st.integers(1, 60), st.integers(1, 20))
@@ -326,7 +359,7 @@ def test_max_targets_is_kept(examples, max_tokens, max_targets):
         pairs = batch_pairs([batch])
         assert batch.num_targets <= max_targets or batch.num_targets in {len(c) + len(r) for _, _, c, r in pairs}
         assert batch.num_tokens <= max_tokens or batch.num_tokens in {
-            len(p) + len(c) + len(r) - 2 for _, p, c, r in pairs
+            rows_of_pair(p, c, r, "prefix") for _, p, c, r in pairs
         }
 
 
@@ -341,6 +374,6 @@ def test_pin_memory_needs_cuda(monkeypatch):
 def test_keys_beyond_int32_are_refused():
     rows = 2**30
     bounds = torch.tensor([0, rows, rows + 1, rows + 2], dtype=torch.int32)
-    segments = Segments(bounds, torch.tensor([[0, 0], [0, rows], [0, rows]], dtype=torch.int32))
-    with pytest.raises(ValueError, match="the segments see 3221225474 keys; int32 allows"):
-        segments.cu_seqlens_k()
+    segments = Segments(bounds, torch.tensor([-1, 0, 0], dtype=torch.int32))
+    with pytest.raises(ValueError, match="the segments see 2147483650 keys; int32 allows"):
+        segments.runs

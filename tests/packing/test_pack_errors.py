@@ -101,7 +101,7 @@ def packer(**changes):
         grouped=np.zeros(1, np.uint8),
         max_tokens=8,
         max_targets=8,
-        share_prompts=True,
+        share="prompt",
         vocab_size=_C.UNLIMITED,
         threads=1,
     )
@@ -130,10 +130,10 @@ def test_the_extension_refuses_arrays_that_do_not_fit_together(changes):
 
 
 def test_the_extension_refuses_buffers_that_are_too_small():
-    longs, ints = np.empty(7, np.int64), np.empty(9, np.int32)
+    longs, ints = np.empty(7, np.int64), np.empty(8, np.int32)
     packer().fill(longs, ints, threads=1)
     for small in ((longs[1:], ints), (longs, ints[1:])):
-        with pytest.raises(ValueError, match="longs and ints need 7 and 9 elements"):
+        with pytest.raises(ValueError, match="longs and ints need 7 and 8 elements"):
             packer().fill(*small, threads=1)
 
 
@@ -194,7 +194,7 @@ def test_the_extensions_plan_takes_int64_arrays_only(other):
 def test_the_extensions_packer_checks_its_own_arguments(change, message):
     sequences = _C.Sequences.from_objects([[1], [2], [3]], lambda index: None)
     arrays = {"branch_counts": A([2]), "pair_counts": A([1]), "pairs": A([[0, 1]]), "grouped": A([0], np.uint8)}
-    limits = {"max_tokens": 9, "max_targets": 9, "share_prompts": True, "vocab_size": 9, "threads": 1}
+    limits = {"max_tokens": 9, "max_targets": 9, "share": "prompt", "vocab_size": 9, "threads": 1}
     assert _C.Packer(sequences, **arrays, **limits).shapes.shape == (1, 6)
     with pytest.raises(ValueError, match=message):
         _C.Packer(sequences, **{**arrays, **limits, **change})

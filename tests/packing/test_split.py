@@ -1,18 +1,17 @@
-"""split_prompts: the batch that packing each kind by itself gives, with the targets and pairs of the whole."""
+"""split_by_kind: the batch that packing each kind by itself gives, with the targets and pairs of the whole."""
 
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dpofast import pack
-from dpofast.packing.split import split_prompts
+from dpofast.packing.split import split_by_kind
+from tests.support.histories import histories
 
 
 def visible(batch, row):
     """Ids and positions of the rows that a packed row attends to."""
-    at = int((batch.segments.cu_seqlens_q <= row).sum()) - 1
-    low, high = batch.segments.prefixes[at].tolist()
-    rows = [*range(low, high), *range(int(batch.segments.cu_seqlens_q[at]), row + 1)]
+    rows = histories(batch.segments)[row]
     return batch.input_ids[rows].tolist(), batch.position_ids[rows].tolist()
 
 
@@ -31,7 +30,7 @@ def test_every_target_is_predicted_from_the_same_tokens(groups, draw):
     ]
     (batch,) = pack(examples)
     kinds = torch.tensor([draw.randrange(2) for _ in range(batch.num_sequences)])
-    split = split_prompts(batch, kinds)
+    split = split_by_kind(batch, kinds)
     for before, after in zip(batch.logit_rows.tolist(), split.logit_rows.tolist(), strict=True):
         assert visible(split, after) == visible(batch, before)
     for one, other in zip(batch.padded(), split.padded(), strict=True):
@@ -47,4 +46,4 @@ def test_every_target_is_predicted_from_the_same_tokens(groups, draw):
 
 def test_a_batch_of_one_kind_is_itself():
     (batch,) = pack([{"prompt_ids": [1, 2], "chosen_ids": [3, 4], "rejected_ids": [5]}])
-    assert split_prompts(batch, torch.zeros(2)) is batch
+    assert split_by_kind(batch, torch.zeros(2)) is batch

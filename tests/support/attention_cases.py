@@ -1,11 +1,13 @@
 """Layouts, inputs and attention written out from the position rule, shared by the tests of attention."""
 
 import dataclasses
+from itertools import pairwise
 
 import torch
 
 from dpofast import pack
 from dpofast.model.attention.layout import AttentionOptions
+from tests.support.histories import histories
 
 HEADS, KV_HEADS, WIDTH = 4, 2, 16
 LENGTHS = {9: (4, 1, 6), 1: (3, 1), 14: (2, 2, 9, 1)}
@@ -43,15 +45,15 @@ def random_inputs(segments, dtype=torch.float32, device="cpu", value_width=WIDTH
 def written_out(query, key, value, segments, options):
     """Every segment's keys in order of position; scores, softcap, mask, sinks and softmax as they are defined."""
     outputs = []
-    bounds = segments.cu_seqlens_q.tolist()
-    for g, (low, high) in enumerate(segments.prefixes.tolist()):
-        rows = [*range(low, high), *range(bounds[g], bounds[g + 1])]
+    seen = histories(segments)
+    for start, stop in pairwise(segments.cu_seqlens_q.tolist()):
+        rows, own = seen[stop - 1], stop - start
         k, v = (tensor[:, :, rows].repeat_interleave(HEADS // KV_HEADS, dim=1) for tensor in (key, value))
-        q = query[:, :, bounds[g] : bounds[g + 1]]
+        q = query[:, :, start:stop]
         scores = q @ k.transpose(2, 3) * (WIDTH**-0.5 if options.scaling is None else options.scaling)
         if options.softcap is not None:
             scores = options.softcap * torch.tanh(scores / options.softcap)
-        distance = torch.arange(high - low, len(rows))[:, None] - torch.arange(len(rows))
+        distance = torch.arange(len(rows) - own, len(rows))[:, None] - torch.arange(len(rows))
         hidden = (distance < 0) | (distance >= (options.window or len(rows)))
         scores = scores.masked_fill(hidden.to(scores.device), -torch.inf)
         if options.sinks is not None:

@@ -1,8 +1,8 @@
 """PaddedRows: trl's padded rows, packed, with the indices that lead back to trl's (rows, width - 1) next-token grid.
 
-A row is a prompt, a response whose tokens are labelled, and padding on the right. Rows with equal prompts share the
-prompt, equal rows are computed once, and rows whose prompts differ (truncated from the left, by different lengths)
-share nothing. A row without labels (a prompt that fills max_length) is not computed. Everything here runs on the CPU.
+A row is a prompt, a response whose tokens are labelled, and padding on the right. What rows
+begin with alike is computed once (rows truncated from the left, by different lengths, share nothing). A row without
+labels (a prompt that fills max_length) is not computed. Everything here runs on the CPU.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dpofast.packing.batch import PackedBatch
 from dpofast.packing.pack import pack
-from dpofast.packing.split import split_prompts
+from dpofast.packing.split import split_by_kind
 
 # The model's argument for the rows, beside trl's own; a RowsBatch gives them under this name too.
 ROWS_KEY = "dpofast_rows"
@@ -154,7 +154,7 @@ class PaddedRows:
         examples = [self._example(list(responses.values()), every_token) for responses in groups.values()]
         (batch,) = pack(examples)
         if kinds is not None:
-            batch = split_prompts(batch, kinds(batch.lengths() - int(every_token)))
+            batch = split_by_kind(batch, kinds(batch.lengths() - int(every_token)))
         sequence_of = np.zeros(len(self.ids), np.int64)
         # Pair k of a group names its first branch and branch k + 1.
         pairs = iter(batch.pairs.numpy())
@@ -192,14 +192,12 @@ class PaddedRows:
 
     def _attended(self, batch: PackedBatch, begins: np.ndarray) -> np.ndarray:
         """PackedRows.attended; begins (rows,) is each row's first target in the batch."""
-        logit_rows = batch.logit_rows.numpy()
-        parts = []
-        for row, begin in enumerate(begins):
-            prompt = len(self._prompt(row))
-            last = logit_rows[begin]
-            parts.append(np.arange(last - prompt + 1, last + 1))
-            parts.append(logit_rows[begin + 1 : begin + 1 + len(self.ids[row]) - prompt])
-        return _joined(parts)
+        runs, lengths = batch.segments.runs, np.array([len(ids) for ids in self.ids])
+        responses = lengths - [len(self._prompt(row)) for row in range(len(lengths))]
+        # The keys of the run that a row's last token is in are its path, in order of position.
+        at = runs.of_rows(batch.logit_rows[torch.from_numpy(begins + responses)])
+        keys, starts = runs.key_rows().numpy(), runs.cu_seqlens_k[at].numpy()
+        return _joined([keys[start : start + length] for start, length in zip(starts, lengths, strict=True)])
 
 
 def _joined(parts: list[np.ndarray]) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Packed attention by FlexAttention: softcap, sinks and any head size on CUDA, without gathering K/V rows.
 
-The rule of visibility (same segment and not later, or a row of the segment's prefix) becomes a mask function. The
+The rule of visibility (a row sees the rows of its path that are not later) becomes a mask function: rows lie depth
+first, so row k is on the path of a later row q as long as q comes before the end of all that follows k's segment. The
 kernel visits only the 128×128 blocks with a visible pair, which are computed here from the segments on the CPU.
 """
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from dpofast.model.attention.layout import AttentionOptions, PackedLayout, on_device
-from dpofast.packing.batch import Segments
+from dpofast.packing.segments import Segments
 
 _BLOCK = 128
 # Compiled variants of one model: windows × softcaps × with and without gradient × fixed and changing lengths.
@@ -84,11 +85,9 @@ def _softcapped(softcap: float) -> Callable[..., Tensor]:
 
 def block_mask(segments: Segments, window: int | None, device: torch.device) -> BlockMask:
     """FlexAttention's BlockMask of the segments over one packed row of T positions."""
-    rows = int(segments.cu_seqlens_q[-1])
+    rows = segments.num_rows
     some, full = _blocks(segments, window)
-    sizes = segments.cu_seqlens_q.diff()
-    bounds = torch.stack((segments.cu_seqlens_q[:-1], *segments.prefixes.unbind(1))).repeat_interleave(sizes, dim=1)
-    start, low, high = (on_device(bound, device) for bound in bounds)
+    ends, positions = (on_device(part.int(), device) for part in (segments.by_row(segments.ends), segments.positions()))
     (partial_counts, partial_columns), (full_counts, full_columns) = (
         (on_device(part, device) for part in _by_row(blocks)) for blocks in (some & ~full, full)
     )
@@ -98,46 +97,45 @@ def block_mask(segments: Segments, window: int | None, device: torch.device) -> 
         full_counts,
         full_columns,
         BLOCK_SIZE=_BLOCK,
-        mask_mod=_visible(start, low, high, window),
+        mask_mod=_visible(ends, positions, window),
         seq_lengths=(rows, rows),
     )
 
 
-def _visible(start: Tensor, low: Tensor, high: Tensor, window: int | None) -> Callable[..., Tensor]:
-    """The rule of visibility, from the first row and the prefix of each row's segment, (T,) int32 each."""
+def _visible(ends: Tensor, positions: Tensor, window: int | None) -> Callable[..., Tensor]:
+    """The rule of visibility, from the end of what follows each row's segment and its position, (T,) int32 each."""
 
     def mask_mod(batch: Tensor, head: Tensor, row: Tensor, key: Tensor) -> Tensor:
-        own = (key >= start[row]) & (key <= row)
-        prefix = (key >= low[row]) & (key < high[row])
-        if window is None:
-            return own | prefix
-        # Rows of a segment are as far apart as their positions; its first row follows the prefix's last position.
-        return (own & (row - key < window)) | (prefix & (row - start[row] + high[row] - key < window))
+        seen = (key <= row) & (row < ends[key])
+        return seen if window is None else seen & (positions[row] - positions[key] < window)
 
     return mask_mod
 
 
 def _blocks(segments: Segments, window: int | None) -> tuple[Tensor, Tensor]:
     """Two (blocks, blocks) bool: some query of the block sees some key of it; every query sees every key."""
-    bounds, (low, high) = segments.cu_seqlens_q.long(), segments.prefixes.long().unbind(1)
-    start, stop, rows = bounds[:-1], bounds[1:], int(bounds[-1])
-    # One item a segment and block of queries in which it has rows
+    runs, rows, positions = segments.runs, segments.num_rows, segments.positions()
+    start, stop = runs.cu_seqlens_q[:-1].long(), runs.cu_seqlens_q[1:].long()
+    # One item a run and block of queries in which it has rows
     touched = (stop - 1) // _BLOCK - start // _BLOCK + 1
-    segment = torch.arange(len(start)).repeat_interleave(touched)
-    block = (start // _BLOCK - touched.cumsum(0) + touched)[segment] + torch.arange(len(segment))
-    start, stop, low, high = (part[segment] for part in (start, stop, low, high))
-    first, last = start.maximum(block * _BLOCK), stop.minimum((block + 1) * _BLOCK) - 1
+    run = torch.arange(len(start)).repeat_interleave(touched)
+    block = (start // _BLOCK - touched.cumsum(0) + touched)[run] + torch.arange(len(run))
+    first, last = start[run].maximum(block * _BLOCK), stop[run].minimum((block + 1) * _BLOCK) - 1
+    # and one part for each range of its keys
+    counts = runs.range_counts[run]
+    item = torch.arange(len(run)).repeat_interleave(counts)
+    range_index = (runs.range_counts.cumsum(0)[run] - counts.cumsum(0))[item] + torch.arange(len(item))
+    low, high = runs.ranges[range_index].unbind(1)
+    shift = low - positions[low]
     edges = torch.arange(-(-rows // _BLOCK)) * _BLOCK
     reach = rows if window is None else window
 
-    def overlap(begin: Tensor, end: Tensor) -> Tensor:
-        """How many of the keys in [begin, end) lie in each block: (items, blocks)."""
-        return (end[:, None].minimum(edges + _BLOCK) - begin[:, None].maximum(edges)).clamp(min=0)
-
     def seen(earliest: Tensor, latest: Tensor) -> Tensor:
         """The keys of each block from the window of row `earliest` up to row `latest`: (items, blocks)."""
-        own = overlap(start.maximum(earliest - reach + 1), latest + 1)
-        return own + overlap(low.maximum(high + earliest - start - reach + 1), high)
+        begin = low.maximum(shift + (positions[earliest] - reach + 1)[item])
+        end = high.minimum(latest[item] + 1)
+        parts = (end[:, None].minimum(edges + _BLOCK) - begin[:, None].maximum(edges)).clamp(min=0)
+        return torch.zeros(len(run), len(edges), dtype=torch.int64).index_add_(0, item, parts)
 
     some, lacking = torch.zeros(2, len(edges), len(edges), dtype=torch.int64)
     some.index_add_(0, block, (seen(first, last) > 0).long())

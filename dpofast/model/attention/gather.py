@@ -1,4 +1,4 @@
-"""K/V rows copied for every segment that attends to them, as one operator with a deterministic gradient.
+"""K/V rows copied for every run of rows that attends to them, as one operator with a deterministic gradient.
 
 On CUDA kernels/gather_kv.py does either direction in one launch, K and V together. torch's index_select is two launches
 and two more of zeros and of atomic additions for its gradient, whose 16-bit sums are rounded after each addition, in no
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dpofast.common.autograd import check_derivatives, no_second_derivative
 from dpofast.head.operators import custom_operator, gradients_of
-from dpofast.packing.batch import Segments
+from dpofast.packing.segments import Segments
 
 # Devices whose rows the kernels copy and sum.
 _KERNELS_ON = ("cuda",)
@@ -24,9 +24,9 @@ class KeyRows(NamedTuple):
     """Which packed row every key is, and its inverse; int32, each on one device.
 
     Attributes:
-        rows: (K,) packed row of every key, ordered by segment.
+        rows: (K,) packed row of every key, ordered by run (packing/segments.py).
         offsets: (T + 1,); row t is read as the keys copies[offsets[t]:offsets[t + 1]].
-        copies: (K,) keys ordered by their row, those of one row by segment.
+        copies: (K,) keys ordered by their row, those of one row by run.
     """
 
     rows: Tensor
@@ -36,8 +36,8 @@ class KeyRows(NamedTuple):
     @classmethod
     def of(cls, segments: Segments) -> KeyRows:
         """The keys of the segments, on the CPU."""
-        rows = segments.key_rows().int()
-        counts = rows.bincount(minlength=int(segments.cu_seqlens_q[-1]))
+        rows = segments.runs.key_rows().int()
+        counts = rows.bincount(minlength=segments.num_rows)
         offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
         return cls(rows, offsets, rows.argsort(stable=True).int())
 

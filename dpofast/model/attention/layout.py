@@ -1,9 +1,9 @@
 """The arguments of every attention backend: the layout of one packed forward, and the options of one attention layer.
 
-A packed row holds several groups, each a prompt followed by its branches (responses). Query segment g attends to its
-prefix (the prompt's rows) followed by its own rows, causally, aligned at the bottom right: with q queries and k keys,
-query i sees keys j ≤ i + (k − q), and under a sliding window W also j > i + (k − q) − W. Key j of a segment has
-position j, so the window counts positions.
+A packed row is a trie of sequences, depth first (packing/segments.py). Each run of its rows attends to the rows of its
+path, the last of which are its own, causally, aligned at the bottom right: with q queries and k keys, query i sees keys
+j ≤ i + (k − q), and under a sliding window W also j > i + (k − q) − W. Key j of a run has position j, so the window
+counts positions.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpofast.packing.batch import Segments
+from dpofast.packing.segments import Segments
 
 
 @dataclass(frozen=True, kw_only=True)

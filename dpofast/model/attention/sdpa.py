@@ -1,4 +1,4 @@
-"""Packed attention segment by segment: every device, dtype and option.
+"""Packed attention run by run of rows (packing/segments.py): every device, dtype and option.
 
 It calls PyTorch's scaled_dot_product_attention, or for layers with softcap or sinks, which that has not, a softmax
 written out here. The latter materializes scores: it runs over chunks of queries that bound their size, and recomputes
@@ -15,31 +15,30 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from dpofast.model.attention.layout import AttentionOptions, PackedLayout
-from dpofast.packing.batch import Segments
+from dpofast.packing.segments import Segments
 
 # Largest block of float32 scores (all heads) that the written-out softmax materializes at once.
 _SCORE_BYTES = 32 << 20
 
 
 class _Pieces:
-    """K/V rows cut at every segment bound and every prefix end, and the pieces that each segment sees.
+    """K/V rows cut where a run begins and where a path leaves it, and the pieces that each run sees.
 
     Attributes:
-        query_sizes: rows of each segment.
+        query_sizes: rows of each run.
         sizes: rows of each piece.
-        seen: the indices of the pieces that each segment sees, in order of position.
+        seen: the indices of the pieces that each run sees, in order of position.
     """
 
     def __init__(self, segments: Segments) -> None:
-        bounds = segments.cu_seqlens_q.tolist()
-        prefixes = segments.prefixes.tolist()
-        cuts = sorted({*bounds, *(row for prefix in prefixes for row in prefix)})
-        self.query_sizes = [stop - start for start, stop in pairwise(bounds)]
+        runs = segments.runs
+        cuts = runs.ranges.unique().tolist()
+        self.query_sizes = runs.cu_seqlens_q.diff().tolist()
         self.sizes = [stop - start for start, stop in pairwise(cuts)]
         at = {row: index for index, row in enumerate(cuts)}
         self.seen = [
-            [*range(at[prefix[0]], at[prefix[1]]), *range(at[start], at[stop])]
-            for prefix, (start, stop) in zip(prefixes, pairwise(bounds), strict=True)
+            [piece for start, stop in ranges.tolist() for piece in range(at[start], at[stop])]
+            for ranges in runs.ranges.split(runs.range_counts.tolist())
         ]
 
 

@@ -1,7 +1,7 @@
-"""Packed attention by torch.nn.attention.varlen: FlashAttention over all segments at once, 16-bit on CUDA.
+"""Packed attention by torch.nn.attention.varlen: FlashAttention over all runs of rows at once, 16-bit on CUDA.
 
-A segment's queries are consecutive rows. Its keys, the prompt's rows and its own, are gathered (gather.py): a prompt's
-K/V rows are copied for each branch that reads them.
+A run's queries are consecutive rows. Its keys, the rows of its path, are gathered (gather.py): the K/V rows of a shared
+beginning are copied for each run that follows it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.nn.attention.varlen import varlen_attn
 from dpofast.model.attention.flash import active_flash_attention, max_head_dim
 from dpofast.model.attention.gather import KeyRows, gather_rows
 from dpofast.model.attention.layout import AttentionOptions, PackedLayout, on_device
-from dpofast.packing.batch import Segments
+from dpofast.packing.segments import Segments
 
 _PARAMETERS = inspect.signature(varlen_attn).parameters
 # FlashAttention takes fewer K/V heads than query heads as they are. torch 2.11 passes them on and has no argument for
@@ -55,21 +55,21 @@ def _device_refusal(device: torch.device, width: int) -> str | None:
 
 
 class _Sequences:
-    """The segments in the form of varlen_attn's arguments.
+    """The runs in the form of varlen_attn's arguments.
 
     Attributes:
-        max_q, max_k: queries and keys of the longest segment.
-        cu_seqlens_q, cu_seqlens_k: (G + 1,) int32 on the device.
-        key_rows: the K/V row of every key, or None where keys are the rows themselves (no shared prompt).
+        max_q, max_k: queries and keys of the longest run.
+        cu_seqlens_q, cu_seqlens_k: (R + 1,) int32 on the device.
+        key_rows: the K/V row of every key, or None where keys are the rows themselves (nothing shared).
     """
 
     def __init__(self, segments: Segments, device: torch.device) -> None:
-        cu_seqlens_k = segments.cu_seqlens_k()
-        self.max_q = int(segments.cu_seqlens_q.diff().max())
-        self.max_k = int(cu_seqlens_k.diff().max())
-        self.cu_seqlens_q = on_device(segments.cu_seqlens_q, device)
-        self.cu_seqlens_k = on_device(cu_seqlens_k, device)
-        shared = bool((segments.prefixes[:, 1] > segments.prefixes[:, 0]).any())
+        runs = segments.runs
+        self.max_q = int(runs.cu_seqlens_q.diff().max())
+        self.max_k = int(runs.cu_seqlens_k.diff().max())
+        self.cu_seqlens_q = on_device(runs.cu_seqlens_q, device)
+        self.cu_seqlens_k = on_device(runs.cu_seqlens_k, device)
+        shared = len(runs.ranges) > len(runs.range_counts)
         self.key_rows = KeyRows(*(on_device(part, device) for part in KeyRows.of(segments))) if shared else None
 
 
