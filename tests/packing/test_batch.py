@@ -17,6 +17,6 @@ def test_describe_and_layout():
         "targets       20 21 | 30 31 32",
         "cu_targets    [0, 2, 5]",
         "pairs         [[0, 1]]",
-        "segment       q rows [0,4) sees k rows 0..3",
-        "segment       q rows [4,6) sees k rows 0..2 4..5",
+        "run           q rows [0,4) sees k rows 0..3",
+        "run           q rows [4,6) sees k rows 0..2 4..5",
     ]
