@@ -78,7 +78,8 @@ class Segments:
     @cached_property
     def depths(self) -> Tensor:
         """Position of each segment's first row, the number of rows of its ancestors: (G,) int64 on the CPU."""
-        bounds, depths = self.cu_seqlens_q.tolist(), []
+        bounds: list[int] = self.cu_seqlens_q.tolist()
+        depths: list[int] = []
         for parent in self.parents.tolist():
             depths.append(0 if parent < 0 else depths[parent] + bounds[parent + 1] - bounds[parent])
         return torch.tensor(depths, dtype=torch.int64)

@@ -35,9 +35,9 @@ def written(groups, lengths):
     ]
 
 
-# Forks inside prompts (s), inside responses (pq, qr, qrt), between a response and a later turn (sb, then p or z); prompts
-# that go on a response (sbzc), are a prompt and response themselves (sapqu) or begin them (d); responses of one token
-# (o, y, e), and one that begins others (qr). Two to six branches.
+# Forks inside prompts (s), inside responses (pq, qr, qrt), between a response and a later turn (sb, then p or z);
+# prompts that go on a response (sbzc), are a prompt and response themselves (sapqu) or begin them (d); responses of one
+# token (o, y, e), and one that begins others (qr). Two to six branches.
 SHAPE = {
     "sa": ["pqu", "pqv", "pw", "o"],
     "sb": ["pqu", "z"],
