@@ -1,4 +1,4 @@
-"""PackedBatch: one packed micro-batch that holds every prompt once, every distinct response once and no padding.
+"""PackedBatch: one packed micro-batch that holds what sequences begin with alike once, and no padding.
 
 A group is one prompt and its distinct responses (branches); a pair names two branches. Prompt [10 11 12], chosen
 [20 21] and rejected [30 31 32] become one row of T = P + (C - 1) + (R - 1) = 6 positions:

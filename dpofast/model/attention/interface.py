@@ -4,9 +4,9 @@ It is registered under a name that contains the model's former implementation. A
 generation) is passed to that implementation unchanged; a call with one goes to the first of three backends that can run
 it (layout.py says what they compute):
 
-    varlen    FlashAttention over all segments at once: 16-bit on NVIDIA GPUs, without softcap and sinks
+    varlen    FlashAttention over all runs of rows at once: 16-bit on NVIDIA GPUs, without softcap and sinks
     flex      FlexAttention on CUDA where varlen cannot
-    sdpa      segment by segment: float32 without softcap and sinks on CUDA, and everything elsewhere
+    sdpa      run by run: float32 without softcap and sinks on CUDA, and everything elsewhere
 """
 
 from __future__ import annotations
