@@ -10,6 +10,7 @@ _HIDDEN = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2}
 _SHAPE = {**SHAPE, "num_hidden_layers": 2, "intermediate_size": 48}
 _ALTERNATING = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
 _EXPERTS = {"num_experts_per_tok": 2}
+_NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 _NARROW = {"head_dim": 8}  # where the family's default does not follow from hidden_size
 
 # Family: (what its classes are called, options over _SHAPE, or a whole shape where it has vocab_size)
@@ -50,6 +51,31 @@ PACKED = {
         "OPT",
         {**_HIDDEN, "ffn_dim": 48, "num_attention_heads": 4, "max_position_embeddings": 64, "word_embed_proj_dim": 32},
     ),
+    "nemotron": ("Nemotron", {}),
+    "stablelm": ("StableLm", {}),
+    "stablelm-parallel": ("StableLm", {"use_parallel_residual": True, "qk_layernorm": True}),
+    "biogpt": ("BioGpt", {"max_position_embeddings": 64, **_NO_DROPOUT}),
+    "whisper": (
+        "Whisper",
+        {"vocab_size": VOCAB, "d_model": 32, "decoder_layers": 2, "encoder_layers": 1, "decoder_attention_heads": 4,
+         "decoder_ffn_dim": 48, "max_target_positions": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+         "decoder_start_token_id": 1},
+    ),
+    "diffllama": ("DiffLlama", {}),
+    # Classes of hybrids, without a layer that carries a state
+    "granitemoehybrid-attention": (
+        "GraniteMoeHybrid",
+        {"layer_types": ["full_attention"] * 2, "shared_intermediate_size": 48, "mamba_n_heads": 4, **_EXPERTS,
+         "num_local_experts": 4},
+    ),
+    "qwen3-next-attention": (
+        "Qwen3Next",
+        {**_NARROW, **_EXPERTS, "layer_types": ["full_attention"] * 2, "num_experts": 4, "moe_intermediate_size": 16,
+         "shared_expert_intermediate_size": 16},
+    ),
+    "nemotron-h-attention": (
+        "NemotronH", {**_NARROW, "layer_types": ["full_attention", "mlp"]},
+    ),
 }  # fmt: skip
 _INTERFACE = "its attention does not go through transformers' AttentionInterface"
 _STATE = "it carries a state from token to token"
@@ -81,8 +107,13 @@ REFUSED = {
          "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8},
         _STATE,
     ),
-    "nemotron": ("Nemotron", {}, "0 attention calls of its 2 layers saw the packed layout"),
-    "stablelm": ("StableLm", {}, _INTERFACE),
+    "bart": (
+        "Bart",
+        {"vocab_size": VOCAB, "d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 48,
+         "max_position_embeddings": 64, "pad_token_id": 0, "dropout": 0.0},
+        "packed and padded log-probs of the same tokens differ",
+    ),
+    "git": ("Git", {"vision_config": {"image_size": 8, "patch_size": 4}}, "0 of its 2 attention calls saw the packed"),
 }  # fmt: skip
 
 

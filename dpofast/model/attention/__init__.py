@@ -1,6 +1,7 @@
 """Packed attention: each response sees its prompt and itself.
 
 interface  registers it with transformers, and chooses one of the three backends
+indexer    layers that select keys, which packed rows have up to index_topk
 layout     their arguments: PackedLayout, AttentionOptions
 varlen     FlashAttention over all segments at once, 16-bit on CUDA
 gather     its K/V rows, copied for each segment that reads them, and the sums of their gradients

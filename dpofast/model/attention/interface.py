@@ -2,7 +2,8 @@
 
 It is registered under a name that contains the model's former implementation. A call without a layout (plain logits,
 generation) is passed to that implementation unchanged; a call with one goes to the first of three backends that can run
-it (layout.py says what they compute):
+it (layout.py says what they compute). The layout comes as a keyword, and again on the mask, for layers that pass no
+keywords on to their attention.
 
     varlen    FlashAttention over all segments at once: 16-bit on NVIDIA GPUs, without softcap and sinks
     flex      FlexAttention on CUDA where varlen cannot
@@ -25,12 +26,14 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dpofast.model.attention.flash import active_flash_attention
 from dpofast.model.attention.flex import flex_attention_packed, flex_refusal
+from dpofast.model.attention.indexer import run_indexers, selection_in_mask, skip_indexers
 from dpofast.model.attention.layout import AttentionOptions, PackedLayout
 from dpofast.model.attention.sdpa import sdpa_attention
 from dpofast.model.attention.varlen import varlen_attention, varlen_refusal
 
 _PREFIX = "dpofast_"
 _BACKENDS = {"varlen": varlen_attention, "flex": flex_attention_packed, "sdpa": sdpa_attention}
+_LAYOUT = "dpofast_layout"  # an attribute of the mask
 _SEGMENTWISE = ContextVar("_SEGMENTWISE", default=False)
 
 
@@ -78,6 +81,7 @@ def use_packed_attention(backbone: Any) -> None:
     if not former.startswith(_PREFIX):
         _register(former)
         backbone.set_attn_implementation(_PREFIX + former)
+        skip_indexers(backbone)
 
 
 def register_again(backbone: Any) -> None:
@@ -87,7 +91,20 @@ def register_again(backbone: Any) -> None:
 
 def restore_attention(backbone: Any) -> None:
     """Undo use_packed_attention."""
+    run_indexers(backbone)
     backbone.set_attn_implementation(backbone.config._attn_implementation.removeprefix(_PREFIX))
+
+
+def packed_mask(layout: PackedLayout, device: torch.device) -> Tensor:
+    """The attention mask of a packed call, (1, 1, 1, 1) bool, with the layout as an attribute.
+
+    transformers passes a four-dimensional mask through; without one it would build a (T, T) mask. It reaches the
+    attention of every layer, and again where gradient checkpointing computes the layer a second time: on any thread,
+    and with other packed calls in between.
+    """
+    mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+    setattr(mask, _LAYOUT, layout)
+    return mask
 
 
 def _register(former: str) -> None:
@@ -109,8 +126,10 @@ def _attention_over(former: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
         packed_layout: PackedLayout | None = None,
         **options: Any,
     ) -> tuple[Tensor, Tensor | None]:
+        packed_layout = packed_layout or getattr(attention_mask, _LAYOUT, None)
         if packed_layout is None:
             plain = ALL_ATTENTION_FUNCTIONS.get(former, _eager_attention_of(module))
+            attention_mask, options = selection_in_mask(attention_mask, options, key.shape[2], former)
             return plain(module, query, key, value, attention_mask, *args, **options)
         if options.get("position_bias") is not None:
             raise ValueError(f"{type(module).__name__}: packed attention has no position_bias, which this model needs")
