@@ -62,6 +62,12 @@ PACKED = {
          "decoder_start_token_id": 1},
     ),
     "diffllama": ("DiffLlama", {}),
+    "llama4": (
+        "Llama4",
+        {**_NARROW, "num_local_experts": 2, "intermediate_size_mlp": 48, "attention_chunk_size": 4,
+         "interleave_moe_layer_step": 2, "layer_types": ["chunked_attention", "full_attention"],
+         "no_rope_layers": [1, 0], "floor_scale": 3, "attn_scale": 0.5},
+    ),
     # Classes of hybrids, without a layer that carries a state
     "granitemoehybrid-attention": (
         "GraniteMoeHybrid",
@@ -94,12 +100,6 @@ REFUSED = {
         {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8,
          "lm_head_multiplier": 0.5},
         _STATE,
-    ),
-    "llama4": (
-        "Llama4",
-        {**_NARROW, "num_local_experts": 2, "intermediate_size_mlp": 48, "attention_chunk_size": 4,
-         "interleave_moe_layer_step": 2, "layer_types": ["chunked_attention", "full_attention"]},
-        "it has chunked_attention layers",
     ),
     "qwen3.5": (
         "Qwen3_5",

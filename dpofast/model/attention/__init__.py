@@ -3,6 +3,7 @@
 interface  registers it with transformers, and chooses one of the three backends
 indexer    layers that select keys, which packed rows have up to index_topk
 layout     their arguments: PackedLayout, AttentionOptions
+chunks     the runs of rows of chunked attention
 varlen     FlashAttention over all segments at once, 16-bit on CUDA
 gather     its K/V rows, copied for each segment that reads them, and the sums of their gradients
 flash      FlashAttention 3 and 4 in place of torch's FlashAttention 2

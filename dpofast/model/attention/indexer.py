@@ -53,13 +53,15 @@ def run_indexers(backbone: nn.Module) -> None:
             module._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
-def selection_in_mask(mask: Tensor, options: dict[str, Any], keys: int, former: str) -> tuple[Tensor, dict[str, Any]]:
+def selection_in_mask(
+    mask: Tensor | None, options: dict[str, Any], keys: int, former: str
+) -> tuple[Tensor | None, dict[str, Any]]:
     """The mask and options of a plain call as a layer makes them itself for the implementation called former.
 
     Under the name of packed attention it passes the selection, indices (B, S, k), on as an option.
     """
     indices = options.get("indices")
-    if indices is None or former not in _BY_MASK:
+    if indices is None or mask is None or former not in _BY_MASK:
         return mask, options
     chosen = torch.zeros(*indices.shape[:2], keys, dtype=torch.bool, device=indices.device)
     chosen = chosen.scatter(-1, indices.long(), True).unsqueeze(1)

@@ -25,6 +25,7 @@ class AttentionOptions:
     Attributes:
         scaling: factor of the scores; None means head_dim ** −0.5.
         window: sliding window: a query sees the keys at most window − 1 positions before it; None means all.
+        chunk: a query sees the keys whose position divided by chunk is, rounded down, the same; None means all.
         softcap: c above, or None for no cap.
         sinks: (H,) attention-sink logits, one a query head: a key without a value in the softmax; or None.
         dropout: the probability that a weight is dropped.
@@ -32,6 +33,7 @@ class AttentionOptions:
 
     scaling: float | None = None
     window: int | None = None
+    chunk: int | None = None
     softcap: float | None = None
     sinks: Tensor | None = None
     dropout: float = 0.0
