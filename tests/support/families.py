@@ -12,6 +12,12 @@ _ALTERNATING = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_
 _EXPERTS = {"num_experts_per_tok": 2}
 _NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 _NARROW = {"head_dim": 8}  # where the family's default does not follow from hidden_size
+_LATENT = {
+    **_EXPERTS, "num_key_value_heads": 4, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4, "v_head_dim": 8, "n_routed_experts": 4, "n_group": 1, "topk_group": 1,
+    "first_k_dense_replace": 1, "moe_intermediate_size": 16,
+}  # fmt: skip
+_INDEXED = {**_LATENT, "index_topk": 32, "index_head_dim": 8, "index_n_heads": 2}
 
 # Family: (what its classes are called, options over _SHAPE, or a whole shape where it has vocab_size)
 PACKED = {
@@ -39,11 +45,13 @@ PACKED = {
     "gpt2": ("GPT2", {**_GPT_SHAPE, "n_positions": 64}),
     "gpt-neox": ("GPTNeoX", {}),
     "gpt-oss": ("GptOss", {**_NARROW, **_ALTERNATING, **_EXPERTS, "num_local_experts": 4}),
-    "deepseek-v3": (
-        "DeepseekV3",
-        {**_EXPERTS, "num_key_value_heads": 4, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4,
-         "qk_nope_head_dim": 4, "v_head_dim": 6, "n_routed_experts": 4, "n_group": 1, "topk_group": 1,
-         "first_k_dense_replace": 1, "moe_intermediate_size": 16},
+    "deepseek-v3": ("DeepseekV3", {**_LATENT, "v_head_dim": 6}),
+    "deepseek-v3.2": ("DeepseekV32", _INDEXED),
+    "glm-moe-dsa": ("GlmMoeDsa", {**_INDEXED, "indexer_types": ["full", "shared"]}),
+    "dots3-note": (
+        "Dots3Note",
+        {**_INDEXED, "sliding_window": 4, "layer_types": ["indexed_attention", "sliding_attention"], "pad_token_id": 0,
+         "bos_token_id": 1, "eos_token_id": 2},
     ),
     "starcoder2": ("Starcoder2", {"sliding_window": 4}),
     "exaone4": ("Exaone4", _ALTERNATING),
