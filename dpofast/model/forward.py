@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from dpofast.model.attention.indexer import check_whole_histories_selected
-from dpofast.model.attention.interface import packed_mask, use_packed_attention
-from dpofast.model.attention.layout import PackedLayout
+from dpofast.model.attention.interface import use_packed_attention
+from dpofast.model.attention.layout import PackedLayout, packed_mask
 from dpofast.model.checks.support import attention_calls, cannot_pack
 from dpofast.model.moe import RoutingCounts, balancing_loss, routing_counts, row_weights
 from dpofast.model.neftune import packed_noise, padded_noise

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow(10)
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-@pytest.mark.parametrize("family", ["nemotron", "stablelm", "llama"])
+@pytest.mark.parametrize("family", ["nemotron", "stablelm", "gpt-j", "llama"])
 def test_calls_in_flight_keep_their_own_layouts_through_checkpointing_in_another_thread(family, use_reentrant):
     models = [attach_logprob_head(family_model(family)).train() for _ in range(2)]
     with torch.no_grad():

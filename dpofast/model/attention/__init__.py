@@ -2,6 +2,7 @@
 
 interface  registers it with transformers, and chooses one of the three backends
 indexer    layers that select keys, which packed rows have up to index_topk
+methods    families that attend without the interface
 layout     their arguments: PackedLayout, AttentionOptions
 chunks     the runs of rows of chunked attention
 varlen     FlashAttention over all segments at once, 16-bit on CUDA

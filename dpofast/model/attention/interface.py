@@ -27,13 +27,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from dpofast.model.attention.flash import active_flash_attention
 from dpofast.model.attention.flex import flex_attention_packed, flex_refusal
 from dpofast.model.attention.indexer import run_indexers, selection_in_mask, skip_indexers
-from dpofast.model.attention.layout import AttentionOptions, PackedLayout, on_device
+from dpofast.model.attention.layout import AttentionOptions, PackedLayout, layout_of, on_device
+from dpofast.model.attention.methods import has_attention_method, wrap_methods
 from dpofast.model.attention.sdpa import sdpa_attention
 from dpofast.model.attention.varlen import varlen_attention, varlen_refusal
 
 _PREFIX = "dpofast_"
 _BACKENDS = {"varlen": varlen_attention, "flex": flex_attention_packed, "sdpa": sdpa_attention}
-_LAYOUT = "dpofast_layout"  # an attribute of the mask
 _SEGMENTWISE = ContextVar("_SEGMENTWISE", default=False)
 
 
@@ -77,6 +77,9 @@ def use_packed_attention(backbone: Any) -> None:
 
     Again after set_attn_implementation, it stands before the new implementation. Else a second call changes nothing.
     """
+    if has_attention_method(backbone):
+        wrap_methods(backbone, _counted)
+        return
     former = backbone.config._attn_implementation
     if not former.startswith(_PREFIX):
         _register(former)
@@ -93,18 +96,6 @@ def restore_attention(backbone: Any) -> None:
     """Undo use_packed_attention."""
     run_indexers(backbone)
     backbone.set_attn_implementation(backbone.config._attn_implementation.removeprefix(_PREFIX))
-
-
-def packed_mask(layout: PackedLayout, device: torch.device) -> Tensor:
-    """The attention mask of a packed call, (1, 1, 1, 1) bool, with the layout as an attribute.
-
-    transformers passes a four-dimensional mask through; without one it would build a (T, T) mask. It reaches the
-    attention of every layer, and again where gradient checkpointing computes the layer a second time: on any thread,
-    and with other packed calls in between.
-    """
-    mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
-    setattr(mask, _LAYOUT, layout)
-    return mask
 
 
 def _register(former: str) -> None:
@@ -126,7 +117,7 @@ def _attention_over(former: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
         packed_layout: PackedLayout | None = None,
         **options: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        packed_layout = packed_layout or getattr(attention_mask, _LAYOUT, None)
+        packed_layout = packed_layout or layout_of(attention_mask)
         if packed_layout is None:
             plain = ALL_ATTENTION_FUNCTIONS.get(former, _eager_attention_of(module))
             attention_mask, options = selection_in_mask(attention_mask, options, key.shape[2], former)

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from dpofast.packing.segments import Segments
 
+_LAYOUT = "dpofast_layout"  # an attribute of the mask
+
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionOptions:
@@ -61,6 +63,23 @@ class PackedLayout:
         if key not in self._derived:
             self._derived[key] = make()
         return self._derived[key]
+
+
+def packed_mask(layout: PackedLayout, device: torch.device) -> Tensor:
+    """The attention mask of a packed call, (1, 1, 1, 1) bool, with the layout as an attribute.
+
+    transformers passes a four-dimensional mask through; without one it would build a (T, T) mask. It reaches the
+    attention of every layer, and again where gradient checkpointing computes the layer a second time: on any thread,
+    and with other packed calls in between.
+    """
+    mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+    setattr(mask, _LAYOUT, layout)
+    return mask
+
+
+def layout_of(mask: Tensor | None) -> PackedLayout | None:
+    """The layout that packed_mask put on the mask; None for any other mask."""
+    return getattr(mask, _LAYOUT, None)
 
 
 def on_device(index: Tensor, device: torch.device) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from dpofast.model.attention.methods import has_attention_method
 from dpofast.model.lm_head import plain_heads, refused_head
 from dpofast.model.parts import backbone_of
 
@@ -71,7 +72,9 @@ def check_packed(model: Any) -> None:
         raise cannot_pack(model, f"it has {theirs} layers, and only layers of {ours} can")
     if config.model_type == "blt":
         raise cannot_pack(model, "it cuts the whole of its row into patches of bytes")
-    if not backbone_of(model)._can_set_attn_implementation():  # unlike _supports_attention_backend, read off its code
+    backbone = backbone_of(model)
+    # unlike _supports_attention_backend, which StableLM lacks, this is read off the code
+    if not backbone._can_set_attn_implementation() and not has_attention_method(backbone):
         raise cannot_pack(model, "its attention does not go through transformers' AttentionInterface")
 
 
