@@ -5,6 +5,9 @@ packed_hidden runs the one packed row of T positions; padded_hidden runs S padde
 
 from __future__ import annotations
 
+import contextlib
+import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -40,7 +43,7 @@ def packed_backbone(model: Any, batch: PackedBatch, *, appended: int = 0, **opti
     use_packed_attention(backbone_of(model))  # set_attn_implementation may have taken it off since
     layout = PackedLayout(batch.segments)
     positions = packed_positions(model, batch, appended=appended)
-    with packed_noise(model, batch.segments):
+    with packed_noise(model, batch.segments), _numbered(backbone_of(model), batch.position_ids):
         output = backbone_of(model)(
             input_ids=batch.input_ids[None],
             position_ids=positions,
@@ -56,6 +59,26 @@ def packed_backbone(model: Any, batch: PackedBatch, *, appended: int = 0, **opti
     if layout.foreign_masks:
         raise cannot_pack(model, f"its attention has a mask of its own, {layout.foreign_masks[0]}, beside the layout")
     return output
+
+
+@contextlib.contextmanager
+def _numbered(backbone: Any, positions: Tensor) -> Iterator[None]:
+    """Inside, decoders that number their rows themselves, as BART's do, look up positions (T,) instead."""
+    if "position_ids" in inspect.signature(backbone.forward).parameters:
+        yield
+        return
+
+    def given(module: nn.Module, args: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        rows = options.get("position_ids")
+        return args, options if rows is None else {**options, "position_ids": positions.view(rows.shape)}
+
+    tables = [module for name, module in backbone.named_modules() if name.split(".")[-1] == "embed_positions"]
+    handles = [table.register_forward_pre_hook(given, with_kwargs=True) for table in tables]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def packed_hidden(

@@ -11,6 +11,11 @@ _SHAPE = {**SHAPE, "num_hidden_layers": 2, "intermediate_size": 48}
 _ALTERNATING = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
 _EXPERTS = {"num_experts_per_tok": 2}
 _NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+_DECODER = {
+    "vocab_size": VOCAB, "d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 48,
+    "dropout": 0.0, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1,
+    "forced_eos_token_id": None,
+}  # fmt: skip
 _NARROW = {"head_dim": 8}  # where the family's default does not follow from hidden_size
 _LATENT = {
     **_EXPERTS, "num_key_value_heads": 4, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4,
@@ -71,12 +76,9 @@ PACKED = {
     "stablelm": ("StableLm", {}),
     "stablelm-parallel": ("StableLm", {"use_parallel_residual": True, "qk_layernorm": True}),
     "biogpt": ("BioGpt", {"max_position_embeddings": 64, **_NO_DROPOUT}),
-    "whisper": (
-        "Whisper",
-        {"vocab_size": VOCAB, "d_model": 32, "decoder_layers": 2, "encoder_layers": 1, "decoder_attention_heads": 4,
-         "decoder_ffn_dim": 48, "max_target_positions": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-         "decoder_start_token_id": 1},
-    ),
+    "whisper": ("Whisper", {**_DECODER, "encoder_layers": 1, "max_target_positions": 64}),
+    "bart": ("Bart", {**_DECODER, "max_position_embeddings": 64}),
+    "marian": ("Marian", {**_DECODER, "max_position_embeddings": 64, "decoder_vocab_size": VOCAB}),
     "diffllama": ("DiffLlama", {}),
     "llama4": (
         "Llama4",
@@ -121,12 +123,6 @@ REFUSED = {
         {**_NARROW, "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2,
          "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8},
         _STATE,
-    ),
-    "bart": (
-        "Bart",
-        {"vocab_size": VOCAB, "d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 48,
-         "max_position_embeddings": 64, "pad_token_id": 0, "dropout": 0.0},
-        "packed and padded log-probs of the same tokens differ",
     ),
     "git": ("Git", {"vision_config": {"image_size": 8, "patch_size": 4}}, "0 of its 2 attention calls saw the packed"),
 }  # fmt: skip

@@ -28,7 +28,7 @@ from dpofast.model.attention.flash import active_flash_attention
 from dpofast.model.attention.flex import flex_attention_packed, flex_refusal
 from dpofast.model.attention.indexer import run_indexers, selection_in_mask, skip_indexers
 from dpofast.model.attention.layout import AttentionOptions, PackedLayout, layout_of, on_device
-from dpofast.model.attention.methods import has_attention_method, wrap_methods
+from dpofast.model.attention.methods import wrap_methods
 from dpofast.model.attention.sdpa import sdpa_attention
 from dpofast.model.attention.varlen import varlen_attention, varlen_refusal
 
@@ -77,7 +77,7 @@ def use_packed_attention(backbone: Any) -> None:
 
     Again after set_attn_implementation, it stands before the new implementation. Else a second call changes nothing.
     """
-    if has_attention_method(backbone):
+    if not backbone._can_set_attn_implementation():
         wrap_methods(backbone, _counted)
         return
     former = backbone.config._attn_implementation
