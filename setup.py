@@ -29,6 +29,7 @@ PACKAGES = [
     "dpofast.model",
     "dpofast.model.attention",
     "dpofast.model.checks",
+    "dpofast.model.recurrent",
     "dpofast.packing",
     "dpofast.report",
     "dpofast.scoring",

@@ -13,6 +13,9 @@ from dpofast.model.lm_head import plain_heads, refused_head
 from dpofast.model.parts import backbone_of
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
+# Layers that carry a state, alone or beside an attention, and layers of neither kind.
+_RECURRENT_TYPES = {"linear_attention", "mamba", "conv", "hybrid", "hybrid_sliding"}
+_OTHER_TYPES = {"moe", "mlp"}
 
 
 def check_lm_head(model: Any) -> None:
@@ -48,17 +51,28 @@ def check_lm_head(model: Any) -> None:
 def check_packed(model: Any) -> None:
     """Refuse a model whose layers do not all attend through transformers' AttentionInterface.
 
+    Of one with recurrent layers the calls of attention tell: its class seldom says whether it does.
+
     Raises:
         CannotPack: with the reason.
     """
-    if getattr(model, "_is_stateful", False):
-        raise cannot_pack(model, "it carries a state from token to token, across the branches of a packed row")
-    foreign = set(getattr(model.config.get_text_config(), "layer_types", None) or _LAYER_TYPES) - _LAYER_TYPES
+    foreign = _layer_types(model) - _LAYER_TYPES
+    if is_recurrent(model):
+        foreign -= _RECURRENT_TYPES | _OTHER_TYPES
     if foreign:
         known = " and ".join(sorted(_LAYER_TYPES))
         raise cannot_pack(model, f"it has {', '.join(sorted(foreign))} layers, and only {known} layers can")
-    if not getattr(backbone_of(model), "_supports_attention_backend", False):
+    if not is_recurrent(model) and not getattr(backbone_of(model), "_supports_attention_backend", False):
         raise cannot_pack(model, "its attention does not go through transformers' AttentionInterface")
+
+
+def is_recurrent(model: Any) -> bool:
+    """Whether some layer carries a state from token to token, by the model's class and its config's layer_types."""
+    return bool(getattr(model, "_is_stateful", False) or _layer_types(model) & _RECURRENT_TYPES)
+
+
+def _layer_types(model: Any) -> set[str]:
+    return set(getattr(model.config.get_text_config(), "layer_types", None) or _LAYER_TYPES)
 
 
 class CannotPack(ValueError):
