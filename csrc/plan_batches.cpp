@@ -226,8 +226,8 @@ std::vector<Batch> make_batches(const Groups& groups, const Limits& limits, int6
   const int64_t all = std::accumulate(sizes.tokens.begin(), sizes.tokens.end(), int64_t{0});
   if (plain.loads.size() < 2 || shared < all / kWorthTrying) return laid_out(plain);
   std::vector<Batch> together = laid_out(pack_by_prefix(sizes, sorted.common, limits)), apart = laid_out(plain);
-  const auto cost = [](const std::vector<Batch>& batches) { return std::make_pair(rows_of(batches), batches.size()); };
-  return cost(together) <= cost(apart) ? together : apart;
+  const bool fewer = rows_of(together) <= rows_of(apart) && together.size() <= apart.size();
+  return std::move(fewer ? together : apart);
 }
 
 }  // namespace dpofast

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "../batches.hpp"
+#include "../prefixes.hpp"
 
 using namespace dpofast;
 
@@ -43,8 +44,12 @@ struct Input {
       wide.emplace_back(new int64_t[length]);
     else
       narrow.emplace_back(new int32_t[length]);
+    // Sequences often begin like an earlier one.
+    const Sequence* const like =
+        sequences.empty() || random.one_in(2) ? nullptr : &sequences[random.below(sequences.size())];
+    const int64_t same = like ? std::min(like->length, random.below(length + 1)) : 0;
     for (int64_t i = 0; i < length; ++i) {
-      const int64_t id = i == 0 && first ? first : random.below(vocab);
+      const int64_t id = i == 0 && first ? first : i < same ? (*like)[i] : random.below(vocab);
       if (is_wide)
         wide.back()[i] = id;
       else
@@ -248,6 +253,54 @@ void check_pack(Random& random, const Input& input) {
   check_batches(groups, batches, longs.get(), ints.get());
 }
 
+// The order of sequences against std::lexicographical_compare, and bins of items that pay for what they share once.
+void check_prefixes(Random& random) {
+  Input input;
+  const int64_t count = random.below(30), longest = random.one_in(4) ? 40 : 6;
+  for (int64_t i = 0; i < count; ++i) input.add_sequence(random, random.below(longest), 2, 0);
+  const auto tokens = [&](int64_t index) {
+    const Sequence& sequence = input.sequences[index];
+    std::vector<int64_t> values;
+    for (int64_t i = 0; i < sequence.length; ++i) values.push_back(sequence[i]);
+    return values;
+  };
+  const Lexicographic sorted = sort_lexicographically(input.sequences);
+  Items items;
+  for (int64_t i = 0; i < count; ++i) {
+    const std::vector<int64_t> here = tokens(sorted.order[i]);
+    if (i > 0) {
+      const std::vector<int64_t> before = tokens(sorted.order[i - 1]);
+      require(before < here || (before == here && sorted.order[i - 1] < sorted.order[i]), "lexicographic order");
+      const int64_t end = std::min(before.size(), here.size());
+      const int64_t same = std::mismatch(before.begin(), before.begin() + end, here.begin()).first - before.begin();
+      require(sorted.common[i] == same, "common beginnings");
+    }
+    items.tokens.push_back(here.size() + 1 + random.below(longest));
+  }
+  Limits limits{random.one_in(8) ? kUnlimited : 1 + random.below(4 * longest), kUnlimited};
+  if (random.one_in(3)) {
+    for (int64_t i = 0; i < count; ++i) items.targets.push_back(1 + random.below(longest));
+    limits.targets = 1 + random.below(2 * longest);
+  }
+  const Bins bins = pack_by_prefix(items, sorted.common, limits);
+  const int64_t bin_count = bins.loads.size();
+  std::vector<int64_t> loads(bin_count, 0), targets(bin_count, 0), members(bin_count, 0), shared(bin_count, 0);
+  for (int64_t i = 0; i < count; ++i) {
+    for (int64_t& common : shared) common = std::min(common, sorted.common[i]);
+    const int64_t bin = bins.bin_of[i];
+    require(0 <= bin && bin < bin_count, "bins by prefix");
+    loads[bin] += items.tokens[i] - (members[bin] ? shared[bin] : 0);
+    if (!items.targets.empty()) targets[bin] += items.targets[i];
+    ++members[bin];
+    shared[bin] = kUnlimited;  // what the next item of the bin shares with this one
+  }
+  for (int64_t b = 0; b < bin_count; ++b) {
+    require(members[b] > 0, "empty bins by prefix");
+    require(loads[b] <= bins.loads[b], "loads by prefix");
+    require(members[b] == 1 || (bins.loads[b] <= limits.tokens && targets[b] <= limits.targets), "limits by prefix");
+  }
+}
+
 void check_plan(Random& random) {
   const int64_t longest = random.one_in(4) ? 20000 : 40;
   Items items;
@@ -307,6 +360,7 @@ int main(int argc, char** argv) {
       ++refused;
     }
     check_plan(random);
+    check_prefixes(random);
   }
   std::printf("%lld cases, %lld refused, no promise broken\n", static_cast<long long>(cases),
               static_cast<long long>(refused));

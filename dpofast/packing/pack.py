@@ -16,8 +16,8 @@ from torch import Tensor
 from dpofast import _C
 from dpofast.packing.arguments import at_least_one, limit, sharing
 from dpofast.packing.batch import PackedBatch
-from dpofast.packing.segments import Segments
 from dpofast.packing.examples import FlatExamples, read_examples
+from dpofast.packing.segments import Segments
 
 if TYPE_CHECKING:
     import datasets

@@ -83,7 +83,8 @@ class Segments:
     @cached_property
     def depths(self) -> Tensor:
         """Position of each segment's first row, the number of rows of its ancestors: (G,) int64 on the CPU."""
-        bounds, depths = self.cu_seqlens_q.tolist(), []
+        bounds: list[int] = self.cu_seqlens_q.tolist()
+        depths: list[int] = []
         for parent in self.parents.tolist():
             depths.append(0 if parent < 0 else depths[parent] + bounds[parent + 1] - bounds[parent])
         return torch.tensor(depths, dtype=torch.int64)
@@ -122,11 +123,11 @@ class Segments:
         """
         bounds, parents = self.cu_seqlens_q.tolist(), self.parents.tolist()
         starts = [g for g, parent in enumerate(parents) if parent != g - 1 or parent < 0]
-        run_of, paths, ranges, counts, key_counts = [], [], [], [], []
+        paths: list[list[tuple[int, int]]] = []  # of each run, without its own rows
+        run_of, ranges, counts, key_counts = [], [], [], []
         for run, (first, stop) in enumerate(pairwise([*starts, len(parents)])):
             run_of += [run] * (stop - first)
-            path: list[tuple[int, int]] = []
-            parent = parents[first]
+            path, parent = [], parents[first]
             if parent >= 0:
                 # up to the fork, which is in the parent's run, and all before it
                 path = [*paths[run_of[parent]], (bounds[starts[run_of[parent]]], bounds[parent + 1])]

@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 
 from dpofast.packing.arguments import SHARED
 from dpofast.packing.batch import PackedBatch
-from dpofast.packing.segments import Segments
 from dpofast.packing.pack import PackBuffers, pack
+from dpofast.packing.segments import Segments
 from tests.support.examples import DESIGN, example, group
 from tests.support.histories import histories
+from tests.support.tries import naive_pack, rows_of_pair, unpadded
 
 
 def pair_lists(examples):
@@ -24,17 +25,6 @@ def pair_lists(examples):
         for chosen, rejected in row.get("pairs", [(0, 1)]):
             found.append((index, tuple(row["prompt_ids"]), tuple(branches[chosen]), tuple(branches[rejected])))
     return found
-
-
-def unpadded(batch):
-    """(prompt, response) of every sequence, read from the padded form."""
-    ids, attention, completion = batch.padded(pad_id=-1)
-    assert ids.shape == attention.shape == completion.shape and ids.dtype == torch.int64
-    assert torch.equal(ids == -1, attention == 0)
-    return [
-        (tuple(row[(mask - done).bool()].tolist()), tuple(row[done.bool()].tolist()))
-        for row, mask, done in zip(ids, attention, completion, strict=True)
-    ]
 
 
 def batch_pairs(batches):
@@ -56,60 +46,6 @@ def visible_rows(batch):
     for rows, start, stop in zip(keys, bounds, bounds[1:], strict=False):
         visible += [rows[: len(rows) - (stop - 1 - row)].tolist() for row in range(start, stop)]
     return visible
-
-
-class Rows:
-    """A trie of tokens in plain Python: a node is (token, position, children), a child is found by its key."""
-
-    def __init__(self):
-        self.roots = {}
-
-    def add(self, keys, tokens):
-        """Goes along a path, and makes what is not there; the nodes of the path."""
-        children, path = self.roots, []
-        for position, (key, token) in enumerate(zip(keys, tokens, strict=True)):
-            path.append(children.setdefault(key, (token, position, {})))
-            children = path[-1][2]
-        return path
-
-    def lay_out(self):
-        """(node, rows of its path) of every node, depth first."""
-        found, waiting = [], [(node, []) for node in reversed(self.roots.values())]
-        while waiting:
-            node, path = waiting.pop()
-            path = [*path, len(found)]
-            found.append((node, path))
-            waiting += [(child, path) for child in reversed(node[2].values())]
-        return found
-
-
-def naive_pack(pairs, share):
-    """The layout from first principles: (tokens, positions, logit rows, targets, sequences, rows that each row sees)."""
-    responses = {}  # prompt -> branches, both in order of first appearance
-    for _, prompt, chosen, rejected in pairs:
-        for response in (chosen, rejected):
-            branches = responses.setdefault(prompt, [])
-            if response not in branches:
-                branches.append(response)
-    sequences = [(prompt, response) for prompt, branches in responses.items() for response in branches]
-    rows, paths = Rows(), []
-    for number, (prompt, response) in enumerate(sequences):
-        tokens = [*prompt, *response[:-1]]
-        apart = {"none": [number] * len(tokens), "prompt": [prompt] * len(prompt) + [number] * (len(response) - 1)}
-        keys = list(zip(apart.get(share, [0] * len(tokens)), tokens, strict=True))
-        paths.append(rows.add(keys, tokens))
-    laid_out = rows.lay_out()
-    row_of = {id(node): path[-1] for node, path in laid_out}
-    logit_rows = [
-        row_of[id(node)] for path, (prompt, _) in zip(paths, sequences, strict=True) for node in path[len(prompt) - 1 :]
-    ]
-    tokens, positions = ([node[part] for node, _ in laid_out] for part in (0, 1))
-    targets = [token for _, response in sequences for token in response]
-    return tokens, positions, logit_rows, targets, sequences, [path for _, path in laid_out]
-
-
-def rows_of_pair(prompt, chosen, rejected, share):
-    return len(naive_pack([(0, prompt, chosen, rejected)], share)[0])
 
 
 # Three token ids and short responses, so that prompts and responses collide often.
@@ -376,4 +312,4 @@ def test_keys_beyond_int32_are_refused():
     bounds = torch.tensor([0, rows, rows + 1, rows + 2], dtype=torch.int32)
     segments = Segments(bounds, torch.tensor([-1, 0, 0], dtype=torch.int32))
     with pytest.raises(ValueError, match="the segments see 2147483650 keys; int32 allows"):
-        segments.runs
+        _ = segments.runs

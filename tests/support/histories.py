@@ -1,4 +1,4 @@
-"""What each packed row sees, from the definition: the rows of its segment's ancestors and the earlier ones of its own."""
+"""What each packed row sees, by definition: the rows of its segment's ancestors and the earlier ones of its own."""
 
 
 def histories(segments):
