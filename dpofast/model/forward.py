@@ -16,9 +16,10 @@ from dpofast.model.checks.support import cannot_pack
 from dpofast.model.moe import RoutingCounts, balancing_loss, routing_counts, row_weights
 from dpofast.model.neftune import packed_noise, padded_noise
 from dpofast.model.parts import backbone_of
-from dpofast.model.recurrent.follow import attention_calls, segment_arguments, shares_rows, unshared
+from dpofast.model.recurrent.follow import attention_calls, one_kind_each, segment_arguments, shares_rows
 from dpofast.model.rope import check_read, longest_sequence, packed_positions, padded_positions, split_by_table
 from dpofast.packing.batch import PackedBatch
+from dpofast.packing.split import split_by_kind
 
 # Position tables may have a few rows more than positions: OPT's begins with two that it never reads.
 _SPARE_POSITIONS = 8
@@ -60,7 +61,9 @@ def packed_backbone(model: Any, batch: PackedBatch, *, appended: int = 0, **opti
 
 def separated(model: Any, batch: PackedBatch) -> PackedBatch:
     """The batch, with rows shared only by sequences that the model computes them alike for."""
-    return split_by_table(model, batch) if shares_rows(model) else unshared(batch)
+    if not shares_rows(model):
+        return split_by_kind(batch, one_kind_each(batch.lengths()))
+    return split_by_table(model, batch)
 
 
 def packed_hidden(

@@ -19,7 +19,7 @@ _DELTA_ATTENTION = ("kimi_linear", "bailing_hybrid"), ("KimiLinearDeltaAttention
 
 
 def register_families() -> None:
-    """Add the families to tree-recurrence's; those that it lists itself, now or in a later release, stay as they are."""
+    """Add the families to tree-recurrence's; those that it lists itself, as a later release may, stay as they are."""
     from tree_recurrence import TreeFamily, families, register_family
 
     known = {mixer for family in families() for mixer in family.mixers}

@@ -10,7 +10,6 @@ The hooks are those of a whole module, whose models share them: the last one tha
 
 from __future__ import annotations
 
-from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -20,9 +19,7 @@ from torch import Tensor
 from dpofast.model.checks.support import cannot_pack, is_recurrent
 from dpofast.model.parts import backbone_of
 from dpofast.model.recurrent.families import register_families
-from dpofast.packing.batch import PackedBatch
 from dpofast.packing.segments import Segments
-from dpofast.packing.split import split_by_kind
 
 _MODE = "_dpofast_recurrence"  # an attribute of the model: "tree" or "chains", as tree-recurrence has it
 # Entries of transformers' layer_types whose layers call no attention.
@@ -86,7 +83,10 @@ def segment_arguments(model: Any, segments: Segments) -> dict[str, Tensor]:
     """The arguments of the backbone's call that the hooks read; {} for a model without recurrent layers."""
     if _MODE not in vars(model):
         return {}
-    return {"tree_cu_seqlens_q": segments.cu_seqlens_q, "tree_segment_parents": segments.parents}
+    cu_seqlens, parents = segments.cu_seqlens_q, segments.parents
+    if not shares_rows(model):  # the cuts that sharing has left in a sequence are no boundaries
+        cu_seqlens, parents = torch.cat((cu_seqlens[:-1][parents < 0], cu_seqlens[-1:])), parents[parents < 0]
+    return {"tree_cu_seqlens_q": cu_seqlens, "tree_segment_parents": parents}
 
 
 def shares_rows(model: Any) -> bool:
@@ -94,12 +94,9 @@ def shares_rows(model: Any) -> bool:
     return bool(vars(model).get(_MODE) != "chains")
 
 
-def unshared(batch: PackedBatch) -> PackedBatch:
-    """The batch with every sequence in one segment of its own."""
-    batch = split_by_kind(batch, torch.arange(batch.num_sequences))
-    cu_seqlens, parents = batch.segments.cu_seqlens_q, batch.segments.parents
-    bounds = torch.cat((cu_seqlens[:-1][parents < 0], cu_seqlens[-1:]))
-    return replace(batch, segments=Segments(bounds, torch.full((len(bounds) - 1,), -1, dtype=torch.int32)))
+def one_kind_each(lengths: Tensor) -> Tensor:
+    """Kinds (S,) of sequences of lengths (S,) by which split_by_kind shares no rows."""
+    return torch.arange(len(lengths))
 
 
 def attention_calls(config: Any) -> int:
