@@ -125,6 +125,8 @@ HYBRIDS = {
          "num_key_value_heads": 4, "use_shared_attention_adapter": True, "adapter_rank": 4, "use_mem_rope": True},
     ),
 }  # fmt: skip
+# LFM3 came after transformers 5.20, the last one for Python 3.10.
+HYBRIDS = {name: made for name, made in HYBRIDS.items() if hasattr(transformers, f"{made[0]}ForCausalLM")}
 PACKED |= HYBRIDS
 _INTERFACE = "its attention does not go through transformers' AttentionInterface"
 _STATE = "it carries a state from token to token"
