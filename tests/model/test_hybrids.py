@@ -206,7 +206,7 @@ def test_an_attention_that_sees_no_layout_is_refused():
     model = family_model("qwen3.5")
     attention = model.model.layers[1].self_attn
     attention.forward = lambda *args, packed_layout=None, _forward=attention.forward, **kw: _forward(*args, **kw)
-    with pytest.raises(ValueError, match="cannot run packed: 0 attention calls of its 1 layers saw the packed layout"):
+    with pytest.raises(ValueError, match="cannot run packed: 0 of its 1 attention calls saw the packed layout"):
         attach_logprob_head(model)
 
 

@@ -9,13 +9,23 @@ from __future__ import annotations
 
 from typing import Any
 
+from dpofast.model.attention.methods import has_attention_method
 from dpofast.model.lm_head import plain_heads, refused_head
 from dpofast.model.parts import backbone_of
 
-_LAYER_TYPES = {"full_attention", "sliding_attention"}
-# Layers that carry a state, alone or beside an attention, and layers of neither kind.
-_RECURRENT_TYPES = {"linear_attention", "mamba", "conv", "hybrid", "hybrid_sliding"}
-_OTHER_TYPES = {"moe", "mlp"}
+# Types of layers that run packed, and the entry of the config by which those of one family are computed.
+_LAYER_TYPES = {
+    "full_attention": None,
+    "sliding_attention": None,
+    "chunked_attention": "attention_chunk_size",
+    "indexed_attention": "index_topk",
+}
+_WITHOUT_ATTENTION = {"mlp", "moe"}
+# Layers that carry a state from token to token: without attention, and beside one.
+_STATE = {"linear_attention", "mamba", "conv"}
+_STATE_AND_ATTENTION = {"hybrid", "hybrid_sliding"}
+# Attention calls of a layer: DiffLlama's two attend to one half of the values each.
+_CALLS = {"diffllama": 2}
 
 
 def check_lm_head(model: Any) -> None:
@@ -56,23 +66,39 @@ def check_packed(model: Any) -> None:
     Raises:
         CannotPack: with the reason.
     """
-    foreign = _layer_types(model) - _LAYER_TYPES
-    if is_recurrent(model):
-        foreign -= _RECURRENT_TYPES | _OTHER_TYPES
+    kinds, config = _layer_types(model), model.config.get_text_config()
+    known = {kind for kind, entry in _LAYER_TYPES.items() if entry is None or hasattr(config, entry)}
+    foreign = set(kinds) - known - _WITHOUT_ATTENTION - _STATE - _STATE_AND_ATTENTION
     if foreign:
-        known = " and ".join(sorted(_LAYER_TYPES))
-        raise cannot_pack(model, f"it has {', '.join(sorted(foreign))} layers, and only {known} layers can")
-    if not is_recurrent(model) and not getattr(backbone_of(model), "_supports_attention_backend", False):
+        theirs, ours = (", ".join(sorted(names)) for names in (foreign, known))
+        raise cannot_pack(model, f"it has {theirs} layers, and only layers of {ours} can")
+    if config.model_type == "blt":
+        raise cannot_pack(model, "it cuts the whole of its row into patches of bytes")
+    backbone = backbone_of(model)
+    # unlike _supports_attention_backend, which StableLM lacks, this is read off the code
+    reaches_attention = backbone._can_set_attn_implementation() or has_attention_method(backbone)
+    if not reaches_attention and not is_recurrent(model):
         raise cannot_pack(model, "its attention does not go through transformers' AttentionInterface")
 
 
 def is_recurrent(model: Any) -> bool:
-    """Whether some layer carries a state from token to token, by the model's class and its config's layer_types."""
-    return bool(getattr(model, "_is_stateful", False) or _layer_types(model) & _RECURRENT_TYPES)
+    """Whether some layer carries a state from token to token: not all models of a hybrid class have one."""
+    kinds = _layer_types(model)
+    if not kinds:
+        return bool(getattr(model, "_is_stateful", False))
+    return not (_STATE | _STATE_AND_ATTENTION).isdisjoint(kinds)
 
 
-def _layer_types(model: Any) -> set[str]:
-    return set(getattr(model.config.get_text_config(), "layer_types", None) or _LAYER_TYPES)
+def attention_calls(model: Any) -> int:
+    """How many times the layers that a model's config names call attention in one forward."""
+    config = model.config.get_text_config()
+    layers = getattr(config, "decoder_layers", config.num_hidden_layers)  # of Whisper the latter are its encoder's
+    attending = layers - sum(kind in _WITHOUT_ATTENTION | _STATE for kind in _layer_types(model))
+    return attending * _CALLS.get(config.model_type, 1)
+
+
+def _layer_types(model: Any) -> list[str]:
+    return getattr(model.config.get_text_config(), "layer_types", None) or []
 
 
 class CannotPack(ValueError):

@@ -22,8 +22,6 @@ from dpofast.model.recurrent.families import register_families
 from dpofast.packing.segments import Segments
 
 _MODE = "_dpofast_recurrence"  # an attribute of the model: "tree" or "chains", as tree-recurrence has it
-# Entries of transformers' layer_types whose layers call no attention.
-_WITHOUT_ATTENTION = {"linear_attention", "mamba", "conv", "moe", "mlp"}
 
 
 def follow_segments(model: Any) -> None:
@@ -97,12 +95,6 @@ def shares_rows(model: Any) -> bool:
 def one_kind_each(lengths: Tensor) -> Tensor:
     """Kinds (S,) of sequences of lengths (S,) by which split_by_kind shares no rows."""
     return torch.arange(len(lengths))
-
-
-def attention_calls(config: Any) -> int:
-    """How many layers of a model call attention in one forward, as far as its text config tells."""
-    kinds = getattr(config, "layer_types", None) or [""] * config.num_hidden_layers
-    return sum(kind not in _WITHOUT_ATTENTION for kind in kinds)
 
 
 def is_recurrent_layer(layer: Any) -> bool:
