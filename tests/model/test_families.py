@@ -4,14 +4,16 @@ import copy
 
 import pytest
 import torch
+from transformers import BltConfig, BltForCausalLM
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
 from dpofast import PreferenceLoss, attach_logprob_head, detach_logprob_head, pack, reference
 from dpofast.model.attach import PackedPreference
+from dpofast.model.checks.support import CannotPack, check_packed
 from dpofast.model.forward import similar_lengths
 from tests.support.deep_examples import DEEP, depth
 from tests.support.families import PACKED, REFUSED, family_model
-from tests.support.tiny import VOCAB, tiny_pairs
+from tests.support.tiny import SHAPE, VOCAB, tiny_pairs
 
 pytestmark = pytest.mark.slow(60)
 
@@ -104,6 +106,27 @@ def test_a_model_that_cannot_run_packed_is_refused_and_runs_over_padded_rows(fam
     for batch in pack([*DEEP, *groups()[:3]], max_tokens=90):
         assert_equal_to_the_truth(model, batch)
     assert type(detach_logprob_head(model)) is original
+
+
+def test_a_model_that_cuts_its_row_into_patches_is_refused():
+    part = {**SHAPE, "num_hidden_layers": 1}
+    parts = {f"{name}_config": dict(part) for name in ("encoder", "decoder", "global", "patcher")}
+    model = BltForCausalLM(
+        BltConfig(vocab_size=VOCAB, encoder_hash_byte_group_vocab=50, hidden_size_global=32, **parts)
+    )
+    with pytest.raises(
+        CannotPack, match="^BltForCausalLM cannot run packed: it cuts the whole of its row into patches"
+    ):
+        check_packed(model)
+
+
+@pytest.mark.parametrize("kind", ["indexed_attention", "chunked_attention"])
+def test_layers_whose_number_of_keys_the_config_does_not_say_are_refused(kind):
+    model = family_model("llama")
+    model.config.layer_types = [kind, "full_attention"]
+    only = "only layers of full_attention, sliding_attention can"
+    with pytest.raises(CannotPack, match=f"^LlamaForCausalLM cannot run packed: it has {kind} layers, and {only}"):
+        check_packed(model)
 
 
 def positions_computed(model, batch):

@@ -10,7 +10,19 @@ _HIDDEN = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2}
 _SHAPE = {**SHAPE, "num_hidden_layers": 2, "intermediate_size": 48}
 _ALTERNATING = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
 _EXPERTS = {"num_experts_per_tok": 2}
+_NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+_DECODER = {
+    "vocab_size": VOCAB, "d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 48,
+    "dropout": 0.0, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1,
+    "forced_eos_token_id": None,
+}  # fmt: skip
 _NARROW = {"head_dim": 8}  # where the family's default does not follow from hidden_size
+_LATENT = {
+    **_EXPERTS, "num_key_value_heads": 4, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4, "v_head_dim": 8, "n_routed_experts": 4, "n_group": 1, "topk_group": 1,
+    "first_k_dense_replace": 1, "moe_intermediate_size": 16,
+}  # fmt: skip
+_INDEXED = {**_LATENT, "index_topk": 32, "index_head_dim": 8, "index_n_heads": 2}
 
 # Family: (what its classes are called, options over _SHAPE, or a whole shape where it has vocab_size)
 PACKED = {
@@ -38,17 +50,55 @@ PACKED = {
     "gpt2": ("GPT2", {**_GPT_SHAPE, "n_positions": 64}),
     "gpt-neox": ("GPTNeoX", {}),
     "gpt-oss": ("GptOss", {**_NARROW, **_ALTERNATING, **_EXPERTS, "num_local_experts": 4}),
-    "deepseek-v3": (
-        "DeepseekV3",
-        {**_EXPERTS, "num_key_value_heads": 4, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4,
-         "qk_nope_head_dim": 4, "v_head_dim": 6, "n_routed_experts": 4, "n_group": 1, "topk_group": 1,
-         "first_k_dense_replace": 1, "moe_intermediate_size": 16},
+    "deepseek-v3": ("DeepseekV3", {**_LATENT, "v_head_dim": 6}),
+    "deepseek-v3.2": ("DeepseekV32", _INDEXED),
+    "glm-moe-dsa": ("GlmMoeDsa", {**_INDEXED, "indexer_types": ["full", "shared"]}),
+    "dots3-note": (
+        "Dots3Note",
+        {**_INDEXED, "sliding_window": 4, "layer_types": ["indexed_attention", "sliding_attention"], "pad_token_id": 0,
+         "bos_token_id": 1, "eos_token_id": 2},
     ),
     "starcoder2": ("Starcoder2", {"sliding_window": 4}),
     "exaone4": ("Exaone4", _ALTERNATING),
     "opt": (
         "OPT",
         {**_HIDDEN, "ffn_dim": 48, "num_attention_heads": 4, "max_position_embeddings": 64, "word_embed_proj_dim": 32},
+    ),
+    "gpt-j": ("GPTJ", {**_GPT_SHAPE, "n_positions": 64, "rotary_dim": 4}),
+    "codegen": ("CodeGen", {**_GPT_SHAPE, "n_positions": 64, "rotary_dim": 4}),
+    "gpt-neo": (
+        "GPTNeo",
+        {**_HIDDEN, "num_layers": 2, "num_heads": 4, "max_position_embeddings": 64, "window_size": 4,
+         "attention_types": [[["global", "local"], 1]]},
+    ),
+    "gpt-neox-japanese": ("GPTNeoXJapanese", {"hidden_dropout": 0.0, "attention_dropout": 0.0}),
+    "nemotron": ("Nemotron", {}),
+    "stablelm": ("StableLm", {}),
+    "stablelm-parallel": ("StableLm", {"use_parallel_residual": True, "qk_layernorm": True}),
+    "biogpt": ("BioGpt", {"max_position_embeddings": 64, **_NO_DROPOUT}),
+    "whisper": ("Whisper", {**_DECODER, "encoder_layers": 1, "max_target_positions": 64}),
+    "bart": ("Bart", {**_DECODER, "max_position_embeddings": 64}),
+    "marian": ("Marian", {**_DECODER, "max_position_embeddings": 64, "decoder_vocab_size": VOCAB}),
+    "diffllama": ("DiffLlama", {}),
+    "llama4": (
+        "Llama4",
+        {**_NARROW, "num_local_experts": 2, "intermediate_size_mlp": 48, "attention_chunk_size": 4,
+         "interleave_moe_layer_step": 2, "layer_types": ["chunked_attention", "full_attention"],
+         "no_rope_layers": [1, 0], "floor_scale": 3, "attn_scale": 0.5},
+    ),
+    # Classes of hybrids, without a layer that carries a state
+    "granitemoehybrid-attention": (
+        "GraniteMoeHybrid",
+        {"layer_types": ["full_attention"] * 2, "shared_intermediate_size": 48, "mamba_n_heads": 4, **_EXPERTS,
+         "num_local_experts": 4},
+    ),
+    "qwen3-next-attention": (
+        "Qwen3Next",
+        {**_NARROW, **_EXPERTS, "layer_types": ["full_attention"] * 2, "num_experts": 4, "moe_intermediate_size": 16,
+         "shared_expert_intermediate_size": 16},
+    ),
+    "nemotron-h-attention": (
+        "NemotronH", {**_NARROW, "layer_types": ["full_attention", "mlp"]},
     ),
 }  # fmt: skip
 _INTERFACE = "its attention does not go through transformers' AttentionInterface"
@@ -59,7 +109,6 @@ REFUSED = {
     "mpt": ("Mpt", {"vocab_size": VOCAB, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64}, _INTERFACE),
     "falcon": ("Falcon", {}, _INTERFACE),
     "falcon-alibi": ("Falcon", {"alibi": True}, _INTERFACE),
-    "gpt-j": ("GPTJ", {**_GPT_SHAPE, "n_positions": 64, "rotary_dim": 4}, _INTERFACE),
     "mamba": ("Mamba", _HIDDEN, _STATE),
     "rwkv": ("Rwkv", {**_HIDDEN, "attention_hidden_size": 32}, _STATE),
     "lfm2": ("Lfm2", {"layer_types": ["conv", "full_attention"], "pad_token_id": 0}, "it has conv layers"),
@@ -69,20 +118,13 @@ REFUSED = {
          "lm_head_multiplier": 0.5},
         _STATE,
     ),
-    "llama4": (
-        "Llama4",
-        {**_NARROW, "num_local_experts": 2, "intermediate_size_mlp": 48, "attention_chunk_size": 4,
-         "interleave_moe_layer_step": 2, "layer_types": ["chunked_attention", "full_attention"]},
-        "it has chunked_attention layers",
-    ),
     "qwen3.5": (
         "Qwen3_5",
         {**_NARROW, "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2,
          "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8},
         _STATE,
     ),
-    "nemotron": ("Nemotron", {}, "0 attention calls of its 2 layers saw the packed layout"),
-    "stablelm": ("StableLm", {}, _INTERFACE),
+    "git": ("Git", {"vision_config": {"image_size": 8, "patch_size": 4}}, "0 of its 2 attention calls saw the packed"),
 }  # fmt: skip
 
 

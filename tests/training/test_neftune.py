@@ -143,7 +143,7 @@ def test_prompts_are_shared_without_noise_only(tmp_path):
     widths = []
     for alpha in (None, 0.0, ALPHA):
         trainer, watch = watched(tmp_path, train=Dataset.from_list(rows), neftune_noise_alpha=alpha)
-        assert trainer.share_prompts
+        assert trainer.share == "prefix"
         widths.append(watch.calls[0][0].shape[1])
     assert widths == [20 + 8, 20 + 8, 8 * 21]
 

@@ -9,10 +9,20 @@ from __future__ import annotations
 
 from typing import Any
 
+from dpofast.model.attention.methods import has_attention_method
 from dpofast.model.lm_head import plain_heads, refused_head
 from dpofast.model.parts import backbone_of
 
-_LAYER_TYPES = {"full_attention", "sliding_attention"}
+# Types of layers that run packed, and the entry of the config by which those of one family are computed.
+_LAYER_TYPES = {
+    "full_attention": None,
+    "sliding_attention": None,
+    "chunked_attention": "attention_chunk_size",
+    "indexed_attention": "index_topk",
+}
+_WITHOUT_ATTENTION = {"mlp", "moe"}
+# Attention calls of a layer: DiffLlama's two attend to one half of the values each.
+_CALLS = {"diffllama": 2}
 
 
 def check_lm_head(model: Any) -> None:
@@ -51,14 +61,33 @@ def check_packed(model: Any) -> None:
     Raises:
         CannotPack: with the reason.
     """
-    if getattr(model, "_is_stateful", False):
+    kinds, config = _layer_types(model), model.config.get_text_config()
+    known = {kind for kind, entry in _LAYER_TYPES.items() if entry is None or hasattr(config, entry)}
+    foreign = set(kinds) - known - _WITHOUT_ATTENTION
+    # of a hybrid's class the config may have no layer with a state
+    if getattr(model, "_is_stateful", False) and (foreign or not kinds):
         raise cannot_pack(model, "it carries a state from token to token, across the branches of a packed row")
-    foreign = set(getattr(model.config.get_text_config(), "layer_types", None) or _LAYER_TYPES) - _LAYER_TYPES
     if foreign:
-        known = " and ".join(sorted(_LAYER_TYPES))
-        raise cannot_pack(model, f"it has {', '.join(sorted(foreign))} layers, and only {known} layers can")
-    if not getattr(backbone_of(model), "_supports_attention_backend", False):
+        theirs, ours = (", ".join(sorted(names)) for names in (foreign, known))
+        raise cannot_pack(model, f"it has {theirs} layers, and only layers of {ours} can")
+    if config.model_type == "blt":
+        raise cannot_pack(model, "it cuts the whole of its row into patches of bytes")
+    backbone = backbone_of(model)
+    # unlike _supports_attention_backend, which StableLM lacks, this is read off the code
+    if not backbone._can_set_attn_implementation() and not has_attention_method(backbone):
         raise cannot_pack(model, "its attention does not go through transformers' AttentionInterface")
+
+
+def attention_calls(model: Any) -> int:
+    """How many times the layers that a model's config names call attention in one forward."""
+    config = model.config.get_text_config()
+    layers = getattr(config, "decoder_layers", config.num_hidden_layers)  # of Whisper the latter are its encoder's
+    attending = layers - sum(kind in _WITHOUT_ATTENTION for kind in _layer_types(model))
+    return attending * _CALLS.get(config.model_type, 1)
+
+
+def _layer_types(model: Any) -> list[str]:
+    return getattr(model.config.get_text_config(), "layer_types", None) or []
 
 
 class CannotPack(ValueError):
