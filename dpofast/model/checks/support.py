@@ -19,6 +19,7 @@ _LAYER_TYPES = {
     "sliding_attention": None,
     "chunked_attention": "attention_chunk_size",
     "indexed_attention": "index_topk",
+    "deepseek_sparse_attention": "index_topk",  # its name in transformers 5.17
 }
 _WITHOUT_ATTENTION = {"mlp", "moe"}
 # Attention calls of a layer: DiffLlama's two attend to one half of the values each.
