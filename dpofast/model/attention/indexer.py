@@ -34,8 +34,8 @@ def check_whole_histories_selected(model: Any, positions: int) -> None:
     if indexed and positions > config.index_topk:
         raise ValueError(
             f"{type(model).__name__}: a prompt with its response has {positions} positions, of which its "
-            f"{indexed.pop()} layers select {config.index_topk} (index_topk), and packed rows have no selection: cut the data to "
-            f"max_length={config.index_topk}, or run padded rows (padded=True)"
+            f"{indexed.pop()} layers select {config.index_topk} (index_topk), and packed rows have no selection: "
+            f"cut the data to max_length={config.index_topk}, or run padded rows (padded=True)"
         )
 
 
