@@ -43,7 +43,7 @@ def packed_backbone(model: Any, batch: PackedBatch, *, appended: int = 0, **opti
     use_packed_attention(backbone_of(model))  # set_attn_implementation may have taken it off since
     layout = PackedLayout(batch.segments)
     positions = packed_positions(model, batch, appended=appended)
-    with packed_noise(model, batch.segments), _numbered(backbone_of(model), batch.position_ids):
+    with packed_noise(model, batch), _numbered(backbone_of(model), batch.position_ids):
         output = backbone_of(model)(
             input_ids=batch.input_ids[None],
             position_ids=positions,

@@ -11,6 +11,7 @@ from dpofast import PreferenceLoss, attach_logprob_head, detach_logprob_head, pa
 from dpofast.model.attach import PackedPreference
 from dpofast.model.checks.support import CannotPack, check_packed
 from dpofast.model.forward import similar_lengths
+from tests.support.deep_examples import DEEP, depth
 from tests.support.families import PACKED, REFUSED, family_model
 from tests.support.tiny import SHAPE, VOCAB, tiny_pairs
 
@@ -82,11 +83,15 @@ def assert_equal_to_the_truth(model, batch):
 @pytest.mark.parametrize("family", PACKED)
 def test_packed_log_probs_loss_and_gradients_equal_the_padded_reference(family):
     model = attach_logprob_head(family_model(family))
-    for batch in pack([*groups(), *tiny_pairs(4)], max_tokens=90):
+    for batch in pack([*DEEP, *groups()[:3]], max_tokens=90):
         assert_equal_to_the_truth(model, batch)
     # A group of one branch: every branch with a prompt of its own
-    (apart,) = pack(groups()[:3], share_prompts=False)
+    (apart,) = pack(DEEP[2:4], share="none")
     assert_equal_to_the_truth(model, apart)
+
+
+def test_the_examples_of_every_family_make_deep_rows_and_flat_ones():
+    assert [depth(batch.segments) for batch in pack([*DEEP, *groups()[:3]], max_tokens=90)] == [5, 2]
 
 
 @pytest.mark.parametrize("family", REFUSED)
@@ -98,7 +103,7 @@ def test_a_model_that_cannot_run_packed_is_refused_and_runs_over_padded_rows(fam
         attach_logprob_head(model)
     assert type(model) is original and model.config._attn_implementation == attention
     attach_logprob_head(model, padded=True)
-    for batch in pack([*groups(), *tiny_pairs(4)], max_tokens=90):
+    for batch in pack([*DEEP, *groups()[:3]], max_tokens=90):
         assert_equal_to_the_truth(model, batch)
     assert type(detach_logprob_head(model)) is original
 
@@ -152,14 +157,14 @@ def test_six_pairs_from_four_completions_compute_four_branches():
     ]
     (batch,) = pack(pairs)
     assert (batch.num_pairs, batch.num_sequences) == (6, 4)
-    assert positions_computed(model, batch) == (3 + 1 + 0 + 2 + 1, 1)
+    assert positions_computed(model, batch) == (3 + 1 + 0 + 1 + 1, 1)  # 8 is one row of two branches
     padded = attach_logprob_head(family_model("bloom"), padded=True)
     assert positions_computed(padded, batch)[1] == 4
 
 
 def test_padded_rows_of_similar_length_run_together():
     model = attach_logprob_head(family_model("bloom"), padded=True)
-    (batch,) = pack([*groups(), *tiny_pairs(30, longest=40)], share_prompts=False)
+    (batch,) = pack([*groups(), *tiny_pairs(30, longest=40)], share="none")
     computed, rows = positions_computed(model, batch)
     assert rows == batch.num_sequences
     assert batch.num_tokens <= computed <= 1.25 * batch.num_tokens < batch.padded()[0].numel()

@@ -1,6 +1,6 @@
 """Log-probs and statistics of a fused model's labels, as trl's (rows, width - 1) grids of next-token values.
 
-Packed where the model and the call can be: distinct sequences without padding, prompts shared. Padded elsewhere: the
+Packed where the model and the call can be: what rows begin with alike once, without padding. Padded elsewhere: the
 backbone runs trl's rows as they are. Either way only the positions that predict a label reach the LM head.
 """
 
@@ -29,7 +29,7 @@ from dpofast.model.rope import depends_on_length, table_lengths
 
 # Inputs other than the tokens that do not affect the result.
 _NEUTRAL = {"use_cache", "return_dict", "logits_to_keep", "output_hidden_states"}
-# alpha / sqrt(width * D) for every token of the padded rows: a packed row is wider, and shares prompts.
+# alpha / sqrt(width * D) for every token of the padded rows: a packed row is wider, and rows share its positions.
 NOISE = "NEFTune scales and draws its noise for the rows of a padded batch"
 
 

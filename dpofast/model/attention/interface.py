@@ -5,9 +5,9 @@ generation) is passed to that implementation unchanged; a call with one goes to 
 it (layout.py says what they compute). The layout comes as a keyword, and again on the mask, for layers that pass no
 keywords on to their attention.
 
-    varlen    FlashAttention over all segments at once: 16-bit on NVIDIA GPUs, without softcap and sinks
+    varlen    FlashAttention over all runs of rows at once: 16-bit on NVIDIA GPUs, without softcap and sinks
     flex      FlexAttention on CUDA where varlen cannot
-    sdpa      segment by segment: float32 without softcap and sinks on CUDA, and everything elsewhere
+    sdpa      run by run: float32 without softcap and sinks on CUDA, and everything elsewhere
 """
 
 from __future__ import annotations
