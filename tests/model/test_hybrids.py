@@ -4,6 +4,8 @@ import copy
 import functools
 import importlib.util
 import pickle
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -192,6 +194,28 @@ def test_plain_calls_of_an_attached_model_are_unchanged(family):
     assert torch.equal(model(ids).logits, before)
     assert torch.equal(model.generate(ids, max_new_tokens=3, do_sample=False), generated)
     assert torch.equal(detach_logprob_head(model)(ids).logits, before)
+
+
+@pytest.mark.parametrize("family", sorted({"qwen3.5", "falcon-h1", "lfm3"} & HYBRIDS.keys()))
+def test_threads_with_batches_of_their_own_get_what_one_caller_gets(family):
+    model = attach_logprob_head(family_model(family))
+    batches = [pack(tiny_pairs(3, seed) + forks()[seed % 3 :])[0] for seed in range(6)]
+    with torch.no_grad():
+        expected = [model(packed=batch).logps for batch in batches]
+
+    @torch.no_grad()
+    def logps(batch):
+        return model(packed=batch).logps
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(6) as pool:
+            together = list(pool.map(logps, batches * 4))
+    finally:
+        sys.setswitchinterval(interval)
+    for got, alone in zip(together, expected * 4, strict=True):
+        torch.testing.assert_close(got, alone, atol=1e-6, rtol=0)
 
 
 def test_hooks_that_give_wrong_numbers_are_refused_and_taken_off(monkeypatch):
