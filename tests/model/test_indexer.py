@@ -14,7 +14,7 @@ from tests.support.tiny import VOCAB
 pytestmark = pytest.mark.slow(15)
 
 TOPK = 32
-INDEXED = ["deepseek-v3.2", "glm-moe-dsa", "dots3-note"]
+INDEXED = ["deepseek-v3.2", "glm-moe-dsa"]
 
 
 def pair(prompt, chosen, rejected):

@@ -53,11 +53,6 @@ PACKED = {
     "deepseek-v3": ("DeepseekV3", {**_LATENT, "v_head_dim": 6}),
     "deepseek-v3.2": ("DeepseekV32", _INDEXED),
     "glm-moe-dsa": ("GlmMoeDsa", {**_INDEXED, "indexer_types": ["full", "shared"]}),
-    "dots3-note": (
-        "Dots3Note",
-        {**_INDEXED, "sliding_window": 4, "layer_types": ["indexed_attention", "sliding_attention"], "pad_token_id": 0,
-         "bos_token_id": 1, "eos_token_id": 2},
-    ),
     "starcoder2": ("Starcoder2", {"sliding_window": 4}),
     "exaone4": ("Exaone4", _ALTERNATING),
     "opt": (

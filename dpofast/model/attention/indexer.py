@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-_LAYER_TYPE = "indexed_attention"
+_LAYER_TYPES = {"indexed_attention", "deepseek_sparse_attention"}
 # Implementations for which the layers fold the selection into the mask, and do not pass it on as an argument.
 _BY_MASK = ("eager", "sdpa")
 
@@ -30,11 +30,12 @@ def check_whole_histories_selected(model: Any, positions: int) -> None:
         ValueError: they are more than index_topk.
     """
     config = model.config.get_text_config()
-    if _LAYER_TYPE in (getattr(config, "layer_types", None) or ()) and positions > config.index_topk:
+    indexed = _LAYER_TYPES.intersection(getattr(config, "layer_types", None) or ())
+    if indexed and positions > config.index_topk:
         raise ValueError(
-            f"{type(model).__name__}: a prompt with its response has {positions} positions, of which its {_LAYER_TYPE} "
-            f"layers select {config.index_topk} (index_topk), and packed rows have no selection: cut the data to "
-            f"max_length={config.index_topk}, or run padded rows (padded=True)"
+            f"{type(model).__name__}: a prompt with its response has {positions} positions, of which its "
+            f"{indexed.pop()} layers select {config.index_topk} (index_topk), and packed rows have no selection: "
+            f"cut the data to max_length={config.index_topk}, or run padded rows (padded=True)"
         )
 
 

@@ -19,6 +19,7 @@ _LAYER_TYPES = {
     "sliding_attention": None,
     "chunked_attention": "attention_chunk_size",
     "indexed_attention": "index_topk",
+    "deepseek_sparse_attention": "index_topk",  # its name in transformers 5.17
 }
 _WITHOUT_ATTENTION = {"mlp", "moe"}
 # Layers that carry a state from token to token: without attention, and beside one.

@@ -21,6 +21,7 @@ from torch import nn
 from torch._dynamo.exc import TorchDynamoException
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from dpofast.model.attention.layout import layout_of
 from dpofast.model.parts import backbone_of, base_causal_lm
 from dpofast.model.recurrent.follow import is_recurrent_layer
 from dpofast.model.wrappers import UNCOMPILED, exchange_class
@@ -85,7 +86,8 @@ def _compiled_class(cls: Any, backend: str, mode: str | None, padded: bool) -> t
     compiled = torch.compile(plain, backend=backend, mode=mode)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if UNCOMPILED.get() or (not padded and "packed_layout" not in kwargs):
+        packed = "packed_layout" in kwargs or layout_of(kwargs.get("attention_mask")) is not None
+        if UNCOMPILED.get() or not (padded or packed):
             return plain(self, *args, **kwargs)
         with explained_compile_errors():
             return compiled(self, *args, **kwargs)
