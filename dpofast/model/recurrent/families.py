@@ -7,7 +7,10 @@ decay for each channel in the place of one for each head, and is hooked alike.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from inspect import Parameter, signature
 from typing import Any
 
 # tree-recurrence's family: (model types, classes of their recurrent layers, entries of layer_types) to add to it
@@ -25,27 +28,45 @@ def register_families() -> None:
     known = {mixer for family in families() for mixer in family.mixers}
     for family in families():
         types, mixers, layer_types = _ALIKE.get(family.name, ((), (), ()))
-        if not known.intersection(mixers):
-            register_family(
-                replace(
-                    family,
-                    model_types=(*family.model_types, *types),
-                    mixers=(*family.mixers, *mixers),
-                    layer_types=(*family.layer_types, *layer_types),
-                )
+        if mixers and not known.intersection(mixers):
+            added = replace(
+                family,
+                model_types=(*family.model_types, *types),
+                mixers=(*family.mixers, *mixers),
+                layer_types=(*family.layer_types, *layer_types),
             )
+            if family.name == "short_conv" and family.install:
+                added = replace(added, install=partial(_hook_convolution, family.install))
+            register_family(added)
     types, mixers = _DELTA_ATTENTION
     if not known.intersection(mixers):
-        register_family(TreeFamily("delta_attention", types, mixers, ("linear_attention",), install=_hook_module))
+        register_family(TreeFamily("delta_attention", types, mixers, ("linear_attention",), install=_hook_delta_rule))
 
 
-def _hook_module(modeling: Any, context: Any) -> str:
+def _hook_delta_rule(modeling: Any, context: Any) -> str:
     """Hook a module of transformers with Kimi Delta Attention; the arguments and the result are tree-recurrence's."""
-    from tree_recurrence.integrations import transformers as hooks
+    hooks = {"causal_conv1d_fn": "_conv_hook", "chunk_kimi_delta_attention": "_gated_delta_rule_hook"}
+    return _hook_functions(modeling, context, hooks)
 
-    convolution, recurrence = names = ("causal_conv1d_fn", "chunk_kimi_delta_attention")
-    hooks._require(modeling, context.mixer_classes, names)
-    state = hooks._state(modeling, context)
-    state.add(hooks.install_hook(modeling, convolution, hooks._conv_hook))
-    state.add(hooks.install_hook(modeling, recurrence, hooks._gated_delta_rule_hook))
+
+def _hook_convolution(layerwise: Callable[..., str], modeling: Any, context: Any) -> str:
+    """Hook the convolution that LFM2's layers call, where these hand it the arguments of the backbone's call.
+
+    Those of transformers 5.20 and older do not. There tree-recurrence exchanges a layer's forward for each call, which
+    two threads cannot do at once.
+    """
+    kinds = [{p.kind for p in signature(cls.forward).parameters.values()} for cls in context.mixer_classes]
+    if all(Parameter.VAR_KEYWORD in kind for kind in kinds):
+        return _hook_functions(modeling, context, {"causal_conv1d_fn": "_conv_hook"})
+    return layerwise(modeling, context)
+
+
+def _hook_functions(modeling: Any, context: Any, hooks: dict[str, str]) -> str:
+    """Put tree-recurrence's hooks, by name, before functions of a module that its recurrent layers call."""
+    from tree_recurrence.integrations import transformers as own
+
+    own._require(modeling, context.mixer_classes, tuple(hooks))
+    state = own._state(modeling, context)
+    for name, hook in hooks.items():
+        state.add(own.install_hook(modeling, name, getattr(own, hook)))
     return "tree_recurrence"
