@@ -20,8 +20,10 @@ from dpofast.model.checks.support import attention_calls, cannot_pack
 from dpofast.model.moe import RoutingCounts, balancing_loss, routing_counts, row_weights
 from dpofast.model.neftune import packed_noise, padded_noise
 from dpofast.model.parts import backbone_of
+from dpofast.model.recurrent.follow import one_kind_each, segment_arguments, shares_rows
 from dpofast.model.rope import check_read, longest_sequence, packed_positions, padded_positions, split_by_table
 from dpofast.packing.batch import PackedBatch
+from dpofast.packing.split import split_by_kind
 
 # Position tables may have a few rows more than positions: OPT's begins with two that it never reads.
 _SPARE_POSITIONS = 8
@@ -32,7 +34,7 @@ _MOST_POSITIONS = ("max_position_embeddings", "max_target_positions", "max_seq_l
 def packed_backbone(model: Any, batch: PackedBatch, *, appended: int = 0, **options: Any) -> Any:
     """The backbone's output over the packed row, last_hidden_state (1, T, D); options go to the backbone as they are.
 
-    The batch is one that split_by_table returned; appended as there.
+    The batch is one that separated returned; appended as in split_by_table.
 
     Raises:
         ValueError: a sequence longer than the model's table of positions or than index_topk, or attention layers that
@@ -50,6 +52,7 @@ def packed_backbone(model: Any, batch: PackedBatch, *, appended: int = 0, **opti
             attention_mask=packed_mask(layout, batch.input_ids.device),
             use_cache=False,
             packed_layout=layout,
+            **segment_arguments(model, batch.segments),
             **options,
         )
     check_read(model, positions)
@@ -59,6 +62,13 @@ def packed_backbone(model: Any, batch: PackedBatch, *, appended: int = 0, **opti
     if layout.foreign_masks:
         raise cannot_pack(model, f"its attention has a mask of its own, {layout.foreign_masks[0]}, beside the layout")
     return output
+
+
+def separated(model: Any, batch: PackedBatch) -> PackedBatch:
+    """The batch, with rows shared only by sequences that the model computes them alike for."""
+    if not shares_rows(model):
+        return split_by_kind(batch, one_kind_each(batch.lengths()))
+    return split_by_table(model, batch)
 
 
 @contextlib.contextmanager
@@ -89,7 +99,7 @@ def packed_hidden(
     With balance also the load-balancing loss of a mixture of experts, a float32 scalar; where balance has the counts of
     a whole step, the batch's addend of its loss. Else None.
     """
-    batch = split_by_table(model, batch)
+    batch = separated(model, batch)
     output = packed_backbone(model, batch, **({"output_router_logits": True} if balance else {}))
     hidden = output.last_hidden_state.squeeze(0)  # not [0], whose gradient is copied into zeros
     hidden = hidden.index_select(0, batch.logit_rows.to(hidden.device))
@@ -101,7 +111,7 @@ def packed_hidden(
 
 def packed_routing(model: Any, batch: PackedBatch) -> RoutingCounts:
     """How often the batch's rows choose each expert of a mixture of experts, from the backbone alone."""
-    batch = split_by_table(model, batch)
+    batch = separated(model, batch)
     output = packed_backbone(model, batch, output_router_logits=True)
     return routing_counts(output.router_logits, _top_k(model), row_weights(batch))
 

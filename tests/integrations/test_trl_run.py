@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from dpofast.integrations._trl.forward import FusedForward
+from tests.support.families import family_model
 from tests.support.tiny import SHAPE, tiny_model
 from tests.support.trl_cases import assert_same_run, deep_pairs, text_pairs, train
 
@@ -37,6 +38,14 @@ def test_the_run_is_the_same(options, tmp_path):
     fast = train(tmp_path / "fast", patched=True, **options)
     assert_same_run(plain, fast)
     assert isinstance(fast[0].model, FusedForward) and not isinstance(plain[0].model, FusedForward)
+
+
+@pytest.mark.parametrize("family", ["qwen3.5", "nemotron-h", "kimi-linear", "lfm2-moe"])
+def test_a_hybrid_runs_packed_and_the_same(family, tmp_path):
+    plain = train(tmp_path / "plain", patched=False, model=family_model(family), max_steps=4)
+    fast = train(tmp_path / "fast", patched=True, model=family_model(family), max_steps=4)
+    assert_same_run(plain, fast)
+    assert set(fast[0].model._dpofast_fused.calls) == {"packed"}
 
 
 def test_precomputing_runs_packed(tmp_path):

@@ -38,7 +38,7 @@ def padded_rows(examples):
     return input_ids, (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3-moe"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3-moe", "qwen3-next", "qwen3.5-moe", "granite-hybrid"])
 def test_it_equals_transformers_over_padded_rows(family):
     examples = shared_pairs()
     model = attach_logprob_head(family_model(family))

@@ -145,7 +145,7 @@ def test_prompts_are_shared_without_noise_only(tmp_path):
         trainer, watch = watched(tmp_path, train=Dataset.from_list(rows), neftune_noise_alpha=alpha)
         assert trainer.share == "prefix"
         widths.append(watch.calls[0][0].shape[1])
-    assert widths == [20 + 8, 20 + 8, 8 * 21]
+    assert widths == [20 + 2, 20 + 2, 8 * 21]  # the responses begin with 4 and with 5
 
 
 def run(output_dir, **options):

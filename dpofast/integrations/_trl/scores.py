@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ from dpofast.model.attach import PackedForward
 from dpofast.model.forward import packed_backbone
 from dpofast.model.lm_head import logit_options, logprob_head
 from dpofast.model.parts import whole_backbone
+from dpofast.model.recurrent.follow import one_kind_each, shares_rows
 from dpofast.model.rope import depends_on_length, table_lengths
 
 # Inputs other than the tokens that do not affect the result.
@@ -140,7 +142,11 @@ def score_labels(
     if reason is None:
         rows = _rows_of(call)
         longest = max(map(len, rows.ids))
-        kinds = partial(table_lengths, model) if depends_on_length(model, longest) else None
+        kinds: Callable[[Tensor], Tensor] | None = None
+        if not shares_rows(model):
+            kinds = one_kind_each
+        elif depends_on_length(model, longest):
+            kinds = partial(table_lengths, model)
         packed = rows.packed(call.input_ids.device, every_token=balance, kinds=kinds)
         if packed is not None:
             _count(options, rows)

@@ -130,19 +130,20 @@ def _blocks(segments: Segments, window: int | None, chunk: int | None) -> tuple[
     range_index = (runs.range_counts.cumsum(0)[run] - counts.cumsum(0))[item] + torch.arange(len(item))
     low, high = runs.ranges[range_index].unbind(1)
     shift = low - positions[low]
-    edges = torch.arange(-(-rows // _BLOCK)) * _BLOCK
+    # int32 and in place: (parts, blocks) tables of many megabytes cost their page faults
+    edges = torch.arange(-(-rows // _BLOCK), dtype=torch.int32) * _BLOCK
     reach = rows if window is None else window
 
     def seen(earliest: Tensor, latest: Tensor) -> Tensor:
         """The keys of each block from the window of row `earliest` up to row `latest`: (items, blocks)."""
         begin = low.maximum(shift + (positions[earliest] - reach + 1)[item])
         end = high.minimum(latest[item] + 1)
-        parts = (end[:, None].minimum(edges + _BLOCK) - begin[:, None].maximum(edges)).clamp(min=0)
-        return torch.zeros(len(run), len(edges), dtype=torch.int64).index_add_(0, item, parts)
+        parts = end.int()[:, None].minimum(edges + _BLOCK).sub_(begin.int()[:, None].maximum(edges)).clamp_(min=0)
+        return torch.zeros(len(run), len(edges), dtype=torch.int32).index_add_(0, item, parts)
 
-    some, lacking = torch.zeros(2, len(edges), len(edges), dtype=torch.int64)
-    some.index_add_(0, block, (seen(first, last) > 0).long())
-    lacking.index_add_(0, block, (seen(last, first) < _BLOCK).long())
+    some, lacking = torch.zeros(2, len(edges), len(edges), dtype=torch.int32)
+    some.index_add_(0, block, (seen(first, last) > 0).int())
+    lacking.index_add_(0, block, (seen(last, first) < _BLOCK).int())
     full = lacking == 0
     full[rows // _BLOCK :] = False  # a last block with fewer rows
     return some > 0, full

@@ -23,6 +23,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dpofast.model.attention.layout import layout_of
 from dpofast.model.parts import backbone_of, base_causal_lm
+from dpofast.model.recurrent.follow import is_recurrent_layer
 from dpofast.model.wrappers import UNCOMPILED, exchange_class
 
 
@@ -41,8 +42,13 @@ def decoder_layers(model: Any) -> list[nn.Module]:
     return [module for module in backbone.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
+def layers_to_compile(model: Any, *, padded: bool) -> list[nn.Module]:
+    """The decoder layers without those that follow a packed row by hooks, which compute on the host in each forward."""
+    return [layer for layer in decoder_layers(model) if padded or not is_recurrent_layer(layer)]
+
+
 def compile_layers(model: Any, *, backend: str, mode: str | None, padded: bool) -> None:
-    """Compile every decoder layer of a model with an attached log-prob head.
+    """Compile the decoder layers of a model with an attached log-prob head: those of layers_to_compile.
 
     Args:
         model: changed in place.
@@ -53,11 +59,12 @@ def compile_layers(model: Any, *, backend: str, mode: str | None, padded: bool) 
     Raises:
         ValueError: the model has no layers to compile.
     """
-    layers = decoder_layers(model)
+    layers = layers_to_compile(model, padded=padded)
     if not layers:
         raise ValueError(
             "torch_compile: expected a model of transformers' repeated layers (GradientCheckpointingLayer), which are "
-            f"compiled one by one, and {type(model).__name__} has none: leave it off"
+            f"compiled one by one, and {type(model).__name__} has none, or none but recurrent ones, which run as they "
+            "are: leave it off"
         )
     uncompile_layers(model)
     # Else torch tries the graph that ran last first, and a checkpointed layer may be recomputed by another one than ran
