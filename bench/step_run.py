@@ -21,7 +21,7 @@ ENGINES: dict[str, tuple[str, dict[str, Any]]] = {
     "trl-checkpointing": ("trl", {"precompute_ref_log_probs": False, "gradient_checkpointing": True}),
     "trl-precompute": ("trl", {"precompute_ref_log_probs": True}),
     "dpofast-live": ("dpofast", {"precompute_ref_log_probs": False}),
-    "dpofast-unshared": ("dpofast", {"precompute_ref_log_probs": True, "share_prompts": False}),
+    "dpofast-unshared": ("dpofast", {"precompute_ref_log_probs": True, "share": "none"}),
     PATCHED: (BASE, {"precompute_ref_log_probs": False}),
 }
 EXTRA_ENGINES = tuple(ENGINES)[2:]

@@ -67,9 +67,6 @@ void check_counts(const Examples& examples) {
   }
 }
 
-// Limit on token ids: no tokenizer has more, so a larger value is an error, such as a hash or an overflow.
-constexpr int64_t kTokenIds = int64_t{1} << 31;
-
 // Throws the PackingError for a sequence that is empty or has an id out of range.
 [[noreturn]] void refuse(const Examples& examples, int64_t example, int64_t index, const Sequence& sequence,
                          int64_t vocab_size) {

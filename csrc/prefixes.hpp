@@ -15,7 +15,7 @@ struct Lexicographic {
       common;  // common[i]: tokens that sequences order[i] and order[i - 1] begin with alike; 0 for i = 0
 };
 
-// Sorts sequences. Reads each token up to where sequences part about once.
+// Sorts sequences of ids in [0, kTokenIds). Reads each token up to where sequences part about once.
 Lexicographic sort_lexicographically(const std::vector<Sequence>& sequences);
 
 // Packs items, each of which begins with a sequence whose tokens are paid once a bin by all items that begin alike.

@@ -9,6 +9,9 @@
 
 namespace dpofast {
 
+// Limit on token ids: no tokenizer has more, so a larger value is an error, such as a hash or an overflow.
+constexpr int64_t kTokenIds = int64_t{1} << 31;
+
 struct Sequence {
   const void* data;
   int64_t length;

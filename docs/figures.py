@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 _LAYERS_FILE = Path(__file__).resolve().parent.parent / "tests" / "test_layers.py"
 FONT = 'font-family="DejaVu Sans, Verdana, sans-serif"'
 PROMPT, CHOSEN, REJECTED, GREY, INK = "#c9d7f0", "#bfe3c5", "#f3c9c4", "#eceff3", "#1f2933"
@@ -42,6 +44,11 @@ class Drawing:
         self.parts.append(
             f'<text x="{x}" y="{y}" {FONT} font-size="{size}" text-anchor="{anchor}" fill="{INK}"{bold}>{safe}</text>'
         )
+
+    def line(self, *points: tuple[float, float]) -> None:
+        """A line through these points."""
+        path = " ".join(f"{x},{y}" for x, y in points)
+        self.parts.append(f'<polyline points="{path}" fill="none" stroke="{INK}" stroke-width="1.2"/>')
 
     def arrow(self, x1: float, y1: float, x2: float, y2: float) -> None:
         """A line with a head at its end."""
@@ -133,6 +140,55 @@ def attention_mask() -> str:
     return drawing.svg()
 
 
+@functools.cache
+def dialogue_batch() -> Any:
+    """Two pairs, packed: one system prompt [10 11], two prompts, and of the first pair responses that part late."""
+    from dpofast import pack
+
+    first = {"prompt_ids": [10, 11, 20], "chosen_ids": [30, 31, 32, 35], "rejected_ids": [30, 31, 33, 34]}
+    second = {"prompt_ids": [10, 11, 21, 22], "chosen_ids": [40, 41], "rejected_ids": [42, 43]}
+    (batch,) = pack([first, second])
+    return batch
+
+
+def trie_row() -> str:
+    """Two dialogues: the trie of their tokens, a run of attention a line, and the row in which it is packed."""
+    batch, drawing, step = dialogue_batch(), Drawing(760, 400), 46
+    segments, ids = batch.segments, batch.input_ids.tolist()
+    bounds, parents, depths = segments.cu_seqlens_q.tolist(), segments.parents.tolist(), segments.depths.tolist()
+    of_row = segments.by_row(torch.arange(segments.num_segments)).tolist()
+    last_rows = [batch.logit_rows[stop - 1].item() for stop in batch.cu_targets[1:]]
+    ends = segments.by_row(segments.ends).tolist()
+    users = [[s for s, last in enumerate(last_rows) if row <= last < ends[row]] for row in range(len(ids))]
+    chosen = batch.pairs[:, 0].tolist()
+    colours = [PROMPT if len(own) > 1 else CHOSEN if own[0] in chosen else REJECTED for own in users]
+    run_of = segments.runs.of_rows(torch.tensor(bounds[:-1])).tolist()
+
+    drawing.text(16, 26, "What the sequences begin with alike is there once", weight="bold")
+    left, top = 60, 44
+    for g, parent in enumerate(parents):
+        x, y = left + depths[g] * step, top + run_of[g] * 40
+        if parent >= 0 and run_of[g] != run_of[parent]:  # a fork
+            drawing.line((x - step + 22, top + run_of[parent] * 40 + 30), (x - step + 22, y + 15), (x - 2, y + 15))
+        for row in range(bounds[g], bounds[g + 1]):
+            drawing.box(x + (row - bounds[g]) * step, y, 44, 30, colours[row], str(ids[row]))
+    for run, y in enumerate(range(top, top + 40 * (max(run_of) + 1), 40)):
+        drawing.text(left - 12, y + 20, f"run {run}", size=12, anchor="end")
+    for column, (name, fill) in enumerate(
+        (("of several sequences", PROMPT), ("chosen only", CHOSEN), ("rejected only", REJECTED))
+    ):
+        drawing.box(470, 44 + column * 26, 18, 18, fill)
+        drawing.text(496, 58 + column * 26, name)
+    y = top + 40 * (max(run_of) + 1) + 40
+    unshared = sum((batch.lengths() - 1).tolist())
+    drawing.text(16, y, f"Packed: {len(ids)} positions; each sequence by itself: {unshared}", weight="bold")
+    _row(drawing, y + 12, "input_ids", ids, colours)
+    _row(drawing, y + 46, "position_ids", batch.position_ids.tolist(), colours)
+    _row(drawing, y + 80, "segment", of_row, [GREY] * len(ids))
+    _row(drawing, y + 114, "its parent", ["–" if parents[g] < 0 else parents[g] for g in of_row], [GREY] * len(ids))
+    return drawing.svg()
+
+
 def _visible(batch: Any) -> list[list[bool]]:
     """seen[q][k] of a small batch: k is not later, and q stands before the end of all that follows k's segment."""
     ends = batch.segments.by_row(batch.segments.ends).tolist()
@@ -215,6 +271,7 @@ def layers() -> str:
 
 FIGURES: dict[str, Callable[[], str]] = {
     "packed_row": packed_row,
+    "trie_row": trie_row,
     "attention_mask": attention_mask,
     "head_engine": head_engine,
     "training_step": training_step,

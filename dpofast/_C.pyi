@@ -14,6 +14,7 @@ def plan(
     ranks: int,
     equal_counts: bool,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]: ...
+def lexicographic_order(sequences: Sequences) -> NDArray[np.int64]: ...
 
 class Sequences:
     @staticmethod

@@ -6,6 +6,7 @@
 #include <optional>
 
 #include "../batches.hpp"
+#include "../prefixes.hpp"
 #include "sequences.hpp"
 
 namespace py = pybind11;
@@ -62,6 +63,21 @@ py::tuple plan(const Array<int64_t>& lengths, const std::optional<Array<int64_t>
   }
   return py::make_tuple(to_numpy(std::move(members)), to_numpy(std::move(bounds)),
                         to_numpy(std::move(ranked.bins.loads)), to_numpy(std::move(ranked.rank_bounds)));
+}
+
+py::array lexicographic_order(const std::shared_ptr<dpofast::Sequences>& sequences) {
+  const auto ids = sequences->span();
+  std::vector<int64_t> order;
+  {
+    py::gil_scoped_release nogil;
+    for (int64_t i = 0; i < ids.size; ++i) {
+      if (!dpofast::in_range(ids[i], dpofast::kTokenIds)) {
+        throw dpofast::PackingError(i, "expected token ids that are not negative and below 2**31");
+      }
+    }
+    order = dpofast::sort_lexicographically({ids.data, ids.data + ids.size}).order;
+  }
+  return to_numpy(std::move(order));
 }
 
 dpofast::Share read_share(const std::string& name) {
@@ -159,6 +175,8 @@ PYBIND11_MODULE(_C, module) {
              "lengths (n,) int64 (targets the same, or None; limits and ranks 1 or more) -> item indices (n,), "
              "micro-batch after micro-batch; "
              "bounds (M + 1,) into them; loads (M,); rank bounds (R + 1,) into the micro-batches.");
+  module.def("lexicographic_order", &lexicographic_order, py::arg("sequences").none(false),
+             "(n,) int64: the sequences' indices, ascending by content, equal ones by index; ids in [0, 2**31).");
   py::class_<dpofast::Sequences, std::shared_ptr<dpofast::Sequences>>(module, "Sequences")
       .def("__len__", &dpofast::Sequences::size)
       .def("lengths", [](const dpofast::Sequences& self) { return to_numpy(self.lengths()); })

@@ -65,7 +65,7 @@ DATA_HELP = (
     "Preference pairs: a .jsonl, .json, .csv or .tsv file (or .gz of one), a .parquet file, a folder of such files or "
     "of save_to_disk, or a hub name (name:config)."
 )
-# Options of trl's scripts -> what they are here.
+# Options of trl's scripts, and of earlier versions -> what they are here.
 _ALSO_CALLED = {
     "model_name_or_path": "model",
     "dataset_name": "data",
@@ -78,6 +78,7 @@ _ALSO_CALLED = {
     "lr": "learning_rate",
     "batch_size": "per_device_train_batch_size",
     "output": "output_dir",
+    "no_share_prompts": "share",
 }
 _SWITCHES = "An option without a value is a switch: --x turns it on, and --no_x turns off one that is on by default."
 

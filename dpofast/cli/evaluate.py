@@ -68,10 +68,11 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _table(rows: Iterable[Mapping[str, Any]], arguments: EvalArguments) -> PairTable:
-    """The numbers of all rows, 64 bytes a pair."""
+    """The numbers of all rows, 64 bytes a pair, by row number."""
     reference = ("ref_chosen_logps", "ref_rejected_logps")
     names = ("row", "chosen_logps", "rejected_logps", "chosen_tokens", "rejected_tokens")
     values = np.array([[row[name] for name in names] + [row.get(name, 0.0) for name in reference] for row in rows])
+    values = values[values[:, 0].argsort()]
     logps, lengths, ref = values[:, 1:3], values[:, 3:5], values[:, 5:7]
     output = preference_loss(
         torch.from_numpy(logps.ravel().copy()),

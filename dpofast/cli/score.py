@@ -72,6 +72,7 @@ def main(argv: Sequence[str]) -> int:
         "base_weights": weights_of(base_of(arguments.model) if is_adapter(arguments.model) else None),
         "ref_weights": weights_of(arguments.ref_model),
         "tokens": prepared.tokens._fingerprint,
+        "order": "of prompts",
     }
     partial = PartialScores(output.with_name(output.name + ".partial"), identity)
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -30,6 +30,7 @@ from dpofast.data.encode_pairs import TRUNCATION_MODES
 from dpofast.data.formats import REF_COLUMNS, place
 from dpofast.data.load import DataReport, load_preferences, tokenize_preferences
 from dpofast.model.attach import attach_logprob_head
+from dpofast.scoring.order import prompt_order
 from dpofast.scoring.score import WINDOW, score_rows
 
 # On a CPU a pass without gradients is fastest where its activations stay in cache.
@@ -165,7 +166,13 @@ def _models(arguments: ScoringArguments, *, given: bool) -> tuple[Any, Any]:
 def scored(
     arguments: ScoringArguments, prepared: Prepared, *, start: int = 0, ld_alpha: float | None = None
 ) -> Iterator[dict[str, Any]]:
-    """Yields score_rows of the data from pair `start` on, with a progress bar on a terminal.
+    """Yields score_rows of the data in the order of prompt_order, each with its row, with a progress bar on a terminal.
+
+    Args:
+        arguments: the command's.
+        prepared: data and models.
+        start: pairs of that order that are left out.
+        ld_alpha: as in score_rows.
 
     Raises:
         FloatingPointError: a log-prob that is not finite, with its row.
@@ -177,12 +184,12 @@ def scored(
 
     total = len(prepared.tokens)
     rows = score_rows(
-        prepared.tokens.select(range(start, total)),
+        prepared.tokens.select(prompt_order(prepared.tokens)[start:]),
         prepared.model,
         prepared.ref_model,
         beta=arguments.beta,
         max_tokens=arguments.max_tokens or (_MAX_TOKENS_CPU if where.type == "cpu" else _MAX_TOKENS_GPU),
-        share_prompts=not arguments.padded,
+        share="none" if arguments.padded else "prefix",
         max_logits_bytes=arguments.max_logits_bytes,
         device=where,
         autocast=autocast,

@@ -37,6 +37,7 @@ HELP_GROUPS = {
     ),
     "memory and packing": (
         "max_tokens",
+        "share",
         "share_prompts",
         "padded",
         "max_logits_bytes",

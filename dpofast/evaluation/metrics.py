@@ -134,8 +134,8 @@ def work_avoided(
     """What these micro-batches do not compute of a padded trainer's tokens for the same examples.
 
     padding_avoided: the share of 2·B rows as long as the longest that is pads, less those that padded=True computes;
-    sharing_avoided: the share of the real tokens that is shared (prompts that run once, last tokens that need no
-    position), 0 with padded=True, which shares nothing.
+    sharing_avoided: the share of the real tokens that is shared (what sequences begin with alike, last tokens that need
+    no position), 0 with padded=True, which shares nothing.
     """
     prompt = [len(example["prompt_ids"]) for example in examples]
     chosen = [len(example["chosen_ids"]) for example in examples]

@@ -65,7 +65,7 @@ class _EmbeddingNoise:
 
 @contextlib.contextmanager
 def noisy_embeddings(model: Any, alpha: float | None) -> Iterator[None]:
-    """Inside, model(packed=batch) has NEFTune's noise in train mode; batches must not share prompts then.
+    """Inside, model(packed=batch) has NEFTune's noise in train mode; batches must share nothing then.
 
     Args:
         model: an attached model, PEFT's wrapper included.
@@ -90,7 +90,7 @@ def packed_noise(model: nn.Module, segments: Segments) -> contextlib.AbstractCon
     """For the backbone's call over one packed row: its noise, where there is some.
 
     Raises:
-        ValueError: a prompt that is shared by responses, which have several lengths.
+        ValueError: rows that are shared by responses, which have several lengths.
     """
     noise = _active(model)
     if noise is None:
@@ -98,7 +98,7 @@ def packed_noise(model: nn.Module, segments: Segments) -> contextlib.AbstractCon
     if segments.shared:
         raise ValueError(
             "packed: expected a batch whose responses have their own prompts, as NEFTune's noise depends on the length "
-            "of prompt and response, and in this one they share them: pack with share_prompts=False"
+            "of prompt and response, and in this one they share them: pack with share='none'"
         )
     own = segments.cu_seqlens_q.diff().long()
     return noise.in_call(model, (own + 1).repeat_interleave(own)[None])  # a response's last token has no position

@@ -104,6 +104,15 @@ def _read_columns(table: Mapping[str, Any]) -> FlatExamples:
     )
 
 
+def lexicographic_order(column: pa.ChunkedArray, name: str) -> np.ndarray:
+    """Rows of a list column of token ids, ascending by content, equal ones by number: (n,) int64.
+
+    Raises:
+        ValueError: another column, or an id that is negative or 2**31 and more.
+    """
+    return _C.lexicographic_order(_C.Sequences.from_columns([_chunks(column, name)]))
+
+
 def _chunks(column: Any, name: str) -> list[tuple[np.ndarray, np.ndarray]]:
     """Return (values, offsets) of every chunk of a list column."""
     if isinstance(column, pa.ChunkedArray):

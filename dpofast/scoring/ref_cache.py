@@ -4,6 +4,10 @@ They are the same in every epoch and in every run over the same data, whatever i
 second model in memory and no reference forward in a step, and a sweep computes them once. They are computed as the
 policy's are (same packing, head and dtype), so that margins are 0 at step 0. Every token's log-prob is kept: another
 ld_alpha is another sum and no new forward.
+
+Rows are computed in the order of prompt_order, a window at a time, so that rows whose prompts begin alike share that
+beginning wherever they stand in the dataset. Shards have rows in this order, which follows from the tokens, and with
+them from the cache's key; the columns are in the dataset's order.
 """
 
 from __future__ import annotations
@@ -28,12 +32,13 @@ from dpofast.losses.sequences import pair_logprobs
 from dpofast.model.attach import runs_padded, sequence_logprobs
 from dpofast.packing.batch import PackedBatch
 from dpofast.scoring.fingerprints import first_equal, model_fingerprint, response_fingerprints
+from dpofast.scoring.order import prompt_order
 from dpofast.scoring.ref_store import Identity, ReferenceStore
 from dpofast.scoring.responses import ResponseLogps
 from dpofast.scoring.score import WINDOW, Forward, response_logps
 
-# To be raised whenever log-probs may change: kernels, attention, numerics of the head.
-ENGINE_VERSION = 2
+# To be raised whenever log-probs may change (kernels, attention, numerics of the head), or which rows a shard has.
+ENGINE_VERSION = 3
 
 # The folder inside output_dir that holds the caches unless ref_cache_dir names another.
 CACHE_FOLDER = "reference"
@@ -66,7 +71,7 @@ def add_reference_columns(
 ) -> Dataset:
     """Add ref_chosen_logps and ref_rejected_logps (float32, nats, summed over the response) to a token-level dataset.
 
-    What the cache holds is read, what it lacks is computed and stored, a window of rows at a time. It takes 40 bytes of
+    What the cache holds is read, what it lacks is computed and stored, a window of rows at a time. It takes 64 bytes of
     memory a row while it runs, and 8 afterwards. Equal responses to equal prompts get the same number in every row.
 
     A cache that cannot be written (a full disk, a read-only folder) is a warning: the results stay in memory and the
@@ -92,16 +97,19 @@ def add_reference_columns(
     fingerprints = response_fingerprints(dataset)
     store = None if cache_dir is None else ReferenceStore(cache_dir, _identity(fingerprints, model, forward))
     columns = _Columns(torch.empty(len(dataset), 2, dtype=torch.float32), store, ld_alpha)
+    order = prompt_order(dataset)
+    ordered = dataset.select(order)
     parts = chunk_bounds(len(dataset), window)
     missing = set(columns.read(parts))
     # Shares are of all windows, not of the missing ones: a rank that comes later may find fewer of them missing.
     mine = parts[ranks.rank :: ranks.size]
-    columns.compute([part for part in mine if part in missing], dataset, model, forward, description)
+    columns.compute([part for part in mine if part in missing], ordered, model, forward, description)
     if ranks.size > 1:
         ranks.barrier()
         others = sorted(missing.difference(mine))
-        columns.compute(columns.read(others), dataset, model, forward, description)
-    sums = columns.sums
+        columns.compute(columns.read(others), ordered, model, forward, description)
+    sums = torch.empty_like(columns.sums)
+    sums[torch.from_numpy(order)] = columns.sums
     if ld_alpha is None:  # else a response's sum depends on the other response of its pair
         sums = sums.view(-1)[torch.from_numpy(first_equal(fingerprints.reshape(-1, 2)))].view(-1, 2)
     for name, column in zip(REF_COLUMNS, sums.T, strict=True):
@@ -111,7 +119,7 @@ def add_reference_columns(
 
 @dataclass
 class _Columns:
-    """The columns while they are filled, from the store or by the model.
+    """The columns while they are filled, from the store or by the model. Rows are numbered in the order of prompts.
 
     Attributes:
         sums: (n, 2) float32, nats: of chosen and rejected response of every row.
@@ -138,14 +146,14 @@ class _Columns:
         return missing
 
     def compute(
-        self, parts: list[tuple[int, int]], dataset: Dataset, model: Any, forward: Forward, description: str | None
+        self, parts: list[tuple[int, int]], ordered: Dataset, model: Any, forward: Forward, description: str | None
     ) -> None:
         """Run the model on these rows, fill them in and store them."""
-        done = len(dataset) - sum(stop - start for start, stop in parts)
+        done = len(ordered) - sum(stop - start for start, stop in parts)
         with tqdm(
-            total=len(dataset), initial=done, desc=description, disable=description is None or not parts, leave=False
+            total=len(ordered), initial=done, desc=description, disable=description is None or not parts, leave=False
         ) as bar:
-            for (start, stop), table in zip(parts, read_chunks(dataset, ID_COLUMNS, parts), strict=True):
+            for (start, stop), table in zip(parts, read_chunks(ordered, ID_COLUMNS, parts), strict=True):
                 computed = response_logps(table, model, forward)
                 self.sums[start:stop] = computed.sums(self.ld_alpha)
                 self._store(start, stop, computed)

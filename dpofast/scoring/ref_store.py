@@ -1,7 +1,7 @@
 """Reference log-probs on disk: a folder of shards that a killed run resumes from and that detects damaged files.
 
     <key>/manifest.json                                    what the log-probs belong to: tokens, model, dtype, version
-    <key>/0000000000-0000000256.<fingerprint>.safetensors  one shard: rows 0 to 255
+    <key>/0000000000-0000000256.<fingerprint>.safetensors  one shard: rows 0 to 255 in the order of prompts
         logps       (N,) float32     every response token, nats
         cu_targets  (S + 1,) int32   response s owns logps[cu_targets[s]:cu_targets[s + 1]]
         pairs       (rows, 2) int32  chosen and rejected response of every row
@@ -146,7 +146,7 @@ class ReferenceStore:
 
     @staticmethod
     def _warn(message: str, start: int, stop: int) -> None:
-        warnings.warn(f"{message}; rows {start} to {stop - 1} are computed again", stacklevel=4)
+        warnings.warn(f"{message}; its {stop - start} rows are computed again", stacklevel=4)
 
 
 def _rows(start: int, stop: int) -> str:

@@ -33,14 +33,14 @@ class Forward:
 
     Attributes:
         max_tokens: packed positions per micro-batch; no effect on results.
-        share_prompts: run a prompt once for all its responses; False for a head attached with padded=True.
+        share: as in `pack`; "none" for a head attached with padded=True.
         max_logits_bytes: room for logits, None for the default.
         device: where the model is.
         autocast: returns the context manager that the model runs in.
     """
 
     max_tokens: int | None
-    share_prompts: bool = True
+    share: str = "prefix"
     max_logits_bytes: int | None = None
     device: torch.device
     autocast: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
@@ -57,7 +57,7 @@ def response_logps(examples: Any, model: Any, forward: Forward) -> ResponseLogps
     """
     logps, lengths, rows, pairs, responses = [], [], [], [], 0
     with eval_mode(model):
-        for batch in pack(examples, forward.max_tokens, share_prompts=forward.share_prompts):
+        for batch in pack(examples, forward.max_tokens, share=forward.share):
             with forward.autocast():
                 output = model(packed=batch.to(forward.device), max_logits_bytes=forward.max_logits_bytes)
             logps.append(output.logps.float().cpu())
@@ -82,7 +82,7 @@ def score_rows(
     *,
     beta: float,
     max_tokens: int | None,
-    share_prompts: bool,
+    share: str,
     max_logits_bytes: int | None,
     device: torch.device,
     autocast: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
@@ -90,6 +90,9 @@ def score_rows(
     ld_alpha: float | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Score preference pairs, row by row in input order; memory does not grow with their number.
+
+    Rows share what they begin with inside a window only, since results come in the input's order: a dataset in the
+    order of prompt_order costs least.
 
     Args:
         dataset: tokenize_preferences' dataset, or an iterable of mappings with prompt_ids, chosen_ids, rejected_ids.
@@ -99,7 +102,7 @@ def score_rows(
             them; else under PEFT the model without its adapter; else there is none.
         beta: factor of the implicit rewards, beta·(logps − ref_logps).
         max_tokens: as in Forward, for both models; so are the next four.
-        share_prompts: as in Forward.
+        share: as in Forward.
         max_logits_bytes: as in Forward.
         device: as in Forward.
         autocast: as in Forward.
@@ -120,7 +123,7 @@ def score_rows(
     at_least_one("window", window)
     forward = Forward(
         max_tokens=max_tokens,
-        share_prompts=share_prompts,
+        share=share,
         max_logits_bytes=max_logits_bytes,
         device=device,
         autocast=autocast,

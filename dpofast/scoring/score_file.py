@@ -1,8 +1,9 @@
 """Score files: a partial file from which a killed run resumes (PartialScores), and the final file (write_scored).
 
 The partial file is JSON lines: a header with what decides the scores (model, data, options), then one line of scores a
-pair. After a kill, scoring resumes at a multiple of WINDOW pairs, so that the scores are bitwise those of an
-uninterrupted run. The final file is written under a temporary name, flushed, and renamed.
+pair, in the order in which pairs are scored. After a kill, scoring resumes at a multiple of WINDOW pairs, so that the
+scores are bitwise those of an uninterrupted run. The final file has them in the order of the data; it is written under
+a temporary name, flushed, and renamed.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ from __future__ import annotations
 import json
 import math
 import os
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset
@@ -86,10 +89,17 @@ class PartialScores:
                 os.fsync(file.fileno())
 
     def __iter__(self) -> Iterator[Row]:
-        """The scores of each pair, in order."""
+        """The scores of each pair, ascending by row; it takes 16 bytes of memory a pair."""
+        rows, places = array("q"), array("q")
         with self.path.open("rb") as file:
-            file.readline()
-            yield from map(json.loads, file)
+            place = len(file.readline())
+            for line in file:
+                rows.append(json.loads(line)["row"])
+                places.append(place)
+                place += len(line)
+            for index in np.argsort(rows):
+                file.seek(places[index])
+                yield json.loads(file.readline())
 
 
 @dataclass(frozen=True)
@@ -161,7 +171,7 @@ def write_scored(output: Path, source: SourceRows, partial: PartialScores) -> No
     Args:
         output: a .jsonl file, or a .parquet file, in which JSON rows get the columns that any of them has, with nulls.
         source: the rows.
-        partial: the scores of the rows that could be used, in the same order.
+        partial: the scores of the rows that could be used.
 
     Raises:
         ValueError: rows that cannot be stored as Parquet, with the reason, or files that changed since they were loaded

@@ -14,6 +14,7 @@ from dpofast.data.encode_pairs import TRUNCATION_MODES
 from dpofast.losses.config import PreferenceLoss
 from dpofast.losses.divergences import DIVERGENCES
 from dpofast.losses.kinds import KINDS, KINDS_ALSO_CALLED
+from dpofast.packing.arguments import sharing
 from dpofast.training.checks.options import check_options
 from dpofast.training.sampler import SAMPLING_STRATEGIES
 
@@ -99,9 +100,16 @@ class DPOConfig(TrainingArguments):
             "probed once. Changes results by rounding only; halved where memory runs out."
         },
     )
-    share_prompts: bool = field(
-        default=True,
-        metadata={"help": "Run every prompt once for all its responses; False measures what that saves."},
+    share: str | None = field(
+        default=None,
+        metadata={
+            "help": "What sequences of a micro-batch compute once. prefix (the default): all that they begin with "
+            "alike, such as a system prompt, earlier turns, or responses up to where they part; prompt: a prompt for "
+            "its responses; none: nothing, to measure what sharing saves. Changes results by rounding only."
+        },
+    )
+    share_prompts: bool | None = field(
+        default=None, metadata={"help": "An alias: True is --share prompt, False is --share none."}
     )
     flash_attention: str | None = field(
         default=None,
@@ -175,8 +183,8 @@ class DPOConfig(TrainingArguments):
         default=None,
         metadata={
             "help": "NEFTune: uniform noise within alpha/sqrt(L*D) on the input embeddings in training, L the tokens "
-            "of prompt and response. So training runs a prompt once for each of its responses; evaluation and the "
-            "reference pass share prompts still."
+            "of prompt and response. So nothing is shared in training, as by share=none; in evaluation and the "
+            "reference pass it is."
         },
     )
     disable_dropout: bool = field(default=True, metadata={"help": "Set every dropout of the models to 0."})
@@ -227,6 +235,7 @@ class DPOConfig(TrainingArguments):
             raise ValueError(f"max_length: expected room for a prompt and a response token, 2, got {self.max_length}")
         if self.truncation_mode not in TRUNCATION_MODES:
             raise ValueError(f"truncation_mode: expected 'keep_start' or 'keep_end', got {self.truncation_mode!r}")
+        self.share = sharing(self.share, self.share_prompts)
         self._check_max_tokens()
         self._check_moving_reference()
         if self.train_sampling_strategy not in SAMPLING_STRATEGIES:

@@ -24,6 +24,7 @@ from dpofast.data.arrow import chunk_bounds, read_chunks
 from dpofast.data.formats import ID_COLUMNS
 from dpofast.data.report import DataReport
 from dpofast.packing.batch import PackedBatch
+from dpofast.packing.pack import pack
 from dpofast.packing.planner import plan
 
 SAMPLING_STRATEGIES = ("random", "sequential")
@@ -89,6 +90,9 @@ class PairLengths:
 
 def rank_shares(lengths: PairLengths, step: np.ndarray, num_ranks: int) -> list[np.ndarray]:
     """Divide a step's pairs so that every rank computes about as many positions; pairs of one prompt stay together.
+
+    Positions are counted as if different prompts shared nothing. What they do share, a rank computes once for its own
+    pairs, so with long system prompts ranks are balanced less evenly.
 
     Args:
         lengths: of the whole dataset.
@@ -248,16 +252,26 @@ def step_loader(
     )
 
 
-def first_examples(dataset: Dataset, positions: int, *, share_prompts: bool) -> StepExamples:
-    """Returns the first pairs of a token-level dataset that have at least so many positions, as a step of their own."""
-    examples = StepExamples()
+def first_examples(dataset: Dataset, positions: int, share: str) -> StepExamples:
+    """Returns the first pairs that fill at least so many positions of one micro-batch, as a step of their own.
+
+    Args:
+        dataset: token-level pairs; all of them where they fill fewer.
+        positions: packed positions.
+        share: as in `pack`.
+    """
+    examples, tokens, enough = StepExamples(), 0, float(positions)
     prompt, *responses = ID_COLUMNS
-    counted = [prompt, *responses] if share_prompts else [prompt, prompt, *responses]
+    counted = [prompt, prompt, *responses] if share == "none" else [prompt, *responses]
     for example in dataset.with_format("numpy"):
         examples.append(example)
-        positions -= sum(len(example[name]) for name in counted)
-        if positions <= 0:
-            break
+        tokens += sum(len(example[name]) for name in counted)
+        if tokens >= enough:
+            ids = [{name: row[name] for name in ID_COLUMNS} for row in examples]
+            packed = pack(ids, share=share)[0].num_tokens
+            if packed >= positions:
+                break
+            enough = tokens * positions / packed  # if the next ones share as much
     examples.num_pairs = examples.num_chosen_tokens = len(examples)
     return examples
 

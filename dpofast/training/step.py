@@ -370,7 +370,7 @@ def not_finite(rows: list[int], report: DataReport, step: int, output_dir: str) 
 
 
 def _idle_batch(device: torch.device) -> PackedBatch:
-    return pack([_IDLE_EXAMPLE], share_prompts=False)[0].to(device)  # NEFTune's noise takes no shared prompts
+    return pack([_IDLE_EXAMPLE], share="none")[0].to(device)  # NEFTune's noise takes no shared positions
 
 
 def _empty_output(zero: Tensor) -> PreferenceOutput:

@@ -33,6 +33,7 @@ from dpofast.evaluation.pair_records import PairRecords
 from dpofast.losses.pairs import StepTotals
 from dpofast.model.adapters import check_trainable
 from dpofast.model.neftune import noisy_embeddings
+from dpofast.packing.arguments import sharing
 from dpofast.packing.batch import PackedBatch
 from dpofast.scoring.score import Forward
 from dpofast.training.checks.arguments import check_arguments
@@ -89,6 +90,7 @@ class DPOTrainer(CheckpointedTrainer):
         data_reports: the DataReport of every dataset, by its name.
         pair_records: what the last evaluation under each prefix ("eval") saw of every pair.
         max_tokens: packed positions per micro-batch; halved where memory runs out.
+        share: what sequences of a micro-batch share, "prefix", "prompt" or "none"; with NEFTune not in training.
 
     Raises:
         ValueError: a model that cannot run packed (nor, with padded=True, over padded rows), data that cannot be used
@@ -145,10 +147,10 @@ class DPOTrainer(CheckpointedTrainer):
         if self.is_world_process_zero():
             for note in device_notes(args, models.policy, models.layers):
                 print(f"dpofast: {note}", file=sys.stderr)
-        # padded rows repeat the prompt, so max_tokens counts it for each of them
-        self.share_prompts = args.share_prompts and not args.padded
-        self._packer = StepPacker(args.device, self.share_prompts, ref_logps_by_pair=self.loss.ld_alpha is not None)
-        self._training_packer = replace(self._packer, share_prompts=self.share_prompts and not args.neftune_noise_alpha)
+        # padded rows repeat what packed ones share, so max_tokens counts it for each of them
+        self.share = "none" if args.padded else sharing(args.share, args.share_prompts)
+        self._packer = StepPacker(args.device, self.share, ref_logps_by_pair=self.loss.ld_alpha is not None)
+        self._training_packer = replace(self._packer, share="none") if args.neftune_noise_alpha else self._packer
         self._ahead: Ahead[StepExamples] | None = None
         self.neftune_noise_alpha = None  # Trainer's own noise, scaled by the width of a packed row
         self.max_tokens, self.max_forward_tokens = token_limits(args.max_tokens, args.device)
@@ -260,7 +262,7 @@ class DPOTrainer(CheckpointedTrainer):
             raise reference_is_gone(name)
         forward = Forward(
             max_tokens=self.max_forward_tokens,
-            share_prompts=self.share_prompts,
+            share=self.share,
             max_logits_bytes=self.args.max_logits_bytes,
             device=self.args.device,
             autocast=self.accelerator.autocast,

@@ -4,8 +4,10 @@ import os
 
 import pytest
 
-from dpofast.cli.arguments import _yaml_flags
+from dpofast import DPOConfig
+from dpofast.cli.arguments import _yaml_flags, parse
 from dpofast.cli.config_file import read_yaml
+from dpofast.cli.train import TrainArguments
 
 LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 10)
@@ -29,6 +31,26 @@ def test_values_become_flags(written):
         *("--beta", "0.5", "--use_cpu", "True", "--eval_strategy", "no", "--loss_type", "sigmoid", "sft"),
         *("--x", '{"a": [1]}'),
     ]
+
+
+@pytest.mark.parametrize(
+    ("text", "flags", "share"),
+    [
+        ("", [], "prefix"),
+        ("share: prompt\n", [], "prompt"),
+        ("share: prompt\n", ["--share", "none"], "none"),
+        ("share_prompts: true\n", [], "prompt"),  # of a run of before share was an option
+        ("share_prompts: false\n", [], "none"),
+        ("share_prompts: false\n", ["--share_prompts"], "prompt"),
+    ],
+)
+def test_share_is_read_under_its_earlier_name_too(written, tmp_path, text, flags, share):
+    given = f"model: m\ndata: d\noutput_dir: {tmp_path}\nuse_cpu: true\n" + text
+    _, config, options = parse(
+        (TrainArguments, DPOConfig), ["--config", written(given), *flags], prog="", description=""
+    )
+    assert config.share == share
+    assert {"share", "share_prompts"} >= set(options) - {"model", "data", "output_dir", "use_cpu", "config"}
 
 
 def test_an_alias_that_is_used_as_meant_is_read(written):

@@ -311,6 +311,8 @@ def test_misspelled_commands_and_flags_name_the_nearest(run, capsys):
     assert code == 2 and "unknown: --learning-rat 1; did you mean --learning_rate?" in err
     code, _, err, _ = run(ROWS, "--dataset_name", "x")
     assert code == 2 and "did you mean --data?" in err
+    code, _, err, _ = run(ROWS, "--no_share_prompts")
+    assert code == 2 and "did you mean --share?" in err
 
 
 def test_max_tokens_below_a_pair_and_the_reports_warnings_are_said_in_a_line_each(run):

@@ -9,21 +9,9 @@ from datasets import Dataset
 from dpofast.data import arrow as mapped
 from dpofast.data.arrow import chunk_bounds, mapped_files, read_chunks, release_pages
 from dpofast.data.formats import DataError
+from tests.support.resident import resident
 
 ROWS = 10_000
-
-
-def resident(path):
-    """Bytes of a mapped file that count for this process."""
-    total, inside = 0, False
-    with open("/proc/self/smaps", encoding="utf-8") as smaps:
-        for line in smaps:
-            fields = line.split()
-            if "-" in fields[0] and not fields[0].endswith(":"):
-                inside = fields[-1] == path
-            elif inside and fields[0] == "Rss:":
-                total += int(fields[1]) * 1024
-    return total
 
 
 @pytest.fixture

@@ -264,7 +264,7 @@ def test_a_damaged_shard_is_named_and_computed_again(tmp_path, model, computed, 
     (_, path, _) = shards_in(tmp_path)
     content = path.read_bytes()
     damage(path, tmp_path)
-    with pytest.warns(UserWarning, match=rf"{path.name}: damaged, its checksum .*; rows 5 to 9 are computed again"):
+    with pytest.warns(UserWarning, match=rf"{path.name}: damaged, its checksum .*; its 5 rows are computed again"):
         assert np.array_equal(columns_of(dataset, model, tmp_path), whole)
     assert computed == [5, 5, 3, 5]
     assert path.read_bytes() == content
@@ -419,7 +419,7 @@ def test_runs_that_share_a_folder_compute_once(tmp_path, computed):
         {"loss_type": "ipo"},
         {"ld_alpha": 0.3},
         {"max_tokens": 32},
-        {"share_prompts": False},
+        {"share": "none"},
     ):
         train(tmp_path / "b", ref_cache_dir=shared, **options)
     assert computed == [12, 5]

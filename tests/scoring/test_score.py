@@ -13,7 +13,7 @@ from dpofast.scoring import score
 from dpofast.scoring.score import Forward, response_logps, score_rows
 from tests.support.tiny import tiny_dataset, tiny_model, tiny_pairs
 
-OPTIONS = {"beta": 0.3, "max_tokens": 64, "share_prompts": True, "max_logits_bytes": None}
+OPTIONS = {"beta": 0.3, "max_tokens": 64, "share": "prefix", "max_logits_bytes": None}
 OPTIONS |= {"device": torch.device("cpu")}
 POLICY = {"chosen_logps", "rejected_logps", "chosen_tokens", "rejected_tokens"}
 REFERENCE = {"ref_chosen_logps", "ref_rejected_logps", "chosen_rewards", "rejected_rewards", "margins"}
@@ -95,7 +95,10 @@ def test_the_same_numbers_as_the_trainers(tmp_path, ld_alpha, options):
         eval_dataset=tiny_dataset(23),
     )
     expected = trainer.evaluate()
-    forward = OPTIONS | {"share_prompts": not options.get("padded"), "autocast": trainer.accelerator.autocast}
+    forward = OPTIONS | {
+        "share": "none" if options.get("padded") else "prefix",
+        "autocast": trainer.accelerator.autocast,
+    }
     rows = list(score_rows(tiny_dataset(23), policy, ref, ld_alpha=ld_alpha, window=7, **forward))
     tolerance = 5e-3 if options.get("bf16") else 1e-5
     for side in ("chosen", "rejected"):

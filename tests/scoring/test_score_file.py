@@ -47,6 +47,11 @@ def test_lines_and_rows_are_numbered_as_in_the_dataset(write, tmp_path):
     assert [row["id"] for row in write(tmp_path / "pairs.csv", [2, 4])] == ["A", "C"]
 
 
+def test_pairs_that_were_scored_in_another_order_are_written_in_that_of_the_data(write, tmp_path):
+    (tmp_path / "pairs.jsonl").write_text(lines(ROWS))
+    assert write(tmp_path / "pairs.jsonl", [3, 1, 4, 2]) == joined(ROWS, [1, 2, 3, 4])
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 def test_folders_are_numbered_through(write, tmp_path, kind):
     (tmp_path / "folder").mkdir()

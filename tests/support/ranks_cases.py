@@ -61,7 +61,7 @@ CASES = {
     "plain": {},
     "max_tokens 24": {"max_tokens": 24},
     "unlimited": {"max_tokens": 100_000},
-    "not shared": {"share_prompts": False},
+    "not shared": {"share": "none"},
     "live reference": {"precompute_ref_log_probs": False},
     "moving reference": {"precompute_ref_log_probs": False, "sync_ref_model": True, "ref_model_sync_steps": 2},
     "token statistics": {"token_statistics": True, "max_tokens": 24},
@@ -94,11 +94,11 @@ CASES = {
 ZERO_CASES = ("plain", "max_tokens 24", "rpo", "aot")
 UNLIMITED = 10**9
 LONG_CASES = {
-    f"max_tokens {most}, {'shared' if shared else 'not shared'}, accumulation {accumulation}": {
-        **{"dataset": long_pairs, "pairs": 32, "max_tokens": most, "share_prompts": shared},
+    f"max_tokens {most}, share {share}, accumulation {accumulation}": {
+        **{"dataset": long_pairs, "pairs": 32, "max_tokens": most, "share": share},
         **{"accumulation": accumulation, "layers": 2, "max_length": None},
     }
-    for most, shared, accumulation in itertools.product((1024, 4096, UNLIMITED), (True, False), (1, 4))
+    for most, share, accumulation in itertools.product((1024, 4096, UNLIMITED), ("prefix", "none"), (1, 4))
 }
 FSDP = {"fsdp": True, "fsdp_config": {"version": 2}}
 FSDP_CASES = (

@@ -77,8 +77,26 @@ def tiny_pairs(count=12, seed=0, longest=9):
     return examples
 
 
-def tiny_dataset(count=12, seed=0):
-    """tiny_pairs as a Dataset."""
+def tiny_dialogues(count=16, seed=0, systems=3):
+    """Examples that begin alike, in random order: few system prompts, further turns, responses that part late."""
+    draw = random.Random(seed)
+
+    def ids(fewest, most):
+        return [draw.randrange(5, VOCAB) for _ in range(draw.randint(fewest, most))]
+
+    begun, examples = [ids(10, 14) for _ in range(systems)], []
+    for _ in range(count):
+        prompt, common = draw.choice(begun) + ids(1, 4), ids(0, 6)
+        chosen, rejected = common + [3] + ids(0, 4), common + [4] + ids(0, 4)
+        examples.append({"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected})
+        if draw.random() < 0.4:
+            begun.append(prompt + chosen)  # the next turn
+    draw.shuffle(examples)
+    return examples
+
+
+def tiny_dataset(count=12, seed=0, pairs=tiny_pairs):
+    """tiny_pairs, or tiny_dialogues, as a Dataset."""
     from datasets import Dataset  # here: tests of the GPU do without it
 
-    return Dataset.from_list(tiny_pairs(count, seed))
+    return Dataset.from_list(pairs(count, seed))

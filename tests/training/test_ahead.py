@@ -239,10 +239,10 @@ def test_steps_for_a_gpu_lie_in_page_locked_memory(monkeypatch):
     monkeypatch.setattr(PackedBatch, "pin_memory", lambda self: (pinned.append(self), self)[1])
     monkeypatch.setattr(PackedBatch, "to", lambda self, device: (moved.append((self, device)), self)[1])
     device = torch.device("cuda", 1)
-    for packer in (StepPacker(device, share_prompts=True, ref_logps_by_pair=by_pair) for by_pair in (False, True)):
+    for packer in (StepPacker(device, share="prefix", ref_logps_by_pair=by_pair) for by_pair in (False, True)):
         batches = packer.on_device(tiny_pairs(6), 40)
         assert [(batch, device) for batch in batches] == moved and batches == pinned
         pinned.clear(), moved.clear()
     assert entered == [device] * 2  # the background thread would take the first GPU
-    cpu = StepPacker(torch.device("cpu"), share_prompts=True, ref_logps_by_pair=False)
+    cpu = StepPacker(torch.device("cpu"), share="prefix", ref_logps_by_pair=False)
     assert cpu.on_device(tiny_pairs(6), 40) and not pinned

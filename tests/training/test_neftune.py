@@ -143,7 +143,7 @@ def test_prompts_are_shared_without_noise_only(tmp_path):
     widths = []
     for alpha in (None, 0.0, ALPHA):
         trainer, watch = watched(tmp_path, train=Dataset.from_list(rows), neftune_noise_alpha=alpha)
-        assert trainer.share_prompts
+        assert trainer.share == "prefix"
         widths.append(watch.calls[0][0].shape[1])
     assert widths == [20 + 8, 20 + 8, 8 * 21]
 
@@ -228,14 +228,14 @@ def test_embeddings_under_an_adapter(tmp_path, peft_config):
 @pytest.mark.parametrize("padded", [False, True], ids=["packed", "padded"])
 def test_calls_of_a_model(padded):
     model = attach_logprob_head(gpt2(), padded=padded).train()
-    batch, (shared,) = pack(tiny_pairs(4), share_prompts=False)[0], pack(tiny_pairs(4))
+    batch, (shared,) = pack(tiny_pairs(4), share="none")[0], pack(tiny_pairs(4))
     with torch.no_grad():
         plain = model.eval()(packed=batch).logps
         model.train()
         with noisy_embeddings(model, ALPHA):
             assert not torch.allclose(model(packed=batch).logps, plain, atol=1e-3)
             if not padded:
-                with pytest.raises(ValueError, match="pack with share_prompts=False"):
+                with pytest.raises(ValueError, match="pack with share='none'"):
                     model(packed=shared)
             assert torch.equal(model.eval()(packed=batch).logps, plain)
             ids = torch.arange(3, 9)[None]
@@ -253,7 +253,7 @@ def test_a_rank_without_pairs_runs_along(tmp_path):
 
 def test_an_embedding_that_is_not_called_is_refused():
     model = attach_logprob_head(tiny_model()).train()
-    (batch,) = pack(tiny_pairs(2), share_prompts=False)
+    (batch,) = pack(tiny_pairs(2), share="none")
     other = torch.nn.Embedding(VOCAB, WIDTH)
     model.get_input_embeddings = lambda: other
     with noisy_embeddings(model, ALPHA), pytest.raises(ValueError, match="does not call its input embedding"):

@@ -131,7 +131,7 @@ def test_auto_probes_once_and_changes_no_result(tmp_path):
     torch.testing.assert_close(weights_of(trainer), weights_of(expected), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("rows", [{"padded": True}, {"share_prompts": False}])
+@pytest.mark.parametrize("rows", [{"padded": True}, {"share": "none"}])
 def test_auto_counts_the_prompts_of_rows_that_share_none(rows, tmp_path, monkeypatch):
     asked, probed = [], []
 

@@ -96,7 +96,7 @@ def test_neither_max_tokens_nor_sharing_nor_accumulation_nor_ranks_matter(
 
 def test_long_pairs_take_many_micro_batches_a_few_or_one(long_pairs_alone, long_pairs_replicated):
     for runs in (long_pairs_alone, long_pairs_replicated[0]):
-        name = "max_tokens {}, not shared, accumulation 1"
+        name = "max_tokens {}, share none, accumulation 1"
         many, few, one = (runs[name.format(most)]["calls"] for most in (1024, 4096, UNLIMITED))
         assert many > 4 * few > 4 * 15 and one == 10
 

@@ -132,7 +132,9 @@ def test_pairs_tie_in_the_first_step_and_padded_rows_avoid_no_padding_of_their_o
 
 
 def test_metrics_add_up(tmp_path):
-    trainer = make_trainer(tmp_path, token_statistics=True, evaluation=tiny_dataset(9, seed=1), num_train_epochs=2)
+    trainer = make_trainer(
+        tmp_path, token_statistics=True, share="prompt", evaluation=tiny_dataset(9, seed=1), num_train_epochs=2
+    )
     trainer.train()
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     for entry in logged:

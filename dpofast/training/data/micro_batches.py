@@ -21,13 +21,13 @@ class StepPacker:
 
     Attributes:
         device: where micro-batches are computed.
-        share_prompts: run a prompt once for all its responses.
+        share: as in `pack`.
         ref_logps_by_pair: ref_logps become (P, 2) instead of (S,): with ld_alpha the number of a response differs from
             pair to pair.
     """
 
     device: torch.device
-    share_prompts: bool
+    share: str
     ref_logps_by_pair: bool
 
     def pack(self, examples: Sequence[Mapping[str, Any]], max_tokens: int | None) -> list[PackedBatch]:
@@ -39,7 +39,7 @@ class StepPacker:
         """
         by_pair = self.ref_logps_by_pair and len(examples) > 0 and REF_COLUMNS[0] in examples[0]
         rows = [{name: example[name] for name in ID_COLUMNS} for example in examples] if by_pair else examples
-        batches = pack(rows, max_tokens, share_prompts=self.share_prompts)
+        batches = pack(rows, max_tokens, share=self.share)
         if by_pair:
             columns = torch.tensor([[float(example[name]) for name in REF_COLUMNS] for example in examples])
             batches = [replace(batch, ref_logps=columns[batch.pair_examples]) for batch in batches]

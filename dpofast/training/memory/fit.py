@@ -79,7 +79,7 @@ def auto_max_tokens(
 
     def probe(positions: int) -> int:
         """Forward and backward of a micro-batch of the first rows; returns its positions and restores all state."""
-        examples = first_examples(dataset, positions, share_prompts=packer.share_prompts)
+        examples = first_examples(dataset, positions, packer.share)
         (batch,) = packer.on_device(examples, None)
         draws = random_states(device)
         model.train()
