@@ -128,9 +128,23 @@ def head_table(results: Path = RESULTS) -> str:
     return f"{title}\n\n{rows(header, body)}"
 
 
+def _whole_packing_record(results: Path) -> Record:
+    """The last record that has more than what sharing is worth."""
+    return [record for record in records("packing", results) if "collators" in record["figures"]][-1]
+
+
+def sharing_table(results: Path = RESULTS) -> str:
+    """What the last run said about sharing beginnings."""
+    from bench.sharing import report
+
+    record = [record for record in records("packing", results) if "sharing" in record["figures"]][-1]
+    title = f"{machine(record)}, {record['date'][:10]}, `{record['command']}`"
+    return "\n- ".join([f"{title}:\n", *report(record["figures"]["sharing"])])
+
+
 def packing_table(results: Path = RESULTS) -> str:
     """The packer: planning by number of pairs, and collators."""
-    record = records("packing", results)[-1]
+    record = _whole_packing_record(results)
     figures = record["figures"]
     planning = rows(
         ("pairs planned", "seconds", "micro-batches", "lower bound", "full"),
@@ -276,7 +290,7 @@ def summary(results: Path = RESULTS) -> str:
 
 def evidence_table(results: Path = RESULTS) -> str:
     """The README's one table: what was measured, against what, and on which machine."""
-    packing = records("packing", results)[-1]
+    packing = _whole_packing_record(results)
     collators = packing["figures"]["collators"]
     memory = next(record for record in records("memory", results) if record["figures"]["form"] == "text")
     few, many = (memory["figures"]["runs"][name] for name in ("few", "many"))
