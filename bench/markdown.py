@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from bench.cases import RESULTS
+from bench.cases import RESULTS, SHARED_PROFILES
 
 Record = dict[str, Any]
 GIB, MIB = 2**30, 2**20
@@ -40,6 +40,8 @@ def _trained(record: Record) -> str:
     model = "SmolLM2-135M" if record["figures"]["model"] == "smollm2" else "small random Llama, V = 151,936"
     if record["figures"]["profile"].endswith("49k"):
         model = "small random Llama, V = 49,152"
+    if record["figures"]["profile"] in SHARED_PROFILES:
+        model = "small random Llama, V = 2,048"
     lora = record["figures"].get("lora")
     return f"{model}, LoRA" if lora else model if "Llama" in model else f"{model}, all weights"
 
