@@ -1,4 +1,4 @@
-"""A batch's log-probs, loss and gradients by model(packed=...) and by the reference over padded rows."""
+"""Log-probs, loss and gradients of a packed batch against those of padded rows and full logits; groups to pack."""
 
 import torch
 
