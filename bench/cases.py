@@ -45,18 +45,33 @@ class RandomProfile:
 
     Attributes:
         prompt_median, response_median: medians of the two lengths.
+        system: tokens that every prompt begins with, such as definitions of tools.
+        turns: least and most turns of a conversation, which has a pair at every turn: the prompt of a later one holds
+            the prompt and the chosen response of the one before.
+        fork: part of the shorter response that both of a pair begin with.
         sigma: standard deviation of a length's logarithm; 0.5 puts one in forty beyond 2.7 medians.
         vocab_size, hidden_size, layers: a Llama's, with Qwen2's vocabulary and heads of 64.
     """
 
     prompt_median: int
     response_median: int
+    system: int = 0
+    turns: tuple[int, int] = (1, 1)
+    fork: float = 0.0
     sigma: float = 0.5
     vocab_size: int = 151_936
     hidden_size: int = 256
     layers: int = 4
 
 
+_SMALL: dict[str, int] = {"vocab_size": 2048, "hidden_size": 128, "layers": 2}
+# What sequences share beyond a pair's prompt. The models are small, so that trl gets through 64 such pairs.
+SHARED_PROFILES = {
+    # the mean prompt has 100 tokens of its own, the mean response 150
+    "tools": RandomProfile(prompt_median=88, response_median=132, system=2000, **_SMALL),
+    "turns": RandomProfile(prompt_median=80, response_median=150, turns=(2, 6), **_SMALL),
+    "steps": RandomProfile(prompt_median=120, response_median=400, fork=0.5, **_SMALL),
+}
 # Named by prompt length over response length; "medium" for trl with and without patch_trl(), at two vocabularies.
 RANDOM_PROFILES = {
     "medium": RandomProfile(prompt_median=148, response_median=121),
@@ -64,6 +79,7 @@ RANDOM_PROFILES = {
     "ratio-0.4": RandomProfile(prompt_median=60, response_median=150),
     "ratio-2": RandomProfile(prompt_median=240, response_median=120),
     "ratio-10": RandomProfile(prompt_median=600, response_median=60),
+    **SHARED_PROFILES,
 }
 
 

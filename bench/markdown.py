@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from bench.cases import RESULTS
+from bench.cases import RESULTS, SHARED_PROFILES
 
 Record = dict[str, Any]
 GIB, MIB = 2**30, 2**20
@@ -40,6 +40,8 @@ def _trained(record: Record) -> str:
     model = "SmolLM2-135M" if record["figures"]["model"] == "smollm2" else "small random Llama, V = 151,936"
     if record["figures"]["profile"].endswith("49k"):
         model = "small random Llama, V = 49,152"
+    if record["figures"]["profile"] in SHARED_PROFILES:
+        model = "small random Llama, V = 2,048"
     lora = record["figures"].get("lora")
     return f"{model}, LoRA" if lora else model if "Llama" in model else f"{model}, all weights"
 
@@ -128,9 +130,23 @@ def head_table(results: Path = RESULTS) -> str:
     return f"{title}\n\n{rows(header, body)}"
 
 
+def _whole_packing_record(results: Path) -> Record:
+    """The last record that has more than what sharing is worth."""
+    return [record for record in records("packing", results) if "collators" in record["figures"]][-1]
+
+
+def sharing_table(results: Path = RESULTS) -> str:
+    """What the last run said about sharing beginnings."""
+    from bench.sharing import report
+
+    record = [record for record in records("packing", results) if "sharing" in record["figures"]][-1]
+    title = f"{machine(record)}, {record['date'][:10]}, `{record['command']}`"
+    return "\n- ".join([f"{title}:\n", *report(record["figures"]["sharing"])])
+
+
 def packing_table(results: Path = RESULTS) -> str:
     """The packer: planning by number of pairs, and collators."""
-    record = records("packing", results)[-1]
+    record = _whole_packing_record(results)
     figures = record["figures"]
     planning = rows(
         ("pairs planned", "seconds", "micro-batches", "lower bound", "full"),
@@ -276,7 +292,7 @@ def summary(results: Path = RESULTS) -> str:
 
 def evidence_table(results: Path = RESULTS) -> str:
     """The README's one table: what was measured, against what, and on which machine."""
-    packing = records("packing", results)[-1]
+    packing = _whole_packing_record(results)
     collators = packing["figures"]["collators"]
     memory = next(record for record in records("memory", results) if record["figures"]["form"] == "text")
     few, many = (memory["figures"]["runs"][name] for name in ("few", "many"))

@@ -1,6 +1,7 @@
 """Speed and fill rate of the packer on one core, compared with trl's collator and trl's pack_dataset.
 
     python -m bench.packing
+    python -m bench.packing --sharing               only what sharing beginnings is worth and costs (bench/sharing.py)
 
 Lengths are drawn like UltraFeedback's: lognormal prompts and responses of a few hundred tokens, clipped to 2,048. All
 of it runs on one core; the record says how busy the machine was.
@@ -19,10 +20,11 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from bench.cases import RESULTS, SEED
+from bench import sharing
+from bench.cases import RESULTS, SEED, SHARED_PROFILES
+from bench.random_pairs import random_rows
 from bench.record import command_line, write_record
 from bench.timing import load_at_start, spread
-from dpofast import _C
 from dpofast.packing.examples import read_examples
 from dpofast.packing.pack import PackBuffers, pack
 from dpofast.packing.planner import plan
@@ -181,20 +183,7 @@ def filling(rng: np.random.Generator, pairs: int, step: int, clock: Clock) -> di
         packers = []
         for part in cuts:
             flat = read_examples(part)
-            packers.append(
-                _C.Packer(
-                    flat.sequences,
-                    flat.branch_counts,
-                    flat.pair_counts,
-                    flat.pairs,
-                    flat.grouped,
-                    max_tokens=MAX_TOKENS,
-                    max_targets=_C.UNLIMITED,
-                    share="prompt",
-                    vocab_size=VOCAB,
-                    threads=1,
-                )
-            )
+            packers.append(sharing.packer(flat, MAX_TOKENS, "prefix"))
 
         # What PackBuffers holds after the largest step, as `pack` hands it over.
         most = np.max([packer.shapes.sum(0) for packer in packers], 0)
@@ -260,8 +249,35 @@ def collators(rng: np.random.Generator, pairs: int, step: int, clock: Clock) -> 
     }
 
 
+def sharing_figures(rng: np.random.Generator, args: argparse.Namespace, clock: Clock) -> dict[str, Any]:
+    """What bench/sharing.py measures, on its profiles and on lengths like UltraFeedback's."""
+    columns = make_columns(rng, args.pairs, np.int32)
+    steps = {"random": columns, "20 tokens of a template": sharing.with_beginnings(columns, rng, 1, 20, VOCAB)}
+    many = make_columns(rng, args.planned, np.int32)
+    figures: dict[str, Any] = {
+        "positions": sharing.positions(MAX_TOKENS, 64),
+        "packing": {
+            name: sharing.packing_time(cut(part, args.pairs, 64), MAX_TOKENS, clock) for name, part in steps.items()
+        },
+        "planned": {"random": sharing.planned(many, MAX_TOKENS, clock)},
+    }
+    many = sharing.with_beginnings(many, rng, 100, 200, VOCAB)
+    figures["planned"]["100 system prompts of 200 tokens"] = sharing.planned(many, MAX_TOKENS, clock)
+    rows = {name: random_rows(profile, 64) for name, profile in SHARED_PROFILES.items()}
+    few = make_columns(rng, 64, np.int32)
+    rows["random"] = [
+        {name.removesuffix("_ids"): values[o[i] : o[i + 1]] for name, (values, o) in few.items()} for i in range(64)
+    ]
+    figures["one_micro_batch"] = {name: sharing.one_micro_batch(part, MAX_TOKENS, clock) for name, part in rows.items()}
+    if not args.no_trl:
+        figures["tree_row"] = {name: sharing.against_tree_row(part, clock) for name, part in rows.items()}
+    return figures
+
+
 def report(figures: dict[str, Any]) -> str:
     """What is printed."""
+    if "planning" not in figures:
+        return "\n".join(sharing.report(figures["sharing"]))
     lines = [f"{'pairs':>10} {'seconds':>9} {'p20':>9} {'p80':>9} {'micro-batches':>14} {'bound':>9} {'full':>8}"]
     for row in figures["planning"]:
         s = row["seconds"]
@@ -297,7 +313,7 @@ def report(figures: dict[str, Any]) -> str:
                 f"pack from {name}: {rate / 1e6:.0f} million tokens a second, "
                 f"{collated['times_faster'][name]:.1f} times as fast as trl's collator"
             )
-    return "\n".join(lines)
+    return "\n".join([*lines, *sharing.report(figures["sharing"])])
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -306,12 +322,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--largest-plan", type=int, default=10_000_000, help="pairs")
     parser.add_argument("--steps", type=int, default=1000, help="optimizer steps of each size")
     parser.add_argument("--pairs", type=int, default=10_240, help="pairs that are filled and collated")
+    parser.add_argument("--planned", type=int, default=1_000_000, help="pairs that are planned with their tries")
+    parser.add_argument("--sharing", action="store_true", help="only what sharing beginnings is worth and costs")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--no-trl", action="store_true", help="leave the comparisons with trl out")
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: this process's own time")
     parser.add_argument("--results", type=Path, default=RESULTS / "packing.jsonl", help="the record is appended to it")
     args = parser.parse_args(arguments)
-    if min(args.largest_plan, args.steps, args.pairs, args.rounds) < 1 or args.pairs < 64:
+    if min(args.largest_plan, args.steps, args.pairs, args.planned, args.rounds) < 1 or args.pairs < 64:
         parser.error("expected numbers of 1 or more, and --pairs of 64 or more")
     load = load_at_start(BUSY_LOAD)
     torch.set_num_threads(1)
@@ -319,18 +337,16 @@ def main(arguments: list[str] | None = None) -> int:
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     rng, clock = np.random.default_rng(SEED), Clock(args.clock, args.rounds)
     sizes = [10**k for k in range(3, 8) if 10**k <= args.largest_plan]
-    figures: dict[str, Any] = {
-        "max_tokens": MAX_TOKENS,
-        "clock": args.clock,
-        "load_at_start": load,
-        "planning": planning(rng, sizes, clock),
-        "steps": steps(rng, [64, 128, 512], args.steps),
-        "ranks": ranks(rng, [256, 512, 1024], max(1, args.steps // 5)),
-        "filling": filling(rng, args.pairs, 64, clock),
-    }
-    if not args.no_trl:
+    figures: dict[str, Any] = {"max_tokens": MAX_TOKENS, "clock": args.clock, "load_at_start": load}
+    if not args.sharing:
+        figures["planning"] = planning(rng, sizes, clock)
+        figures["steps"] = steps(rng, [64, 128, 512], args.steps)
+        figures["ranks"] = ranks(rng, [256, 512, 1024], max(1, args.steps // 5))
+        figures["filling"] = filling(rng, args.pairs, 64, clock)
+    if not args.sharing and not args.no_trl:
         figures["trl_fullness"] = trl_fullness(rng, 2 * args.pairs)
         figures["collators"] = collators(rng, args.pairs // 4, 64, clock)
+    figures["sharing"] = sharing_figures(rng, args, clock)
     command = command_line("bench.packing", arguments)
     write_record(args.results, "packing", figures, command=command, packages=PACKAGES)
     print(report(figures))

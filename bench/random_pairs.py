@@ -42,14 +42,34 @@ def _word(token: int) -> str:
     return ("<end>", "<pad>")[token] if token <= _PAD else f"w{token}"
 
 
-def build_random_pairs(profile: RandomProfile, pairs: int) -> list[dict[str, str]]:
-    """Pairs as prompt, chosen, rejected; a trainer adds one end-of-sequence token to each response."""
+def random_rows(profile: RandomProfile, pairs: int) -> list[dict[str, np.ndarray]]:
+    """Pairs as prompt, chosen, rejected: (L,) int64 ids each, without an end-of-sequence token."""
     rng = np.random.default_rng(SEED)
-    medians = (profile.prompt_median, profile.response_median, profile.response_median)
 
-    def text(median: int) -> str:
+    def draw(median: int) -> np.ndarray:
         length = max(2, round(rng.lognormal(np.log(median), profile.sigma)))
-        # The space makes prompt + response split where the two parts do.
-        return "".join(f"{_word(token)} " for token in rng.integers(2, profile.vocab_size, length))
+        return rng.integers(2, profile.vocab_size, length)
 
-    return [dict(zip(("prompt", "chosen", "rejected"), map(text, medians), strict=True)) for _ in range(pairs)]
+    system = rng.integers(2, profile.vocab_size, profile.system)
+    rows: list[dict[str, np.ndarray]] = []
+    while len(rows) < pairs:
+        least, most = profile.turns
+        history = system
+        for _ in range(least if least == most else rng.integers(least, most + 1)):
+            medians = (profile.prompt_median, profile.response_median, profile.response_median)
+            message, chosen, rejected = map(draw, medians)
+            same = int(profile.fork * min(len(chosen), len(rejected)))
+            rejected[:same] = chosen[:same]
+            prompt = np.concatenate((history, message))
+            rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+            history = np.concatenate((prompt, chosen))
+    return rows[:pairs]
+
+
+def build_random_pairs(profile: RandomProfile, pairs: int) -> list[dict[str, str]]:
+    """The text of random_rows; a trainer adds one end-of-sequence token to each response."""
+    # The space makes prompt + response split where the two parts do.
+    return [
+        {name: "".join(f"{_word(token)} " for token in ids) for name, ids in row.items()}
+        for row in random_rows(profile, pairs)
+    ]

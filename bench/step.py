@@ -66,9 +66,14 @@ def check_losses(runs: dict[str, list[dict[str, Any]]], tolerance: float) -> flo
 
 def summarize(repeats: list[dict[str, Any]]) -> dict[str, Any]:
     """One engine's figures over its runs: the time of a step counts its share of the reference pass."""
-    steps = [seconds + run["reference_s"] / len(run["steps_s"]) for run in repeats for seconds in run["steps_s"][1:]]
+
+    def steps(clock: str) -> dict[str, float]:
+        ran = [(run[f"steps_{clock}"], run[f"reference_{clock}"]) for run in repeats]
+        return spread([seconds + reference / len(all_) for all_, reference in ran for seconds in all_[1:]])
+
     return {
-        "step_s": spread(steps),
+        "step_s": steps("s"),
+        "step_cpu_s": steps("cpu_s"),
         "first_step_s": median(run["steps_s"][0] for run in repeats),
         "reference_s": median(run["reference_s"] for run in repeats),
         "imports_bytes": repeats[0]["imports_bytes"],
@@ -143,6 +148,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--pairs-per-step", type=int, default=PAIRS_PER_STEP, help="pairs in a step")
     parser.add_argument("--lora", type=int, default=0, metavar="RANK", help="train an adapter of this rank")
     parser.add_argument("--max-tokens", type=int, help="of dpofast's micro-batches: less memory, the same numbers")
+    parser.add_argument("--trl-pairs", type=int, help="of trl's micro-batches, which divide a step: less memory")
     parser.add_argument("--learning-rate", type=float, default=1e-6, help="trl's default")
     for engine in EXTRA_ENGINES:
         parser.add_argument(f"--{engine}", action="store_true", help=f"also run {engine}")
@@ -154,6 +160,8 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     if args.steps < 2 or args.rounds < 1:
         parser.error(f"--steps must be at least 2 and --rounds at least 1, got {args.steps} and {args.rounds}")
+    if args.trl_pairs is not None and (args.trl_pairs < 1 or args.pairs_per_step % args.trl_pairs):
+        parser.error(f"--trl-pairs must divide --pairs-per-step, got {args.trl_pairs} and {args.pairs_per_step}")
     if args.epochs < 1 or args.steps % args.epochs:
         parser.error(f"--epochs must divide --steps, got {args.epochs} and {args.steps}")
     return args
@@ -205,6 +213,7 @@ def main() -> int:
             learning_rate=args.learning_rate,
             lora=args.lora,
             max_tokens=args.max_tokens,
+            trl_pairs=args.trl_pairs,
         )
         lengths = token_lengths(case)
         means = ", ".join(f"{key} {value:.0f}" for key, value in lengths.items())
@@ -227,6 +236,7 @@ def main() -> int:
         "epochs": args.epochs,
         "lora": args.lora,
         "max_tokens": args.max_tokens,
+        "trl_pairs": args.trl_pairs,
         "rounds": args.rounds,
         "mean_tokens": lengths,
         "load_at_start": load,

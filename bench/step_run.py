@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import itertools
 import json
 import tempfile
 import time
@@ -21,6 +22,7 @@ ENGINES: dict[str, tuple[str, dict[str, Any]]] = {
     "trl-checkpointing": ("trl", {"precompute_ref_log_probs": False, "gradient_checkpointing": True}),
     "trl-precompute": ("trl", {"precompute_ref_log_probs": True}),
     "dpofast-live": ("dpofast", {"precompute_ref_log_probs": False}),
+    "dpofast-prompt": ("dpofast", {"precompute_ref_log_probs": True, "share": "prompt"}),
     "dpofast-unshared": ("dpofast", {"precompute_ref_log_probs": True, "share": "none"}),
     PATCHED: (BASE, {"precompute_ref_log_probs": False}),
 }
@@ -43,6 +45,7 @@ class StepCase:
         seed: the trainer's.
         lora: rank of an adapter on every linear layer but the head, 0 to train all weights.
         max_tokens: packed positions of dpofast's micro-batches, None for its default.
+        trl_pairs: pairs in one of trl's micro-batches, None for all of a step.
     """
 
     model: str
@@ -54,6 +57,7 @@ class StepCase:
     seed: int = SEED
     lora: int = 0
     max_tokens: int | None = None
+    trl_pairs: int | None = None
 
     def rows(self) -> list[dict[str, str]]:
         """The pairs."""
@@ -71,6 +75,8 @@ def train(engine: str, case: StepCase, *, count: bool = False) -> dict[str, Any]
     Returns:
         reference_s: time of the reference pass before training, 0 where the reference runs inside the steps.
         steps_s: one time for each step, from its start to the next step's, data and logging included.
+        reference_cpu_s, steps_cpu_s: the same in seconds of the processor, all threads together, which a busy machine
+            changes less.
         imports_bytes: memory after the imports.
         peak_bytes: peak memory above that.
         losses, grad_norms: one value for each step.
@@ -90,27 +96,29 @@ def train(engine: str, case: StepCase, *, count: bool = False) -> dict[str, Any]
     class Recorder(TrainerCallback):
         def __init__(self) -> None:
             self.starts: list[float] = []
+            self.cpu: list[float] = []
             self.logs: list[dict[str, float]] = []
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.starts.append(time.perf_counter())
+            self.cpu.append(time.process_time())
 
-        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self.starts.append(time.perf_counter())
+        on_train_end = on_step_begin
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             if "loss" in logs:
                 self.logs.append(logs)
 
-    reference_s = 0.0
+    reference_s = reference_cpu_s = 0.0
     if settings["precompute_ref_log_probs"]:
         compute_reference = getattr(trainer_class, REFERENCE_PASS[name])
 
         def timed_reference(*args: Any) -> Any:
-            nonlocal reference_s
-            start = time.perf_counter()
+            nonlocal reference_s, reference_cpu_s
+            start, cpu = time.perf_counter(), time.process_time()
             result = compute_reference(*args)
             reference_s += time.perf_counter() - start
+            reference_cpu_s += time.process_time() - cpu
             return result
 
         setattr(trainer_class, REFERENCE_PASS[name], timed_reference)
@@ -147,6 +155,9 @@ def train(engine: str, case: StepCase, *, count: bool = False) -> dict[str, Any]
         }
         if name == "dpofast" and case.max_tokens is not None:
             config["max_tokens"] = case.max_tokens
+        if name == "trl" and case.trl_pairs is not None:
+            config["per_device_train_batch_size"] = case.trl_pairs
+            config["gradient_accumulation_steps"] = case.pairs_per_step // case.trl_pairs
         trainer = trainer_class(
             model=model,
             args=config_class(**{**config, **settings}),
@@ -161,7 +172,9 @@ def train(engine: str, case: StepCase, *, count: bool = False) -> dict[str, Any]
         return work.figures(case.steps)
     return {
         "reference_s": reference_s,
-        "steps_s": [stop - start for start, stop in zip(recorder.starts, recorder.starts[1:], strict=False)],
+        "steps_s": [stop - start for start, stop in itertools.pairwise(recorder.starts)],
+        "reference_cpu_s": reference_cpu_s,
+        "steps_cpu_s": [stop - start for start, stop in itertools.pairwise(recorder.cpu)],
         "imports_bytes": memory.start,
         "peak_bytes": memory.increase(),
         "losses": [log["loss"] for log in recorder.logs],

@@ -49,7 +49,7 @@ void fill_one(const Groups& groups, const Batch& batch, int64_t* longs, int32_t*
     const Branch& branch = groups.branches[batch.branches[s]];
     const Sequence& response = sequences[branch.sequence];
     // The last prompt row predicts the first response token; the last response token has no row.
-    const int64_t first = groups.length(groups.prompts[branch.group]) - 1;
+    const int64_t first = groups.prompts[branch.group].length - 1;
     write_path(batch.trie, batch.trie.ends[s], first, first + response.length - 1, rows);
     rows += response.length;
     targets = copy(response, 0, response.length, targets);

@@ -142,6 +142,7 @@ Groups group_examples(const Examples& examples, Share share, int64_t vocab_size,
   check_counts(examples);
   const std::vector<uint64_t> hashes = checked_hashes(examples, vocab_size, threads);
   Groups groups{examples, share, {}, {}, {}, {}};
+  const auto length = [&](int64_t i) { return examples.sequences[i].length; };
   const auto same = [&](int64_t a, int64_t b) { return equal(examples.sequences[a], examples.sequences[b]); };
 
   const int64_t count = examples.branch_counts.size;
@@ -155,9 +156,9 @@ Groups group_examples(const Examples& examples, Share share, int64_t vocab_size,
   for (int64_t e = 0; e < count; ++e) {
     const int64_t next_group = groups.prompts.size();
     const int64_t group = prompt_index.find_or_add(
-        hashes[sequence], next_group, [&](int64_t other) { return same(groups.prompts[other], sequence); });
-    if (group == next_group) groups.prompts.push_back(sequence);
-    groups.canonical.push_back(groups.prompts[group]);
+        hashes[sequence], next_group, [&](int64_t other) { return same(groups.prompts[other].sequence, sequence); });
+    if (group == next_group) groups.prompts.push_back({sequence, length(sequence), examples.sequences[sequence][0]});
+    groups.canonical.push_back(groups.prompts[group].sequence);
     ++sequence;
 
     branch_ids.clear();
@@ -167,7 +168,8 @@ Groups group_examples(const Examples& examples, Share share, int64_t vocab_size,
       const int64_t branch = branch_index.find_or_add(mix(hash, group), next_branch, [&](int64_t other) {
         return groups.branches[other].group == group && same(groups.branches[other].sequence, sequence);
       });
-      if (branch == next_branch) groups.branches.push_back({sequence, group, hash});
+      if (branch == next_branch)
+        groups.branches.push_back({sequence, length(sequence), examples.sequences[sequence][0], group, hash});
       groups.canonical.push_back(groups.branches[branch].sequence);
       branch_ids.push_back(branch);
     }

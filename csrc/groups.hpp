@@ -27,8 +27,15 @@ struct Examples {
   Span<uint8_t> grouped;  // (E,) 0: prompt_ids, chosen_ids, rejected_ids; 1: prompt_ids, branches, pairs (for messages)
 };
 
+// Length and first token stand here too: where sequences begin differently, no more of them is read for a plan.
+struct Prompt {
+  int64_t sequence;  // the input sequence where it first appeared
+  int64_t length, first;
+};
+
 struct Branch {
   int64_t sequence;  // the input sequence where it first appeared
+  int64_t length, first;
   int64_t group;
   uint64_t hash;  // of its tokens alone
 };
@@ -46,16 +53,15 @@ struct Groups {
   Examples examples;
   Share share;
   std::vector<int64_t> canonical;  // for each input sequence the first equal one (of the same group)
-  std::vector<int64_t> prompts;    // the prompt's sequence for each group
+  std::vector<Prompt> prompts;     // of each group
   std::vector<Branch> branches;
   std::vector<Pair> pairs;  // one for each input pair, in input order
 
-  int64_t length(int64_t sequence) const { return examples.sequences[sequence].length; }
   // Rows of a group's prompt, and in addition those of each of its branches where branches share no more than that. A
   // branch's last token is only a target.
-  int64_t prompt_cost(int64_t group) const { return share == Share::kNone ? 0 : length(prompts[group]); }
+  int64_t prompt_cost(int64_t group) const { return share == Share::kNone ? 0 : prompts[group].length; }
   int64_t branch_cost(const Branch& branch) const {
-    return length(branch.sequence) - 1 + (share == Share::kNone ? length(prompts[branch.group]) : 0);
+    return branch.length - 1 + (share == Share::kNone ? prompts[branch.group].length : 0);
   }
 };
 

@@ -2,6 +2,7 @@
 #include <utility>
 
 #include "batches.hpp"
+#include "index_map.hpp"
 #include "parallel.hpp"
 
 namespace dpofast {
@@ -10,20 +11,21 @@ namespace {
 // Collects the branches of each micro-batch's pairs.
 class Collector {
  public:
-  explicit Collector(const Groups& groups)
-      : groups_(groups), local_group_(groups.prompts.size(), -1), local_branch_(groups.branches.size(), -1) {}
+  explicit Collector(const Groups& groups) : groups_(groups) {}
 
   void collect(Batch& batch) {
-    groups_seen_.clear();
+    prefetch_all(batch.pairs);
+    local_branch_.reset(2 * batch.pairs.size());
+    local_group_.reset(batch.pairs.size());
+    int32_t groups_seen = 0;
     for (const int64_t q : batch.pairs) {
       for (const int64_t id : {groups_.pairs[q].chosen, groups_.pairs[q].rejected}) {
-        if (local_branch_[id] >= 0) continue;
-        local_branch_[id] = 0;
+        int32_t& seen = local_branch_[id];
+        if (seen >= 0) continue;
+        seen = 0;
         batch.branches.push_back(id);
-        const int64_t group = groups_.branches[id].group;
-        if (local_group_[group] >= 0) continue;
-        local_group_[group] = static_cast<int32_t>(groups_seen_.size());
-        groups_seen_.push_back(group);
+        int32_t& group = local_group_[groups_.branches[id].group];
+        if (group < 0) group = groups_seen++;
       }
     }
     const auto order = [&](int64_t a, int64_t b) {
@@ -37,9 +39,8 @@ class Collector {
     for (size_t s = 0; s < branches.size(); ++s) {
       const Branch& branch = groups_.branches[branches[s]];
       local_branch_[branches[s]] = static_cast<int32_t>(s);
-      const int64_t response = groups_.length(branch.sequence);
-      batch.shape.targets += response;
-      longest = std::max(longest, groups_.length(groups_.prompts[branch.group]) + response);
+      batch.shape.targets += branch.length;
+      longest = std::max(longest, groups_.prompts[branch.group].length + branch.length);
     }
     for (const int64_t q : batch.pairs) {
       batch.sequences.push_back(local_branch_[groups_.pairs[q].chosen]);
@@ -48,30 +49,36 @@ class Collector {
     batch.shape.sequences = branches.size();
     batch.shape.pairs = batch.pairs.size();
     batch.shape.padded_tokens = 2 * batch.shape.pairs * longest;
-    for (const int64_t id : branches) local_branch_[id] = -1;
-    for (const int64_t group : groups_seen_) local_group_[group] = -1;
   }
 
  private:
+  void prefetch_all(const std::vector<int64_t>& pairs) const {
+    const auto each_branch = [&](auto body) {
+      for (const int64_t q : pairs) {
+        body(groups_.pairs[q].chosen);
+        body(groups_.pairs[q].rejected);
+      }
+    };
+    for (const int64_t q : pairs) prefetch(&groups_.pairs[q]);
+    each_branch([&](int64_t id) { prefetch(&groups_.branches[id]); });
+    each_branch([&](int64_t id) { prefetch(&groups_.prompts[groups_.branches[id].group]); });
+  }
+
   const Groups& groups_;
-  // Places of groups and branches in the current micro-batch, or -1.
-  std::vector<int32_t> local_group_, local_branch_;
-  std::vector<int64_t> groups_seen_;
+  IndexMap local_group_, local_branch_;  // places of groups and branches in the current micro-batch
 };
 
 }  // namespace
 
 std::vector<Batch> lay_out(const Groups& groups, std::vector<std::vector<int64_t>> plan, int64_t threads) {
   std::vector<Batch> batches(plan.size());
-  Collector collector(groups);
-  for (size_t b = 0; b < plan.size(); ++b) {
-    batches[b].pairs = std::move(plan[b]);
-    collector.collect(batches[b]);
-  }
   parallel_ranges(batches.size(), threads, [&](int64_t begin, int64_t end) {
+    Collector collector(groups);
     TrieBuilder builder(groups);
     for (int64_t b = begin; b < end; ++b) {
       Batch& batch = batches[b];
+      batch.pairs = std::move(plan[b]);
+      collector.collect(batch);
       batch.trie = builder.build(batch.branches.data(), batch.shape.sequences);
       batch.shape.tokens = batch.trie.rows();
       batch.shape.segments = batch.trie.parents.size();

@@ -65,7 +65,7 @@ class GroupSplitter {
     units.targets.resize(units.tokens.size(), 0);
     for (const auto& [unit, branch] : members) {
       units.tokens[unit] += groups_.branch_cost(groups_.branches[branch]);
-      units.targets[unit] += groups_.length(groups_.branches[branch].sequence);
+      units.targets[unit] += groups_.branches[branch].length;
     }
   }
 
@@ -79,7 +79,7 @@ class GroupSplitter {
   void sort_by_content(std::vector<int64_t>& pairs) const {
     using Key = std::pair<int64_t, uint64_t>;
     const auto key = [&](int64_t branch) {
-      return Key(-groups_.length(groups_.branches[branch].sequence), groups_.branches[branch].hash);
+      return Key(-groups_.branches[branch].length, groups_.branches[branch].hash);
     };
     std::vector<std::tuple<Key, Key, int64_t>> keyed;
     keyed.reserve(pairs.size());
@@ -101,7 +101,7 @@ class GroupSplitter {
     for (const int64_t id : {pair.chosen, pair.rejected}) {
       if (last_piece_[id] == piece) continue;
       cost.tokens += groups_.branch_cost(groups_.branches[id]);
-      cost.targets += groups_.length(groups_.branches[id].sequence);
+      cost.targets += groups_.branches[id].length;
     }
     return cost;
   }
@@ -154,7 +154,7 @@ Units make_units(const Groups& groups, const Limits& limits) {
   const int64_t group_count = groups.prompts.size(), pair_count = groups.pairs.size();
   const auto group_of = [&](int64_t q) { return groups.branches[groups.pairs[q].chosen].group; };
   Items sizes{rows_of_groups(groups), std::vector<int64_t>(group_count, 0)};
-  for (const Branch& branch : groups.branches) sizes.targets[branch.group] += groups.length(branch.sequence);
+  for (const Branch& branch : groups.branches) sizes.targets[branch.group] += branch.length;
 
   Units units{{}, std::vector<int64_t>(pair_count), {}};
   std::vector<int64_t> unit_of_group(group_count);
@@ -203,6 +203,22 @@ int64_t rows_of(const std::vector<Batch>& batches) {
                          [](int64_t sum, const Batch& batch) { return sum + batch.shape.tokens; });
 }
 
+// Rows that items in one bin save by sharing beginnings: each the longest that it has in common with an earlier one.
+// Items are in lexicographic order, where that is the one before it in its bin; common as of Lexicographic.
+int64_t saved_rows(const Bins& bins, const std::vector<int64_t>& common) {
+  std::vector<int64_t> last(bins.loads.size(), -1);
+  std::vector<int64_t> minima;  // places after which nothing is less, the least first
+  int64_t saved = 0;
+  for (int64_t i = 0; i < static_cast<int64_t>(common.size()); ++i) {
+    while (!minima.empty() && common[minima.back()] >= common[i]) minima.pop_back();
+    minima.push_back(i);
+    int64_t& before = last[bins.bin_of[i]];
+    if (before >= 0) saved += common[*std::upper_bound(minima.begin(), minima.end(), before)];
+    before = i;
+  }
+  return saved;
+}
+
 // To let units that begin alike meet is tried where they share this part of all rows.
 constexpr int64_t kWorthTrying = 64;
 
@@ -215,7 +231,7 @@ std::vector<Batch> make_batches(const Groups& groups, const Limits& limits, int6
   }
   // Units in an order that their content alone decides, so that the plan does not depend on that of the examples.
   std::vector<Sequence> prompts;
-  for (const int64_t group : units.groups) prompts.push_back(groups.examples.sequences[groups.prompts[group]]);
+  for (const int64_t group : units.groups) prompts.push_back(groups.examples.sequences[groups.prompts[group].sequence]);
   const Lexicographic sorted = sort_lexicographically(prompts);
   const Items sizes = take(units.sizes, sorted.order);
   const auto laid_out = [&](const Bins& bins) {
@@ -225,9 +241,13 @@ std::vector<Batch> make_batches(const Groups& groups, const Limits& limits, int6
   const int64_t shared = std::accumulate(sorted.common.begin(), sorted.common.end(), int64_t{0});
   const int64_t all = std::accumulate(sizes.tokens.begin(), sizes.tokens.end(), int64_t{0});
   if (plain.loads.size() < 2 || shared < all / kWorthTrying) return laid_out(plain);
-  std::vector<Batch> together = laid_out(pack_by_prefix(sizes, sorted.common, limits)), apart = laid_out(plain);
-  const bool fewer = rows_of(together) <= rows_of(apart) && together.size() <= apart.size();
-  return std::move(fewer ? together : apart);
+  const Bins met = pack_by_prefix(sizes, sorted.common, limits);
+  if (met.loads.size() > plain.loads.size()) return laid_out(plain);
+  bool continued = false;  // a prompt begins with all of another, so that the other's responses may go on like it
+  for (size_t i = 1; i < prompts.size(); ++i) continued |= sorted.common[i] == prompts[sorted.order[i - 1]].length;
+  if (!continued) return laid_out(saved_rows(met, sorted.common) >= saved_rows(plain, sorted.common) ? met : plain);
+  std::vector<Batch> together = laid_out(met), apart = laid_out(plain);
+  return std::move(rows_of(together) <= rows_of(apart) ? together : apart);
 }
 
 }  // namespace dpofast

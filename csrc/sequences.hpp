@@ -22,6 +22,10 @@ struct Sequence {
   }
 };
 
+// Starts to load what lies there into the cache. The pairs of a micro-batch lie anywhere in memory: loops over them
+// announce what the next loop reads, so that the loads run beside each other and not one after another.
+inline void prefetch(const void* address) { __builtin_prefetch(address); }
+
 // Calls body with a pointer to the sequence's tokens of their own type.
 template <typename Body>
 auto with_tokens(const Sequence& sequence, Body body) {

@@ -8,9 +8,7 @@ Trie TrieBuilder::build(const int64_t* branches, int64_t count) {
   nodes_.clear();
   ends_.clear();
   if (groups_.share == Share::kPrefix) {
-    size_t size = 16;
-    while (size < 8 * static_cast<size_t>(count)) size *= 2;  // a branch adds at most three nodes
-    slots_.assign(size, {0, -1});
+    children_.reset(4 * count);  // a branch adds at most three nodes
   }
   int64_t open_group = -1, prompt_rows = 0;
   int32_t prompt_end = -1;  // a node that the prompt's last row was in; splits may have moved the row up since
@@ -18,17 +16,17 @@ Trie TrieBuilder::build(const int64_t* branches, int64_t count) {
     const Branch& branch = groups_.branches[branches[owner]];
     if (branch.group != open_group || groups_.share == Share::kNone) {
       open_group = branch.group;
-      const int64_t prompt = groups_.prompts[branch.group];
-      prompt_rows = groups_.length(prompt);
-      prompt_end = extend({-1, 0}, prompt, prompt_rows, owner).node;
+      const Prompt& prompt = groups_.prompts[branch.group];
+      prompt_rows = prompt.length;
+      prompt_end = extend({-1, 0}, prompt.sequence, prompt.first, prompt_rows, owner).node;
     }
-    const int64_t own = groups_.length(branch.sequence) - 1;
-    ends_.push_back(extend(within(prompt_end, prompt_rows), branch.sequence, own, owner).node);
+    const Place start = within(prompt_end, prompt_rows);
+    ends_.push_back(extend(start, branch.sequence, branch.first, branch.length - 1, owner).node);
   }
   // What was split after a branch was in may have moved its last row up.
   for (int32_t owner = 0; owner < count; ++owner) {
     const Branch& branch = groups_.branches[branches[owner]];
-    const int64_t rows = groups_.length(groups_.prompts[branch.group]) + groups_.length(branch.sequence) - 1;
+    const int64_t rows = groups_.prompts[branch.group].length + branch.length - 1;
     ends_[owner] = within(ends_[owner], rows).node;
   }
   link_children(count);
@@ -41,17 +39,18 @@ TrieBuilder::Place TrieBuilder::within(int32_t node, int64_t rows) const {
   return {node, rows - nodes_[node].position};
 }
 
-// Goes on from a place by the first `end` tokens of a sequence: over rows that are there already as far as sequences
-// may share them, then over new ones.
-TrieBuilder::Place TrieBuilder::extend(Place at, int64_t sequence, int64_t end, int32_t owner) {
+// Goes on from a place by the first `end` tokens of a sequence, of which `first` is the first: over rows that are there
+// already as far as sequences may share them, then over new ones.
+TrieBuilder::Place TrieBuilder::extend(Place at, int64_t sequence, int64_t first, int64_t end, int32_t owner) {
   const auto& sequences = groups_.examples.sequences;
   const Sequence& tokens = sequences[sequence];
   int64_t begin = 0;
+  const auto token = [&] { return begin == 0 ? first : tokens[begin]; };
   while (groups_.share == Share::kPrefix && begin < end) {
     if (at.node < 0 || at.used == nodes_[at.node].length) {
-      const int32_t child = *slot(at.node, tokens[begin]);
-      if (child < 0) break;
-      at = {child, 0};
+      const int32_t next = child(at.node, token());
+      if (next < 0) break;
+      at = {next, 0};
     }
     const Node& node = nodes_[at.node];
     const int64_t same = common_prefix(sequences[node.sequence], node.begin + at.used, tokens, begin,
@@ -64,7 +63,7 @@ TrieBuilder::Place TrieBuilder::extend(Place at, int64_t sequence, int64_t end, 
   if (at.node >= 0 && at.used < nodes_[at.node].length) at = split(at);
   const int64_t position = at.node < 0 ? 0 : nodes_[at.node].position + nodes_[at.node].length;
   const int32_t added = add({sequence, begin, end - begin, position, at.node, owner, -1, -1});
-  if (groups_.share == Share::kPrefix) *slot(at.node, tokens[begin]) = added;
+  if (groups_.share == Share::kPrefix) child(at.node, token()) = added;
   return {added, end - begin};
 }
 
@@ -79,8 +78,8 @@ TrieBuilder::Place TrieBuilder::split(Place at) {
   lower.position += at.used;
   lower.parent = added;
   const Sequence& tokens = groups_.examples.sequences[lower.sequence];
-  *slot(upper.parent, tokens[upper.begin]) = added;
-  *slot(added, tokens[lower.begin]) = at.node;
+  child(upper.parent, tokens[upper.begin]) = added;
+  child(added, tokens[lower.begin]) = at.node;
   return {added, at.used};
 }
 
@@ -89,14 +88,9 @@ int32_t TrieBuilder::add(const Node& node) {
   return static_cast<int32_t>(nodes_.size() - 1);
 }
 
-// Where the child of a node (-1: a root) that begins with a token is noted; -1 there if it has none.
-int32_t* TrieBuilder::slot(int32_t parent, int64_t token) {
-  const uint64_t key = (static_cast<uint64_t>(parent + 1) << 32) | static_cast<uint64_t>(token);
-  const size_t mask = slots_.size() - 1;
-  for (size_t i = mix(0, key) & mask;; i = (i + 1) & mask) {
-    if (slots_[i].second < 0) slots_[i].first = key;
-    if (slots_[i].first == key) return &slots_[i].second;
-  }
+// The child of a node (-1: a root) that begins with a token, to read or to set; -1 if it has none.
+int32_t& TrieBuilder::child(int32_t parent, int64_t token) {
+  return children_[(static_cast<uint64_t>(parent + 1) << 32) | static_cast<uint64_t>(token)];
 }
 
 // Links the roots and every node's children, in the order of their owners. No two of them have the same owner.

@@ -2,10 +2,10 @@
 #pragma once
 
 #include <cstdint>
-#include <utility>
 #include <vector>
 
 #include "groups.hpp"
+#include "index_map.hpp"
 
 namespace dpofast {
 
@@ -47,18 +47,18 @@ class TrieBuilder {
     int64_t used;
   };
 
-  Place extend(Place at, int64_t sequence, int64_t end, int32_t owner);
+  Place extend(Place at, int64_t sequence, int64_t first, int64_t end, int32_t owner);
   Place split(Place at);
   Place within(int32_t node, int64_t rows) const;
   int32_t add(const Node& node);
-  int32_t* slot(int32_t parent, int64_t token);
+  int32_t& child(int32_t parent, int64_t token);
   void link_children(int64_t count);
   Trie lay_out() const;
 
   const Groups& groups_;
   std::vector<Node> nodes_;
   std::vector<int32_t> ends_, roots_;
-  std::vector<std::pair<uint64_t, int32_t>> slots_;  // (parent, first token) -> node
+  IndexMap children_;  // (parent, first token) -> node
 };
 
 }  // namespace dpofast

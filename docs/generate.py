@@ -254,6 +254,7 @@ TEXTS: dict[str, Callable[[], str]] = {
     "steps": markdown.step_tables,
     "head": markdown.head_table,
     "packing": markdown.packing_table,
+    "sharing": markdown.sharing_table,
     "memory": markdown.memory_table,
     "real_run": markdown.real_run_table,
     "gpu": markdown.gpu_table,

@@ -154,7 +154,7 @@ int64_t distinct_beginnings(const Groups& groups, const Batch& batch) {
   std::set<std::vector<int64_t>> beginnings;
   for (size_t s = 0; s < batch.branches.size(); ++s) {
     const Branch& branch = groups.branches[batch.branches[s]];
-    const auto &prompt = groups.examples.sequences[groups.prompts[branch.group]],
+    const auto &prompt = groups.examples.sequences[groups.prompts[branch.group].sequence],
                &response = groups.examples.sequences[branch.sequence];
     // What keeps sequences apart that may not share: the group, and where nothing is shared the sequence.
     std::vector<int64_t> path;
@@ -196,7 +196,7 @@ void check_batches(const Groups& groups, const std::vector<Batch>& batches, cons
     require(cu_targets[0] == 0 && cu_targets[shape.sequences] == shape.targets, "sequences cover the targets");
     for (int64_t s = 0; s < shape.sequences; ++s, ++branch) {
       const Branch& found = groups.branches[*branch];
-      const Sequence &prompt = sequences[groups.prompts[found.group]], &response = sequences[found.sequence];
+      const Sequence &prompt = sequences[groups.prompts[found.group].sequence], &response = sequences[found.sequence];
       const int64_t first = cu_targets[s];
       require(cu_targets[s + 1] - first == response.length && is_target(response, targets + first), "targets");
       for (int64_t i = 0; i < response.length; ++i) {
@@ -240,7 +240,7 @@ void check_pack(Random& random, const Input& input) {
       largest_tokens =
           std::max(largest_tokens, groups.prompt_cost(chosen.group) + groups.branch_cost(chosen) +
                                        groups.branch_cost(rejected) - shared_rows(groups, chosen, rejected));
-      largest_targets = std::max(largest_targets, groups.length(chosen.sequence) + groups.length(rejected.sequence));
+      largest_targets = std::max(largest_targets, chosen.length + rejected.length);
     }
     // A micro-batch beyond a limit holds one pair, and pairs that add nothing to it.
     require(shape.tokens <= limits.tokens || shape.tokens == largest_tokens, "max_tokens");

@@ -98,10 +98,8 @@ class Packer {
         pair_counts_(std::move(pair_counts)),
         pairs_(std::move(pairs)),
         grouped_(std::move(grouped)) {
-    dpofast::check_at_least_one("max_tokens", max_tokens);
-    dpofast::check_at_least_one("max_targets", max_targets);
+    check_plan_arguments(max_tokens, max_targets, threads);
     dpofast::check_at_least_one("vocab_size", vocab_size);
-    dpofast::check_at_least_one("threads", threads);
     check_dimensions("branch_counts", branch_counts_, 1);
     check_dimensions("pair_counts", pair_counts_, 1);
     check_dimensions("pairs", pairs_, 2);
@@ -114,6 +112,12 @@ class Packer {
     const dpofast::Share shared = read_share(share);
     py::gil_scoped_release nogil;
     groups_ = dpofast::group_examples(examples, shared, vocab_size, threads);
+    batches_ = dpofast::make_batches(groups_, {max_tokens, max_targets}, threads);
+  }
+
+  void plan(int64_t max_tokens, int64_t max_targets, int64_t threads) {
+    check_plan_arguments(max_tokens, max_targets, threads);
+    py::gil_scoped_release nogil;
     batches_ = dpofast::make_batches(groups_, {max_tokens, max_targets}, threads);
   }
 
@@ -158,6 +162,12 @@ class Packer {
   }
 
  private:
+  static void check_plan_arguments(int64_t max_tokens, int64_t max_targets, int64_t threads) {
+    dpofast::check_at_least_one("max_tokens", max_tokens);
+    dpofast::check_at_least_one("max_targets", max_targets);
+    dpofast::check_at_least_one("threads", threads);
+  }
+
   std::shared_ptr<dpofast::Sequences> sequences_;
   Array<int64_t> branch_counts_, pair_counts_, pairs_;
   Array<uint8_t> grouped_;
@@ -192,6 +202,8 @@ PYBIND11_MODULE(_C, module) {
            py::arg("sequences").none(false), py::arg("branch_counts").noconvert(), py::arg("pair_counts").noconvert(),
            py::arg("pairs").noconvert(), py::arg("grouped").noconvert(), py::arg("max_tokens"), py::arg("max_targets"),
            py::arg("share"), py::arg("vocab_size"), py::arg("threads"))
+      .def("plan", &Packer::plan, py::arg("max_tokens"), py::arg("max_targets"), py::arg("threads"),
+           "Plans and lays out the grouped examples again, with other limits.")
       .def_property_readonly("shapes", &Packer::shapes, "(B, 6) int64: T, N, G, S, P, padded_tokens.")
       .def_property_readonly("sequences", &Packer::sequences, "(sum of S,) the input sequence of each branch.")
       .def_property_readonly("canonical", &Packer::canonical, "For each input sequence the first equal one.")

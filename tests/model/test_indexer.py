@@ -7,8 +7,8 @@ import torch
 
 from dpofast import attach_logprob_head, detach_logprob_head, pack
 from dpofast.model.parts import backbone_of
-from tests.model.test_families import assert_equal_to_the_truth
 from tests.support.families import family_model
+from tests.support.padded_truth import assert_equal_to_the_truth
 from tests.support.tiny import VOCAB
 
 pytestmark = pytest.mark.slow(15)

@@ -7,8 +7,8 @@ import torch
 
 from dpofast import PreferenceLoss, attach_logprob_head, pack
 from dpofast.model.attach import PackedPreference
-from tests.model.test_families import gradients, groups, slow_truth
 from tests.support.families import family_model
+from tests.support.padded_truth import gradients, groups, slow_truth
 from tests.support.tiny import tiny_pairs
 
 pytestmark = pytest.mark.slow(10)

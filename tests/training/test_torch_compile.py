@@ -21,6 +21,7 @@ from dpofast.training.layers import choose
 from dpofast.training.layers.compiled import compile_layers, decoder_layers
 from tests.support.alone import alone
 from tests.support.deep_examples import DEEP
+from tests.support.families import family_model
 from tests.support.tiny import SHAPE, tiny_dataset, tiny_model, tiny_pairs
 from tests.support.tiny_training import losses_of, make_trainer, weights_of
 
@@ -145,6 +146,20 @@ def test_compiled_layers_over_deep_rows_give_each_sequence_alone(checkpointing):
         gradients.append([parameter.grad for parameter in model.parameters()])
     assert counters["stats"]["unique_graphs"] > 0
     torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["diffllama", "gpt-j"])
+def test_layers_with_constants_of_their_own_and_layers_without_keywords_are_recomputed_compiled(family):
+    model, backend = family_model(family), Counted()
+    (batch,) = pack(tiny_pairs(6))
+    plain = attach_logprob_head(family_model(family)).train()
+    plain(packed=batch).logps.sum().backward()
+    compile_layers(attach_logprob_head(model), backend=backend, mode=None, padded=False)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()(packed=batch).logps.sum().backward()
+    assert backend.calls > 0
+    for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-5, rtol=1e-4, msg=name)
 
 
 def test_plain_calls_copies_and_names_stay(tmp_path):

@@ -46,8 +46,9 @@ class PackedLayout:
 
     Attributes:
         segments: of the packed row.
-        calls: attention layers that have read the layout. packed_backbone compares it with the number of layers: a
-            model whose attention drops keyword arguments would otherwise compute something else without an exception.
+        calls: of attention that have read the layout. packed_backbone compares them with those that the config implies:
+            a model some of whose attention ignores the layout would otherwise compute something else without an
+            exception.
         foreign_masks: masks of a layer's own, in words, which the layout would take the place of; refused like calls.
     """
 

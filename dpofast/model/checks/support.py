@@ -1,7 +1,7 @@
 """Rules on which models can run packed or padded with the log-prob head.
 
 Many models run under a packed layout without an exception but give wrong log-probs: their attention ignores the layout
-(Bloom, MPT, GPT-J), or a recurrent state crosses segments (Mamba; recurrent/ prevents it where it can). Rules on the
+(Bloom, MPT, Falcon), or a recurrent state crosses segments (Mamba; recurrent/ prevents it where it can). Rules on the
 model's class and config refuse the known ones; the parity check (parity.py) refuses the others.
 """
 

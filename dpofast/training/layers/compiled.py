@@ -67,6 +67,9 @@ def compile_layers(model: Any, *, backend: str, mode: str | None, padded: bool) 
             "are: leave it off"
         )
     uncompile_layers(model)
+    # Else torch tries the graph that ran last first, and a checkpointed layer may be recomputed by another one than ran
+    # forward, as DiffLlama's are, which differ in a constant: github.com/pytorch/pytorch/issues/166926
+    torch._C._dynamo.eval_frame._set_lru_cache(False)  # type: ignore[attr-defined]
     for layer in layers:
         cls: Any = type(layer)
         exchange_class(layer, _compiled_class(cls, backend, mode, padded))

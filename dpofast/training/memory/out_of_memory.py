@@ -33,10 +33,9 @@ def token_limits(max_tokens: int | str | None, device: torch.device) -> tuple[in
         max_tokens: DPOConfig's.
         device: where the model runs.
     """
-    on_cpu = device.type == "cpu"
-    default = _MAX_TOKENS_CPU if on_cpu else _MAX_TOKENS_GPU
-    training = max_tokens if isinstance(max_tokens, int) else default
-    return training, min(training, _FORWARD_TOKENS_CPU) if on_cpu else training
+    if isinstance(max_tokens, int):
+        return max_tokens, max_tokens  # what rows share is computed once in so many positions
+    return (_MAX_TOKENS_CPU, _FORWARD_TOKENS_CPU) if device.type == "cpu" else (_MAX_TOKENS_GPU, _MAX_TOKENS_GPU)
 
 
 def largest_auto(device: torch.device) -> int:
