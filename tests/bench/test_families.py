@@ -14,7 +14,7 @@ from dpofast import pack
         ("opt", "right", "right"),
         ("dbrx", "right", "right"),
         ("bloom", "refused", "right"),
-        ("bart", "refused", "right"),
+        ("bart", "right", "right"),
         ("doge", "refused", "right"),
         ("bert", "refused", "refused"),
         ("musicgen", "refused", "refused"),
