@@ -29,6 +29,7 @@ PACKAGES = [
     "dpofast.model",
     "dpofast.model.attention",
     "dpofast.model.checks",
+    "dpofast.model.recurrent",
     "dpofast.packing",
     "dpofast.report",
     "dpofast.scoring",
@@ -102,6 +103,9 @@ setup(
     ],
     extras_require={
         "peft": ["peft>=0.18"],
+        # Recurrent layers in packed rows. It brings `kernels`, of which nothing is imported until a model is loaded
+        # with use_kernels=True; which release transformers takes for that, `pip install "transformers[kernels]"` knows.
+        "hybrid": ["tree-recurrence>=0.1.1,<0.2"],
         "test": [
             "build",
             "clang-format",
@@ -115,6 +119,7 @@ setup(
             "ruff",
             "setuptools>=77",
             "textblob>=0.19",
+            "tree-recurrence>=0.1.1,<0.2",
             "trl==1.16.0",
             "types-PyYAML",
             "vaderSentiment>=3.3",

@@ -52,17 +52,19 @@ _GEMMA4_DRAFT = {
 }  # fmt: skip
 OVERRIDES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("axk1", "axk2", "bailing_hybrid", "deepseek_v2", "deepseek_v3", "deepseek_v32"), _MLA),
-    **dict.fromkeys(("dots3_note", "dots3_note_text", "glm4_moe_lite", "glm_moe_dsa", "kimi_linear"), _MLA),
+    **dict.fromkeys(("dots3_note", "dots3_note_text", "glm4_moe_lite", "glm_moe_dsa"), _MLA),
+    "kimi_linear": {**_MLA, "linear_head_dim": 8, "linear_num_heads": 2},
     **dict.fromkeys(("minicpm3", "youtu"), _MLA),
     "longcat_flash": {**_MLA, "head_dim": 4},
-    **dict.fromkeys(("bamba", "granitemoehybrid"), _MAMBA),
+    "bamba": {**_MAMBA, "attn_layer_indices": [1]},
+    "granitemoehybrid": {**_MAMBA, "layer_types": ["mamba", "attention"]},
     "falcon_h1": {**_MAMBA, "mamba_d_head": 8},
     **dict.fromkeys(("codegen", "gptj"), {"rotary_dim": 4}),
     **dict.fromkeys(("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral"), {"head_dim": 8}),
     "nemotron": {"head_dim": 8, "num_key_value_heads": 2},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 8},
     "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1, "state_size": 8},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    **dict.fromkeys(("lfm2", "lfm2_moe"), {"layer_types": ["conv", "full_attention"]}),
     "reformer": {
         "axial_pos_embds": False, "attention_head_size": 8, "feed_forward_size": 48, "attn_layers": ["local", "lsh"],
     },

@@ -360,7 +360,7 @@ def families_table(results: Path = RESULTS) -> str:
 
 def _why_not_packed(message: str) -> str:
     why = message.partition("cannot run packed: ")[2].partition(". Padded rows")[0]
-    return why.partition(", DogeAttention")[0]
+    return why.partition(", DogeAttention")[0].partition(" (")[0]  # without what is said of one family
 
 
 def _why_refused(message: str) -> str:

@@ -81,7 +81,7 @@ def example_batch() -> Any:
 def _colours(batch: Any) -> list[str]:
     """The colour of each packed position: of the prompt, or of the branch that it belongs to."""
     prompt = int(batch.logit_rows[0]) + 1
-    second = int(batch.segments.cu_seqlens_q[1])
+    second = int(batch.segments.runs.cu_seqlens_q[1])
     return [PROMPT if i < prompt else CHOSEN if i < second else REJECTED for i in range(batch.num_tokens)]
 
 

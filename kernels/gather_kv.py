@@ -1,7 +1,7 @@
-"""K/V rows of a packed batch, copied for every segment that attends to them, and the sums of their gradients.
+"""K/V rows of a packed batch, copied for every run of queries that attends to them, and the sums of their gradients.
 
-A segment's keys are its prompt's rows and its own, and FlashAttention takes them as consecutive rows. T rows of K and V
-become one row for each of K keys, and the gradients of a row's copies are added up:
+A run's keys are the rows that its sequences begin with and its own, and FlashAttention takes them as consecutive rows.
+T rows of K and V become one row for each of K keys, and the gradients of a row's copies are added up:
 
     key_out[j]  = key[rows[j]]                                    forward, j in 0..K-1
     key_grad[t] = Σ_j∈copies(t) grad_key_out[j]                   backward, copies(t) = {j : rows[j] = t}

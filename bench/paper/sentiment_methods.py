@@ -111,13 +111,13 @@ def preference_pairs(samples: Samples, rewards: Tensor, seed: int) -> list[Examp
 def positions(task: Task) -> dict[str, int]:
     """Positions that one pass over the pairs computes.
 
-    "packed": each prompt and each distinct completion once. "prompt_shared": each pair by itself, its prompt once.
+    "packed": what the sequences of a step begin with alike once. "prompt_shared": each pair by itself, its prompt once.
     "unshared": two rows a pair, without pads. "padded": the same with pads, each step's rows as long as its longest.
     """
     steps = [pack(step) for step in task.pairs_of_steps()]
     return {
         "packed": sum(batch.num_tokens for (batch,) in steps),
-        "prompt_shared": sum(batch.num_tokens for pair in task.pairs for batch in pack([pair])),
+        "prompt_shared": sum(batch.num_tokens for pair in task.pairs for batch in pack([pair], share="prompt")),
         "unshared": sum(2 * len(p["prompt_ids"]) + len(p["chosen_ids"]) + len(p["rejected_ids"]) for p in task.pairs),
         "padded": sum(batch.padded_tokens for (batch,) in steps),
     }

@@ -21,6 +21,7 @@ from dpofast.data.formats import DataError
 if TYPE_CHECKING:
     from datasets import Dataset
 
+_GATHERED = 32  # rows that are copied before their pages are released
 _LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
 
@@ -53,7 +54,8 @@ def chunk_bounds(count: int, size: int) -> list[tuple[int, int]]:
 def read_chunks(dataset: Dataset, columns: Collection[str], bounds: Iterable[tuple[int, int]]) -> Iterator[pa.Table]:
     """Yield the columns of every chunk (start, stop) of rows as an Arrow table.
 
-    A table's pages are released when the next one is requested.
+    A table's pages are released when the next one is requested. Rows that are scattered over the file (those of select
+    or shuffle) are copied.
 
     Raises:
         DataError: the dataset has a transform (set_transform), which would be passed by.
@@ -65,8 +67,17 @@ def read_chunks(dataset: Dataset, columns: Collection[str], bounds: Iterable[tup
     files = mapped_files(dataset)
     rows: Any = dataset.with_format("arrow", columns=list(columns))
     for start, stop in bounds:
-        yield rows[start:stop]
+        yield rows[start:stop] if dataset._indices is None else _gathered(rows, start, stop, files)
         release_pages(files)
+
+
+def _gathered(rows: Any, start: int, stop: int, files: Collection[str]) -> pa.Table:
+    """A copy of rows that are scattered over the files: the kernel maps the 64 KB around each one that is read."""
+    parts = []
+    for first, last in chunk_bounds(stop - start, _GATHERED):
+        parts.append(rows[start + first : start + last].combine_chunks())
+        release_pages(files)
+    return pa.concat_tables(parts)
 
 
 def check_values(dataset: Dataset, source: str) -> None:

@@ -24,7 +24,7 @@ def patch_trl(*, level: str = "forward", on_unpackable: str = "kernel", max_logi
     Args:
         level: "forward": batches are unpadded and packed, prompts are shared, and only rows that predict a response
             token reach the head. "kernel": the padded forward stays, and only the head is replaced.
-        on_unpackable: what happens where a model or a batch cannot be packed (a recurrent model, images, NEFTune's
+        on_unpackable: what happens where a model or a batch cannot be packed (Mamba 1, images, NEFTune's
             noise): "kernel" keeps trl's padded forward, with dpofast's head, and warns; "raise" refuses.
         max_logits_bytes: memory for logits, as in linear_logprobs.
 

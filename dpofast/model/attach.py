@@ -37,6 +37,7 @@ from dpofast.model.forward import packed_hidden, packed_routing, padded_hidden
 from dpofast.model.lm_head import logit_options, logprob_head, restore_head
 from dpofast.model.moe import RoutingCounts
 from dpofast.model.parts import backbone_of, base_causal_lm, is_composite, media_token_ids
+from dpofast.model.recurrent.follow import follow_again, follow_segments, stop_following_segments
 from dpofast.model.rope import follow_lengths, stop_following
 from dpofast.model.wrappers import exchange_class, take_off_autocast
 from dpofast.packing.batch import PackedBatch
@@ -84,7 +85,8 @@ def attach_logprob_head(model: Any, *, padded: bool = False) -> Any:
 
     Raises:
         ValueError: a model that cannot run so, by name and with the reason: an encoder, an adapter on the head, numbers
-            that differ from the model's own; and for packed rows no AttentionInterface, a stateful or hybrid backbone;
+            that differ from the model's own; and for packed rows no AttentionInterface, recurrent layers that cannot
+            follow the branches of a packed row, or for which dpofast[hybrid] is not installed;
             a forward set on the instance by something that model/wrappers.py does not know.
     """
     check_inputs_kept(model)
@@ -121,6 +123,7 @@ def _attach(model: Any, padded: bool) -> None:
         follow_lengths(base)
         if not padded:
             use_packed_attention(backbone_of(base))
+            follow_segments(base)
         check_parity(base, padded)
 
 
@@ -178,6 +181,7 @@ def detach_logprob_head(model: Any) -> Any:
         forget_parity(base)
         if not padded:
             restore_attention(backbone_of(base))
+            stop_following_segments(base)
     return model
 
 
@@ -213,6 +217,7 @@ class PackedForward:
         super().__setstate__(state)  # type: ignore[misc]
         if not self._padded_rows:
             register_again(backbone_of(self))
+            follow_again(self)
 
 
 def _rebuilt(cls: type, padded: bool) -> Any:

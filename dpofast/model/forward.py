@@ -5,19 +5,25 @@ packed_hidden runs the one packed row of T positions; padded_hidden runs S padde
 
 from __future__ import annotations
 
+import contextlib
+import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dpofast.model.attention.indexer import check_whole_histories_selected
 from dpofast.model.attention.interface import use_packed_attention
-from dpofast.model.attention.layout import PackedLayout
-from dpofast.model.checks.support import cannot_pack
+from dpofast.model.attention.layout import PackedLayout, packed_mask
+from dpofast.model.checks.support import attention_calls, cannot_pack
 from dpofast.model.moe import RoutingCounts, balancing_loss, routing_counts, row_weights
 from dpofast.model.neftune import packed_noise, padded_noise
 from dpofast.model.parts import backbone_of
+from dpofast.model.recurrent.follow import one_kind_each, segment_arguments, shares_rows
 from dpofast.model.rope import check_read, longest_sequence, packed_positions, padded_positions, split_by_table
 from dpofast.packing.batch import PackedBatch
+from dpofast.packing.split import split_by_kind
 
 # Position tables may have a few rows more than positions: OPT's begins with two that it never reads.
 _SPARE_POSITIONS = 8
@@ -28,32 +34,61 @@ _MOST_POSITIONS = ("max_position_embeddings", "max_target_positions", "max_seq_l
 def packed_backbone(model: Any, batch: PackedBatch, *, appended: int = 0, **options: Any) -> Any:
     """The backbone's output over the packed row, last_hidden_state (1, T, D); options go to the backbone as they are.
 
-    The batch is one that split_by_table returned; appended as there.
+    The batch is one that separated returned; appended as in split_by_table.
 
     Raises:
-        ValueError: a sequence longer than the model's table of positions, or attention layers that saw no layout.
+        ValueError: a sequence longer than the model's table of positions or than index_topk, or attention layers that
+            saw no layout.
     """
     _check_positions(model, longest_sequence(batch) - 1)
+    check_whole_histories_selected(model, longest_sequence(batch) - 1)
     use_packed_attention(backbone_of(model))  # set_attn_implementation may have taken it off since
     layout = PackedLayout(batch.segments)
     positions = packed_positions(model, batch, appended=appended)
-    with packed_noise(model, batch.segments):
+    with packed_noise(model, batch), _numbered(backbone_of(model), batch.position_ids):
         output = backbone_of(model)(
             input_ids=batch.input_ids[None],
             position_ids=positions,
-            # transformers passes a four-dimensional mask through; without one it would build a (T, T) mask
-            attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=batch.input_ids.device),
+            attention_mask=packed_mask(layout, batch.input_ids.device),
             use_cache=False,
             packed_layout=layout,
+            **segment_arguments(model, batch.segments),
             **options,
         )
     check_read(model, positions)
-    layers = model.config.get_text_config().num_hidden_layers
-    if layout.calls != layers:
-        raise cannot_pack(model, f"{layout.calls} attention calls of its {layers} layers saw the packed layout")
+    expected = attention_calls(model)
+    if layout.calls != expected:
+        raise cannot_pack(model, f"{layout.calls} of its {expected} attention calls saw the packed layout")
     if layout.foreign_masks:
         raise cannot_pack(model, f"its attention has a mask of its own, {layout.foreign_masks[0]}, beside the layout")
     return output
+
+
+def separated(model: Any, batch: PackedBatch) -> PackedBatch:
+    """The batch, with rows shared only by sequences that the model computes them alike for."""
+    if not shares_rows(model):
+        return split_by_kind(batch, one_kind_each(batch.lengths()))
+    return split_by_table(model, batch)
+
+
+@contextlib.contextmanager
+def _numbered(backbone: Any, positions: Tensor) -> Iterator[None]:
+    """Inside, decoders that number their rows themselves, as BART's do, look up positions (T,) instead."""
+    if "position_ids" in inspect.signature(backbone.forward).parameters:
+        yield
+        return
+
+    def given(module: nn.Module, args: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        rows = options.get("position_ids")
+        return args, options if rows is None else {**options, "position_ids": positions.view(rows.shape)}
+
+    tables = [module for name, module in backbone.named_modules() if name.split(".")[-1] == "embed_positions"]
+    handles = [table.register_forward_pre_hook(given, with_kwargs=True) for table in tables]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def packed_hidden(
@@ -64,7 +99,7 @@ def packed_hidden(
     With balance also the load-balancing loss of a mixture of experts, a float32 scalar; where balance has the counts of
     a whole step, the batch's addend of its loss. Else None.
     """
-    batch = split_by_table(model, batch)
+    batch = separated(model, batch)
     output = packed_backbone(model, batch, **({"output_router_logits": True} if balance else {}))
     hidden = output.last_hidden_state.squeeze(0)  # not [0], whose gradient is copied into zeros
     hidden = hidden.index_select(0, batch.logit_rows.to(hidden.device))
@@ -76,7 +111,7 @@ def packed_hidden(
 
 def packed_routing(model: Any, batch: PackedBatch) -> RoutingCounts:
     """How often the batch's rows choose each expert of a mixture of experts, from the backbone alone."""
-    batch = split_by_table(model, batch)
+    batch = separated(model, batch)
     output = packed_backbone(model, batch, output_router_logits=True)
     return routing_counts(output.router_logits, _top_k(model), row_weights(batch))
 

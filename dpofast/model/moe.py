@@ -1,8 +1,8 @@
 """The load-balancing loss of mixtures of experts over packed rows (Switch Transformer, arXiv 2101.03961, eq. 4-6).
 
-A shared prompt is one run of rows here, and one for each of its responses in a padded batch. So that sharing does not
-change the loss, each row is weighted by how often a padded batch of the same pairs would contain it. (A response's last
-token has no position here, and does not count.)
+What sequences share has one row here, and one for each of them in a padded batch. So that sharing does not change the
+loss, each row is weighted by how often a padded batch of the same pairs would contain it. (A response's last token has
+no position of its own here, and does not count.)
 
 The loss of an optimizer step is that of all its rows, however they are split into micro-batches and over ranks. Shares
 of choices have no gradient and probabilities add up over rows, so with the counts of the whole step each micro-batch

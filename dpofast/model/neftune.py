@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dpofast.model.parts import base_causal_lm
-from dpofast.packing.segments import Segments
+from dpofast.packing.batch import PackedBatch
 
 _ATTRIBUTE = "_dpofast_embedding_noise"  # of the causal language model
 
@@ -65,7 +65,7 @@ class _EmbeddingNoise:
 
 @contextlib.contextmanager
 def noisy_embeddings(model: Any, alpha: float | None) -> Iterator[None]:
-    """Inside, model(packed=batch) has NEFTune's noise in train mode; batches must share nothing then.
+    """Inside, model(packed=batch) has NEFTune's noise in train mode; sequences of a batch must share no rows then.
 
     Args:
         model: an attached model, PEFT's wrapper included.
@@ -86,21 +86,21 @@ def noisy_embeddings(model: Any, alpha: float | None) -> Iterator[None]:
         vars(base).pop(_ATTRIBUTE, None)
 
 
-def packed_noise(model: nn.Module, segments: Segments) -> contextlib.AbstractContextManager[None]:
+def packed_noise(model: nn.Module, batch: PackedBatch) -> contextlib.AbstractContextManager[None]:
     """For the backbone's call over one packed row: its noise, where there is some.
 
     Raises:
-        ValueError: rows that are shared by responses, which have several lengths.
+        ValueError: sequences, which have several lengths, share rows.
     """
     noise = _active(model)
     if noise is None:
         return contextlib.nullcontext()
-    if segments.shared:
+    if batch.shared:
         raise ValueError(
-            "packed: expected a batch whose responses have their own prompts, as NEFTune's noise depends on the length "
-            "of prompt and response, and in this one they share them: pack with share='none'"
+            "packed: expected a batch whose sequences share nothing, as NEFTune's noise depends on the length of "
+            'prompt and response, and in this one they share rows: pack with share="none"'
         )
-    own = segments.cu_seqlens_q.diff().long()
+    own = batch.segments.cu_seqlens_q.diff().long()
     return noise.in_call(model, (own + 1).repeat_interleave(own)[None])  # a response's last token has no position
 
 

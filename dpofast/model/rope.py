@@ -57,7 +57,7 @@ def stop_following(model: Any) -> None:
 
 
 def split_by_table(model: nn.Module, batch: PackedBatch, *, appended: int = 0) -> PackedBatch:
-    """The batch with a prompt of its own for every table among a prompt's responses; the batch itself where one does.
+    """The batch in which only sequences of one table share rows; the batch itself where all have one.
 
     Only where a sequence is longer than the original context does this read lengths back from the device.
 

@@ -1,4 +1,4 @@
-"""PackedBatch: one packed micro-batch that holds every prompt once, every distinct response once and no padding.
+"""PackedBatch: one packed micro-batch that holds what sequences begin with alike once, and no padding.
 
 A group is one prompt and its distinct responses (branches); a pair names two branches. Prompt [10 11 12], chosen
 [20 21] and rejected [30 31 32] become one row of T = P + (C - 1) + (R - 1) = 6 positions:
@@ -72,6 +72,12 @@ class PackedBatch:
     def num_pairs(self) -> int:
         """Preference pairs, P."""
         return len(self.pairs)
+
+    @property
+    def shared(self) -> bool:
+        """Whether sequences share rows."""
+        # Without a fork, one that begins another lies within its segment; but each that shares none begins a tree.
+        return int((self.segments.parents < 0).sum()) < self.num_sequences
 
     def to(self, device: torch.device | str | int, non_blocking: bool = True) -> PackedBatch:
         """Return a copy with input_ids, position_ids, logit_rows, targets and ref_logps on `device`.
@@ -161,5 +167,5 @@ class PackedBatch:
         ranges = runs.ranges.split(runs.range_counts.tolist())
         for (start, stop), seen in zip(pairwise(rows), ranges, strict=True):
             keys = " ".join(f"{low}..{high - 1}" for low, high in seen.tolist())
-            lines.append(("segment", f"q rows [{start},{stop}) sees k rows {keys}"))
+            lines.append(("run", f"q rows [{start},{stop}) sees k rows {keys}"))
         return "\n".join(f"{name:<13} {text}" for name, text in lines)

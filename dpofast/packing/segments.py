@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
@@ -75,11 +75,6 @@ class Segments:
         """Packed positions, T."""
         return int(self.cu_seqlens_q[-1])
 
-    @property
-    def shared(self) -> bool:
-        """Whether some rows are read by more than one sequence, as far as the segments tell: whether one has a fork."""
-        return bool((self.parents >= 0).any())
-
     @cached_property
     def depths(self) -> Tensor:
         """Position of each segment's first row, the number of rows of its ancestors: (G,) int64 on the CPU."""
@@ -123,25 +118,31 @@ class Segments:
         """
         bounds, parents = self.cu_seqlens_q.tolist(), self.parents.tolist()
         starts = [g for g, parent in enumerate(parents) if parent != g - 1 or parent < 0]
-        paths: list[list[tuple[int, int]]] = []  # of each run, without its own rows
-        run_of, ranges, counts, key_counts = [], [], [], []
+        run_of: list[int] = []
+        paths: list[list[int]] = []  # start and stop of each range before a run's own
+        depths: list[int] = []  # rows in them
+        ranges, counts, key_counts = [], [], []
         for run, (first, stop) in enumerate(pairwise([*starts, len(parents)])):
             run_of += [run] * (stop - first)
-            path, parent = [], parents[first]
+            path, depth, parent = [], 0, parents[first]
             if parent >= 0:
                 # up to the fork, which is in the parent's run, and all before it
-                path = [*paths[run_of[parent]], (bounds[starts[run_of[parent]]], bounds[parent + 1])]
+                above = run_of[parent]
+                low, high = bounds[starts[above]], bounds[parent + 1]
+                path, depth = [*paths[above], low, high], depths[above] + high - low
             paths.append(path)
-            own = (bounds[first], bounds[stop])
-            ranges += [*path, own]
-            counts.append(len(path) + 1)
-            key_counts.append(sum(high - low for low, high in (*path, own)))
-        total = sum(key_counts)
-        if total > torch.iinfo(torch.int32).max:
-            raise ValueError(f"the segments see {total} keys; int32 allows 2**31 - 1: pack with a smaller max_tokens")
+            depths.append(depth)
+            ranges += [*path, bounds[first], bounds[stop]]
+            counts.append(len(path) // 2 + 1)
+            key_counts.append(depth + bounds[stop] - bounds[first])
+        cu_seqlens_k = [0, *accumulate(key_counts)]
+        if cu_seqlens_k[-1] > torch.iinfo(torch.int32).max:
+            raise ValueError(
+                f"the segments see {cu_seqlens_k[-1]} keys; int32 allows 2**31 - 1: pack with a smaller max_tokens"
+            )
         return Runs(
             torch.tensor([*(bounds[start] for start in starts), bounds[-1]], dtype=torch.int32),
-            torch.nn.functional.pad(torch.tensor(key_counts, dtype=torch.int64).cumsum(0), (1, 0)).int(),
+            torch.tensor(cu_seqlens_k, dtype=torch.int32),
             torch.tensor(ranges, dtype=torch.int64).view(-1, 2),
             torch.tensor(counts, dtype=torch.int64),
         )

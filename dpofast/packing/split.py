@@ -1,4 +1,4 @@
-"""split_by_kind: the same batch with fewer shared rows, for models in which a prompt depends on its response."""
+"""split_by_kind: the same batch with fewer shared rows, for models in which a row depends on what follows it."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from dpofast.data.formats import ID_COLUMNS
 from dpofast.packing.examples import lexicographic_order
 
 _ROWS = 1024
-_TOKENS = 1 << 24  # of prompts that are sorted together: 64 MB of int32
+_TOKENS = 1 << 23  # of prompts that are sorted together: 32 MB of int32
 
 
 def prompt_order(dataset: Dataset) -> np.ndarray:
@@ -19,7 +19,7 @@ def prompt_order(dataset: Dataset) -> np.ndarray:
 
     Rows whose prompts begin alike (a system prompt, earlier turns) stand together, and `pack` computes that beginning
     once for all of them that it gets. Prompts are sorted lexicographically, equal ones by row number, in stretches of
-    2**24 tokens, so that memory does not grow with the dataset but for 8 bytes a row. A function of the tokens alone.
+    2**23 tokens, so that memory does not grow with the dataset but for 8 bytes a row. A function of the tokens alone.
 
     Raises:
         ValueError: prompt_ids that are no lists of token ids.

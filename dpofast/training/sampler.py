@@ -59,7 +59,8 @@ class PairLengths:
     """Lengths of n pairs, from which a step is divided.
 
     Attributes:
-        positions: (n,) int64, packed positions of each pair by itself: P + (C − 1) + (R − 1).
+        positions: (n,) int64, packed positions of each pair by itself, P + (C − 1) + (R − 1): those that its two
+            responses begin with alike are counted twice.
         prompts: (n,) int64, prompt tokens of each.
         chosen: (n,) int64, chosen tokens of each.
         prompt_keys: (n,) uint64, equal where the prompts are.

@@ -143,14 +143,14 @@ class DPOTrainer(CheckpointedTrainer):
                 callbacks=callbacks,
                 optimizers=optimizers,
             )
-        self._check_data_and_launch(ref_model)
-        if self.is_world_process_zero():
-            for note in device_notes(args, models.policy, models.layers):
-                print(f"dpofast: {note}", file=sys.stderr)
         # padded rows repeat what packed ones share, so max_tokens counts it for each of them
         self.share = "none" if args.padded else sharing(args.share, args.share_prompts)
         self._packer = StepPacker(args.device, self.share, ref_logps_by_pair=self.loss.ld_alpha is not None)
         self._training_packer = replace(self._packer, share="none") if args.neftune_noise_alpha else self._packer
+        self._check_data_and_launch(ref_model)
+        if self.is_world_process_zero():
+            for note in device_notes(args, models.policy, models.layers):
+                print(f"dpofast: {note}", file=sys.stderr)
         self._ahead: Ahead[StepExamples] | None = None
         self.neftune_noise_alpha = None  # Trainer's own noise, scaled by the width of a packed row
         self.max_tokens, self.max_forward_tokens = token_limits(args.max_tokens, args.device)
@@ -181,7 +181,7 @@ class DPOTrainer(CheckpointedTrainer):
         check_reference_used(self.args, ref_model, self.train_dataset, self.eval_dataset)
         check_best_metric(self.args, self.loss.needs_reference, self.eval_dataset)
         if isinstance(self.train_dataset, Dataset):
-            check_pairs(self.train_dataset, self.args, self.ranks)
+            check_pairs(self.train_dataset, self.args, self.ranks, self._training_packer.share)
         if is_sharded(self.accelerator):
             check_options_of_sharded(self.args)
 

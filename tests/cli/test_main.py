@@ -319,7 +319,7 @@ def test_max_tokens_below_a_pair_and_the_reports_warnings_are_said_in_a_line_eac
     long = [{"prompt": f"{i} 4 5", "chosen": " 6 7 8 9" + f" {i}" * 9, "rejected": " 7 8 9"} for i in range(10, 34)]
     code, out, err, output = run(long, "--max_tokens", "8", "--max_length", "10")
     assert code == 0, err
-    assert "max_tokens: 8 is less than the longest pair has, 12 positions" in err and len(err.splitlines()) == 1
+    assert "max_tokens: 8 is less than the 12 positions of a long pair" in err and len(err.splitlines()) == 1
     assert "warnings (what to try is in report.html):\n" in out and "\n  Many responses were cut (truncation)\n" in out
 
 

@@ -53,6 +53,22 @@ def test_windows_read_everything_and_leave_little_mapped(dataset):
     assert [len(table) for table in read_chunks(dataset, ["other"], [(3, 5), (990, 1000)])] == [2, 10]
 
 
+@pytest.mark.parametrize("size", [1, 100, 5000])
+def test_rows_that_are_scattered_over_the_file_are_copied_and_leave_little_mapped(dataset, size):
+    (path,) = mapped_files(dataset)
+    order, most = np.random.default_rng(0).permutation(ROWS), []
+    tables = []
+    for table in read_chunks(dataset.select(order), ["ids", "other"], [(0, 2000), *chunk_bounds(1000, size)]):
+        most.append(resident(path))
+        tables.append(table)
+    assert max(most) < 20_000_000
+    whole, *parts = tables
+    assert whole.column("other").to_pylist() == order[:2000].tolist()
+    assert [row for part in parts for row in part.column("other").to_pylist()] == order[:1000].tolist()
+    starts = [part.column("ids")[0][0].as_py() for part in parts]
+    assert starts == [1000 * order[start] for start, _ in chunk_bounds(1000, size)]
+
+
 def test_what_was_written_is_never_dropped(tmp_path):
     """A private mapping that holds the only copy of its changes stays as it is."""
     path = tmp_path / "file"

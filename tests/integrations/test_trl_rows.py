@@ -39,11 +39,16 @@ def seen_by(packed, row):
     return packed.batch.input_ids[histories(packed.batch.segments)[row]].tolist()
 
 
-@given(any_rows(), st.booleans())
-def test_every_label_is_predicted_from_its_own_row(rows, every_token):
+def two_kinds(lengths):
+    """Short and long ones."""
+    return (lengths > 3).long()
+
+
+@given(any_rows(), st.booleans(), st.sampled_from([None, two_kinds]))
+def test_every_label_is_predicted_from_its_own_row(rows, every_token, kinds):
     input_ids, mask, labelled = padded(rows)
     padded_rows = PaddedRows.from_tensors(input_ids, mask, labelled)
-    packed = padded_rows.packed(CPU, every_token=every_token)
+    packed = padded_rows.packed(CPU, every_token=every_token, kinds=kinds)
     labelled[:, 0] = False
     labelled &= mask != 0
     assert padded_rows.num_labels == int(labelled.sum())
@@ -62,8 +67,10 @@ def test_every_label_is_predicted_from_its_own_row(rows, every_token):
             for position in range(len(ids)):
                 assert seen_by(packed, next(attended)) == ids[: position + 1]
         assert next(attended, None) is None
-    else:
-        assert packed.batch.num_tokens <= sum(len(ids) for ids, _ in rows)
+    if kinds is None:
+        # one packed row for what any number of rows begin with; a last token has one where all tokens have
+        computed = [ids if every_token else ids[:-1] for ids, first in rows if every_token or max(first, 1) < len(ids)]
+        assert packed.batch.num_tokens == len({tuple(ids[: i + 1]) for ids in computed for i in range(len(ids))})
 
 
 def test_shared_prompts_and_equal_rows_are_computed_once():

@@ -10,8 +10,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from dpofast.integrations._trl.forward import FusedForward
+from tests.support.families import family_model
 from tests.support.tiny import SHAPE, tiny_model
-from tests.support.trl_cases import assert_same_run, text_pairs, train
+from tests.support.trl_cases import assert_same_run, deep_pairs, text_pairs, train
 
 pytestmark = pytest.mark.slow(30)
 
@@ -37,6 +38,14 @@ def test_the_run_is_the_same(options, tmp_path):
     fast = train(tmp_path / "fast", patched=True, **options)
     assert_same_run(plain, fast)
     assert isinstance(fast[0].model, FusedForward) and not isinstance(plain[0].model, FusedForward)
+
+
+@pytest.mark.parametrize("family", ["qwen3.5", "nemotron-h", "kimi-linear", "lfm2-moe"])
+def test_a_hybrid_runs_packed_and_the_same(family, tmp_path):
+    plain = train(tmp_path / "plain", patched=False, model=family_model(family), max_steps=4)
+    fast = train(tmp_path / "fast", patched=True, model=family_model(family), max_steps=4)
+    assert_same_run(plain, fast)
+    assert set(fast[0].model._dpofast_fused.calls) == {"packed"}
 
 
 def test_precomputing_runs_packed(tmp_path):
@@ -86,24 +95,41 @@ def test_evaluation_is_the_same(tmp_path):
     )
 
 
-@pytest.mark.parametrize(
-    "model_class, config_class",
-    [(MixtralForCausalLM, MixtralConfig), (Qwen3MoeForCausalLM, Qwen3MoeConfig)],
-)
-def test_the_balancing_loss_of_experts(model_class, config_class, tmp_path):
+def balanced_model(model_class, config_class):
+    """A mixture of experts whose balancing loss trl adds."""
+    torch.manual_seed(0)
+    experts = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.1}
+    extra = {"moe_intermediate_size": 32, "head_dim": 8, "decoder_sparse_step": 1, "output_router_logits": True}
+    return model_class(config_class(**SHAPE, **experts, **extra))
+
+
+MIXTURES = (MixtralForCausalLM, MixtralConfig), (Qwen3MoeForCausalLM, Qwen3MoeConfig)
+
+
+@pytest.mark.parametrize("classes", MIXTURES)
+def test_the_balancing_loss_of_experts(classes, tmp_path):
     """It counts every token of every padded row: prompts twice, and the last token, which packing leaves out."""
-
-    def model():
-        torch.manual_seed(0)
-        experts = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.1}
-        extra = {"moe_intermediate_size": 32, "head_dim": 8, "decoder_sparse_step": 1, "output_router_logits": True}
-        return model_class(config_class(**SHAPE, **experts, **extra))
-
     options = {"max_steps": 5, "max_length": 12, "truncation_mode": "keep_start"}
-    plain = train(tmp_path / "plain", patched=False, model=model(), **options)
-    fast = train(tmp_path / "fast", patched=True, model=model(), **options)
+    plain = train(tmp_path / "plain", patched=False, model=balanced_model(*classes), **options)
+    fast = train(tmp_path / "fast", patched=True, model=balanced_model(*classes), **options)
     assert plain[0].state.log_history[0].get("aux_loss", 1.0) > 0  # trl 0.29 has none
     assert_same_run(plain, fast)
+
+
+@pytest.mark.parametrize("make", [tiny_model, lambda: balanced_model(*MIXTURES[0])], ids=["llama", "balanced experts"])
+def test_rows_that_share_a_system_prompt_or_fork_late(make, tmp_path):
+    """Sixteen pairs a step: of a balanced mixture every token of every row counts."""
+    options = {"data": deep_pairs(), "per_device_train_batch_size": 16, "max_steps": 3}
+    plain = train(tmp_path / "plain", patched=False, model=make(), **options)
+    computed = {}
+    for level in ("forward", "kernel"):
+        model, widths = make(), []
+        model.get_input_embeddings().register_forward_hook(
+            lambda module, inputs, output, widths=widths: widths.append(inputs[0].numel())
+        )
+        assert_same_run(plain, train(tmp_path / level, patched=True, level=level, model=model, **options))
+        computed[level] = max(widths)
+    assert computed["forward"] < computed["kernel"] / 5
 
 
 def test_equal_responses_after_truncation(tmp_path):

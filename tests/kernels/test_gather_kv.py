@@ -8,8 +8,9 @@ from tests.support.row_cases import FLOATS, store_error
 
 pytestmark = pytest.mark.usefixtures("nan_empty")
 
-# Source rows of the keys of two prompts (rows 0-2 and 6-7) whose later branches read them again; row 9 has no reader.
-ROWS = [0, 1, 2, 3, 4, 0, 1, 2, 5, 6, 7, 8, 6, 7, 6, 7, 0]
+# Source rows of the keys of four runs of a trie: rows 0-1 begin all of them, row 2 two and row 5 the two others; row 8
+# is alone, and row 9 has no reader.
+ROWS = [0, 1, 2, 3, 0, 1, 2, 4, 0, 1, 5, 6, 0, 1, 5, 7, 8]
 T = 10
 
 

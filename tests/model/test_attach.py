@@ -23,6 +23,7 @@ from dpofast import (
     sequence_logprobs,
 )
 from dpofast.model.attach import PackedPreference
+from tests.support.deep_examples import DEEP
 from tests.support.tiny import FAMILIES, VOCAB, tiny_model, tiny_pairs
 
 
@@ -52,13 +53,16 @@ GROUP = {
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    ("attention", "checkpointing"),
+    [("sdpa", None), ("eager", None), ("sdpa", {"use_reentrant": False}), ("eager", {"use_reentrant": True})],
+    ids=["sdpa", "eager", "checkpointing", "reentrant checkpointing"],
+)
 def test_packed_equals_padded(family, attention, checkpointing, device):
     model = attach_logprob_head(tiny_model(family, attn_implementation=attention).to(device)).train()
     if checkpointing:
-        model.gradient_checkpointing_enable()
-    for batch in pack([*tiny_pairs(), GROUP], max_tokens=60):
+        model.gradient_checkpointing_enable(checkpointing)
+    for batch in pack([*DEEP, *tiny_pairs()], max_tokens=90):
         batch, upstream = batch.to(device), torch.randn(batch.num_sequences).to(device)
         output = model(packed=batch)
         logps = sequence_logprobs(output, batch)

@@ -1,9 +1,13 @@
 """Each attention backend against attention written out in float64 from the position rule, and how one is chosen."""
 
+from unittest import mock
+
 import pytest
 import torch
-from torch.nn.attention.flex_attention import create_block_mask
+from hypothesis import given
+from hypothesis import strategies as st
 
+from dpofast import pack
 from dpofast.model.attention import flex as attention_flex
 from dpofast.model.attention import sdpa as attention_sdpa
 from dpofast.model.attention import varlen as attention_varlen
@@ -21,19 +25,21 @@ from tests.support.attention_cases import (
     gradients_of,
     packed_segments,
     random_inputs,
+    visibility,
     written_out,
 )
+from tests.support.deep_examples import DEEP, LONG_DEEP, depth, tries
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize(
-    ("lengths", "score_bytes"),
-    [(LENGTHS, 1 << 30), (LONG, 1 << 30), (LENGTHS, 1 << 9), (LONG, 1 << 18)],
-    ids=["short", "long", "short in chunks", "long in chunks"],
+    ("examples", "score_bytes"),
+    [(LENGTHS, 1 << 30), (DEEP, 1 << 30), (LONG, 1 << 18), (DEEP, 1 << 9), (LONG_DEEP, 1 << 18)],
+    ids=["short", "deep", "long in chunks", "deep in chunks", "long and deep in chunks"],
 )
-def test_sdpa_equals_attention_written_out(lengths, score_bytes, options, monkeypatch):
+def test_sdpa_equals_attention_written_out(examples, score_bytes, options, monkeypatch):
     monkeypatch.setattr(attention_sdpa, "_SCORE_BYTES", score_bytes)
-    segments = packed_segments(lengths)
+    segments = packed_segments(examples)
     inputs = random_inputs(segments, value_width=12)
     upstream = torch.randn(1, inputs[0].shape[2], HEADS, 12)
     layout = PackedLayout(segments)
@@ -58,47 +64,76 @@ def test_scores_of_a_long_prompt_are_not_kept_for_backward(monkeypatch):
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("lengths", [LENGTHS, LONG], ids=["short", "long"])
-def test_flex_equals_sdpa(options, lengths):
-    segments = packed_segments(lengths)
+@pytest.mark.parametrize("examples", [LENGTHS, DEEP, LONG_DEEP], ids=["short", "deep", "long and deep"])
+def test_flex_equals_attention_written_out(options, examples):
+    segments = packed_segments(examples)
     inputs = random_inputs(segments, value_width=32)
-    layout = PackedLayout(segments)
-    torch.testing.assert_close(
-        flex_attention_packed(*inputs, layout, options), sdpa_attention(*inputs, layout, options), atol=1e-5, rtol=1e-5
-    )
+    exact = written_out(*(tensor.double() for tensor in inputs), segments, options)
+    ours = flex_attention_packed(*inputs, PackedLayout(segments), options)
+    torch.testing.assert_close(ours.double(), exact, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("window", [None, 1, 4, 130, 300])
-@pytest.mark.parametrize("lengths", [LENGTHS, LONG, {700: (1, 300), 260: (400, 130)}], ids=["short", "long", "wide"])
-def test_the_blocks_that_flex_visits_are_those_with_visible_pairs(lengths, window):
-    segments = packed_segments(lengths)
-    rows = int(segments.cu_seqlens_q[-1])
+def test_the_deep_examples_fork_within_prompts_and_within_responses():
+    for examples in (DEEP, LONG_DEEP):
+        (batch,) = pack(examples)
+        segments, prompts = batch.segments, batch.position_ids[batch.logit_rows[batch.cu_targets[:-1].long()]]
+        assert depth(segments) >= 5
+        # positions after which rows fork, against the ends of the prompts
+        forks = segments.depths[segments.parents >= 0]
+        assert forks.min() - 1 < prompts[0] and bool((forks - 1 > prompts[0]).any())
+
+
+def marked(mask):
+    """Two (blocks, blocks) bool of a BlockMask: blocks that are visited with its mask_mod, and those without it."""
+    found = []
+    for counts, columns in (
+        (mask.kv_num_blocks, mask.kv_indices),
+        (mask.full_kv_num_blocks, mask.full_kv_indices),
+    ):
+        blocks = torch.zeros(columns.shape[2:], dtype=torch.bool)
+        for row, count in enumerate(counts[0, 0].tolist()):
+            blocks[row, columns[0, 0, row, :count].long()] = True
+        found.append(blocks)
+    return found
+
+
+def assert_blocks_are_exact(segments, window, block):
+    rows, seen = segments.num_rows, visibility(segments, window)
     ours = block_mask(segments, window, torch.device("cpu"))
-    slow = create_block_mask(ours.mask_mod, None, None, rows, rows, device="cpu")
-    assert torch.equal(ours.to_dense(), slow.to_dense())
-    # A block counted as full is visited without asking the mask: it must be full.
-    count = -(-rows // 128)
     row, key = torch.arange(rows)[:, None], torch.arange(rows)
-    visible = torch.zeros(128 * count, 128 * count, dtype=torch.bool)
-    visible[:rows, :rows] = ours.mask_mod(0, 0, row, key)
-    whole = visible.view(count, 128, count, 128).all(dim=3).all(dim=1)
-    counts, columns = ours.full_kv_num_blocks[0, 0], ours.full_kv_indices[0, 0]
-    marked = torch.zeros(count, count, dtype=torch.bool)
-    for block in range(count):
-        marked[block, columns[block, : counts[block]].long()] = True
-    assert torch.equal(marked, whole)
+    assert torch.equal(ours.mask_mod(0, 0, row, key), seen)
+    count = -(-rows // block)
+    padded = torch.zeros(block * count, block * count, dtype=torch.bool)
+    padded[:rows, :rows] = seen
+    blocks = padded.view(count, block, count, block).transpose(1, 2).flatten(2)
+    partial, full = marked(ours)
+    # a block counted as full is visited without asking the mask: it must be full
+    assert torch.equal(full, blocks.all(2)) and torch.equal(partial, blocks.any(2) & ~blocks.all(2))
 
 
-@pytest.mark.gpu(twin="test_flex_equals_sdpa")
+# Letters of one row, of a block of 4, and around it; windows that end inside a block, inside ancestors and nowhere
+@given(tries(stretch=(1, 3, 4, 9)), st.sampled_from([None, 1, 3, 4, 5, 10, 40]))
+def test_the_blocks_that_flex_visits_are_those_with_visible_pairs(examples, window):
+    with mock.patch.object(attention_flex, "_BLOCK", 4):
+        assert_blocks_are_exact(packed_segments(examples), window, 4)
+
+
+@pytest.mark.parametrize("window", [None, 1, 130, 300])
+@pytest.mark.parametrize("examples", [LONG, LONG_DEEP, {700: (1, 300), 260: (400, 130)}], ids=["long", "deep", "wide"])
+def test_blocks_are_of_128_rows(examples, window):
+    assert_blocks_are_exact(packed_segments(examples), window, 128)
+
+
+@pytest.mark.gpu(twin="test_flex_equals_attention_written_out")
 @pytest.mark.parametrize(
     ("dtype", "name"),
     # FlexAttention compiles 15 s for every dtype and option: all options in one of them, and one of all in the others.
     [*((torch.bfloat16, name) for name in OPTIONS), (torch.float16, "plain"), (torch.float16, "all")]
     + [(torch.float32, "plain"), (torch.float32, "all")],
 )
-@pytest.mark.parametrize("lengths", [LENGTHS, LONG], ids=["short", "long"])
-def test_cuda_backends_are_within_twice_the_error_of_sdpa(dtype, name, lengths, device):
-    segments, options = packed_segments(lengths), OPTIONS[name]
+@pytest.mark.parametrize("examples", [LENGTHS, LONG_DEEP], ids=["short", "long and deep"])
+def test_cuda_backends_are_within_twice_the_error_of_sdpa(dtype, name, examples, device):
+    segments, options = packed_segments(examples), OPTIONS[name]
     inputs = random_inputs(segments, dtype, device)
     upstream = torch.randn(1, inputs[0].shape[2], HEADS, WIDTH)
     layout = PackedLayout(segments)

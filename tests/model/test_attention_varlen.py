@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from hypothesis import given
 from torch.nn.attention import list_flash_attention_impls
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -14,20 +15,21 @@ from dpofast.model.attention.flash import activate_flash_attention, active_flash
 from dpofast.model.attention.gather import KeyRows, gather_rows
 from dpofast.model.attention.interface import choose_attention
 from dpofast.model.attention.layout import AttentionOptions, PackedLayout
-from dpofast.model.attention.sdpa import sdpa_attention
 from dpofast.model.attention.varlen import varlen_attention
 from tests.support.attention_cases import (
     HEADS,
     KV_HEADS,
     LENGTHS,
-    LONG,
     WIDTH,
     FakeTensor,
     gradients_of,
     packed_segments,
     random_inputs,
+    written_out,
 )
+from tests.support.deep_examples import DEEP, LONG_DEEP, tries
 from tests.support.flash_stand_in import attended, flash_on_the_cpu
+from tests.support.histories import histories
 
 
 def checked(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale, window_size):
@@ -50,25 +52,25 @@ def torch_2_13(
     return checked(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale, window_size)
 
 
-def against_sdpa(inputs, options, layout, **close):
-    upstream = torch.randn(1, inputs[0].shape[2], HEADS, WIDTH)
-    results = [
-        gradients_of(lambda q, k, v, o, attend=attend: attend(q, k, v, layout, o), inputs, options, upstream)
-        for attend in (varlen_attention, sdpa_attention)
-    ]
-    for ours, expected in zip(*results, strict=True):
-        torch.testing.assert_close(ours, expected, **close)
+def against_the_definition(segments, options):
+    inputs = random_inputs(segments)
+    upstream, layout = torch.randn(1, segments.num_rows, HEADS, WIDTH), PackedLayout(segments)
+    ours = gradients_of(lambda q, k, v, o: varlen_attention(q, k, v, layout, o), inputs, options, upstream)
+    exact = [tensor.double() for tensor in inputs]
+    truth = gradients_of(lambda q, k, v, o: written_out(q, k, v, segments, o), exact, options, upstream)
+    for got, expected in zip(ours, truth, strict=True):
+        torch.testing.assert_close(got.double(), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("release", [torch_2_11, torch_2_13])
-@pytest.mark.parametrize("lengths", [LENGTHS, LONG, {6: (3, 1)}], ids=["short", "long", "no prefix"])
+@pytest.mark.parametrize(
+    "examples", [LENGTHS, DEEP, LONG_DEEP, {6: (3, 1)}], ids=["short", "deep", "long and deep", "nothing shared"]
+)
 @pytest.mark.parametrize("window", [None, 1, 4, 1000])
-def test_varlen_gets_the_arguments_that_its_documentation_asks_for(window, lengths, release, monkeypatch):
+def test_varlen_gets_the_arguments_that_its_documentation_asks_for(window, examples, release, monkeypatch):
     monkeypatch.setattr(attention_varlen, "varlen_attn", release)
     monkeypatch.setattr(attention_varlen, "_ASKS_FOR_GROUPS", release is torch_2_13)
-    segments = packed_segments(lengths)
-    options = AttentionOptions(scaling=0.3, window=window)
-    against_sdpa(random_inputs(segments), options, PackedLayout(segments), atol=1e-5, rtol=1e-5)
+    against_the_definition(packed_segments(examples), AttentionOptions(scaling=0.3, window=window))
 
 
 @pytest.mark.parametrize("kernels", [False, True])
@@ -76,14 +78,12 @@ def test_varlen_gets_the_arguments_that_its_documentation_asks_for(window, lengt
 def test_torchs_own_varlen_attn_runs_on_what_it_gets(window, kernels, monkeypatch):
     """Up to FlashAttention itself, whose place a stand-in takes; K/V rows by torch and by the kernels."""
     monkeypatch.setattr(attention_gather, "_KERNELS_ON", ("cpu",) if kernels else ())
-    segments = packed_segments(LENGTHS)
-    inputs, options = random_inputs(segments), AttentionOptions(scaling=0.3, window=window)
     with flash_on_the_cpu():
-        against_sdpa(inputs, options, PackedLayout(segments), atol=1e-5, rtol=1e-5)
+        against_the_definition(packed_segments(DEEP), AttentionOptions(scaling=0.3, window=window))
 
 
 def test_checkpointed_layers_and_a_pass_without_gradients_give_the_same():
-    segments = packed_segments(LENGTHS)
+    segments = packed_segments(DEEP)
     layout, options = PackedLayout(segments), AttentionOptions()
     inputs = [tensor.requires_grad_() for tensor in random_inputs(segments)]
 
@@ -112,25 +112,26 @@ def test_a_window_of_w_is_w_minus_1_keys_to_the_left():
 # ---- K/V rows -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("lengths", [LENGTHS, LONG, {3: (1, 1)}], ids=["short", "long", "one row each"])
-def test_key_rows_and_their_inverse(lengths):
-    segments = packed_segments(lengths)
+@given(tries())
+def test_key_rows_and_their_inverse(examples):
+    segments = packed_segments(examples)
     rows, offsets, copies = KeyRows.of(segments)
     assert rows.dtype == offsets.dtype == copies.dtype == torch.int32
-    assert torch.equal(rows.long(), segments.runs.key_rows())
-    for row in range(int(segments.cu_seqlens_q[-1])):
+    paths = histories(segments)
+    assert rows.tolist() == [row for stop in segments.runs.cu_seqlens_q[1:].tolist() for row in paths[stop - 1]]
+    for row in range(segments.num_rows):
         of_row = copies[offsets[row] : offsets[row + 1]].tolist()
         assert of_row == [key for key, read in enumerate(rows.tolist()) if read == row] and of_row
 
 
-def rows_of(lengths, dtype=torch.float64, width=8):
-    segments = packed_segments(lengths)
+def rows_of(examples, dtype=torch.float64, width=8):
+    segments = packed_segments(examples)
     shape = int(segments.cu_seqlens_q[-1]), KV_HEADS, width
     return KeyRows.of(segments), [torch.randn(shape, dtype=dtype).requires_grad_() for _ in range(2)]
 
 
 def test_the_gradient_of_gathered_rows():
-    rows, (key, value) = rows_of({2: (2, 1, 3), 1: (1, 2)})
+    rows, (key, value) = rows_of(DEEP, width=1)
     assert torch.autograd.gradcheck(lambda k, v: gather_rows(k, v, rows), (key, value))
     only_key = gather_rows(key, value, rows)[0]
     grads = torch.autograd.grad(only_key.sum(), (key, value))
@@ -147,7 +148,7 @@ def test_gathered_rows_have_first_derivatives_only():
 
 
 def test_gathered_rows_are_one_node_of_a_compiled_graph():
-    rows, (key, value) = rows_of(LENGTHS, torch.float32)
+    rows, (key, value) = rows_of(DEEP, torch.float32)
     for op, inputs in (
         (attention_gather.gather_op, (key, value)),
         (attention_gather.sum_op, [torch.randn(len(rows.rows), KV_HEADS, 8) for _ in range(2)]),

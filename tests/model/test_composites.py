@@ -5,6 +5,7 @@ import torch
 from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 
 from dpofast import attach_logprob_head, detach_logprob_head, pack, reference
+from tests.support.close import named
 from tests.support.composites import COMPOSITES, MEDIA_ID, tiny_composite
 from tests.support.tiny import tiny_pairs
 
@@ -27,7 +28,9 @@ def test_text_alone_equals_the_composites_own_forward(family, padded):
     logps.sum().backward()
     for name, parameter in model.named_parameters():
         if name in gradients:
-            torch.testing.assert_close(parameter.grad, gradients[name], atol=1e-4, rtol=1e-4, msg=name)
+            # Gemma 4's gradients are up to 110, and float32's own error 2e-4
+            close = 1e-5 * max(10.0, float(gradients[name].abs().max()))
+            torch.testing.assert_close(parameter.grad, gradients[name], atol=close, rtol=1e-4, msg=named(name))
         else:
             assert parameter.grad is None, name
     detach_logprob_head(model)

@@ -4,87 +4,32 @@ import copy
 
 import pytest
 import torch
+from transformers import BltConfig, BltForCausalLM
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
-from dpofast import PreferenceLoss, attach_logprob_head, detach_logprob_head, pack, reference
-from dpofast.model.attach import PackedPreference
+from dpofast import attach_logprob_head, detach_logprob_head, pack
+from dpofast.model.checks.support import CannotPack, check_packed
 from dpofast.model.forward import similar_lengths
+from tests.support.deep_examples import DEEP, depth
 from tests.support.families import PACKED, REFUSED, family_model
-from tests.support.tiny import VOCAB, tiny_pairs
+from tests.support.padded_truth import assert_equal_to_the_truth, groups
+from tests.support.tiny import SHAPE, VOCAB, tiny_pairs
 
 pytestmark = pytest.mark.slow(60)
-
-
-def groups():
-    """Groups of 2 to 6 branches, mixed lengths, one-token prompts and responses; all pairs, or neighbours."""
-    lengths = {
-        1: (3, 1),
-        7: (1, 1, 5),
-        4: (6, 2, 1, 9),
-        12: (2, 8, 1, 4, 3),
-        2: (1, 2, 3, 1, 12, 7),
-    }  # prompt: its responses
-    draw = torch.Generator().manual_seed(1)
-
-    def ids(length, first=None):
-        drawn = torch.randint(3, VOCAB, (length,), generator=draw).tolist()
-        return drawn if first is None else [first, *drawn[1:]]
-
-    return [
-        {
-            "prompt_ids": ids(prompt),
-            "branches": [ids(length, first=3 + branch) for branch, length in enumerate(responses)],
-            "pairs": [(a, b) for a in range(len(responses)) for b in range(len(responses)) if a + 1 == b or a < b < 4],
-        }
-        for prompt, responses in lengths.items()
-    ]
-
-
-def one_pass(model, batch, ref_logps, loss):
-    """Per-token log-probs, the loss, and its gradients, by model(packed=...)."""
-    tokens = model(packed=batch).logps.detach()
-    model.zero_grad()
-    output = model(packed=batch, preference=PackedPreference(ref_logps, loss, batch.num_pairs))
-    output.loss.backward()
-    return tokens, output.loss.detach(), gradients(model)
-
-
-def slow_truth(model, batch, ref_logps, loss):
-    """The same by the reference: padded rows, full logits."""
-    model.zero_grad()
-    tokens = reference.padded_logprobs(model, *batch.padded(), use_cache=False)
-    losses, _ = reference.sigmoid_loss(
-        reference.sequence_logprobs(tokens, batch.cu_targets), batch.pairs, ref_logps, beta=loss.beta
-    )
-    losses.mean().backward()
-    return tokens.detach(), losses.mean().detach(), gradients(model)
-
-
-def gradients(model):
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_equal_to_the_truth(model, batch):
-    ref_logps, loss = -4 * torch.rand(batch.num_sequences), PreferenceLoss(beta=0.5)
-    tokens, value, ours = one_pass(model, batch, ref_logps, loss)
-    true_tokens, true_value, theirs = slow_truth(model, batch, ref_logps, loss)
-    torch.testing.assert_close(tokens, true_tokens, atol=1e-5, rtol=0)
-    torch.testing.assert_close(value, true_value, atol=1e-5, rtol=0)
-    assert ours.keys() == theirs.keys()
-    for name, gradient in ours.items():
-        # RWKV's random weights make gradients of 150, of which float32 knows the fifth digit; all others stay under 1
-        close = 1e-5 * max(1.0, float(theirs[name].abs().max()))
-        torch.testing.assert_close(gradient, theirs[name], atol=close, rtol=0, msg=lambda text, n=name: f"{n}: {text}")
 
 
 @pytest.mark.parametrize("family", PACKED)
 def test_packed_log_probs_loss_and_gradients_equal_the_padded_reference(family):
     model = attach_logprob_head(family_model(family))
-    for batch in pack([*groups(), *tiny_pairs(4)], max_tokens=90):
+    for batch in pack([*DEEP, *groups()[:3]], max_tokens=90):
         assert_equal_to_the_truth(model, batch)
     # A group of one branch: every branch with a prompt of its own
-    (apart,) = pack(groups()[:3], share_prompts=False)
+    (apart,) = pack(DEEP[2:4], share="none")
     assert_equal_to_the_truth(model, apart)
+
+
+def test_the_examples_of_every_family_make_deep_rows_and_flat_ones():
+    assert [depth(batch.segments) for batch in pack([*DEEP, *groups()[:3]], max_tokens=90)] == [5, 2]
 
 
 @pytest.mark.parametrize("family", REFUSED)
@@ -96,9 +41,30 @@ def test_a_model_that_cannot_run_packed_is_refused_and_runs_over_padded_rows(fam
         attach_logprob_head(model)
     assert type(model) is original and model.config._attn_implementation == attention
     attach_logprob_head(model, padded=True)
-    for batch in pack([*groups(), *tiny_pairs(4)], max_tokens=90):
+    for batch in pack([*DEEP, *groups()[:3]], max_tokens=90):
         assert_equal_to_the_truth(model, batch)
     assert type(detach_logprob_head(model)) is original
+
+
+def test_a_model_that_cuts_its_row_into_patches_is_refused():
+    part = {**SHAPE, "num_hidden_layers": 1}
+    parts = {f"{name}_config": dict(part) for name in ("encoder", "decoder", "global", "patcher")}
+    model = BltForCausalLM(
+        BltConfig(vocab_size=VOCAB, encoder_hash_byte_group_vocab=50, hidden_size_global=32, **parts)
+    )
+    with pytest.raises(
+        CannotPack, match="^BltForCausalLM cannot run packed: it cuts the whole of its row into patches"
+    ):
+        check_packed(model)
+
+
+@pytest.mark.parametrize("kind", ["indexed_attention", "chunked_attention"])
+def test_layers_whose_number_of_keys_the_config_does_not_say_are_refused(kind):
+    model = family_model("llama")
+    model.config.layer_types = [kind, "full_attention"]
+    only = "only layers of full_attention, sliding_attention can"
+    with pytest.raises(CannotPack, match=f"^LlamaForCausalLM cannot run packed: it has {kind} layers, and {only}"):
+        check_packed(model)
 
 
 def positions_computed(model, batch):
@@ -129,14 +95,14 @@ def test_six_pairs_from_four_completions_compute_four_branches():
     ]
     (batch,) = pack(pairs)
     assert (batch.num_pairs, batch.num_sequences) == (6, 4)
-    assert positions_computed(model, batch) == (3 + 1 + 0 + 2 + 1, 1)
+    assert positions_computed(model, batch) == (3 + 1 + 0 + 1 + 1, 1)  # 8 is one row of two branches
     padded = attach_logprob_head(family_model("bloom"), padded=True)
     assert positions_computed(padded, batch)[1] == 4
 
 
 def test_padded_rows_of_similar_length_run_together():
     model = attach_logprob_head(family_model("bloom"), padded=True)
-    (batch,) = pack([*groups(), *tiny_pairs(30, longest=40)], share_prompts=False)
+    (batch,) = pack([*groups(), *tiny_pairs(30, longest=40)], share="none")
     computed, rows = positions_computed(model, batch)
     assert rows == batch.num_sequences
     assert batch.num_tokens <= computed <= 1.25 * batch.num_tokens < batch.padded()[0].numel()

@@ -11,7 +11,11 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from dpofast import attach_logprob_head, pack
 from dpofast.model.lora import FusedLoraLinear, fuse_lora
+from tests.support.alone import alone
+from tests.support.close import named
+from tests.support.deep_examples import DEEP
 from tests.support.tiny import tiny_model
 from tests.support.tiny_training import make_trainer
 
@@ -193,6 +197,28 @@ def lambda_module(forward, owner):
     module = nn.Module()
     module.owner, module.forward = owner, forward
     return module
+
+
+def test_adapters_over_deep_rows_are_those_of_each_sequence_alone():
+    config = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    model = get_peft_model(tiny_model(), config)
+    (batch,) = pack(DEEP)
+    truth = alone(model, batch)
+    rows, attended, in_response = batch.padded()
+    logits = model(input_ids=rows, attention_mask=attended).logits[:, :-1].log_softmax(-1)
+    logits.gather(-1, rows[:, 1:, None])[..., 0][in_response[:, 1:].bool()].square().sum().backward()
+    expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    attach_logprob_head(model)
+    assert fuse_lora(model) == 7 * 3
+    ours = model(packed=batch).logps
+    torch.testing.assert_close(ours.double(), truth, atol=1e-5, rtol=0)
+    ours.square().sum().backward()
+    for name, parameter in model.named_parameters():
+        if name in expected:
+            close = 1e-5 * float(expected[name].abs().max())
+            torch.testing.assert_close(parameter.grad, expected[name], atol=close, rtol=1e-4, msg=named(name))
+    assert len(expected) == 2 * 7 * 3
 
 
 def test_an_adapter_saved_from_fused_layers_is_pefts(tmp_path):

@@ -4,11 +4,14 @@ import pytest
 import torch
 import transformers
 from datasets import Dataset
+from hypothesis import given
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from dpofast import attach_logprob_head, pack
 from dpofast.model.moe import balancing_coefficient, balancing_loss, row_weights
+from tests.support.deep_examples import tries
 from tests.support.families import family_model
+from tests.support.histories import histories
 from tests.support.ranks_cases import RunsOutOfMemory
 from tests.support.tiny import tiny_dataset, tiny_model, tiny_pairs
 from tests.support.tiny_training import losses_of, make_trainer, weights_of
@@ -21,7 +24,10 @@ def shared_pairs():
     for example in examples[1:3]:
         example["prompt_ids"] = examples[0]["prompt_ids"]
     examples[2]["chosen_ids"] = examples[0]["chosen_ids"]  # one branch of two pairs
-    return examples
+    # forks late, and goes on a whole pair's sequence
+    late = {**examples[3], "chosen_ids": [*examples[3]["rejected_ids"], 5], "rejected_ids": examples[3]["rejected_ids"]}
+    later = {**examples[4], "prompt_ids": [*examples[5]["prompt_ids"], *examples[5]["chosen_ids"]]}
+    return [*examples, late, later]
 
 
 def padded_rows(examples):
@@ -32,7 +38,7 @@ def padded_rows(examples):
     return input_ids, (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3-moe"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3-moe", "qwen3-next", "qwen3.5-moe", "granite-hybrid"])
 def test_it_equals_transformers_over_padded_rows(family):
     examples = shared_pairs()
     model = attach_logprob_head(family_model(family))
@@ -58,6 +64,16 @@ def test_rows_count_as_often_as_a_padded_batch_holds_them():
     )
     prompt = len(examples[0]["prompt_ids"])
     assert weights[:prompt].tolist() == [6.0] * prompt
+
+
+@given(tries())
+def test_a_row_counts_once_for_each_use_of_a_sequence_whose_path_it_is_on(examples):
+    (batch,) = pack(examples)
+    expected, paths = [0.0] * batch.num_tokens, histories(batch.segments)
+    for sequence in batch.pairs.flatten().tolist():
+        for row in paths[batch.logit_rows[batch.cu_targets[sequence + 1] - 1]]:
+            expected[row] += 1
+    assert row_weights(batch).tolist() == expected
 
 
 def test_the_formula():

@@ -8,6 +8,7 @@ import random
 import pytest
 import torch
 from datasets import Dataset
+from hypothesis import given
 from transformers import MixtralConfig, MixtralForCausalLM, PhimoeConfig
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.models.phimoe.modeling_phimoe import PhimoeRotaryEmbedding
@@ -15,9 +16,12 @@ from transformers.models.phimoe.modeling_phimoe import PhimoeRotaryEmbedding
 from dpofast import DPOConfig, DPOTrainer, attach_logprob_head, detach_logprob_head, pack
 from dpofast.integrations._trl.forward import fuse
 from dpofast.integrations._trl.scores import FusedOptions
-from dpofast.model.rope import table_of_length
+from dpofast.model.rope import longest_sequence, packed_positions, split_by_table, table_of_length
 from tests.support.alone import alone
+from tests.support.deep_examples import tries
+from tests.support.histories import histories
 from tests.support.tiny import SHAPE, VOCAB, tiny_model
+from tests.support.tries import unpadded
 
 BORDER = 32
 LONGROPE = {
@@ -64,6 +68,18 @@ PAIRS = [
 ]
 
 
+# Prompts that begin alike, responses that fork late, one on either side of the border; a prompt that goes on a pair
+_LATE, _ON = pair(8, 12, 20), PAIRS[2]
+PAIRS += [
+    {
+        "prompt_ids": PAIRS[1]["prompt_ids"][:12] + _LATE["prompt_ids"],
+        "chosen_ids": _LATE["chosen_ids"][:8] + [7, 8, 9],
+        "rejected_ids": _LATE["chosen_ids"] + _LATE["rejected_ids"],
+    },
+    {**pair(1, 3, 12), "prompt_ids": _ON["prompt_ids"] + _ON["chosen_ids"][:6]},
+]
+
+
 def batch_of(pairs):
     (batch,) = pack(pairs, max_tokens=4096)
     return batch
@@ -103,6 +119,39 @@ def test_gradients_are_those_of_each_sequence_alone(kind):
     model(packed=batch).logps.sum().backward()
     for parameter, *parts in zip(model.parameters(), *expected, strict=True):
         torch.testing.assert_close(parameter.grad, sum(parts), atol=1e-3, rtol=1e-3)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def short_context(request):
+    """An attached model with the original context of 6 tokens, and the length up to which it has one table."""
+    shape = copy.deepcopy(KINDS[request.param])
+    if request.param == "longrope":
+        shape["rope_parameters"]["original_max_position_embeddings"] = 6
+    else:
+        shape["max_position_embeddings"] = 6
+    return attach_logprob_head(tiny_model(**shape, num_hidden_layers=1).eval()), 6 if request.param == "longrope" else 5
+
+
+@given(tries())
+def test_every_row_has_the_table_of_all_sequences_through_it(short_context, examples):
+    model, border = short_context
+    (batch,) = pack(examples)
+    split = split_by_table(model, batch)
+    positions = packed_positions(model, split)
+    lengths = [len(prompt) + len(response) for prompt, response in unpadded(batch)]
+    assert longest_sequence(batch) == longest_sequence(split) == max(lengths)
+    if max(lengths) <= border:
+        assert split is batch and vars(positions) == {}
+        return
+    dynamic = "dynamic" in model.config.rope_parameters["rope_type"]
+    tables = [border if length <= border else length if dynamic else max(lengths) for length in lengths]
+    values, paths = positions.dpofast_table_lengths.values[0].tolist(), histories(split.segments)
+    unseen = set(range(split.num_tokens))
+    for table, end in zip(tables, split.cu_targets[1:].tolist(), strict=True):
+        path = paths[split.logit_rows[end - 1]]
+        assert {values[row] for row in path} == {table}
+        unseen -= set(path)
+    assert not unseen and positions.dpofast_table_lengths.distinct == sorted(set(tables))
 
 
 def test_within_the_original_context_nothing_is_done():

@@ -6,7 +6,9 @@ from hypothesis import strategies as st
 
 from dpofast import pack
 from dpofast.packing.split import split_by_kind
+from tests.support.deep_examples import tries
 from tests.support.histories import histories
+from tests.support.tries import unpadded
 
 
 def visible(batch, row):
@@ -15,33 +17,28 @@ def visible(batch, row):
     return batch.input_ids[rows].tolist(), batch.position_ids[rows].tolist()
 
 
-@given(
-    st.lists(st.tuples(st.integers(1, 4), st.lists(st.integers(1, 4), min_size=2, max_size=4)), min_size=1, max_size=4),
-    st.randoms(use_true_random=False),
-)
-def test_every_target_is_predicted_from_the_same_tokens(groups, draw):
-    examples = [
-        {
-            "prompt_ids": [100 + group] * prompt,
-            "branches": [[10 * index + 1, *[2] * (length - 1)] for index, length in enumerate(responses)],
-            "pairs": [(0, other) for other in range(1, len(responses))],
-        }
-        for group, (prompt, responses) in enumerate(groups)
-    ]
+@given(tries(), st.randoms(use_true_random=False))
+def test_every_target_is_predicted_from_the_same_tokens(examples, draw):
     (batch,) = pack(examples)
-    kinds = torch.tensor([draw.randrange(2) for _ in range(batch.num_sequences)])
+    kinds = torch.tensor([draw.randrange(3) for _ in range(batch.num_sequences)])
     split = split_by_kind(batch, kinds)
     for before, after in zip(batch.logit_rows.tolist(), split.logit_rows.tolist(), strict=True):
         assert visible(split, after) == visible(batch, before)
     for one, other in zip(batch.padded(), split.padded(), strict=True):
         assert torch.equal(one, other)
-    # a prompt for each kind of every group, and every response's own rows once
-    size = sum(length - 1 for _, responses in groups for length in responses)
-    bounds = iter(kinds.tolist())
-    for prompt, responses in groups:
-        size += prompt * len({next(bounds) for _ in responses})
-    assert split.num_tokens == size
-    assert int(split.segments.cu_seqlens_q[-1]) == size
+    # one row for each distinct beginning of the sequences of a kind
+    paths = {
+        (kind, (*prompt, *response[:-1]))
+        for kind, (prompt, response) in zip(kinds.tolist(), unpadded(batch), strict=True)
+    }
+    beginnings = {(kind, path[:length]) for kind, path in paths for length in range(1, len(path) + 1)}
+    assert split.num_tokens == split.segments.num_rows == len(beginnings)
+    # and none of another kind
+    used = {}
+    for kind, row in zip(
+        kinds.repeat_interleave(batch.cu_targets.diff()).tolist(), split.logit_rows.tolist(), strict=True
+    ):
+        assert all(used.setdefault(seen, kind) == kind for seen in histories(split.segments)[row])
 
 
 def test_a_batch_of_one_kind_is_itself():

@@ -22,18 +22,27 @@ OPTIONS = {
 }
 
 
-def packed_segments(lengths):
-    """The segments of groups: prompt length -> response lengths."""
-    examples = [
-        {
-            "prompt_ids": [prompt] * prompt,
-            "branches": [[branch] * length for branch, length in enumerate(responses)],
-            "pairs": [(0, branch) for branch in range(1, len(responses))],
-        }
-        for prompt, responses in lengths.items()
-    ]
-    (batch,) = pack(examples)
+def packed_segments(given):
+    """The segments of examples, or of groups by their lengths: prompt -> responses."""
+    if isinstance(given, dict):
+        given = [
+            {
+                "prompt_ids": [prompt] * prompt,
+                "branches": [[branch] * length for branch, length in enumerate(responses)],
+                "pairs": [(0, branch) for branch in range(1, len(responses))],
+            }
+            for prompt, responses in given.items()
+        ]
+    (batch,) = pack(given)
     return batch.segments
+
+
+def visibility(segments, window):
+    """(T, T) bool: row q sees key k, from the paths of the rows and their places in them."""
+    seen = torch.zeros(segments.num_rows, segments.num_rows, dtype=torch.bool)
+    for row, path in enumerate(histories(segments)):
+        seen[row, torch.tensor(path[-(window or len(path)) :])] = True
+    return seen
 
 
 def random_inputs(segments, dtype=torch.float32, device="cpu", value_width=WIDTH):

@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 from dpofast import DPOConfig, DPOTrainer
 from dpofast.losses import kinds as losses
 from tests.support.rank_processes import become_rank, free_port, run_ranks
-from tests.support.tiny import VOCAB, tiny_dataset, tiny_model, tiny_tokenizer
+from tests.support.tiny import VOCAB, tiny_dataset, tiny_dialogues, tiny_model, tiny_tokenizer
 
 WORLD = 2
 PAIRS = 21  # 8 a step: the last one has 5
@@ -57,8 +57,14 @@ def long_pairs():
     return type(tiny_dataset(1)).from_list(rows)
 
 
+def dialogues():
+    """Return pairs that begin alike: system prompts, further turns, responses that part late."""
+    return tiny_dataset(PAIRS, pairs=tiny_dialogues)
+
+
 CASES = {
     "plain": {},
+    "dialogues": {"dataset": dialogues, "max_tokens": 60},
     "max_tokens 24": {"max_tokens": 24},
     "unlimited": {"max_tokens": 100_000},
     "not shared": {"share": "none"},

@@ -49,9 +49,9 @@ def tiny_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="1", pad_token="2")
 
 
-def save_tiny(folder):
-    """A folder with tiny_model and a tokenizer that splits text into words, for the command line. Returns it."""
-    model, tokenizer = tiny_model(), tiny_tokenizer()
+def save_tiny(folder, model=None):
+    """A folder with a model and a tokenizer that splits text into words, for the command line. Returns it."""
+    model, tokenizer = model or tiny_model(), tiny_tokenizer()
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     # Trainer writes the tokenizer's special tokens into the model's config, where they differ.
     for config in (model.config, model.generation_config):

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from dpofast.integrations.trl import patch_trl, unpatch_trl
+from tests.support.deep_examples import DEEP
 from tests.support.tiny import VOCAB, tiny_model, tiny_pairs
 
 # Not measured in nats, or not a function of the work.
@@ -38,6 +39,23 @@ def text_pairs(count=24, seed=0, longest=9):
                 "rejected": " " + text(pair["rejected_ids"]),
             }
             for pair in tiny_pairs(count, seed, longest)
+        ]
+    )
+
+
+def deep_pairs():
+    """The pairs of DEEP as text: rows that share a system prompt, go on earlier turns and fork late."""
+    return Dataset.from_list(
+        [
+            {
+                "prompt": " ".join(map(str, row["prompt_ids"])),
+                **{
+                    name: " " + " ".join(map(str, row["branches"][side]))
+                    for name, side in zip(("chosen", "rejected"), pair, strict=True)
+                },
+            }
+            for row in DEEP
+            for pair in row["pairs"]
         ]
     )
 

@@ -145,7 +145,7 @@ def test_prompts_are_shared_without_noise_only(tmp_path):
         trainer, watch = watched(tmp_path, train=Dataset.from_list(rows), neftune_noise_alpha=alpha)
         assert trainer.share == "prefix"
         widths.append(watch.calls[0][0].shape[1])
-    assert widths == [20 + 8, 20 + 8, 8 * 21]
+    assert widths == [20 + 2, 20 + 2, 8 * 21]  # the responses begin with 4 and with 5
 
 
 def run(output_dir, **options):
@@ -235,11 +235,22 @@ def test_calls_of_a_model(padded):
         with noisy_embeddings(model, ALPHA):
             assert not torch.allclose(model(packed=batch).logps, plain, atol=1e-3)
             if not padded:
-                with pytest.raises(ValueError, match="pack with share='none'"):
+                with pytest.raises(ValueError, match='share rows: pack with share="none"'):
                     model(packed=shared)
             assert torch.equal(model.eval()(packed=batch).logps, plain)
             ids = torch.arange(3, 9)[None]
             assert torch.equal(model.train()(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
+
+
+def test_a_response_that_begins_another_is_refused_though_nothing_forks():
+    model = attach_logprob_head(tiny_model()).train()
+    (batch,) = pack([{"prompt_ids": [3, 4], "chosen_ids": [5, 6], "rejected_ids": [5, 6, 7]}])
+    assert batch.segments.num_segments == 1
+    with (
+        noisy_embeddings(model, ALPHA),
+        pytest.raises(ValueError, match="whose sequences share nothing"),
+    ):
+        model(packed=batch)
 
 
 def test_a_rank_without_pairs_runs_along(tmp_path):

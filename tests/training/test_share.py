@@ -112,6 +112,21 @@ def test_contradictions_are_refused(tmp_path, given, message):
         DPOConfig(output_dir=str(tmp_path), use_cpu=True, **given)
 
 
+@pytest.mark.parametrize(
+    ("options", "positions"), [({}, 3 + 4 + 1), ({"share": "prompt"}, 3 + 4 + 5), ({"share": "none"}, 2 * 3 + 4 + 5)]
+)
+def test_the_warning_of_a_long_pair_counts_what_it_shares(tmp_path, recwarn, options, positions):
+    """Responses 4 5 6 7 8 and 4 5 6 7 9 10 after a prompt of three tokens; their last tokens have no position."""
+    long = {"prompt_ids": [3, 3, 3], "chosen_ids": [4, 5, 6, 7, 8], "rejected_ids": [4, 5, 6, 7, 9, 10]}
+    data = Dataset.from_list([{**long, "prompt_ids": [3]}, long])
+    make_trainer(tmp_path, train=data, max_tokens=positions, **options)
+    assert not [str(each.message) for each in recwarn if "max_tokens" in str(each.message)]
+    with pytest.warns(
+        UserWarning, match=f"max_tokens: {positions - 1} is less than the {positions} positions of a long"
+    ):
+        make_trainer(tmp_path, train=data, max_tokens=positions - 1, **options)
+
+
 def test_padded_rows_share_nothing(tmp_path):
     trainer = make_trainer(tmp_path, train=tiny_dataset(4), padded=True)
     assert trainer.share == "none"

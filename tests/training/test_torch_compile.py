@@ -19,6 +19,9 @@ from dpofast import DPOConfig, attach_logprob_head, pack
 from dpofast.training.checks.device import device_notes
 from dpofast.training.layers import choose
 from dpofast.training.layers.compiled import compile_layers, decoder_layers
+from tests.support.alone import alone
+from tests.support.deep_examples import DEEP
+from tests.support.families import family_model
 from tests.support.tiny import SHAPE, tiny_dataset, tiny_model, tiny_pairs
 from tests.support.tiny_training import losses_of, make_trainer, weights_of
 
@@ -123,6 +126,40 @@ def test_checkpointed_layers_run_compiled_forward_and_again_in_the_backward(fami
     assert backend.graphs == counters["stats"]["unique_graphs"] == 8
     (reason,) = counters["graph_break"]  # the one break is on purpose
     assert "torch.compiler.disable" in reason and "_counted" in reason
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_layers_over_deep_rows_give_each_sequence_alone(checkpointing):
+    model, gradients = tiny_model(), []
+    (batch,) = pack(DEEP)
+    truth = alone(model, batch)
+    attach_logprob_head(model).train()
+    for compiled in (False, True):
+        if compiled:
+            compile_layers(model, backend="aot_eager", mode=None, padded=False)
+            if checkpointing:
+                model.gradient_checkpointing_enable()
+        model.zero_grad()
+        logps = model(packed=batch).logps
+        torch.testing.assert_close(logps.double(), truth, atol=1e-5, rtol=0)
+        logps.square().sum().backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    assert counters["stats"]["unique_graphs"] > 0
+    torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["diffllama", "gpt-j"])
+def test_layers_with_constants_of_their_own_and_layers_without_keywords_are_recomputed_compiled(family):
+    model, backend = family_model(family), Counted()
+    (batch,) = pack(tiny_pairs(6))
+    plain = attach_logprob_head(family_model(family)).train()
+    plain(packed=batch).logps.sum().backward()
+    compile_layers(attach_logprob_head(model), backend=backend, mode=None, padded=False)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()(packed=batch).logps.sum().backward()
+    assert backend.calls > 0
+    for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-5, rtol=1e-4, msg=name)
 
 
 def test_plain_calls_copies_and_names_stay(tmp_path):

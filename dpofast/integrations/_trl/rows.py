@@ -1,8 +1,8 @@
 """PaddedRows: trl's padded rows, packed, with the indices that lead back to trl's (rows, width - 1) next-token grid.
 
-A row is a prompt, a response whose tokens are labelled, and padding on the right. What rows
-begin with alike is computed once (rows truncated from the left, by different lengths, share nothing). A row without
-labels (a prompt that fills max_length) is not computed. Everything here runs on the CPU.
+A row is a prompt, a response whose tokens are labelled, and padding on the right. What rows begin with alike is
+computed once (rows truncated from the left, by different lengths, share nothing). A row without labels (a prompt that
+fills max_length) is not computed. Everything here runs on the CPU.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class PaddedRows:
         return _joined([row * width + positions - 1 for row, positions in enumerate(self.labels)])
 
     def unshared_pairs(self) -> int:
-        """Pairs (row i and row i + rows/2) whose prompts differ, so that their rows do not share one."""
+        """Pairs (row i and row i + rows/2) whose prompts differ, so that their rows do not share a whole one."""
         half = len(self.ids) // 2
         pairs = zip(range(half), range(half, 2 * half), strict=True)
         return sum(
@@ -125,7 +125,7 @@ class PaddedRows:
     ) -> PackedRows | None:
         """The packed rows on the device, or None where no row has a label. Computed once for each device.
 
-        kinds makes of the sequences' lengths (S,) the kinds (S,) that share prompts only among themselves (its results
+        kinds makes of the sequences' lengths (S,) the kinds (S,) that share rows only among themselves (its results
         are not kept). every_token also gives the last token of a row a position, and computes rows without labels: what
         a loss over every token of the padded rows needs (the balancing loss of a mixture of experts).
         """

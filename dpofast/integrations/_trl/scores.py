@@ -1,6 +1,6 @@
 """Log-probs and statistics of a fused model's labels, as trl's (rows, width - 1) grids of next-token values.
 
-Packed where the model and the call can be: distinct sequences without padding, prompts shared. Padded elsewhere: the
+Packed where the model and the call can be: what rows begin with alike once, without padding. Padded elsewhere: the
 backbone runs trl's rows as they are. Either way only the positions that predict a label reach the LM head.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -25,11 +26,12 @@ from dpofast.model.attach import PackedForward
 from dpofast.model.forward import packed_backbone
 from dpofast.model.lm_head import logit_options, logprob_head
 from dpofast.model.parts import whole_backbone
+from dpofast.model.recurrent.follow import one_kind_each, shares_rows
 from dpofast.model.rope import depends_on_length, table_lengths
 
 # Inputs other than the tokens that do not affect the result.
 _NEUTRAL = {"use_cache", "return_dict", "logits_to_keep", "output_hidden_states"}
-# alpha / sqrt(width * D) for every token of the padded rows: a packed row is wider, and shares prompts.
+# alpha / sqrt(width * D) for every token of the padded rows: a packed row is wider, and rows share its positions.
 NOISE = "NEFTune scales and draws its noise for the rows of a padded batch"
 
 
@@ -140,7 +142,11 @@ def score_labels(
     if reason is None:
         rows = _rows_of(call)
         longest = max(map(len, rows.ids))
-        kinds = partial(table_lengths, model) if depends_on_length(model, longest) else None
+        kinds: Callable[[Tensor], Tensor] | None = None
+        if not shares_rows(model):
+            kinds = one_kind_each
+        elif depends_on_length(model, longest):
+            kinds = partial(table_lengths, model)
         packed = rows.packed(call.input_ids.device, every_token=balance, kinds=kinds)
         if packed is not None:
             _count(options, rows)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
+from dpofast.model.attention.chunks import runs_of
 from dpofast.model.attention.layout import AttentionOptions, PackedLayout, on_device
 from dpofast.packing.segments import Segments
 
@@ -40,8 +41,8 @@ def flex_attention_packed(
     query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, options: AttentionOptions
 ) -> Tensor:
     """Attention of query (1, H, T, Dh) over key (1, H_kv, T, Dh) and value (1, H_kv, T, Dv): (1, T, H, Dv)."""
-    device, window = query.device, options.window
-    mask = layout.once(("blocks", device, window), lambda: block_mask(layout.segments, window, device))
+    device, window, chunk = query.device, options.window, options.chunk
+    mask = layout.once(("blocks", device, window, chunk), lambda: block_mask(layout.segments, window, device, chunk))
     # Uncompiled it builds all T × T scores: for tests on the CPU, where torch has no backward for it either.
     run: Any = _compiled() if device.type == "cuda" else flex_attention
     result = run(
@@ -83,10 +84,10 @@ def _softcapped(softcap: float) -> Callable[..., Tensor]:
     return score_mod
 
 
-def block_mask(segments: Segments, window: int | None, device: torch.device) -> BlockMask:
+def block_mask(segments: Segments, window: int | None, device: torch.device, chunk: int | None = None) -> BlockMask:
     """FlexAttention's BlockMask of the segments over one packed row of T positions."""
     rows = segments.num_rows
-    some, full = _blocks(segments, window)
+    some, full = _blocks(segments, window, chunk)
     ends, positions = (on_device(part.int(), device) for part in (segments.by_row(segments.ends), segments.positions()))
     (partial_counts, partial_columns), (full_counts, full_columns) = (
         (on_device(part, device) for part in _by_row(blocks)) for blocks in (some & ~full, full)
@@ -97,24 +98,26 @@ def block_mask(segments: Segments, window: int | None, device: torch.device) -> 
         full_counts,
         full_columns,
         BLOCK_SIZE=_BLOCK,
-        mask_mod=_visible(ends, positions, window),
+        mask_mod=_visible(ends, positions, window, chunk),
         seq_lengths=(rows, rows),
     )
 
 
-def _visible(ends: Tensor, positions: Tensor, window: int | None) -> Callable[..., Tensor]:
+def _visible(ends: Tensor, positions: Tensor, window: int | None, chunk: int | None) -> Callable[..., Tensor]:
     """The rule of visibility, from the end of what follows each row's segment and its position, (T,) int32 each."""
 
     def mask_mod(batch: Tensor, head: Tensor, row: Tensor, key: Tensor) -> Tensor:
         seen = (key <= row) & (row < ends[key])
+        if chunk is not None:
+            seen = seen & (positions[row] // chunk == positions[key] // chunk)
         return seen if window is None else seen & (positions[row] - positions[key] < window)
 
     return mask_mod
 
 
-def _blocks(segments: Segments, window: int | None) -> tuple[Tensor, Tensor]:
+def _blocks(segments: Segments, window: int | None, chunk: int | None) -> tuple[Tensor, Tensor]:
     """Two (blocks, blocks) bool: some query of the block sees some key of it; every query sees every key."""
-    runs, rows, positions = segments.runs, segments.num_rows, segments.positions()
+    runs, rows, positions = runs_of(segments, chunk), segments.num_rows, segments.positions()
     start, stop = runs.cu_seqlens_q[:-1].long(), runs.cu_seqlens_q[1:].long()
     # One item a run and block of queries in which it has rows
     touched = (stop - 1) // _BLOCK - start // _BLOCK + 1
@@ -127,19 +130,20 @@ def _blocks(segments: Segments, window: int | None) -> tuple[Tensor, Tensor]:
     range_index = (runs.range_counts.cumsum(0)[run] - counts.cumsum(0))[item] + torch.arange(len(item))
     low, high = runs.ranges[range_index].unbind(1)
     shift = low - positions[low]
-    edges = torch.arange(-(-rows // _BLOCK)) * _BLOCK
+    # int32 and in place: (parts, blocks) tables of many megabytes cost their page faults
+    edges = torch.arange(-(-rows // _BLOCK), dtype=torch.int32) * _BLOCK
     reach = rows if window is None else window
 
     def seen(earliest: Tensor, latest: Tensor) -> Tensor:
         """The keys of each block from the window of row `earliest` up to row `latest`: (items, blocks)."""
         begin = low.maximum(shift + (positions[earliest] - reach + 1)[item])
         end = high.minimum(latest[item] + 1)
-        parts = (end[:, None].minimum(edges + _BLOCK) - begin[:, None].maximum(edges)).clamp(min=0)
-        return torch.zeros(len(run), len(edges), dtype=torch.int64).index_add_(0, item, parts)
+        parts = end.int()[:, None].minimum(edges + _BLOCK).sub_(begin.int()[:, None].maximum(edges)).clamp_(min=0)
+        return torch.zeros(len(run), len(edges), dtype=torch.int32).index_add_(0, item, parts)
 
-    some, lacking = torch.zeros(2, len(edges), len(edges), dtype=torch.int64)
-    some.index_add_(0, block, (seen(first, last) > 0).long())
-    lacking.index_add_(0, block, (seen(last, first) < _BLOCK).long())
+    some, lacking = torch.zeros(2, len(edges), len(edges), dtype=torch.int32)
+    some.index_add_(0, block, (seen(first, last) > 0).int())
+    lacking.index_add_(0, block, (seen(last, first) < _BLOCK).int())
     full = lacking == 0
     full[rows // _BLOCK :] = False  # a last block with fewer rows
     return some > 0, full

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dpofast.common.autograd import check_derivatives, no_second_derivative
 from dpofast.head.operators import custom_operator, gradients_of
+from dpofast.model.attention.chunks import runs_of
 from dpofast.packing.segments import Segments
 
 # Devices whose rows the kernels copy and sum.
@@ -34,9 +35,9 @@ class KeyRows(NamedTuple):
     copies: Tensor
 
     @classmethod
-    def of(cls, segments: Segments) -> KeyRows:
+    def of(cls, segments: Segments, chunk: int | None = None) -> KeyRows:
         """The keys of the segments, on the CPU."""
-        rows = segments.runs.key_rows().int()
+        rows = runs_of(segments, chunk).key_rows().int()
         counts = rows.bincount(minlength=segments.num_rows)
         offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
         return cls(rows, offsets, rows.argsort(stable=True).int())

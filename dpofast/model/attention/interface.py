@@ -2,11 +2,12 @@
 
 It is registered under a name that contains the model's former implementation. A call without a layout (plain logits,
 generation) is passed to that implementation unchanged; a call with one goes to the first of three backends that can run
-it (layout.py says what they compute):
+it (layout.py says what they compute). The layout comes as a keyword, and again on the mask, for layers that pass no
+keywords on to their attention.
 
-    varlen    FlashAttention over all segments at once: 16-bit on NVIDIA GPUs, without softcap and sinks
+    varlen    FlashAttention over all runs of rows at once: 16-bit on NVIDIA GPUs, without softcap and sinks
     flex      FlexAttention on CUDA where varlen cannot
-    sdpa      segment by segment: float32 without softcap and sinks on CUDA, and everything elsewhere
+    sdpa      run by run: float32 without softcap and sinks on CUDA, and everything elsewhere
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dpofast.model.attention.flash import active_flash_attention
 from dpofast.model.attention.flex import flex_attention_packed, flex_refusal
-from dpofast.model.attention.layout import AttentionOptions, PackedLayout
+from dpofast.model.attention.indexer import run_indexers, selection_in_mask, skip_indexers
+from dpofast.model.attention.layout import AttentionOptions, PackedLayout, layout_of, on_device
+from dpofast.model.attention.methods import wrap_methods
 from dpofast.model.attention.sdpa import sdpa_attention
 from dpofast.model.attention.varlen import varlen_attention, varlen_refusal
 
@@ -74,10 +77,14 @@ def use_packed_attention(backbone: Any) -> None:
 
     Again after set_attn_implementation, it stands before the new implementation. Else a second call changes nothing.
     """
+    if not backbone._can_set_attn_implementation():
+        wrap_methods(backbone, _counted)
+        return
     former = backbone.config._attn_implementation
     if not former.startswith(_PREFIX):
         _register(former)
         backbone.set_attn_implementation(_PREFIX + former)
+        skip_indexers(backbone)
 
 
 def register_again(backbone: Any) -> None:
@@ -87,6 +94,7 @@ def register_again(backbone: Any) -> None:
 
 def restore_attention(backbone: Any) -> None:
     """Undo use_packed_attention."""
+    run_indexers(backbone)
     backbone.set_attn_implementation(backbone.config._attn_implementation.removeprefix(_PREFIX))
 
 
@@ -109,21 +117,24 @@ def _attention_over(former: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
         packed_layout: PackedLayout | None = None,
         **options: Any,
     ) -> tuple[Tensor, Tensor | None]:
+        packed_layout = packed_layout or layout_of(attention_mask)
         if packed_layout is None:
             plain = ALL_ATTENTION_FUNCTIONS.get(former, _eager_attention_of(module))
+            attention_mask, options = selection_in_mask(attention_mask, options, key.shape[2], former)
             return plain(module, query, key, value, attention_mask, *args, **options)
         if options.get("position_bias") is not None:
             raise ValueError(f"{type(module).__name__}: packed attention has no position_bias, which this model needs")
         if attention_mask is not None and attention_mask.numel() > 1:
             packed_layout.foreign_masks.append(f"{type(module).__name__}'s of shape {tuple(attention_mask.shape)}")
         return _counted(
-            query,
+            _scaled_by_position(module, query, packed_layout),
             key,
             value,
             packed_layout,
             AttentionOptions(
                 scaling=options.get("scaling"),
                 window=options.get("sliding_window"),
+                chunk=_chunk(module, packed_layout),
                 softcap=options.get("softcap"),
                 sinks=options.get("s_aux"),
                 dropout=options.get("dropout", 0.0),
@@ -162,6 +173,30 @@ def segmentwise() -> Iterator[None]:
         yield
     finally:
         _SEGMENTWISE.reset(token)
+
+
+def _chunk(module: Any, layout: PackedLayout) -> int | None:
+    """The chunk size of a layer of chunked attention, where some sequence is longer."""
+    kinds = getattr(getattr(module, "config", None), "layer_types", None)
+    if not kinds or "chunked_attention" not in kinds or kinds[module.layer_idx] != "chunked_attention":
+        return None
+    size: int = module.config.attention_chunk_size
+    return size if size < layout.once("longest", layout.segments.longest_path) else None
+
+
+def _scaled_by_position(module: Any, query: Tensor, layout: PackedLayout) -> Tensor:
+    """Queries that Llama 4's layers without rotary positions have scaled by their row: by their position instead."""
+    tuned = getattr(module, "attn_temperature_tuning", False) and not module.use_rope
+    if not tuned or layout.segments.num_rows < module.floor_scale:  # all scales are 1
+        return query
+
+    def correction() -> Tensor:
+        places = torch.stack((layout.segments.positions(), torch.arange(layout.segments.num_rows)))
+        scales = torch.log1p(torch.floor((places.float() + 1.0) / module.floor_scale)) * module.attn_scale + 1.0
+        return on_device(scales[0] / scales[1], query.device)
+
+    factor = layout.once(("temperature", query.device), correction)
+    return (query * factor[:, None]).to(query.dtype)  # 16-bit queries are rounded a second time
 
 
 def _eager_attention_of(module: nn.Module) -> Callable[..., Any] | None:

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from dpofast.packing.segments import Segments
 
+_LAYOUT = "dpofast_layout"  # an attribute of the mask
+
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionOptions:
@@ -25,6 +27,7 @@ class AttentionOptions:
     Attributes:
         scaling: factor of the scores; None means head_dim ** −0.5.
         window: sliding window: a query sees the keys at most window − 1 positions before it; None means all.
+        chunk: a query sees the keys whose position divided by chunk is, rounded down, the same; None means all.
         softcap: c above, or None for no cap.
         sinks: (H,) attention-sink logits, one a query head: a key without a value in the softmax; or None.
         dropout: the probability that a weight is dropped.
@@ -32,6 +35,7 @@ class AttentionOptions:
 
     scaling: float | None = None
     window: int | None = None
+    chunk: int | None = None
     softcap: float | None = None
     sinks: Tensor | None = None
     dropout: float = 0.0
@@ -42,8 +46,9 @@ class PackedLayout:
 
     Attributes:
         segments: of the packed row.
-        calls: attention layers that have read the layout. packed_backbone compares it with the number of layers: a
-            model whose attention drops keyword arguments would otherwise compute something else without an exception.
+        calls: of attention that have read the layout. packed_backbone compares them with those that the config implies:
+            a model some of whose attention ignores the layout would otherwise compute something else without an
+            exception.
         foreign_masks: masks of a layer's own, in words, which the layout would take the place of; refused like calls.
     """
 
@@ -59,6 +64,23 @@ class PackedLayout:
         if key not in self._derived:
             self._derived[key] = make()
         return self._derived[key]
+
+
+def packed_mask(layout: PackedLayout, device: torch.device) -> Tensor:
+    """The attention mask of a packed call, (1, 1, 1, 1) bool, with the layout as an attribute.
+
+    transformers passes a four-dimensional mask through; without one it would build a (T, T) mask. It reaches the
+    attention of every layer, and again where gradient checkpointing computes the layer a second time: on any thread,
+    and with other packed calls in between.
+    """
+    mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+    setattr(mask, _LAYOUT, layout)
+    return mask
+
+
+def layout_of(mask: Tensor | None) -> PackedLayout | None:
+    """The layout that packed_mask put on the mask; None for any other mask."""
+    return getattr(mask, _LAYOUT, None)
 
 
 def on_device(index: Tensor, device: torch.device) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from dpofast.model.attention.chunks import runs_of
 from dpofast.model.attention.layout import AttentionOptions, PackedLayout
 from dpofast.packing.segments import Segments
 
@@ -30,8 +31,8 @@ class _Pieces:
         seen: the indices of the pieces that each run sees, in order of position.
     """
 
-    def __init__(self, segments: Segments) -> None:
-        runs = segments.runs
+    def __init__(self, segments: Segments, chunk: int | None) -> None:
+        runs = runs_of(segments, chunk)
         cuts = runs.ranges.unique().tolist()
         self.query_sizes = runs.cu_seqlens_q.diff().tolist()
         self.sizes = [stop - start for start, stop in pairwise(cuts)]
@@ -46,7 +47,7 @@ def sdpa_attention(
     query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, options: AttentionOptions
 ) -> Tensor:
     """Attention of query (1, H, T, Dh) over key (1, H_kv, T, Dh) and value (1, H_kv, T, Dv): (1, T, H, Dv)."""
-    pieces = layout.once("pieces", lambda: _Pieces(layout.segments))
+    pieces = layout.once(("pieces", options.chunk), lambda: _Pieces(layout.segments, options.chunk))
     keys, values = key.split(pieces.sizes, dim=2), value.split(pieces.sizes, dim=2)
     attend = _attend_sdpa if options.softcap is None and options.sinks is None else _attend_softmax
     outputs = []

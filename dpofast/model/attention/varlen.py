@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
+from dpofast.model.attention.chunks import runs_of
 from dpofast.model.attention.flash import active_flash_attention, max_head_dim
 from dpofast.model.attention.gather import KeyRows, gather_rows
 from dpofast.model.attention.layout import AttentionOptions, PackedLayout, on_device
@@ -63,21 +64,23 @@ class _Sequences:
         key_rows: the K/V row of every key, or None where keys are the rows themselves (nothing shared).
     """
 
-    def __init__(self, segments: Segments, device: torch.device) -> None:
-        runs = segments.runs
+    def __init__(self, segments: Segments, chunk: int | None, device: torch.device) -> None:
+        runs = runs_of(segments, chunk)
         self.max_q = int(runs.cu_seqlens_q.diff().max())
         self.max_k = int(runs.cu_seqlens_k.diff().max())
         self.cu_seqlens_q = on_device(runs.cu_seqlens_q, device)
         self.cu_seqlens_k = on_device(runs.cu_seqlens_k, device)
         shared = len(runs.ranges) > len(runs.range_counts)
-        self.key_rows = KeyRows(*(on_device(part, device) for part in KeyRows.of(segments))) if shared else None
+        key_rows = KeyRows.of(segments, chunk) if shared else None
+        self.key_rows = key_rows and KeyRows(*(on_device(part, device) for part in key_rows))
 
 
 def varlen_attention(
     query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, options: AttentionOptions
 ) -> Tensor:
     """Attention of query (1, H, T, Dh) over key and value (1, H_kv, T, Dh), 16-bit on CUDA: (1, T, H, Dh)."""
-    sequences: _Sequences = layout.once(("sequences", query.device), lambda: _Sequences(layout.segments, query.device))
+    segments, chunk, device = layout.segments, options.chunk, query.device
+    sequences: _Sequences = layout.once(("sequences", chunk, device), lambda: _Sequences(segments, chunk, device))
     # not tensor[0], whose gradient is copied into zeros
     q, k, v = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
     if sequences.key_rows is not None:

@@ -1,7 +1,7 @@
 """Rules on which models can run packed or padded with the log-prob head.
 
 Many models run under a packed layout without an exception but give wrong log-probs: their attention ignores the layout
-(Bloom, MPT, GPT-J), or that of some layers does (hybrids), or a recurrent state crosses segments (Mamba). Rules on the
+(Bloom, MPT, Falcon), or a recurrent state crosses segments (Mamba; recurrent/ prevents it where it can). Rules on the
 model's class and config refuse the known ones; the parity check (parity.py) refuses the others.
 """
 
@@ -9,10 +9,24 @@ from __future__ import annotations
 
 from typing import Any
 
+from dpofast.model.attention.methods import has_attention_method
 from dpofast.model.lm_head import plain_heads, refused_head
 from dpofast.model.parts import backbone_of
 
-_LAYER_TYPES = {"full_attention", "sliding_attention"}
+# Types of layers that run packed, and the entry of the config by which those of one family are computed.
+_LAYER_TYPES = {
+    "full_attention": None,
+    "sliding_attention": None,
+    "chunked_attention": "attention_chunk_size",
+    "indexed_attention": "index_topk",
+    "deepseek_sparse_attention": "index_topk",  # its name in transformers 5.17
+}
+_WITHOUT_ATTENTION = {"mlp", "moe"}
+# Layers that carry a state from token to token: without attention, and beside one.
+_STATE = {"linear_attention", "mamba", "conv"}
+_STATE_AND_ATTENTION = {"hybrid", "hybrid_sliding"}
+# Attention calls of a layer: DiffLlama's two attend to one half of the values each.
+_CALLS = {"diffllama": 2}
 
 
 def check_lm_head(model: Any) -> None:
@@ -48,17 +62,44 @@ def check_lm_head(model: Any) -> None:
 def check_packed(model: Any) -> None:
     """Refuse a model whose layers do not all attend through transformers' AttentionInterface.
 
+    Of one with recurrent layers the calls of attention tell: its class seldom says whether it does.
+
     Raises:
         CannotPack: with the reason.
     """
-    if getattr(model, "_is_stateful", False):
-        raise cannot_pack(model, "it carries a state from token to token, across the branches of a packed row")
-    foreign = set(getattr(model.config.get_text_config(), "layer_types", None) or _LAYER_TYPES) - _LAYER_TYPES
+    kinds, config = _layer_types(model), model.config.get_text_config()
+    known = {kind for kind, entry in _LAYER_TYPES.items() if entry is None or hasattr(config, entry)}
+    foreign = set(kinds) - known - _WITHOUT_ATTENTION - _STATE - _STATE_AND_ATTENTION
     if foreign:
-        known = " and ".join(sorted(_LAYER_TYPES))
-        raise cannot_pack(model, f"it has {', '.join(sorted(foreign))} layers, and only {known} layers can")
-    if not getattr(backbone_of(model), "_supports_attention_backend", False):
+        theirs, ours = (", ".join(sorted(names)) for names in (foreign, known))
+        raise cannot_pack(model, f"it has {theirs} layers, and only layers of {ours} can")
+    if config.model_type == "blt":
+        raise cannot_pack(model, "it cuts the whole of its row into patches of bytes")
+    backbone = backbone_of(model)
+    # unlike _supports_attention_backend, which StableLM lacks, this is read off the code
+    reaches_attention = backbone._can_set_attn_implementation() or has_attention_method(backbone)
+    if not reaches_attention and not is_recurrent(model):
         raise cannot_pack(model, "its attention does not go through transformers' AttentionInterface")
+
+
+def is_recurrent(model: Any) -> bool:
+    """Whether some layer carries a state from token to token: not all models of a hybrid class have one."""
+    kinds = _layer_types(model)
+    if not kinds:
+        return bool(getattr(model, "_is_stateful", False))
+    return not (_STATE | _STATE_AND_ATTENTION).isdisjoint(kinds)
+
+
+def attention_calls(model: Any) -> int:
+    """How many times the layers that a model's config names call attention in one forward."""
+    config = model.config.get_text_config()
+    layers = getattr(config, "decoder_layers", config.num_hidden_layers)  # of Whisper the latter are its encoder's
+    attending = layers - sum(kind in _WITHOUT_ATTENTION | _STATE for kind in _layer_types(model))
+    return attending * _CALLS.get(config.model_type, 1)
+
+
+def _layer_types(model: Any) -> list[str]:
+    return getattr(model.config.get_text_config(), "layer_types", None) or []
 
 
 class CannotPack(ValueError):

@@ -7,11 +7,13 @@ import os
 import warnings
 from typing import Any
 
+import numpy as np
 import torch.distributed as dist
 from datasets import Dataset, IterableDataset
 
 from dpofast.common.ranks import Ranks
-from dpofast.data.formats import REF_COLUMNS
+from dpofast.data.formats import ID_COLUMNS, REF_COLUMNS
+from dpofast.packing.pack import pack
 from dpofast.training.checks.arguments import as_dpo_config
 from dpofast.training.config import DPOConfig
 from dpofast.training.data.tokens import no_precomputed_stream, streams_reference
@@ -134,8 +136,14 @@ def check_reference_used(args: DPOConfig, ref_model: Any, train_dataset: Any, ev
     )
 
 
-def check_pairs(dataset: Dataset, args: DPOConfig, ranks: Ranks) -> None:
+def check_pairs(dataset: Dataset, args: DPOConfig, ranks: Ranks, share: str) -> None:
     """Refuse dataloader_drop_last where it would leave no step; warn where max_tokens does not bound a micro-batch.
+
+    Args:
+        dataset: the training data, token ids.
+        args: the trainer's.
+        ranks: the processes that train.
+        share: as in `pack`, in training.
 
     Raises:
         ValueError: fewer pairs than a step has.
@@ -149,10 +157,19 @@ def check_pairs(dataset: Dataset, args: DPOConfig, ranks: Ranks) -> None:
 
     if not isinstance(args.max_tokens, int) or ranks.rank != 0 or num_pairs == 0:
         return
-    longest = int(PairLengths.of(dataset).positions.max())  # of a pair by itself
-    if longest > args.max_tokens:
-        warnings.warn(
-            f"max_tokens: {args.max_tokens} is less than the longest pair has, {longest} positions: such a pair runs "
-            "alone, and takes the memory of all its positions. A smaller max_length cuts it",
-            stacklevel=3,
-        )
+    lengths = PairLengths.of(dataset)
+    most = lengths.positions + (lengths.prompts if share == "none" else 0)  # without what its two responses share
+    for row in np.argsort(-most, kind="stable"):
+        if most[row] <= args.max_tokens:
+            return
+        example = dataset.with_format("numpy", columns=list(ID_COLUMNS))[int(row)]
+        positions = pack([example], share=share)[0].num_tokens
+        if positions > args.max_tokens:
+            break
+    else:
+        return
+    warnings.warn(
+        f"max_tokens: {args.max_tokens} is less than the {positions} positions of a long pair: such a pair runs alone, "
+        "and takes the memory of all its positions. A smaller max_length cuts it",
+        stacklevel=3,
+    )

@@ -11,7 +11,7 @@ from typing import Any
 
 from dpofast.model.wrappers import is_dispatched
 from dpofast.training.config import DPOConfig
-from dpofast.training.layers.compiled import compile_layers, decoder_layers, uncompile_layers
+from dpofast.training.layers.compiled import compile_layers, layers_to_compile, uncompile_layers
 from dpofast.training.layers.liger import use_liger_layers
 
 
@@ -60,8 +60,8 @@ def not_by_default(models: list[Any], args: DPOConfig) -> str | None:
     if args.padded:
         return "the model runs over padded rows"
     for model in models:
-        if not decoder_layers(model):
-            return f"{type(model).__name__} is not made of transformers' repeated layers"
+        if not layers_to_compile(model, padded=args.padded):
+            return f"{type(model).__name__} is not made of transformers' repeated layers, or of recurrent ones alone"
         if any(is_dispatched(module) for module in model.modules()):
             return "accelerate's hooks move its weights or inputs"
         if getattr(model, "is_quantized", False):

@@ -21,7 +21,9 @@ from torch import nn
 from torch._dynamo.exc import TorchDynamoException
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from dpofast.model.attention.layout import layout_of
 from dpofast.model.parts import backbone_of, base_causal_lm
+from dpofast.model.recurrent.follow import is_recurrent_layer
 from dpofast.model.wrappers import UNCOMPILED, exchange_class
 
 
@@ -40,8 +42,13 @@ def decoder_layers(model: Any) -> list[nn.Module]:
     return [module for module in backbone.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
+def layers_to_compile(model: Any, *, padded: bool) -> list[nn.Module]:
+    """The decoder layers without those that follow a packed row by hooks, which compute on the host in each forward."""
+    return [layer for layer in decoder_layers(model) if padded or not is_recurrent_layer(layer)]
+
+
 def compile_layers(model: Any, *, backend: str, mode: str | None, padded: bool) -> None:
-    """Compile every decoder layer of a model with an attached log-prob head.
+    """Compile the decoder layers of a model with an attached log-prob head: those of layers_to_compile.
 
     Args:
         model: changed in place.
@@ -52,13 +59,17 @@ def compile_layers(model: Any, *, backend: str, mode: str | None, padded: bool) 
     Raises:
         ValueError: the model has no layers to compile.
     """
-    layers = decoder_layers(model)
+    layers = layers_to_compile(model, padded=padded)
     if not layers:
         raise ValueError(
             "torch_compile: expected a model of transformers' repeated layers (GradientCheckpointingLayer), which are "
-            f"compiled one by one, and {type(model).__name__} has none: leave it off"
+            f"compiled one by one, and {type(model).__name__} has none, or none but recurrent ones, which run as they "
+            "are: leave it off"
         )
     uncompile_layers(model)
+    # Else torch tries the graph that ran last first, and a checkpointed layer may be recomputed by another one than ran
+    # forward, as DiffLlama's are, which differ in a constant: github.com/pytorch/pytorch/issues/166926
+    torch._C._dynamo.eval_frame._set_lru_cache(False)  # type: ignore[attr-defined]
     for layer in layers:
         cls: Any = type(layer)
         exchange_class(layer, _compiled_class(cls, backend, mode, padded))
@@ -78,7 +89,8 @@ def _compiled_class(cls: Any, backend: str, mode: str | None, padded: bool) -> t
     compiled = torch.compile(plain, backend=backend, mode=mode)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if UNCOMPILED.get() or (not padded and "packed_layout" not in kwargs):
+        packed = "packed_layout" in kwargs or layout_of(kwargs.get("attention_mask")) is not None
+        if UNCOMPILED.get() or not (padded or packed):
             return plain(self, *args, **kwargs)
         with explained_compile_errors():
             return compiled(self, *args, **kwargs)
