@@ -125,20 +125,20 @@ std::vector<int64_t> rows_of_groups(const Groups& groups) {
   }
   if (groups.share != Share::kPrefix) return rows;
   std::partial_sum(first.begin(), first.end(), first.begin());
-  std::vector<Sequence> members(groups.branches.size());  // without their last tokens, which have no row
+  std::vector<int64_t> members(groups.branches.size());
   std::vector<int64_t> next(first.begin(), first.end() - 1);
-  for (const Branch& branch : groups.branches) {
-    const Sequence& ids = groups.examples.sequences[branch.sequence];
-    members[next[branch.group]++] = {ids.data, ids.length - 1, ids.wide};
-  }
+  for (size_t b = 0; b < members.size(); ++b) members[next[groups.branches[b].group]++] = b;
+  std::vector<Sequence> branches;
   for (int64_t g = 0; g < count; ++g) {
     const auto begin = members.begin() + first[g], end = members.begin() + first[g + 1];
-    if (end - begin == 2) {
-      rows[g] -= common_prefix(begin[0], 0, begin[1], 0, std::min(begin[0].length, begin[1].length));
-    } else {
-      const auto common = sort_lexicographically(std::vector<Sequence>(begin, end)).common;
-      rows[g] -= std::accumulate(common.begin(), common.end(), int64_t{0});
+    if (end - begin == 2 && groups.branches[begin[0]].first != groups.branches[begin[1]].first) continue;
+    branches.clear();
+    for (auto member = begin; member < end; ++member) {
+      const Sequence& ids = groups.examples.sequences[groups.branches[*member].sequence];
+      branches.push_back({ids.data, ids.length - 1, ids.wide});  // the last token has no row
     }
+    const auto common = sort_lexicographically(branches).common;
+    rows[g] -= std::accumulate(common.begin(), common.end(), int64_t{0});
   }
   return rows;
 }
@@ -187,6 +187,9 @@ Units make_units(const Groups& groups, const Limits& limits) {
 
 std::vector<std::vector<int64_t>> partition(const Units& units, const Bins& bins) {
   std::vector<std::vector<int64_t>> plan(bins.loads.size());
+  std::vector<int64_t> counts(plan.size(), 0);
+  for (const int64_t unit : units.of_pair) ++counts[bins.bin_of[unit]];
+  for (size_t bin = 0; bin < plan.size(); ++bin) plan[bin].reserve(counts[bin]);
   for (size_t q = 0; q < units.of_pair.size(); ++q) plan[bins.bin_of[units.of_pair[q]]].push_back(q);
   return plan;
 }
