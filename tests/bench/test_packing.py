@@ -1,19 +1,10 @@
 """bench.packing at a small size: it runs, records, and its claims that do not depend on time hold."""
 
 import json
-import os
 
 import pytest
 
 from bench import packing
-
-
-@pytest.fixture(autouse=True)
-def own_cores():
-    """The benchmark pins the process to one core."""
-    cores = os.sched_getaffinity(0)
-    yield
-    os.sched_setaffinity(0, cores)
 
 
 def test_a_small_run_is_recorded(tmp_path, capsys):

@@ -10,7 +10,6 @@ from bench.cases import RANDOM_PROFILES, SHARED_PROFILES
 from bench.random_pairs import build_random_pairs, random_rows
 from dpofast import _C
 from dpofast.packing.examples import read_examples
-from tests.bench.test_packing import own_cores  # noqa: F401  a fixture: the benchmark pins the process to one core
 
 
 def same(a, b):
