@@ -69,7 +69,7 @@ _SMALL: dict[str, int] = {"vocab_size": 2048, "hidden_size": 128, "layers": 2}
 SHARED_PROFILES = {
     # the mean prompt has 100 tokens of its own, the mean response 150
     "tools": RandomProfile(
-        prompt_median=88, response_median=132, system=2000, vocab_size=16_384, hidden_size=256, layers=2
+        prompt_median=88, response_median=132, system=2000, vocab_size=8192, hidden_size=128, layers=2
     ),
     "turns": RandomProfile(prompt_median=80, response_median=150, turns=(2, 6), **_SMALL),
     "steps": RandomProfile(prompt_median=120, response_median=400, fork=0.5, **_SMALL),

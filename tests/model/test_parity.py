@@ -167,14 +167,13 @@ def test_an_encoder_is_told_that_it_sees_later_tokens():
     assert "padded=True" not in str(error.value)
 
 
-def test_the_decoder_of_an_encoder_decoder_runs_over_padded_rows():
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_decoder_of_an_encoder_decoder_is_attached_as_a_causal_model(padded):
     model = made("BartForCausalLM", **_BART)
-    with pytest.raises(ValueError, match="does not go through transformers' AttentionInterface.*padded=True"):
-        attach_logprob_head(model)
     (batch,) = pack(tiny_pairs(4))
     truth = alone(model, batch)
     disable_dropout(model)
-    attach_logprob_head(model, padded=True).train()
+    attach_logprob_head(model, padded=padded).train()
     torch.testing.assert_close(model(packed=batch).logps.double(), truth, atol=1e-5, rtol=0)
     (long,) = pack([{"prompt_ids": [5] * 60, "chosen_ids": [6] * 10, "rejected_ids": [7]}])
     with pytest.raises(ValueError, match=re.escape("has 69 positions, and the model's table holds 64")):
