@@ -65,6 +65,12 @@ class Packing {
     const int64_t above = std::max(depth, open_.back().depth);
     if (above > open_.back().depth) open_.push_back({above, {}});
     std::vector<Part>& target = open_.back().parts;
+    // One beyond the limits has a bin of its own, whatever the others do.
+    const auto fitting = std::stable_partition(run.parts.begin(), run.parts.end(), [&](const Part& part) {
+      return part.tokens > limits_.tokens || part.targets > limits_.targets;
+    });
+    target.insert(target.end(), run.parts.begin(), fitting);
+    run.parts.erase(run.parts.begin(), fitting);
     int64_t tokens = 0;
     for (const Part& part : run.parts) tokens += part.tokens - above;
     const int64_t saved = (run.depth - above) * (static_cast<int64_t>(run.parts.size()) - 1);

@@ -12,6 +12,9 @@ import torch
 from dpofast.common.backend import choose_backend
 from dpofast.model.attention.interface import attention_report
 
+_RECURRENT = "tree-recurrence"
+_NO_HYBRIDS = "over padded rows: pip install 'dpofast[hybrid]' packs them"
+
 
 def main(argv: Sequence[str]) -> int:
     """Print, and return 0."""
@@ -20,6 +23,8 @@ def main(argv: Sequence[str]) -> int:
     print(f"python       {platform.python_version()} on {platform.machine()}")
     for package in ("torch", "triton", "transformers", "datasets", "accelerate", "peft", "bitsandbytes"):
         print(f"{package:<12} {metadata.version(package) if _installed(package) else 'not installed'}")
+    hybrids = f"packed, by {_RECURRENT} {metadata.version(_RECURRENT)}" if _installed(_RECURRENT) else _NO_HYBRIDS
+    print(f"hybrids      {hybrids}")
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     device = accelerator or torch.device("cpu")
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"

@@ -235,7 +235,7 @@ class DPOConfig(TrainingArguments):
             raise ValueError(f"max_length: expected room for a prompt and a response token, 2, got {self.max_length}")
         if self.truncation_mode not in TRUNCATION_MODES:
             raise ValueError(f"truncation_mode: expected 'keep_start' or 'keep_end', got {self.truncation_mode!r}")
-        self.share = sharing(self.share, self.share_prompts)
+        self._resolve_share()
         self._check_max_tokens()
         self._check_moving_reference()
         if self.train_sampling_strategy not in SAMPLING_STRATEGIES:
@@ -248,6 +248,17 @@ class DPOConfig(TrainingArguments):
             raise ValueError(f"on_bad_row: expected 'raise' or 'skip', got {self.on_bad_row!r}")
         # It would replace a NaN loss by an average and go on.
         self.logging_nan_inf_filter = False
+
+    def _resolve_share(self) -> None:
+        """Set share, which may be given by its alias; padded rows share nothing."""
+        given = self.share is not None or self.share_prompts is not None
+        self.share = sharing(self.share, self.share_prompts)
+        if self.padded:
+            if given and self.share != "none":
+                raise ValueError(
+                    f"share: padded rows share nothing, got {self.share!r} with padded=True: leave one out"
+                )
+            self.share = "none"
 
     def _post_init_uncompiled(self) -> None:
         """TrainingArguments' __post_init__, which for torch_compile would turn on TF32, and accelerate's compiler."""

@@ -326,7 +326,7 @@ def test_max_tokens_below_a_pair_and_the_reports_warnings_are_said_in_a_line_eac
 def test_info_names_the_path(capsys):
     assert main(["info"]) == 0
     printed = capsys.readouterr().out
-    assert "backend torch: no GPU" in printed
+    assert "backend torch: no GPU" in printed and "hybrids      packed, by tree-recurrence 0.1" in printed
     assert "attention    float32: sdpa: segment by segment; not varlen: it needs an NVIDIA GPU" in printed
 
 

@@ -143,6 +143,14 @@ def test_turns_of_one_conversation_continue_each_other():
     assert batch.num_tokens == new - 11  # no turn follows the last
 
 
+def test_a_pair_beyond_the_budget_leaves_the_sharing_of_the_others_as_it_is():
+    prompts = [list(range(1, length + 1)) for length in range(1, 100)]
+    rows = [example(prompt, [1000 + len(prompt)], [2000 + len(prompt)]) for prompt in prompts]
+    assert [batch.num_tokens for batch in pack(rows, 200)] == [99]
+    longer = example(list(range(1, 400)), [5], [6])
+    assert [batch.num_tokens for batch in pack([*rows, longer], 200)] == [399, 99]
+
+
 def test_a_response_that_forks_late_shares_its_beginning():
     (batch,) = pack([group([1, 2], [[3, 4, 5, 6], [3, 4, 7, 8, 9], [3, 4]], [(0, 1), (0, 2)])])
     assert batch.input_ids.tolist() == [1, 2, 3, 4, 5, 7, 8]

@@ -129,7 +129,14 @@ def test_the_warning_of_a_long_pair_counts_what_it_shares(tmp_path, recwarn, opt
 
 def test_padded_rows_share_nothing(tmp_path):
     trainer = make_trainer(tmp_path, train=tiny_dataset(4), padded=True)
-    assert trainer.share == "none"
+    assert trainer.share == trainer.args.share == "none"
+
+
+@pytest.mark.parametrize("given", [{"share": "prefix"}, {"share": "prompt"}, {"share_prompts": True}])
+def test_padded_rows_that_are_to_share_something_are_refused(tmp_path, given):
+    with pytest.raises(ValueError, match="share: padded rows share nothing, got '.*' with padded=True: leave one out"):
+        make_trainer(tmp_path, train=tiny_dataset(4), padded=True, **given)
+    assert make_trainer(tmp_path, train=tiny_dataset(4), padded=True, share="none").share == "none"
 
 
 @pytest.mark.parametrize("share", ["prefix", "prompt", "none"])

@@ -297,6 +297,6 @@ def _balancing_loss(model: Any, router_logits: tuple[Tensor, ...], attention_mas
     if experts is None or chosen is None:
         raise ValueError(
             f"{type(model).__name__}: expected a mixture of experts with num_experts and num_experts_per_tok, as "
-            "output_router_logits asks for its balancing loss"
+            "output_router_logits asks for its balancing loss: set router_aux_loss_coef=0 in the model's config"
         )
     return load_balancing_loss_func(router_logits, experts, chosen, attention_mask)
