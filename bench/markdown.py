@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from bench.cases import RESULTS, SHARED_PROFILES
+from bench.cases import RANDOM_PROFILES, RESULTS
 
 Record = dict[str, Any]
 GIB, MIB = 2**30, 2**20
@@ -37,11 +37,8 @@ def machine(record: Record) -> str:
 
 
 def _trained(record: Record) -> str:
-    model = "SmolLM2-135M" if record["figures"]["model"] == "smollm2" else "small random Llama, V = 151,936"
-    if record["figures"]["profile"].endswith("49k"):
-        model = "small random Llama, V = 49,152"
-    if record["figures"]["profile"] in SHARED_PROFILES:
-        model = "small random Llama, V = 2,048"
+    random = RANDOM_PROFILES.get(record["figures"]["profile"])
+    model = "SmolLM2-135M" if random is None else f"small random Llama, V = {random.vocab_size:,}"
     lora = record["figures"].get("lora")
     return f"{model}, LoRA" if lora else model if "Llama" in model else f"{model}, all weights"
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bench.cases import RANDOM_PROFILES, RESULTS
+from bench.cases import RANDOM_PROFILES, RESULTS, SHARED_PROFILES
 from bench.markdown import Record, records
 from bench.roofline import heads, layers
 from bench.roofline.calls import flops
@@ -175,6 +175,8 @@ def predict_engine(record: Record, engine: str, device: Device, everything: list
     Raises:
         LookupError: something that it needs is not recorded.
     """
+    if record["figures"]["profile"] in SHARED_PROFILES:
+        raise LookupError("what sequences share beyond a prompt is not modelled")
     if engine not in ENGINES:
         raise LookupError("how it divides padded rows is not modelled")
     how, checkpointing = ENGINES[engine]
