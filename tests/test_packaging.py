@@ -71,7 +71,7 @@ def test_transformers_is_unharmed_in_the_repository_root():
         "model = AutoModelForCausalLM.from_config(config)\n"
         "assert model(torch.ones(1, 3, dtype=torch.long)).logits.shape == (1, 3, 32)\n"
         "from importlib.metadata import packages_distributions\n"
-        "assert is_kernels_available() == ('kernels' in packages_distributions())\n",
+        "assert 'kernels' in packages_distributions() or not is_kernels_available()\n",
     )
 
 

@@ -184,6 +184,9 @@ def run(losses: list[float], steps_s: list[float], reference_s: float = 0.0, pea
         "grad_norms": [1.0] * len(losses),
         "steps_s": steps_s,
         "reference_s": reference_s,
+        # two threads, busy all the time
+        "steps_cpu_s": [2 * seconds for seconds in steps_s],
+        "reference_cpu_s": 2 * reference_s,
         "peak_bytes": peak_bytes,
     }
 
@@ -202,6 +205,7 @@ def test_the_reference_pass_counts_into_the_steps() -> None:
     repeats = [run([0.7] * 3, [9.0, 2.0, 2.0], reference_s=3.0), run([0.7] * 3, [8.0, 4.0, 4.0], peak_bytes=2**31)]
     figures = step.summarize(repeats)
     assert figures["step_s"]["median"] == 3.5  # of 3, 3, 4, 4
+    assert figures["step_cpu_s"]["median"] == 7.0
     assert figures["first_step_s"] == 8.5
     assert figures["peak_bytes"] == 2**31
     text = step.table({"trl": figures, "dpofast": step.summarize(repeats[:1])}, "trl")
