@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from dpofast.model.wrappers import drop_hooks
 from dpofast.packing.batch import PackedBatch
 from dpofast.packing.split import following_value, split_by_kind
 
@@ -50,10 +51,7 @@ def follow_lengths(model: nn.Module) -> None:
 def stop_following(model: Any) -> None:
     """Undo follow_lengths."""
     vars(model).pop(_MODULES, None)
-    for module in model.modules():
-        for key in [key for key, hook in module._forward_hooks.items() if hook is _own_tables]:
-            del module._forward_hooks[key]
-            module._forward_hooks_with_kwargs.pop(key, None)
+    drop_hooks(model, lambda hook: hook is _own_tables)
 
 
 def split_by_table(model: nn.Module, batch: PackedBatch, *, appended: int = 0) -> PackedBatch:

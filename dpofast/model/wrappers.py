@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import inspect
 import types
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
@@ -24,6 +25,21 @@ from torch import nn
 UNCOMPILED: ContextVar[bool] = ContextVar("UNCOMPILED", default=False)
 # Where accelerate's hook keeps the forward that it calls.
 _HOOKED = "_old_forward"
+
+
+def drop_hooks(model: nn.Module, ours: Callable[[Any], bool]) -> None:
+    """Take off the forward hooks and pre-hooks of a model's modules for which ours(hook) holds.
+
+    Found by what they are: a copy has the hooks of its original, and nobody has their handles.
+    """
+    for module in model.modules():
+        for hooks, with_kwargs in (
+            (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+            (module._forward_hooks, module._forward_hooks_with_kwargs),
+        ):
+            for key in [key for key, hook in hooks.items() if ours(hook)]:
+                del hooks[key]
+                with_kwargs.pop(key, None)
 
 
 def exchange_class(module: Any, new: type) -> None:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from dpofast.model.wrappers import drop_hooks
+
 _LAYER_TYPES = {"indexed_attention", "deepseek_sparse_attention"}
 # Implementations for which the layers fold the selection into the mask, and do not pass it on as an argument.
 _BY_MASK = ("eager", "sdpa")
@@ -48,10 +50,7 @@ def skip_indexers(backbone: nn.Module) -> None:
 
 def run_indexers(backbone: nn.Module) -> None:
     """Undo skip_indexers."""
-    for module in backbone.modules():
-        for key in [key for key, hook in module._forward_pre_hooks.items() if hook is _one_row]:
-            del module._forward_pre_hooks[key]
-            module._forward_pre_hooks_with_kwargs.pop(key, None)
+    drop_hooks(backbone, lambda hook: hook is _one_row)
 
 
 def selection_in_mask(

@@ -19,6 +19,7 @@ from torch import Tensor
 from dpofast.model.checks.support import cannot_pack, is_recurrent
 from dpofast.model.parts import backbone_of
 from dpofast.model.recurrent.families import register_families
+from dpofast.model.wrappers import drop_hooks
 from dpofast.packing.segments import Segments
 
 _MODE = "_dpofast_recurrence"  # an attribute of the model: "tree" or "chains", as tree-recurrence has it
@@ -70,11 +71,7 @@ def follow_again(model: Any) -> None:
 
 def _drop_call_hooks(model: Any) -> None:
     """Take off tree-recurrence's hooks on modules, which a copy has beside its own: they turn caches off."""
-    for module in model.modules():
-        for key, hook in list(module._forward_pre_hooks.items()):
-            if getattr(hook, "__module__", "").startswith("tree_recurrence."):
-                del module._forward_pre_hooks[key]
-                module._forward_pre_hooks_with_kwargs.pop(key, None)
+    drop_hooks(model, lambda hook: getattr(hook, "__module__", "").startswith("tree_recurrence."))
 
 
 def segment_arguments(model: Any, segments: Segments) -> dict[str, Tensor]:
