@@ -21,6 +21,14 @@ from dpofast.common.printable import printable
 
 ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 REF_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
+# Of a token-level dataset of lists: responses best first, dense ranks from 0, their places in the row of the source.
+LIST_ID_COLUMNS = ("prompt_ids", "responses_ids")
+RANK_COLUMN, SCORE_COLUMN, ORDER_COLUMN = "ranks", "scores", "order"
+LIST_REF_COLUMN = "ref_responses_logps"
+# A number for every pair or list.
+ROW_COLUMNS = ("weight", "margin", "beta", "label_smoothing")
+# A number for every token of a response.
+WEIGHT_COLUMNS, LIST_WEIGHT_COLUMN = ("chosen_weights", "rejected_weights"), "responses_weights"
 # Only these may be null in a row although the dataset has the column.
 TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
 # What other formats call the prompt or a part of it. Their text must be in the prompt: no other place is read.

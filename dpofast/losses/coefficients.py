@@ -13,9 +13,10 @@ from torch import Tensor
 
 from dpofast.common.autograd import recording
 from dpofast.common.backend import uses_triton
+from dpofast.losses.columns import NO_COLUMNS, PreferenceColumns
 from dpofast.losses.config import PreferenceLoss
 from dpofast.losses.kinds import KINDS
-from dpofast.losses.pairs import Pairs, StepTotals
+from dpofast.losses.pairs import Lists, Pairs, StepTotals, make_lists
 from dpofast.losses.sequences import Tokens, pair_logprobs, segment_sums, side_indices, spread
 
 
@@ -32,10 +33,15 @@ class PairTerms:
     coefficients: Tensor
 
 
-def pairs_of_tokens(
-    tokens: Tokens, pairs: Tensor, ref_logps: Tensor | None, loss: PreferenceLoss, totals: StepTotals
-) -> tuple[Pairs, Tensor, Tensor]:
-    """Pairs, differentiable in tokens.logps; then logps and rewards as in PreferenceOutput."""
+def inputs_of_tokens(
+    tokens: Tokens,
+    pairs: Tensor,
+    ref_logps: Tensor | None,
+    loss: PreferenceLoss,
+    totals: StepTotals,
+    columns: PreferenceColumns,
+) -> tuple[Pairs, Lists | None, Tensor, Tensor]:
+    """Pairs, and Lists for a loss of lists, differentiable in tokens.logps; then logps and rewards."""
     sides = side_indices(pairs, tokens.logps.device)
     sums = segment_sums(tokens.logps, tokens.cu_targets)
     lengths = tokens.lengths() if loss.needs_lengths else None
@@ -54,33 +60,52 @@ def pairs_of_tokens(
         policy,
         ref[sides] if ref.dim() == 1 else ref,
         None if lengths is None else lengths[sides],
+        loss,
+        columns,
         sums[sides[:, 0]],
         weights,
     )
-    return values, logps, loss.beta * (logps - ref)
+    lists = make_lists(logps, ref, lengths, pairs, loss, columns) if loss.of_lists else None
+    return values, lists, logps, rewards_of(logps - ref, pairs, loss, columns)
 
 
-def runs_fused(loss: PreferenceLoss, backend: str) -> bool:
+def rewards_of(ratios: Tensor, pairs: Tensor, loss: PreferenceLoss, columns: PreferenceColumns) -> Tensor:
+    """β times the log-ratios (S,) or, with ld_alpha, (P, 2): as PreferenceOutput.rewards documents them."""
+    if columns.beta is None:
+        return loss.beta * ratios
+    rows = pairs if columns.lists is None else columns.lists
+    if ratios.dim() == 1:
+        ratios = torch.where((rows >= 0).to(ratios.device), ratios[side_indices(rows.clamp(min=0), ratios.device)], 0.0)
+    return columns.beta.to(ratios.dtype)[:, None] * ratios
+
+
+def runs_fused(loss: PreferenceLoss, backend: str, columns: PreferenceColumns = NO_COLUMNS) -> bool:
     """Whether kernels/preference.py computes this loss: DPO, also with label smoothing, per token, or with ld_alpha."""
     plain = loss.f_divergence_type == "reverse_kl" and not loss.use_weighting and loss.rpo_alpha is None
     kinds = loss.kinds in (("sigmoid",), ("sigmoid_norm",)) and loss.kind_weights == (1.0,)
-    return uses_triton(backend) and plain and kinds
+    return uses_triton(backend) and plain and kinds and not columns.given
 
 
 def pair_terms(
-    tokens: Tokens, pairs: Tensor, ref_logps: Tensor | None, loss: PreferenceLoss, totals: StepTotals, backend: str
+    tokens: Tokens,
+    pairs: Tensor,
+    ref_logps: Tensor | None,
+    loss: PreferenceLoss,
+    totals: StepTotals,
+    backend: str,
+    columns: PreferenceColumns = NO_COLUMNS,
 ) -> PairTerms:
     """The loss of every pair and the coefficients of its tokens; records no autograd graph.
 
     With a Triton backend one kernel launch where runs_fused, else torch on tensors of N numbers.
     """
-    if runs_fused(loss, backend):
+    if runs_fused(loss, backend, columns):
         return _fused_terms(tokens, pairs, ref_logps, loss)
     with recording():
         leaf = tokens.logps.detach().clone().requires_grad_()  # a clone: not an inference tensor
         tokens = Tokens(leaf, tokens.cu_targets, tokens.counted, tokens.log_sum_sq)
-        values, logps, rewards = pairs_of_tokens(tokens, pairs, ref_logps, loss, totals)
-        losses = pair_losses(values, loss)
+        values, lists, logps, rewards = inputs_of_tokens(tokens, pairs, ref_logps, loss, totals, columns)
+        losses = pair_losses(values, lists, loss)
         (coefficients,) = torch.autograd.grad(losses.sum(), leaf)
     return PairTerms(losses.detach(), logps.detach(), rewards.detach(), coefficients)
 
@@ -108,11 +133,11 @@ def _fused_terms(tokens: Tokens, pairs: Tensor, ref_logps: Tensor | None, loss: 
     return PairTerms(result.pair_losses, result.sequence_logps, result.rewards, coefficients)
 
 
-def pair_losses(x: Pairs, loss: PreferenceLoss) -> Tensor:
-    """(P,) losses: the weighted sum over the kinds, plus rpo_alpha's NLL term, times use_weighting's factor."""
+def pair_losses(x: Pairs, lists: Lists | None, loss: PreferenceLoss) -> Tensor:
+    """(P,) losses: the weighted sum over the kinds, plus rpo_alpha's NLL term, times the pairs' weights."""
     total = torch.zeros_like(x.policy_chosen)
     for kind, weight in zip(loss.kinds, loss.kind_weights, strict=True):
-        total = total + weight * KINDS[kind].function(x, loss)
+        total = total + weight * KINDS[kind].function(lists if KINDS[kind].lists else x, loss)
     if loss.rpo_alpha is not None:
         total = total + loss.rpo_alpha * x.chosen_nll()
     return total if x.weights is None else total * x.weights

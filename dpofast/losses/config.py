@@ -163,6 +163,11 @@ class PreferenceLoss(LossOptions):
         return self.bco_delta != "zero" or any(KINDS[kind].coupled for kind in self.kinds)
 
     @property
+    def of_lists(self) -> bool:
+        """Whether it takes lists of responses; other kinds of a mix see their best and worst as a pair."""
+        return any(KINDS[kind].lists for kind in self.kinds)
+
+    @property
     def needs_reference(self) -> bool:
         """Whether reference log-probs are needed."""
         return any(KINDS[kind].reference for kind in self.kinds)

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from dpofast.common.autograd import ReverseModeFunction, check_derivatives, first_order_only
 from dpofast.common.backend import choose_backend
-from dpofast.losses.coefficients import pair_losses, pair_terms, pairs_of_tokens, runs_fused
+from dpofast.losses.coefficients import inputs_of_tokens, pair_losses, pair_terms, rewards_of, runs_fused
+from dpofast.losses.columns import NO_COLUMNS, PreferenceColumns
 from dpofast.losses.config import PreferenceLoss, checked_loss
-from dpofast.losses.pairs import Pairs, StepTotals
+from dpofast.losses.pairs import Lists, Pairs, StepTotals, make_lists
 from dpofast.losses.sequences import Tokens, chosen_and_rejected, side_indices
 from dpofast.losses.validate import check_pairs, check_tokens
 
@@ -28,6 +29,7 @@ class PreferenceOutput:
     loss: scalar, a mean over pairs, or a sum over them divided by num_pairs; losses (P,); logps and rewards (S,).
     Only loss is differentiable. rewards = beta·(logp − ref_logp), in nats times beta, without a reference beta·logp.
     With ld_alpha a response's log-prob depends on its partner: logps and rewards are then (P, 2), chosen and rejected.
+    With a column beta, rewards are (P, 2) too, or of lists (P, K), 0 where a list has fewer responses.
     aux_loss is a model's own auxiliary loss (mixture-of-experts balancing), differentiable, not in loss, or None.
     """
 
@@ -37,9 +39,24 @@ class PreferenceOutput:
     rewards: Tensor
     aux_loss: Tensor | None = None
 
-    def of_pairs(self, name: str, pairs: Tensor) -> Tensor:
-        """logps or rewards (`name`) of every pair's chosen and rejected response: (P, 2)."""
-        return chosen_and_rejected(getattr(self, name), pairs)
+    def of_pairs(self, name: str, pairs: Tensor, lists: Tensor | None = None) -> Tensor:
+        """logps or rewards (`name`) of every pair's chosen and rejected response, of a list its best and worst: (P, 2).
+
+        pairs and lists are those of the batch: PackedBatch.pairs and PackedBatch.columns.lists.
+        """
+        values = getattr(self, name)
+        if lists is None or values.dim() == 1:
+            return chosen_and_rejected(values, pairs)
+        last = (lists >= 0).sum(1, keepdim=True) - 1
+        return torch.cat([values[:, :1], values.gather(1, last.to(values.device))], dim=1)
+
+    def of_lists(self, name: str, lists: Tensor) -> Tensor:
+        """logps or rewards (`name`) of every list's responses: (P, K), 0 where a list has fewer."""
+        values = getattr(self, name)
+        if values.dim() == 2:
+            return values
+        member = (lists >= 0).to(values.device)
+        return torch.where(member, values[side_indices(lists.clamp(min=0), values.device)], 0.0)
 
 
 def preference_loss(
@@ -52,8 +69,9 @@ def preference_loss(
     num_pairs: int | None = None,
     num_chosen_tokens: int | None = None,
     earlier_rewards: Tensor | None = None,
+    columns: PreferenceColumns = NO_COLUMNS,
 ) -> PreferenceOutput:
-    """The preference loss of P pairs over S sequences.
+    """The preference loss of P pairs, or lists, over S sequences.
 
     Args:
         logps: (S,) summed log-probs under the policy, nats, differentiable.
@@ -65,13 +83,15 @@ def preference_loss(
             one of its micro-batches.
         num_chosen_tokens: what "sft" divides by, default these pairs' chosen tokens; those of the whole step likewise.
         earlier_rewards: (2,) float64, sum and number of the rewards of earlier steps, for bco_delta="running_mean".
+        columns: weights, margins, lists and more of the rows (PackedBatch.columns), but no token_weights, which belong
+            into logps and lengths. Of lists, pairs names the best and the worst response.
 
     Raises:
         ValueError: shapes that do not fit, no pair, something the kind needs that is missing, a loss that needs token
             log-probs (ld_alpha, use_weighting), or (on the CPU) a pair that names a missing sequence.
     """
     loss = checked_loss(loss)
-    check_pairs(logps, pairs, ref_logps, loss)
+    check_pairs(logps, pairs, ref_logps, loss, columns)
     for name in ("ld_alpha", "use_weighting"):
         if getattr(loss, name) not in (None, False):
             raise ValueError(
@@ -85,14 +105,17 @@ def preference_loss(
     ref = torch.zeros_like(logps) if ref_logps is None else ref_logps.to(logps.dtype)
     totals = StepTotals(len(pairs) if num_pairs is None else num_pairs, num_chosen_tokens, earlier_rewards)
     counts = lengths[sides] if loss.needs_lengths and lengths is not None else None
-    values = totals.make_pairs(logps[sides], ref[sides], counts)
-    return _output(values, loss, totals, logps, loss.beta * (logps - ref))
+    values = totals.make_pairs(logps[sides], ref[sides], counts, loss, columns)
+    lists = None
+    if loss.of_lists:
+        lists = make_lists(logps, ref, lengths if loss.needs_lengths else None, pairs, loss, columns)
+    return _output(values, lists, loss, totals, logps, rewards_of(logps - ref, pairs, loss, columns))
 
 
 def _output(
-    values: Pairs, loss: PreferenceLoss, totals: StepTotals, logps: Tensor, rewards: Tensor
+    values: Pairs, lists: Lists | None, loss: PreferenceLoss, totals: StepTotals, logps: Tensor, rewards: Tensor
 ) -> PreferenceOutput:
-    losses = pair_losses(values, loss)
+    losses = pair_losses(values, lists, loss)
     return PreferenceOutput(losses.sum() / totals.num_pairs, losses.detach(), logps.detach(), rewards.detach())
 
 
@@ -108,6 +131,7 @@ def token_preference_loss(
     num_pairs: int | None = None,
     num_chosen_tokens: int | None = None,
     earlier_rewards: Tensor | None = None,
+    columns: PreferenceColumns = NO_COLUMNS,
     backend: str = "auto",
 ) -> PreferenceOutput:
     """preference_loss from per-token log-probs (N,): on a GPU, DPO's is one Triton launch for values and coefficients.
@@ -121,6 +145,7 @@ def token_preference_loss(
         log_sum_sq_probs: (N,) log Σp² in nats, for use_weighting.
         counted: (N,) bool, False where a target was ignored and is no token; default, all are.
         num_pairs, num_chosen_tokens, earlier_rewards: as in preference_loss.
+        columns: as in preference_loss, and token_weights. ref_logps are then sums weighted alike.
         backend: "auto", "triton" or "torch".
 
     Raises:
@@ -128,13 +153,13 @@ def token_preference_loss(
     """
     loss = checked_loss(loss)
     tokens = Tokens(token_logps, cu_targets, counted, log_sum_sq_probs)
-    check_tokens(tokens, pairs, ref_logps, loss)
+    check_tokens(tokens, pairs, ref_logps, loss, columns)
     totals = StepTotals(len(pairs) if num_pairs is None else num_pairs, num_chosen_tokens, earlier_rewards)
-    if runs_fused(loss, choose_backend(backend, token_logps.device)):
+    if runs_fused(loss, choose_backend(backend, token_logps.device), columns):
         check_derivatives(token_logps, ref_logps)
-        return PreferenceOutput(*_Fused.apply(token_logps, tokens, pairs, ref_logps, loss, totals))
-    values, logps, rewards = pairs_of_tokens(tokens, pairs, ref_logps, loss, totals)
-    return _output(values, loss, totals, logps, rewards)
+        return PreferenceOutput(*_Fused.apply(token_logps, tokens, pairs, ref_logps, loss, totals, columns))
+    values, lists, logps, rewards = inputs_of_tokens(tokens, pairs, ref_logps, loss, totals, columns)
+    return _output(values, lists, loss, totals, logps, rewards)
 
 
 class _Fused(ReverseModeFunction):
@@ -149,8 +174,9 @@ class _Fused(ReverseModeFunction):
         ref_logps: Tensor | None,
         loss: PreferenceLoss,
         totals: StepTotals,
+        columns: PreferenceColumns,
     ) -> tuple[Tensor, ...]:
-        terms = pair_terms(tokens, pairs, ref_logps, loss, totals, "triton")
+        terms = pair_terms(tokens, pairs, ref_logps, loss, totals, "triton", columns)
         ctx.save_for_backward(token_logps, terms.coefficients / totals.num_pairs)
         outputs = (terms.losses, terms.logps, terms.rewards)
         ctx.mark_non_differentiable(*outputs)
@@ -160,4 +186,4 @@ class _Fused(ReverseModeFunction):
     @first_order_only
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         _, coefficients = ctx.saved_tensors
-        return (coefficients * grad_loss, *(None,) * 5)
+        return (coefficients * grad_loss, *(None,) * 6)

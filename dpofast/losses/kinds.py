@@ -13,30 +13,32 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dpofast.losses import list_kinds
 from dpofast.losses.options import LossOptions
 from dpofast.losses.pairs import Pairs
 
 
-def _smoothed(margin: Tensor, loss: LossOptions) -> Tensor:
+def _smoothed(margin: Tensor, flipped: Tensor | float) -> Tensor:
     """−(1−ε)·ls(margin) − ε·ls(−margin): the logistic loss if a preference is flipped with probability ε (cDPO)."""
-    if loss.label_smoothing == 0:
+    if not isinstance(flipped, Tensor) and flipped == 0:
         return -F.logsigmoid(margin)
-    return -(1 - loss.label_smoothing) * F.logsigmoid(margin) - loss.label_smoothing * F.logsigmoid(-margin)
+    return -(1 - flipped) * F.logsigmoid(margin) - flipped * F.logsigmoid(-margin)
 
 
 def _sigmoid(x: Pairs, loss: LossOptions) -> Tensor:
     """DPO, arXiv 2305.18290 eq. 7: −(1−ε)·ls(βΔ) − ε·ls(−βΔ); with ε > 0 conservative DPO."""
-    return _smoothed(x.margin(loss), loss)
+    return _smoothed(x.margin(loss), x.label_smoothing)
 
 
 def _sigmoid_norm(x: Pairs, loss: LossOptions) -> Tensor:
     """Length-normalized DPO: sigmoid with Δ = s(w)/n_w − s(l)/n_l."""
-    return _smoothed(loss.beta * x.mean_scores(loss), loss)
+    return _smoothed(x.beta * x.mean_scores(loss), x.label_smoothing)
 
 
 def _robust(x: Pairs, loss: LossOptions) -> Tensor:
@@ -44,7 +46,7 @@ def _robust(x: Pairs, loss: LossOptions) -> Tensor:
 
     Its expectation is the DPO loss of the clean preferences if a share ε of them is flipped.
     """
-    margin, flipped = x.margin(loss), loss.label_smoothing
+    margin, flipped = x.margin(loss), x.label_smoothing
     clean = -(1 - flipped) * F.logsigmoid(margin)
     return (clean + flipped * F.logsigmoid(-margin)) / (1 - 2 * flipped)
 
@@ -64,7 +66,7 @@ def _ipo(x: Pairs, loss: LossOptions) -> Tensor:
     else:
         chosen, rejected = x.scores(loss)
         difference = chosen - rejected
-    return (difference - 1 / (2 * loss.beta)).square()
+    return (difference - 1 / (2 * x.beta)).square()
 
 
 def _exo_pair(x: Pairs, loss: LossOptions) -> Tensor:
@@ -72,20 +74,25 @@ def _exo_pair(x: Pairs, loss: LossOptions) -> Tensor:
 
     The KL divergence from the policy's preference (σ(βΔ), σ(−βΔ)) to the label (1−ε, ε).
     """
-    margin, flipped = x.margin(loss), loss.label_smoothing
-    right = margin.sigmoid() * (F.logsigmoid(margin) - math.log1p(-flipped))
-    return right + (-margin).sigmoid() * (F.logsigmoid(-margin) - math.log(flipped))
+    margin, flipped = x.margin(loss), x.label_smoothing
+    if isinstance(flipped, Tensor):
+        log_right: Tensor | float = (-flipped).log1p()
+        log_wrong: Tensor | float = flipped.log()
+    else:
+        log_right, log_wrong = math.log1p(-flipped), math.log(flipped)
+    right = margin.sigmoid() * (F.logsigmoid(margin) - log_right)
+    return right + (-margin).sigmoid() * (F.logsigmoid(-margin) - log_wrong)
 
 
 def _nca_pair(x: Pairs, loss: LossOptions) -> Tensor:
     """NCA, arXiv 2402.05369: −ls(βw) − ½·ls(−βw) − ½·ls(−βl)."""
-    chosen, rejected = loss.beta * x.chosen, loss.beta * x.rejected
+    chosen, rejected = x.beta * x.chosen, x.beta * x.rejected
     return -F.logsigmoid(chosen) - 0.5 * F.logsigmoid(-chosen) - 0.5 * F.logsigmoid(-rejected)
 
 
 def _bco_pair(x: Pairs, loss: LossOptions) -> Tensor:
     """BCO, arXiv 2404.04656: −ls(βw − δ) − ls(−(βl − δ)), δ the mean of all rewards so far, or 0."""
-    chosen, rejected = loss.beta * x.chosen, loss.beta * x.rejected
+    chosen, rejected = x.beta * x.chosen, x.beta * x.rejected
     shift: Tensor | float = 0.0
     if loss.bco_delta == "running_mean":
         total, count = (0.0, 0.0) if x.earlier_rewards is None else x.earlier_rewards.unbind()
@@ -96,7 +103,7 @@ def _bco_pair(x: Pairs, loss: LossOptions) -> Tensor:
 
 def _sppo_hard(x: Pairs, loss: LossOptions) -> Tensor:
     """SPPO with hard labels, arXiv 2405.00675: (w − 1/(2β))² + (l + 1/(2β))²."""
-    target = 1 / (2 * loss.beta)
+    target = 1 / (2 * x.beta)
     return (x.chosen - target).square() + (x.rejected + target).square()
 
 
@@ -117,22 +124,22 @@ def _aot(x: Pairs, loss: LossOptions) -> Tensor:
     r_w and r_l are the reference's log-probs; sorted over all pairs of the call.
     """
     policy = x.policy_chosen - x.policy_rejected
-    return _smoothed(loss.beta * _quantile_differences(policy, x.ref_chosen - x.ref_rejected), loss)
+    return _smoothed(x.beta * _quantile_differences(policy, x.ref_chosen - x.ref_rejected), x.label_smoothing)
 
 
 def _aot_unpaired(x: Pairs, loss: LossOptions) -> Tensor:
     """AOT for unpaired data, arXiv 2406.05882: sigmoid with sort(w) − sort(l) as Δ, over all pairs of the call."""
-    return _smoothed(loss.beta * _quantile_differences(x.chosen, x.rejected), loss)
+    return _smoothed(x.beta * _quantile_differences(x.chosen, x.rejected), x.label_smoothing)
 
 
 def _apo_zero(x: Pairs, loss: LossOptions) -> Tensor:
     """APO-zero, arXiv 2408.06266 eq. 7: 1 − σ(βw) + σ(βl)."""
-    return (-loss.beta * x.chosen).sigmoid() + (loss.beta * x.rejected).sigmoid()
+    return (-x.beta * x.chosen).sigmoid() + (x.beta * x.rejected).sigmoid()
 
 
 def _apo_down(x: Pairs, loss: LossOptions) -> Tensor:
     """APO-down, arXiv 2408.06266 eq. 8: σ(βw) + 1 − σ(β(w − l))."""
-    return (loss.beta * x.chosen).sigmoid() + (-loss.beta * (x.chosen - x.rejected)).sigmoid()
+    return (x.beta * x.chosen).sigmoid() + (-x.beta * (x.chosen - x.rejected)).sigmoid()
 
 
 def _discopop(x: Pairs, loss: LossOptions) -> Tensor:
@@ -156,7 +163,7 @@ def _sft(x: Pairs, loss: LossOptions) -> Tensor:
 def _simpo(x: Pairs, loss: LossOptions) -> Tensor:
     """SimPO, arXiv 2405.14734: −ls(β(p_w/n_w − p_l/n_l) − γ)."""
     difference = x.policy_chosen / x.chosen_tokens - x.policy_rejected / x.rejected_tokens
-    return -F.logsigmoid(loss.beta * difference - loss.simpo_gamma)
+    return -F.logsigmoid(x.beta * difference - loss.simpo_gamma)
 
 
 def _log_odds(mean_logp: Tensor) -> Tensor:
@@ -169,20 +176,20 @@ def _orpo(x: Pairs, loss: LossOptions) -> Tensor:
     """ORPO, arXiv 2403.07691: −p_w/n_w − λ·ls(log-odds(p_w/n_w) − log-odds(p_l/n_l)), λ = β as in TRL."""
     chosen = _log_odds(x.policy_chosen / x.chosen_tokens)
     rejected = _log_odds(x.policy_rejected / x.rejected_tokens)
-    return x.chosen_nll() - loss.beta * F.logsigmoid(chosen - rejected)
+    return x.chosen_nll() - x.beta * F.logsigmoid(chosen - rejected)
 
 
 def _cpo(x: Pairs, loss: LossOptions) -> Tensor:
     """CPO, arXiv 2401.08417: −ls(β(p_w − p_l)) − λ·p_w/n_w, λ = cpo_alpha."""
-    preference = -F.logsigmoid(loss.beta * (x.policy_chosen - x.policy_rejected))
+    preference = -F.logsigmoid(x.beta * (x.policy_chosen - x.policy_rejected))
     return preference + loss.cpo_alpha * x.chosen_nll() if loss.cpo_alpha else preference
 
 
 def _kto_pair(x: Pairs, loss: LossOptions) -> Tensor:
     """KTO on pairs, arXiv 2402.01306: 1 − σ(β(w − KL)) + 1 − σ(β(KL − l)), KL = max(0, mean of all w and l)."""
     divergence = ((x.chosen + x.rejected).mean() / 2).clamp(min=0).detach()
-    chosen = (-loss.beta * (x.chosen - divergence)).sigmoid()
-    return chosen + (-loss.beta * (divergence - x.rejected)).sigmoid()
+    chosen = (-x.beta * (x.chosen - divergence)).sigmoid()
+    return chosen + (-x.beta * (divergence - x.rejected)).sigmoid()
 
 
 @dataclass(frozen=True)
@@ -199,9 +206,12 @@ class Kind:
         options: fields of LossOptions that it reads beside the shared ones.
         nll: whether it contains an NLL term of the chosen response.
         per_token: whether it compares the responses' log-probs per token.
+        margin: whether it takes the column `margin`.
+        lists: whether it is a loss of lists: function is then (Lists, LossOptions) -> (P,).
+        scores: of a loss of lists, whether lists of more than two responses need scores.
     """
 
-    function: Callable[[Pairs, LossOptions], Tensor]
+    function: Callable[[Any, Any], Tensor]
     reference: bool = True
     coupled: bool = False
     divergence: bool = False
@@ -210,6 +220,9 @@ class Kind:
     options: tuple[str, ...] = ()
     nll: bool = False
     per_token: bool = False
+    margin: bool = False
+    lists: bool = False
+    scores: bool = False
 
     def needs_lengths(self, loss: LossOptions) -> bool:
         """Whether it needs n_w and n_l with these options."""
@@ -223,10 +236,10 @@ SMOOTHING_RANGES: dict[str, Callable[[float], bool]] = {
 }
 
 KINDS: dict[str, Kind] = {
-    "sigmoid": Kind(_sigmoid, divergence=True, smoothing="[0, 0.5]"),
+    "sigmoid": Kind(_sigmoid, divergence=True, smoothing="[0, 0.5]", margin=True),
     "sigmoid_norm": Kind(_sigmoid_norm, divergence=True, lengths=True, smoothing="[0, 0.5]", per_token=True),
     "robust": Kind(_robust, divergence=True, smoothing="[0, 0.5)"),
-    "hinge": Kind(_hinge, divergence=True),
+    "hinge": Kind(_hinge, divergence=True, margin=True),
     "ipo": Kind(_ipo, divergence=True, lengths="ipo_average", options=("ipo_average",), per_token=True),
     "exo_pair": Kind(_exo_pair, divergence=True, smoothing="(0, 1)"),
     "discopop": Kind(_discopop, divergence=True, options=("discopop_tau",)),
@@ -243,6 +256,7 @@ KINDS: dict[str, Kind] = {
     "simpo": Kind(_simpo, reference=False, lengths=True, options=("simpo_gamma",), per_token=True),
     "orpo": Kind(_orpo, reference=False, lengths=True, nll=True, per_token=True),
     "cpo": Kind(_cpo, reference=False, lengths="cpo_alpha", options=("cpo_alpha",), nll=True),
+    "plackett_luce": Kind(list_kinds.plackett_luce, lists=True),
 }
 
 # What is often written for them, in messages about an unknown name.

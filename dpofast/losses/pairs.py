@@ -1,4 +1,4 @@
-"""Pairs: the tensors of P pairs that every loss reads; StepTotals: the sums over a whole optimizer step."""
+"""Pairs and Lists: the tensors that every loss reads; StepTotals: the sums over a whole optimizer step."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dpofast.losses.columns import PreferenceColumns
 from dpofast.losses.divergences import DIVERGENCES
 from dpofast.losses.options import LossOptions
 
@@ -23,7 +24,10 @@ class Pairs:
         chosen_tokens, rejected_tokens: n_w and n_l, at least 1; NaN where the loss does not need them.
         nll_scale: scalar, pairs over chosen tokens of the whole step: turns a mean over pairs into one over tokens.
         earlier_rewards: (2,) float64, sum and number of the rewards before this call (bco_pair's running mean).
-        weights: factor of each pair for use_weighting, without gradient, or None.
+        weights: factor of each pair, without gradient, or None: use_weighting's, times the column `weight`.
+        beta: β, the option, or the column (P,).
+        label_smoothing: ε, the option, or the column (P,).
+        offset: the column `margin` (P,), nats, or None.
     """
 
     policy_chosen: Tensor
@@ -36,6 +40,9 @@ class Pairs:
     nll_scale: Tensor
     earlier_rewards: Tensor | None
     weights: Tensor | None
+    beta: Tensor | float
+    label_smoothing: Tensor | float
+    offset: Tensor | None
 
     @property
     def chosen(self) -> Tensor:
@@ -54,9 +61,10 @@ class Pairs:
         return score(self.chosen, alpha), score(self.rejected, alpha)
 
     def margin(self, loss: LossOptions) -> Tensor:
-        """βΔ = β·(s(w) − s(l)): (P,)."""
+        """βΔ = β·(s(w) − s(l)), less the column `margin` where there is one: (P,)."""
         chosen, rejected = self.scores(loss)
-        return loss.beta * (chosen - rejected)
+        margin = self.beta * (chosen - rejected)
+        return margin if self.offset is None else margin - self.offset
 
     def mean_scores(self, loss: LossOptions) -> Tensor:
         """s(w)/n_w − s(l)/n_l: (P,)."""
@@ -66,6 +74,36 @@ class Pairs:
     def chosen_nll(self) -> Tensor:
         """Negative log-likelihood of the chosen response per token: (P,)."""
         return -self.chosen_sum / self.chosen_tokens
+
+
+@dataclass(frozen=True)
+class Lists:
+    """What a list kind reads of P lists of up to K responses, best first: tensors (P, K) in float32 or float64.
+
+    A pair is a list of two, of ranks 0 and 1.
+
+    Attributes:
+        policy, ref: log-probs under policy and reference, nats, summed over tokens; ref is 0 without a reference, both
+            are 0 where a list has fewer responses.
+        tokens: the responses' token counts, at least 1; NaN where the loss does not need them.
+        member: bool, False where a list has fewer responses.
+        ranks: int64 on the CPU, from 0, which is the best; equal ranks are ties; -1 where a list has fewer responses.
+        scores: scores of the responses, 0 where a list has fewer; None where the data have none.
+        beta: β, the option, or the column as (P, 1).
+    """
+
+    policy: Tensor
+    ref: Tensor
+    tokens: Tensor
+    member: Tensor
+    ranks: Tensor
+    scores: Tensor | None
+    beta: Tensor | float
+
+    @property
+    def rewards(self) -> Tensor:
+        """s = β·(policy − ref): (P, K), 0 where a list has fewer responses."""
+        return self.beta * (self.policy - self.ref)
 
 
 @dataclass(frozen=True)
@@ -94,14 +132,23 @@ class StepTotals:
         policy: Tensor,
         ref: Tensor,
         lengths: Tensor | None,
+        loss: LossOptions,
+        columns: PreferenceColumns,
         chosen_sum: Tensor | None = None,
         weights: Tensor | None = None,
     ) -> Pairs:
         """Return the Pairs of P pairs.
 
         policy, ref and lengths are (P, 2), chosen and rejected: log-probs in nats and token counts; chosen_sum and
-        weights are (P,), as in Pairs. Without lengths the kinds that divide by them get NaN.
+        weights are (P,), as in Pairs, the latter without the column `weight`. Without lengths the kinds that divide by
+        them get NaN.
         """
+
+        def column(values: Tensor) -> Tensor:
+            return values.to(policy.device, policy.dtype)
+
+        if columns.weight is not None:
+            weights = column(columns.weight) if weights is None else weights * column(columns.weight)
         # On the CPU without lengths: a scalar there costs no kernel launch.
         tokens = torch.full((2,), torch.nan) if lengths is None else lengths.to(policy.dtype).clamp(min=1).T
         step_tokens = tokens[0].sum() if self.num_chosen_tokens is None else self.num_chosen_tokens
@@ -116,4 +163,40 @@ class StepTotals:
             nll_scale=torch.as_tensor(self.num_pairs / step_tokens, dtype=policy.dtype),
             earlier_rewards=self.earlier_rewards,
             weights=weights,
+            beta=loss.beta if columns.beta is None else column(columns.beta),
+            label_smoothing=(
+                loss.label_smoothing if columns.label_smoothing is None else column(columns.label_smoothing)
+            ),
+            offset=None if columns.margin is None else column(columns.margin),
         )
+
+
+def make_lists(
+    logps: Tensor,
+    ref: Tensor,
+    lengths: Tensor | None,
+    pairs: Tensor,
+    loss: LossOptions,
+    columns: PreferenceColumns,
+) -> Lists:
+    """Return the Lists of columns.lists, or of the pairs where there are none.
+
+    Args:
+        logps, ref: (S,) log-probs of every sequence under policy and reference, nats.
+        lengths: (S,) token counts, or None; the loss then gets NaN.
+        pairs: (P, 2) integer on the CPU, chosen and rejected sequence.
+        loss: its beta is used where there is no column.
+        columns: the optional columns.
+    """
+    lists = pairs if columns.lists is None else columns.lists
+    ranks = torch.tensor([0, 1]).expand(len(lists), 2) if columns.ranks is None else columns.ranks.long()
+    index = lists.clamp(min=0).long().to(logps.device, non_blocking=True)
+    member = (lists >= 0).to(logps.device, non_blocking=True)
+
+    def of_members(values: Tensor) -> Tensor:
+        return torch.where(member, values[index], 0.0)
+
+    beta = loss.beta if columns.beta is None else columns.beta.to(logps.device, logps.dtype)[:, None]
+    tokens = torch.full((), torch.nan) if lengths is None else lengths.to(logps.dtype).clamp(min=1)[index]
+    scores = None if columns.scores is None else columns.scores.to(logps.device, logps.dtype)
+    return Lists(of_members(logps), of_members(ref), tokens, member, ranks, scores, beta)

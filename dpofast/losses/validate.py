@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 
+from dpofast.losses.columns import PreferenceColumns
 from dpofast.losses.config import PreferenceLoss
+from dpofast.losses.kinds import KINDS
 from dpofast.losses.sequences import Tokens
 
 
-def check_pairs(logps: Tensor, pairs: Tensor, ref_logps: Tensor | None, loss: PreferenceLoss) -> None:
+def check_pairs(
+    logps: Tensor, pairs: Tensor, ref_logps: Tensor | None, loss: PreferenceLoss, columns: PreferenceColumns
+) -> None:
     """ValueError unless logps and ref_logps are (S,), pairs (P, 2) with P > 0, and (on the CPU) name sequences < S."""
     if logps.dim() != 1 or not logps.is_floating_point():
         raise ValueError(f"logps: expected a float tensor (S,), got {logps.dtype} {tuple(logps.shape)}")
     check_pair_names(pairs, len(logps))
     check_reference(ref_logps, len(logps), len(pairs), loss)
+    check_columns(columns, len(pairs), len(logps), loss)
+    if columns.token_weights is not None:
+        raise ValueError(
+            "token_weights: sums over sequences hold them already: weight the log-probs before they are summed, or use "
+            "token_preference_loss or linear_preference_loss"
+        )
 
 
 def check_pair_names(pairs: Tensor, sequences: int) -> None:
@@ -43,12 +55,63 @@ def check_reference(ref_logps: Tensor | None, sequences: int, pairs: int, loss: 
         raise ValueError(f"ref_logps: expected shape {shape}, {reason}, got {tuple(ref_logps.shape)}")
 
 
-def check_tokens(tokens: Tokens, pairs: Tensor, ref_logps: Tensor | None, loss: PreferenceLoss) -> None:
+def check_taken(columns: Collection[str], loss: PreferenceLoss) -> None:
+    """ValueError for a column (a field of PreferenceColumns) that the loss does not take."""
+    kinds = [KINDS[kind] for kind in loss.kinds]
+    refused = {
+        "margin": not any(kind.margin for kind in kinds),
+        "label_smoothing": not any(kind.smoothing for kind in kinds),
+        "token_weights": loss.ld_alpha is not None,
+        "lists": not loss.of_lists,
+    }
+    takes = {
+        "margin": [name for name, kind in KINDS.items() if kind.margin],
+        "label_smoothing": [name for name, kind in KINDS.items() if kind.smoothing],
+        "token_weights": ["every kind without ld_alpha, which weights tokens itself"],
+        "lists": [name for name, kind in KINDS.items() if kind.lists],
+    }
+    for name in columns:
+        if refused.get(name):
+            raise ValueError(f"{name}: kind {loss.kind!r} does not take it; it is for {', '.join(takes[name])}")
+    if "lists" in columns and "scores" not in columns and any(kind.scores for kind in kinds):
+        raise ValueError(f"scores: kind {loss.kind!r} needs the scores of a list's responses, and there are only ranks")
+
+
+def check_columns(columns: PreferenceColumns, pairs: int, sequences: int, loss: PreferenceLoss) -> None:
+    """ValueError for columns of other shapes, or that the loss does not take."""
+    for name in ("weight", "margin", "beta", "label_smoothing"):
+        value = getattr(columns, name)
+        if value is not None and value.shape != (pairs,):
+            raise ValueError(f"{name}: expected shape ({pairs},), one a pair, got {tuple(value.shape)}")
+    check_taken(columns.given, loss)
+    lists, ranks, scores = columns.lists, columns.ranks, columns.scores
+    if (lists is None) != (ranks is None) or (lists is None and scores is not None):
+        raise ValueError("lists: expected beside ranks, and both beside scores")
+    if lists is None or ranks is None:
+        return
+    for name, value in (("lists", lists), ("ranks", ranks), ("scores", scores)):
+        if value is not None and (value.dim() != 2 or value.shape != (pairs, lists.shape[1])):
+            raise ValueError(f"{name}: expected shape ({pairs}, K), one row a pair, got {tuple(value.shape)}")
+    if torch.compiler.is_compiling():
+        return
+    if not lists.is_cpu or not ranks.is_cpu:
+        raise ValueError(f"lists, ranks: expected on the CPU, got on {lists.device} and {ranks.device}")
+    if ((lists < 0) != (ranks < 0)).any() or int(lists.max()) >= sequences or (lists[:, :2] < 0).any():
+        raise ValueError(
+            f"lists: expected sequence numbers in [0, {sequences}), two or more a list, filled with -1 where ranks are"
+        )
+
+
+def check_tokens(
+    tokens: Tokens, pairs: Tensor, ref_logps: Tensor | None, loss: PreferenceLoss, columns: PreferenceColumns
+) -> None:
     """ValueError unless the loss has what it needs of the tokens, and the pairs fit them."""
     sequences = len(tokens.cu_targets) - 1
     check_pair_names(pairs, sequences)
     check_reference(ref_logps, sequences, len(pairs), loss)
+    check_columns(columns, len(pairs), sequences, loss)
     shapes = {"log_sum_sq_probs": tokens.log_sum_sq, "counted": tokens.counted}
+    shapes["token_weights"] = columns.token_weights
     for name, tensor in shapes.items():
         if tensor is not None and tensor.shape != tokens.logps.shape:
             raise ValueError(f"{name}: expected shape {tuple(tokens.logps.shape)}, got {tuple(tensor.shape)}")

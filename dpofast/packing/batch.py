@@ -20,6 +20,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from dpofast.losses.columns import NO_COLUMNS, PreferenceColumns
 from dpofast.packing.segments import Segments
 
 
@@ -39,6 +40,8 @@ class PackedBatch:
         pairs: (P, 2) int32 on the CPU; chosen and rejected sequence.
         pair_examples: (P,) int64 on the CPU; index of each pair's example in the input of `pack`.
         ref_logps: (S,) float32 summed reference log-probs in nats, or None.
+        columns: what the data say of the rows beside their responses. Of a list of more than two responses (its
+            `lists`), `pairs` has the best and the worst.
         padded_tokens: positions that a trainer with padding would compute: 2 * P * the longest prompt + response.
     """
 
@@ -52,6 +55,7 @@ class PackedBatch:
     pair_examples: Tensor
     ref_logps: Tensor | None
     padded_tokens: int
+    columns: PreferenceColumns = NO_COLUMNS
 
     @property
     def num_tokens(self) -> int:
@@ -106,6 +110,7 @@ class PackedBatch:
             logit_rows=move(self.logit_rows),
             targets=move(self.targets),
             ref_logps=None if self.ref_logps is None else move(self.ref_logps),
+            columns=self.columns.moved(move),
         )
 
     def padded(self, pad_id: int = 0) -> tuple[Tensor, Tensor, Tensor]:
