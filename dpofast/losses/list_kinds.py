@@ -1,7 +1,7 @@
 """The loss kinds of lists: one small function each, (Lists, LossOptions) -> (P,) losses in nats, in KINDS (kinds.py).
 
-Symbols (nats): s_i = β·(policy − reference log-prob of response i), r_i its rank from 0, the best; ls = log σ. A pair is
-a list of two. All are separable: a list's loss depends on that list alone.
+Symbols (nats): s_i = β·(policy − reference log-prob of response i), ls = log σ. A pair is a list of two. All kinds are
+separable: a list's loss depends on that list alone.
 """
 
 from __future__ import annotations
