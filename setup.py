@@ -30,6 +30,7 @@ PACKAGES = [
     "dpofast.model.attention",
     "dpofast.model.checks",
     "dpofast.model.recurrent",
+    "dpofast.model.vision",
     "dpofast.packing",
     "dpofast.report",
     "dpofast.scoring",

@@ -30,6 +30,7 @@ from dpofast.losses.functional import PreferenceOutput
 from dpofast.losses.sequences import segment_sums
 from dpofast.model.adapters import check_inputs_kept
 from dpofast.model.attention.interface import register_again, restore_attention, use_packed_attention
+from dpofast.model.checks.images import check_images
 from dpofast.model.checks.parity import check_parity, forget_parity
 from dpofast.model.checks.support import CannotPack, check_lm_head, check_packed
 from dpofast.model.dropout import check_rates
@@ -252,7 +253,7 @@ def packed_class(cls: Any, padded: bool) -> type:
         extra = [name for name, value in kwargs.items() if value is not None]
         if args or extra:
             raise ValueError(f"model(packed=...): expected no further model inputs, got {extra or 'positional ones'}")
-        _check_text(self, packed)
+        _check_ids(self, packed)
         if self._padded_rows and (balance or count_routing):
             raise ValueError(
                 "balance: expected packed rows for a load-balancing loss, and the model runs over padded ones"
@@ -277,11 +278,11 @@ def packed_class(cls: Any, padded: bool) -> type:
     return type(cls.__name__, (PackedForward, cls), members)
 
 
-def _check_text(model: Any, batch: PackedBatch) -> None:
-    """Check that the batch's ids are text of the model's vocabulary.
+def _check_ids(model: Any, batch: PackedBatch) -> None:
+    """Check that the batch's ids are text of the model's vocabulary, but for the placeholders of the batch's images.
 
     Raises:
-        ValueError: they are not.
+        ValueError: they are not, or the model takes no images.
     """
     # Reading ids on a GPU would be a sync; there the embedding's own assert stops.
     if batch.input_ids.is_cpu and not torch.compiler.is_compiling():
@@ -290,8 +291,12 @@ def _check_text(model: Any, batch: PackedBatch) -> None:
         largest, vocab = int(batch.input_ids.max()), getattr(words, "num_embeddings", None)
         if vocab is not None and largest >= vocab:
             raise ValueError(f"packed: expected token ids below the model's vocabulary of {vocab}, got {largest}")
+    if batch.media is not None:
+        check_images(model, batch.media)
+        return  # pack() has refused placeholders elsewhere
     media = media_token_ids(model)
-    if media and bool(torch.isin(batch.input_ids, torch.tensor(sorted(media), device=batch.input_ids.device)).any()):
+    ids = torch.cat((batch.input_ids, batch.targets)) if media else batch.targets
+    if media and bool(torch.isin(ids, torch.tensor(sorted(media), device=ids.device)).any()):
         raise ValueError(
             f"packed: expected text alone, got ids among {sorted(media)}, which stand for images or sound in "
             f"{type(model).__name__}: take these rows out"

@@ -6,6 +6,7 @@ packed_hidden runs the one packed row of T positions; padded_hidden runs S padde
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Iterator
 from typing import Any
@@ -19,9 +20,18 @@ from dpofast.model.attention.layout import PackedLayout, packed_mask
 from dpofast.model.checks.support import attention_calls, cannot_pack
 from dpofast.model.moe import RoutingCounts, balancing_loss, routing_counts, row_weights
 from dpofast.model.neftune import packed_noise, padded_noise
-from dpofast.model.parts import backbone_of
+from dpofast.model.parts import backbone_of, whole_backbone
 from dpofast.model.recurrent.follow import one_kind_each, segment_arguments, shares_rows
-from dpofast.model.rope import check_read, longest_sequence, packed_positions, padded_positions, split_by_table
+from dpofast.model.rope import (
+    check_read,
+    depends_on_length,
+    longest_sequence,
+    packed_positions,
+    padded_positions,
+    split_by_table,
+)
+from dpofast.model.vision.merge import packed_with_images, padded_inputs
+from dpofast.model.vision.positions import has_own_positions, own_positions
 from dpofast.packing.batch import PackedBatch
 from dpofast.packing.split import split_by_kind
 
@@ -34,7 +44,8 @@ _MOST_POSITIONS = ("max_position_embeddings", "max_target_positions", "max_seq_l
 def packed_backbone(model: Any, batch: PackedBatch, *, appended: int = 0, **options: Any) -> Any:
     """The backbone's output over the packed row, last_hidden_state (1, T, D); options go to the backbone as they are.
 
-    The batch is one that separated returned; appended as in split_by_table.
+    Of a batch with images the whole of a composite model runs, and the output is that of its language model. The batch
+    is one that separated returned; appended as in split_by_table.
 
     Raises:
         ValueError: a sequence longer than the model's table of positions or than index_topk, or attention layers that
@@ -44,9 +55,12 @@ def packed_backbone(model: Any, batch: PackedBatch, *, appended: int = 0, **opti
     check_whole_histories_selected(model, longest_sequence(batch) - 1)
     use_packed_attention(backbone_of(model))  # set_attn_implementation may have taken it off since
     layout = PackedLayout(batch.segments)
-    positions = packed_positions(model, batch, appended=appended)
+    positions = _positions(model, batch, appended)
+    run = backbone_of(model)
+    if batch.media is not None:
+        run = functools.partial(packed_with_images, model, media=batch.media)
     with packed_noise(model, batch), _numbered(backbone_of(model), batch.position_ids):
-        output = backbone_of(model)(
+        output = run(
             input_ids=batch.input_ids[None],
             position_ids=positions,
             attention_mask=packed_mask(layout, batch.input_ids.device),
@@ -62,6 +76,23 @@ def packed_backbone(model: Any, batch: PackedBatch, *, appended: int = 0, **opti
     if layout.foreign_masks:
         raise cannot_pack(model, f"its attention has a mask of its own, {layout.foreign_masks[0]}, beside the layout")
     return output
+
+
+def _positions(model: Any, batch: PackedBatch, appended: int) -> Tensor:
+    """Position ids of the packed row: (1, T), or (3, 1, T) by the rule that the model has for images.
+
+    Raises:
+        ValueError: images in a sequence beyond the length from which the rotary table depends on it.
+    """
+    if batch.media is None or not has_own_positions(model):
+        return packed_positions(model, batch, appended=appended)
+    longest = longest_sequence(batch) - appended
+    if depends_on_length(model, longest):
+        raise ValueError(
+            f"{type(model).__name__}: a sequence of {longest} tokens is so long that the rotary table depends on its "
+            "length, which is not supported beside images: cut the data to a smaller max_length"
+        )
+    return own_positions(model, batch)
 
 
 def separated(model: Any, batch: PackedBatch) -> PackedBatch:
@@ -125,7 +156,7 @@ def padded_hidden(model: Any, batch: PackedBatch) -> Tensor:
 
     Rows of similar length run together, so that pads stay under a fifth of what is computed; with several processes
     all rows run in one call, because a sharded backbone must be called equally often on each. Reading the lengths back
-    from the device is a sync, which packed_hidden does without.
+    from the device is a sync, which packed_hidden does without. The vision tower sees the images of every row.
 
     Raises:
         ValueError: a sequence longer than the model's table of positions.
@@ -136,17 +167,21 @@ def padded_hidden(model: Any, batch: PackedBatch) -> Tensor:
     lengths = attended.sum(dim=1).cpu()
     _check_positions(model, int(lengths.max()))
     bounds, device = batch.cu_targets.tolist(), input_ids.device
+    run = backbone_of(model) if batch.media is None else whole_backbone(model)
+    paths = None if batch.media is None else batch.paths()
     parts, targets = [], []
     for rows in similar_lengths(lengths):
         longest = int(lengths[rows[0]])
         index = torch.tensor(rows, device=device)
         positions = padded_positions(model, lengths[rows] + 1, longest, device)
+        images = {} if paths is None else padded_inputs(model, batch, paths[index], longest)
         with padded_noise(model, lengths[rows] + 1):
-            output = backbone_of(model)(
+            output = run(
                 input_ids=input_ids[index, :longest],
                 attention_mask=attended[index, :longest],
                 use_cache=False,
                 **positions,
+                **images,
             )
         check_read(model, positions.get("position_ids"))
         hidden = output.last_hidden_state.flatten(0, 1)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from dpofast.losses.columns import NO_COLUMNS, PreferenceColumns
+from dpofast.packing.media import BatchMedia
 from dpofast.packing.segments import Segments
 
 
@@ -42,6 +43,7 @@ class PackedBatch:
         ref_logps: (S,) float32 summed reference log-probs in nats, or None.
         columns: what the data say of the rows beside their responses. Of a list of more than two responses (its
             `lists`), `pairs` has the best and the worst.
+        media: the images whose placeholders are among input_ids, or None.
         padded_tokens: positions that a trainer with padding would compute: 2 * P * the longest prompt + response.
     """
 
@@ -56,6 +58,7 @@ class PackedBatch:
     ref_logps: Tensor | None
     padded_tokens: int
     columns: PreferenceColumns = NO_COLUMNS
+    media: BatchMedia | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -84,7 +87,7 @@ class PackedBatch:
         return int((self.segments.parents < 0).sum()) < self.num_sequences
 
     def to(self, device: torch.device | str | int, non_blocking: bool = True) -> PackedBatch:
-        """Return a copy with input_ids, position_ids, logit_rows, targets and ref_logps on `device`.
+        """Return a copy with input_ids, position_ids, logit_rows, targets, ref_logps and media on `device`.
 
         The other tensors (segments, cu_targets, pairs, pair_examples) stay on the CPU.
         """
@@ -111,6 +114,7 @@ class PackedBatch:
             targets=move(self.targets),
             ref_logps=None if self.ref_logps is None else move(self.ref_logps),
             columns=self.columns.moved(move),
+            media=None if self.media is None else self.media.moved(move),
         )
 
     def padded(self, pad_id: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -120,18 +124,25 @@ class PackedBatch:
             input_ids, attention_mask and completion_mask, each (S, L) int64 on the batch's device, with L the longest
             prompt + response; the masks hold 0 and 1.
         """
-        device, runs = self.targets.device, self.segments.runs
-        last_target = self.cu_targets[1:].long().to(device) - 1
+        rows, last_target = self.paths(), self.cu_targets[1:].long().to(self.targets.device) - 1
         total = self.lengths()
-        column = torch.arange(int(total.max()), device=device)
+        column = torch.arange(int(total.max()), device=self.targets.device)
+        attended = column < total[:, None]
+        ids = torch.nn.functional.pad(self.input_ids[rows.clamp(min=0)], (0, 1))
+        ids = torch.where(column < total[:, None] - 1, ids, self.targets[last_target][:, None])
+        input_ids = torch.where(attended, ids, pad_id)
+        return input_ids, attended.long(), (attended & (column >= self._prompt_lengths()[:, None])).long()
+
+    def paths(self) -> Tensor:
+        """The packed row of each position of every sequence but its last token: (S, L − 1) int64, −1 past its end."""
+        device, runs = self.targets.device, self.segments.runs
+        last_rows = self.logit_rows[self.cu_targets[1:].long().to(device) - 1]
+        total = self.lengths()
+        column = torch.arange(int(total.max()) - 1, device=device)
         # the keys of a run are its path, in order of position; a sequence's is the one that its last row lies in
         keys, cu_seqlens_k = runs.key_rows().to(device), runs.cu_seqlens_k.long().to(device)
-        place = cu_seqlens_k[runs.of_rows(self.logit_rows[last_target])][:, None] + column
-        path_ids = self.input_ids[keys[place.clamp(max=len(keys) - 1)]]
-        attended = column < total[:, None]
-        path_ids = torch.where(column < total[:, None] - 1, path_ids, self.targets[last_target][:, None])
-        input_ids = torch.where(attended, path_ids, pad_id)
-        return input_ids, attended.long(), (attended & (column >= self._prompt_lengths()[:, None])).long()
+        place = cu_seqlens_k[runs.of_rows(last_rows)][:, None] + column
+        return torch.where(column < total[:, None] - 1, keys[place.clamp(max=len(keys) - 1)], -1)
 
     def lengths(self) -> Tensor:
         """Tokens of every sequence, prompt and response: (S,) int64 on the batch's device."""

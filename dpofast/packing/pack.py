@@ -18,6 +18,7 @@ from dpofast.packing.arguments import at_least_one, limit, sharing
 from dpofast.packing.batch import PackedBatch
 from dpofast.packing.examples import FlatExamples, read_examples
 from dpofast.packing.segments import Segments
+from dpofast.packing.virtual_ids import with_virtual_ids
 
 if TYPE_CHECKING:
     import datasets
@@ -84,7 +85,8 @@ def pack(
             prompt_ids, branches (K responses), pairs (a list of (chosen, rejected) indices) and ref_logps (K floats).
             Other keys are ignored. Or the same pairs by columns, which is several times faster: an Arrow table or a
             Dataset with these columns, or one mapping from their names to (values, offsets), where row r's ids are
-            values[offsets[r]:offsets[r + 1]]. int32 and int64 ids are read where they lie.
+            values[offsets[r]:offsets[r + 1]]. int32 and int64 ids are read where they lie. Mappings may also have
+            media, a PromptMedia with the images whose placeholders are in prompt_ids: only equal images share rows.
         max_tokens: the budget of a micro-batch; None makes one batch.
         max_targets: a second budget, over response tokens; None leaves them unbounded.
         share: which positions sequences share: "prefix" (the default) all that they begin with alike, "prompt" a prompt
@@ -103,6 +105,7 @@ def pack(
     token_limit, target_limit = limit("max_tokens", max_tokens), limit("max_targets", max_targets)
     id_limit, threads = limit("vocab_size", vocab_size), at_least_one("num_threads", num_threads)
     shared = sharing(share, share_prompts)
+    examples, images = with_virtual_ids(examples)
     flat = read_examples(examples)
     packer = _C.Packer(
         flat.sequences,
@@ -113,7 +116,7 @@ def pack(
         max_tokens=token_limit,
         max_targets=target_limit,
         share=shared,
-        vocab_size=id_limit,
+        vocab_size=id_limit if images is None else _C.UNLIMITED,  # virtual ids are above
         threads=threads,
     )
     tokens, targets, segments, sequences, pairs, padded = packer.shapes.T
@@ -155,7 +158,7 @@ def pack(
                 padded_tokens=padded_tokens,
             )
         )
-    return batches
+    return batches if images is None else [images.restored(batch, id_limit) for batch in batches]
 
 
 def _check_refs(flat: FlatExamples, refs: np.ndarray, canonical: np.ndarray) -> None:

@@ -49,6 +49,7 @@ def split_by_kind(batch: PackedBatch, kinds: Tensor) -> PackedBatch:
         position_ids=batch.position_ids[kept_rows],
         logit_rows=moved.to(batch.logit_rows.device),
         segments=Segments(cu_seqlens, torch.cat(parents).int()),
+        media=None if batch.media is None else batch.media.at_rows(kept_rows),
     )
 
 

@@ -22,15 +22,16 @@ from torch.utils._pytree import tree_map
 from dpofast.common.eval_mode import eval_mode
 from dpofast.head.linear_logprobs import linear_logprobs
 from dpofast.model.attention.interface import segmentwise
+from dpofast.model.checks.images import admit_images, forget_images
 from dpofast.model.checks.support import CannotPack, cannot_pack
 from dpofast.model.dropout import active_dropout, config_rates
 from dpofast.model.forward import packed_hidden, padded_hidden
 from dpofast.model.lm_head import KNOWN_LOGIT_ENTRIES, logit_options, logprob_head
 from dpofast.model.parts import text_token_ids, whole_backbone
+from dpofast.model.vision.merge import own_logprobs
 from dpofast.model.wrappers import UNCOMPILED, input_device
 from dpofast.packing.batch import PackedBatch
 from dpofast.packing.pack import pack
-from dpofast.reference import padded_logprobs
 
 _PROMPT, _RESPONSES = 5, (4, 6)
 # Largest |ours − its own| log-prob, nats; a wrong mask or a missing logit scale is off by 0.1.
@@ -58,29 +59,33 @@ def check_parity(model: Any, padded: bool) -> None:
     passed = vars(model).setdefault(_CHECKED, set())
     if setting in passed:
         return
-    batch = _random_batch(model)
-    devices = _generator_devices(batch)
-    dtype = _computed_in(model)
     with eval_mode(model), _uncompiled_layers(model):
-        before = _generator_states(devices)
-        truth = _check_equal(model, batch, padded, lambda: model(packed=batch).logps, dtype)
-        if _drawn(before, devices):
-            raise ValueError(
-                f"{type(model).__name__}: its forward draws random numbers in eval mode too, as attention by hashing "
-                "does, so that a sequence has no one log-prob: choose another model"
-            )
-        in_float32 = model.dtype in _SIXTEEN_BIT and _runs_in_float32(model, batch)
-        if in_float32:
-            with _in_float32():
-                truth = _check_equal(model, batch, padded, lambda: _logps(model, batch, padded), torch.float32)
-        if not active_dropout(model):
-            _check_train_mode(model, batch, padded, truth, in_float32)
+        _check_batch(model, _random_batch(model), padded)
+        admit_images(model, padded, lambda examples: _check_batch(model, _packed(model, examples), padded))
     passed.add(setting)
+
+
+def _check_batch(model: Any, batch: PackedBatch, padded: bool) -> None:
+    devices = _generator_devices(batch)
+    before = _generator_states(devices)
+    truth = _check_equal(model, batch, padded, lambda: model(packed=batch).logps, _computed_in(model))
+    if _drawn(before, devices):
+        raise ValueError(
+            f"{type(model).__name__}: its forward draws random numbers in eval mode too, as attention by hashing "
+            "does, so that a sequence has no one log-prob: choose another model"
+        )
+    in_float32 = model.dtype in _SIXTEEN_BIT and _runs_in_float32(model, batch)
+    if in_float32:
+        with _in_float32():
+            truth = _check_equal(model, batch, padded, lambda: _logps(model, batch, padded), torch.float32)
+    if not active_dropout(model):
+        _check_train_mode(model, batch, padded, truth, in_float32)
 
 
 def forget_parity(model: Any) -> None:
     """Forget in which settings the model has passed."""
     vars(model).pop(_CHECKED, None)
+    forget_images(model)
 
 
 def _computed_in(model: Any) -> torch.dtype:
@@ -124,6 +129,10 @@ def _random_batch(model: Any, pairs: int = 1) -> PackedBatch:
         draws[2][0] = (draws[1][0] + 1) % len(text)
         columns = ("prompt_ids", "chosen_ids", "rejected_ids")
         examples.append({column: text[draw].numpy() for column, draw in zip(columns, draws, strict=True)})
+    return _packed(model, examples)
+
+
+def _packed(model: Any, examples: list[dict[str, Any]]) -> PackedBatch:
     (batch,) = pack(examples)
     return batch.to(input_device(model))
 
@@ -142,7 +151,7 @@ def _check_equal(
         if cause is None:
             raise
         raise ValueError(f"{name}: its logits are not those of its head on its backbone's output: {cause}") from error
-    truth = padded_logprobs(model, *batch.padded(), use_cache=False)
+    truth = own_logprobs(model, batch)
     if not bool(truth.isfinite().all()):
         raise ValueError(
             f"{name}: its own log-probs are not finite on a few random ids: look for NaN and inf in its weights"
