@@ -33,6 +33,7 @@ _MODULES = {
     "sequence_logprobs": "dpofast.model.attach",
     "token_preference_loss": "dpofast.losses.functional",
     "tokenize_preferences": "dpofast.data.load",
+    "vision_inputs": "dpofast.model.vision.inputs",
 }
 __all__ = ["__version__", *_MODULES]
 
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     from dpofast.model.attach import detach_logprob_head as detach_logprob_head
     from dpofast.model.attach import sequence_logprobs as sequence_logprobs
     from dpofast.model.lora import fuse_lora as fuse_lora
+    from dpofast.model.vision.inputs import vision_inputs as vision_inputs
     from dpofast.packing.batch import PackedBatch as PackedBatch
     from dpofast.packing.collator import PackingCollator as PackingCollator
     from dpofast.packing.collator import PromptGroupSampler as PromptGroupSampler

@@ -4,9 +4,6 @@ The processors' outputs are made by hand: pixels are normal numbers, and the pla
 family's processor counts them.
 """
 
-import math
-import random
-
 import torch
 from transformers import AutoModelForImageTextToText
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -136,8 +133,10 @@ def vision_model(name):
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(config).eval()
     with torch.no_grad():
-        for parameter in model.parameters():  # weights that no initialization fills, such as image_newline
-            if not bool(parameter.isfinite().all()) or float(parameter.abs().max()) > 1e3:
+        for parameter in model.parameters():
+            # weights that no initialization fills (image_newline), and those that it sets to 0 (Gemma 3's projector)
+            if not 0 < float(parameter.abs().max()) < 1e3 and (parameter.ndim > 1 or not (parameter == 0).all()):
                 parameter.normal_(0, 0.02)
-        model.get_output_embeddings().weight.mul_(10.0)  # log-probs that are far apart
+        if name != "lfm2_vl":
+            model.get_output_embeddings().weight.mul_(10.0)  # log-probs that are far apart
     return model

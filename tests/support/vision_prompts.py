@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import torch
 from transformers import LlavaNextProcessor, LlavaOnevisionProcessor
 
+from dpofast import pack, vision_inputs
 from tests.support.vision_models import BREAK, END, IMAGE, START
 
 # Of three images: rows and columns of the family's smallest unit.
@@ -205,3 +206,16 @@ def alone(model, family, prompts_and_responses):
         scored = logits[0, len(one.ids) - 1 : -1].log_softmax(-1)
         parts.append(scored.gather(1, torch.tensor(response)[:, None])[:, 0])
     return torch.cat(parts)
+
+
+def mixed_prompts(family):
+    """No image, one and three, of different sizes; equal text with another image; an equal prompt again."""
+    three = [(0, 2), (1, 3), (2, 4)]
+    prompts = [prompt(family, images) for images in ([], [(0, 1)], three, [(0, 5)], [(0, 1)], [(2, 6)])]
+    return with_branches(prompts, (2, 3, 4, 2, 2, 5))
+
+
+def packed(model, prompts, **options):
+    """The batches that pack() makes of prompts for a model."""
+    inputs = vision_inputs(model)
+    return pack([one.example(inputs.of_prompt(one.ids, one.processed)) for one in prompts], **options)

@@ -30,6 +30,7 @@ class VisionFamily:
         patches: whether pixel_values has a row for each patch, as image_grid_thw counts them, instead of each image.
         nested: whether the tensors have a dimension of prompts before that of images.
         token_types: the argument of the model's forward that is 1 for placeholders and 0 for text, if it has one.
+        cut: (config, tensors of one image) -> the same without what the processor pads them with beside larger images.
         inside: why an image is not attended to causally; None where it is.
     """
 
@@ -39,6 +40,7 @@ class VisionFamily:
     patches: bool = False
     nested: bool = False
     token_types: str | None = None
+    cut: Callable[[Any, dict[str, Tensor]], dict[str, Tensor]] = lambda config, image: image
     inside: str | None = None
 
     def arguments(self, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -63,10 +65,10 @@ def image_token_id(config: Any) -> int:
 
 
 def _prompt_sizes(images: list[int]) -> list[int]:
-    """The batch_num_images of images each of which is one of so many in its prompt: only lone ones are cut into tiles.
+    """The batch_num_images of images that are alone in their prompt (1) or are not (2): lone ones are cut into tiles.
 
-    A packed row contains images of a prompt once, so that the sizes of prompts do not add up. Images that are not
-    alone in their prompt never stand alone between others: those of its prompt follow in the subtree of its rows.
+    A packed row contains shared images once, so that the sizes of its prompts do not add up; the model only asks which
+    are 1. An image that is not alone never stands between lone ones: others follow in the subtree of its rows.
     """
     sizes: list[int] = []
     for alone, group in groupby(images, key=lambda size: size == 1):
@@ -108,14 +110,8 @@ def _tiled(config: Any, tensors: Mapping[str, Tensor]) -> list[int] | None:
     tokens = tower_tokens(config)
     if tokens is None:
         return None
-    module, cls = own_model(config)
-    tiles = [
-        module.image_size_to_num_patches(size, config.image_grid_pinpoints, side(config.vision_config.image_size))
-        if alone == 1
-        else 1
-        for size, alone in zip(tensors["image_sizes"], _alone(tensors), strict=True)
-    ]
-    features = [torch.zeros(count, tokens, 1) for count in tiles]
+    _, cls = own_model(config)
+    features = [torch.zeros(count, tokens, 1) for count in _tiles(config, tensors)]
     option = "vision_feature_select_strategy" if config.model_type == "llava_next" else "vision_aspect_ratio"
     options = {option: getattr(config, option)}
     own = SimpleNamespace(config=config)
@@ -123,8 +119,32 @@ def _tiled(config: Any, tensors: Mapping[str, Tensor]) -> list[int] | None:
     return [len(feature) for feature in packed[0]]
 
 
-def _alone(tensors: Mapping[str, Tensor]) -> list[int]:
-    return tensors["batch_num_images"].tolist() if "batch_num_images" in tensors else [1] * len(tensors["image_sizes"])
+def _tiles(config: Any, tensors: Mapping[str, Tensor]) -> list[int]:
+    module, _ = own_model(config)
+    sizes = tensors["image_sizes"]
+    lone = tensors["batch_num_images"] == 1 if "batch_num_images" in tensors else torch.ones(len(sizes))
+    tile = side(config.vision_config.image_size)
+    return [
+        module.image_size_to_num_patches(size, config.image_grid_pinpoints, tile) if alone else 1
+        for size, alone in zip(sizes, lone.tolist(), strict=True)
+    ]
+
+
+def _cut_tiles(config: Any, image: dict[str, Tensor]) -> dict[str, Tensor]:
+    (tiles,) = _tiles(config, image)
+    return {**image, "pixel_values": image["pixel_values"][:, :tiles]}
+
+
+def _cut_pixels(config: Any, image: dict[str, Tensor]) -> dict[str, Tensor]:
+    if "image_sizes" not in image:
+        return image
+    height, width = image["image_sizes"][0].tolist()
+    return {**image, "pixel_values": image["pixel_values"][..., :height, :width]}
+
+
+def _cut_patches(config: Any, image: dict[str, Tensor]) -> dict[str, Tensor]:
+    patches = int(image["spatial_shapes"].prod())
+    return {**image, **{name: image[name][:, :patches] for name in ("pixel_values", "pixel_attention_mask")}}
 
 
 def own_model(config: Any) -> tuple[Any, Any]:
@@ -163,16 +183,16 @@ _TILES = VisionFamily(required=("pixel_values",), optional=("pixel_attention_mas
 FAMILIES = {
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"), _QWEN),
     **dict.fromkeys(("glm4v", "glm4v_moe", "glm46v"), _QWEN),
-    "llava": VisionFamily(required=("pixel_values",), optional=("image_sizes",), num_tokens=_llava),
-    "llava_next": VisionFamily(required=("pixel_values", "image_sizes"), num_tokens=_tiled),
+    "llava": VisionFamily(required=("pixel_values",), optional=("image_sizes",), num_tokens=_llava, cut=_cut_pixels),
+    "llava_next": VisionFamily(required=("pixel_values", "image_sizes"), num_tokens=_tiled, cut=_cut_tiles),
     "llava_onevision": VisionFamily(
-        required=("pixel_values", "image_sizes"), optional=("batch_num_images",), num_tokens=_tiled
+        required=("pixel_values", "image_sizes"), optional=("batch_num_images",), num_tokens=_tiled, cut=_cut_tiles
     ),
     **dict.fromkeys(("idefics3", "smolvlm"), _TILES),
     "internvl": VisionFamily(required=("pixel_values",), num_tokens=_shuffled),
-    "mistral3": VisionFamily(required=("pixel_values", "image_sizes"), num_tokens=_merged_sizes),
+    "mistral3": VisionFamily(required=("pixel_values", "image_sizes"), num_tokens=_merged_sizes, cut=_cut_pixels),
     "lfm2_vl": VisionFamily(
-        required=("pixel_values", "spatial_shapes", "pixel_attention_mask"), num_tokens=_unshuffled
+        required=("pixel_values", "spatial_shapes", "pixel_attention_mask"), num_tokens=_unshuffled, cut=_cut_patches
     ),
     "gemma3": VisionFamily(
         required=("pixel_values",),

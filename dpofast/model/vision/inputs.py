@@ -67,8 +67,9 @@ class VisionInputs:
                 "the processor, with the settings of the model's config, and cut no prompt inside an image"
             )
         parts = {key: tensor.split(counts[key]) for key, tensor in tensors.items()}
-        images = [ImageInput({key: part[i] for key, part in parts.items()}, tokens[i]) for i in range(units)]
-        return PromptMedia(tuple(images), self.token_id)
+        # without padding, so that an image is equal beside larger ones
+        images = [self.family.cut(self.config, {key: part[i] for key, part in parts.items()}) for i in range(units)]
+        return PromptMedia(tuple(map(ImageInput, images, tokens)), self.token_id)
 
     def _tensors(self, processed: Mapping[str, Any], name: str) -> dict[str, Tensor]:
         """The family's tensors on the CPU, images along the first dimension; {} without images."""
@@ -87,9 +88,9 @@ class VisionInputs:
                     f"got {tuple(tensors['pixel_values'].shape)}"
                 )
             tensors = {key: tensor[0] for key, tensor in tensors.items()}
-        if "batch_num_images" in tensors:  # of prompts, or of images one by one
+        if "batch_num_images" in tensors:  # of prompts, or of images one by one; here of each image: alone, or not
             sizes = tensors["batch_num_images"]
-            tensors["batch_num_images"] = sizes.repeat_interleave(sizes)
+            tensors["batch_num_images"] = sizes.repeat_interleave(sizes).clamp(max=2)
         return tensors
 
     def _counts(self, tensors: Mapping[str, Tensor], name: str) -> dict[str, list[int]]:
