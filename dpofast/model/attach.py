@@ -291,10 +291,10 @@ def _check_ids(model: Any, batch: PackedBatch) -> None:
         largest, vocab = int(batch.input_ids.max()), getattr(words, "num_embeddings", None)
         if vocab is not None and largest >= vocab:
             raise ValueError(f"packed: expected token ids below the model's vocabulary of {vocab}, got {largest}")
+    media = media_token_ids(model)
     if batch.media is not None:
         check_images(model, batch.media)
-        return  # pack() has refused placeholders elsewhere
-    media = media_token_ids(model)
+        media -= {batch.media.token_id}  # where there is no image, pack() has refused them
     ids = torch.cat((batch.input_ids, batch.targets)) if media else batch.targets
     if media and bool(torch.isin(ids, torch.tensor(sorted(media), device=ids.device)).any()):
         raise ValueError(
