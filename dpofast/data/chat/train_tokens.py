@@ -151,7 +151,7 @@ class _Turns:
         return None
 
     def _anchor(self, at: int, turns: list[Any], text: str) -> int | None:
-        """A place of turn `at` in the text of `turns`, the only one where the turn is written differently if altered."""
+        """The place in the text of `turns` where turn `at` is written differently if it is altered, if there is one."""
         for turn in _alterations(turns[at]):
             other = self._template.text_or_none([*turns[:at], turn, *turns[at + 1 :]])
             if other is not None:
