@@ -5,6 +5,8 @@ The tokenizer is bytes: id = 3 + byte; a text's end is </s>, 1.
 
 import csv
 import json
+import re
+from pathlib import Path
 
 import pytest
 from datasets import Dataset
@@ -327,3 +329,13 @@ def test_best_and_worst():
     assert shown["chosen_ids"] is example["responses_ids"][0] and "chosen_ids" not in example
     pair = {"chosen_ids": [1], "rejected_ids": [2]}
     assert with_best_and_worst(pair) is pair
+
+
+def test_the_rows_of_the_documentation():
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text("utf-8")
+    blocks = re.findall(r"```json\n(.*?)```", page, re.DOTALL)
+    rows = [json.loads(line) for block in blocks for line in block.splitlines()]
+    assert sum("responses" in row for row in rows) == 2 and len(rows) == 7
+    kept = [tokenize(row)[0][0] for row in rows]
+    assert kept[3]["ranks"] == [0, 1, 1] and kept[4]["weight"] == 0.5
+    assert set(kept[6]["chosen_weights"]) == {0.0, 1.0}

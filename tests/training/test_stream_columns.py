@@ -10,9 +10,8 @@ from dpofast.training.data.stream import StepStream
 class Chunks:
     """Stands for PreferenceData: the second chunk has token weights."""
 
-    reports = {"train": None}
-
     def tokenized(self, dataset, name, *, first_row):
+        self.reports[name] = None
         rows = [{"prompt_ids": [5], "chosen_ids": [6, 7], "rejected_ids": [8], "row": row["at"]} for row in dataset]
         if first_row:
             rows = [row | {"chosen_weights": [1.0, 0.0], "rejected_weights": None} for row in rows]
