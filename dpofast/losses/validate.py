@@ -111,7 +111,7 @@ def check_columns(columns: PreferenceColumns, pairs: int, sequences: int, loss: 
         given = [rank for rank in ranking if rank >= 0]
         if ranking[: len(given)] != given or given != sorted(given) or set(given) != set(range(given[-1] + 1)):
             raise ValueError(
-                "ranks: expected those of each list from 0 up, without gaps, best first, equal where tied, then -1, got "
+                "ranks: expected those of a list from 0 up, without gaps, best first, equal where tied, then -1, got "
                 f"{ranking} in list {row}"
             )
 

@@ -395,7 +395,7 @@ LIST_COLUMNS = list_columns()
             (
                 {"kind": "plackett_luce"},
                 {"lists": LIST_COLUMNS.lists[:, :3], "ranks": torch.tensor([[0, 1, 2], [0, 1, -1], ranks, [0, 1, -1]])},
-                rf"ranks: expected those of each list from 0 up, without gaps, .*, got \{ranks} in list 2",
+                rf"ranks: expected those of a list from 0 up, without gaps, .*, got \{ranks} in list 2",
             )
             for ranks in ([1, 0, 2], [0, 2, 3], [1, 2, 3], [0, 0, 2], [0, 1, 0])
         ),
