@@ -29,7 +29,7 @@ BUDGETS = [3, 12, 17, 1000]
 
 
 def inputs(of_lists, *, columns=None, device="cpu", dtype=torch.float32):
-    """Hidden states and head; targets, cu_targets, pairs and ref_logps; loss; columns, all that there are by default."""
+    """Hidden states and head; targets, cu_targets, pairs and ref_logps; loss; columns, by default all."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(sum(LENGTHS), D, generator=generator).to(device, dtype)
     weight = (torch.randn(V, D, generator=generator) / D**0.5 * 3).to(device, dtype)
@@ -169,7 +169,7 @@ def test_lists_are_kept_together():
     assert components(cu_targets, [[2, 4, 3, -1], [1, 6, 0, -1], [8, 7, -1, -1]]) == [(0, 7), (7, 9)]
 
 
-@pytest.mark.parametrize(("needs", "gemms"), zip(NEEDS.values(), (3, 2, 2, 1), strict=True), ids=NEEDS)
+@pytest.mark.parametrize(("needs", "gemms"), list(zip(NEEDS.values(), (3, 2, 2, 1), strict=True)), ids=NEEDS)
 def test_a_loss_of_lists_does_the_fewest_gemms(needs, gemms):
     """A budget of 20 rows for 30 targets, whose longest list has 16."""
     tensors, known, loss, columns = inputs(True)
