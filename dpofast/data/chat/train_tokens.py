@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from os.path import commonprefix
 from typing import Any
 
-from dpofast.data.chat.render import Rendered, Template, altered
+from dpofast.data.chat.render import Rendered, Template
 from dpofast.data.formats import BadRow, got
 
 TRAIN = "train"  # the key of a turn
@@ -38,6 +38,8 @@ def without_flags(turns: Sequence[Mapping[str, Any]]) -> tuple[list[Any], TurnFl
         BadRow: a flag that is no boolean.
     """
     flags: TurnFlags = [turn.get(TRAIN) for turn in turns]
+    if not any(TRAIN in turn for turn in turns):
+        return list(turns), flags
     wrong = next((index for index, flag in enumerate(flags) if flag is not None and not isinstance(flag, bool)), None)
     if wrong is not None:
         raise BadRow("a turn's `train` is neither true nor false", f"turn {wrong} holds {got(flags[wrong])}")
@@ -165,9 +167,12 @@ def _alterations(turn: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     """Yield the turn with more content, as it is and without space at its end, or with another name called."""
     content, calls = turn.get("content"), turn.get("tool_calls")
     if content:
-        yield altered(turn, _ALTERATION)
         if isinstance(content, str):
+            yield {**turn, "content": content + _ALTERATION}
             yield {**turn, "content": content.rstrip() + _ALTERATION}
+        else:
+            *others, last = content
+            yield {**turn, "content": [*others, {**last, "text": last["text"] + _ALTERATION}]}
     elif isinstance(calls, list) and calls and isinstance(calls[-1], Mapping):
         *others, last = calls
         called = last.get("function", last)
