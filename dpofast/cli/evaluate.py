@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -23,13 +24,17 @@ from dpofast.evaluation.pair_records import PairTable
 from dpofast.evaluation.statistics import Estimate, LengthStatistics, length_statistics, mean, share
 from dpofast.losses.config import PreferenceLoss
 from dpofast.losses.functional import preference_loss
+from dpofast.losses.own_kinds import import_from
 
 
 @dataclass(kw_only=True)
 class EvalArguments(ScoringArguments):
     """Options of `dpofast eval`."""
 
-    loss_type: str = field(default="sigmoid", metadata={"help": "The loss to report: a kind of dpofast train's."})
+    loss_type: str = field(
+        default="sigmoid",
+        metadata={"help": "The loss to report: a kind of dpofast train's, or module:function, one of your own."},
+    )
     output: str = field(default="table", metadata={"help": "What is printed: table or json."})
     list_pairs: str | None = field(
         default=None, metadata={"help": "As in training: turns lists into pairs, by all, best_worst or adjacent."}
@@ -66,6 +71,7 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         ValueError: an option, a model or data that cannot be used.
     """
+    import_from(os.getcwd())  # --loss_type module:function
     arguments, _ = parse((EvalArguments,), argv, prog="dpofast eval", description=__doc__)
     quiet(sys.stderr.isatty())
     prepared = prepare(arguments)
