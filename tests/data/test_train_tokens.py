@@ -215,6 +215,12 @@ REFUSED = [
         "{% for m in messages %}[{{ m.role[0] }}]{{ m.content }}{% generation %}{% endgeneration %}{% endfor %}",
         "no token of a response is trained: the chosen response: the turns that count are empty, or unmarked",
     ),
+    (
+        {**row_of(*THREE), "prompt": [user("Hi"), assistant("Hello"), user("Name a prime.")]},
+        "{% for m in messages %}[{{ m.role[0] }}]{% if loop.index0 == 1 %}{% generation %}{{ m.content }}"
+        "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}",
+        "no token of a response is trained: the chosen response: the turns that count are empty, or unmarked",
+    ),
 ]
 
 

@@ -47,9 +47,9 @@ def without_flags(turns: Sequence[Mapping[str, Any]]) -> tuple[list[Any], TurnFl
 
 
 def token_mask(
-    template: Template, rendered: Rendered, place: int, flags: TurnFlags, *, assistant_only: bool, name: str
+    template: Template, rendered: Rendered, place: int, flags: TurnFlags, *, assistant_only: bool, first: int, name: str
 ) -> list[float] | None:
-    """Return 1 or 0 for every token of the prompt with a response, or None where all of the response is trained.
+    """Return 1 or 0 for every token of a response, or None where all of it is trained.
 
     Args:
         template: the one that rendered.
@@ -57,6 +57,7 @@ def token_mask(
         place: of the response.
         flags: of its turns, as without_flags returns them.
         assistant_only: whether turns without a flag count only where they are the assistant's.
+        first: the response's first token among those of the prompt with it.
         name: of the response, in messages.
 
     Raises:
@@ -88,13 +89,13 @@ def token_mask(
             if is_wanted:
                 start, stop = turns.span(index, name)
                 own = marked if roles[index] else None
-                for token, (first, last) in enumerate(offsets):
+                for token, (begin, end) in enumerate(offsets):
                     # A token belongs to the turn that its last character is in.
-                    if start <= max(first, last - 1) < stop:
+                    if start <= max(begin, end - 1) < stop:
                         mask[token] = 1 if own is None else own[token]
-    if not any(mask):
+    if not any(mask[first:]):
         raise BadRow("no token of a response is trained", f"{name}: the turns that count are empty, or unmarked")
-    return [float(counts) for counts in mask]
+    return [float(counts) for counts in mask[first:]]
 
 
 class _Turns:
