@@ -144,7 +144,7 @@ def _read_columns(table: Mapping[str, Any]) -> FlatExamples:
         sequences=sequences,
         branch_counts=branch_counts,
         pair_counts=np.ones(count, np.int64),
-        members=np.tile(np.array([0, 1], np.int64), count),
+        members=np.arange(2 * count) % 2,
         forms=np.full(count, _PAIR, np.uint8),
         refs=_ref_columns(table, count),
         columns=_pair_columns(TableSource(table, count), sequences, branch_counts),

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dpofast.losses.columns import NO_COLUMNS
 from dpofast.packing.arguments import at_least_one, limit, sharing
 from dpofast.packing.batch import PackedBatch
 from dpofast.packing.examples import FlatExamples, read_examples
@@ -107,7 +108,7 @@ def pack(
         max_tokens=token_limit, max_targets=target_limit, share=shared, vocab_size=id_limit, threads=threads
     )
     tokens, targets, segments, sequences, pairs, widths, padded = packer.shapes.T
-    origins = packer.sequences
+    origins = packer.sequences if flat.refs is not None or flat.columns.given else None
     ref_logps = None
     if flat.refs is not None:
         _check_refs(flat, flat.refs, packer.canonical)
@@ -126,20 +127,25 @@ def pack(
         "parents": segments,
         "cu_targets": sequences + 1,
         "pairs": 2 * pairs,
-        "lists": widths * pairs,
-        "ranks": widths * pairs,
     }
+    if flat.columns.order is not None:
+        int_sizes |= {"lists": widths * pairs, "ranks": widths * pairs}
     long_counts, int_counts = (np.stack(list(sizes.values()), 1) for sizes in (long_sizes, int_sizes))
     longs, ints = (buffers or PackBuffers()).take(int(long_counts.sum()), int(int_counts.sum()))
     packer.fill(longs.numpy(), ints.numpy(), threads)
     long_parts = iter(longs.split(long_counts.ravel().tolist()))
     int_parts = iter(ints.split(int_counts.ravel().tolist()))
-    origins_of = np.split(origins, sequences.cumsum()[:-1])
+    ends = sequences.cumsum()
     batches = []
-    for index, (width, padded_tokens) in enumerate(zip(widths.tolist(), padded.tolist(), strict=True)):
+    for index, padded_tokens in enumerate(padded.tolist()):
         long_arrays = {name: next(long_parts) for name in long_sizes}
         int_arrays = {name: next(int_parts) for name in int_sizes}
-        lists, ranks = (int_arrays[name].view(-1, width) if width else None for name in ("lists", "ranks"))
+        columns = NO_COLUMNS
+        if origins is not None and flat.columns.given:
+            own = origins[ends[index] - sequences[index] : ends[index]]
+            columns = flat.columns.of_batch(
+                long_arrays["pair_examples"], own, int_arrays.get("lists"), int_arrays.get("ranks")
+            )
         batches.append(
             PackedBatch(
                 **long_arrays,
@@ -148,7 +154,7 @@ def pack(
                 pairs=int_arrays["pairs"].view(-1, 2),
                 ref_logps=None if ref_logps is None else ref_logps[index],
                 padded_tokens=padded_tokens,
-                columns=flat.columns.of_batch(long_arrays["pair_examples"], origins_of[index], lists, ranks),
+                columns=columns,
             )
         )
     return batches
