@@ -1,4 +1,4 @@
-"""pack: preference pairs -> packed micro-batches, with what sequences share once and no padding.
+"""pack: preference pairs and lists -> packed micro-batches, with what sequences share once and no padding.
 
 batch.py describes the layout. The C++ extension (csrc/) reads the token ids in place (examples.py) and writes all
 arrays of a call into two buffers, one int64 and one int32; the tensors of the batches are views of them.
@@ -73,8 +73,8 @@ def pack(
 
     Examples with equal prompts share one group, and equal responses inside it are one branch. What sequences of a batch
     begin with alike is computed once: prompts that share a system prompt or earlier turns, responses that fork late. A
-    group is split only if it is larger than max_tokens, a pair never: one longer than max_tokens goes alone, but for
-    pairs that add no token to it, and its batch has num_tokens > max_tokens. Every pair lands in exactly one batch.
+    group is split only if it is larger than max_tokens, a pair or list never: one longer than max_tokens goes alone, but
+    for those that add no token to it, and its batch has num_tokens > max_tokens. Each lands in exactly one batch.
     Groups that begin alike are put together where that leaves fewer positions. Batches are evenly filled (see `plan`)
     and come largest first; their sizes do not depend on the order of the examples.
 
@@ -82,9 +82,15 @@ def pack(
         examples: mappings with prompt_ids, chosen_ids and rejected_ids (1-D integers, at least one each) and, for all
             examples or none, ref_chosen_logps and ref_rejected_logps (floats: summed nats); or groups with
             prompt_ids, branches (K responses), pairs (a list of (chosen, rejected) indices) and ref_logps (K floats).
-            Other keys are ignored. Or the same pairs by columns, which is several times faster: an Arrow table or a
-            Dataset with these columns, or one mapping from their names to (values, offsets), where row r's ids are
-            values[offsets[r]:offsets[r + 1]]. int32 and int64 ids are read where they lie.
+            Or lists with prompt_ids, responses_ids (K >= 2 responses in any order), ranks (K numbers, smaller is
+            better, equal ones are tied) or scores (K numbers, larger is better) or both, and ref_responses_logps
+            (K floats). A call has pairs or lists. Pairs and lists, but not groups, may have columns
+            (`PreferenceColumns`): weight (None: 1) and margin (None: 0), beta and label_smoothing (in all rows or
+            none), and weights for the tokens of responses, chosen_weights and rejected_weights or responses_weights
+            (None: all 1). Other keys are ignored. Or the same by columns, which is several times faster: an Arrow
+            table or a Dataset with these columns, or one mapping from their names to arrays or, for lists of numbers,
+            (values, offsets), where row r's ids are values[offsets[r]:offsets[r + 1]]; responses_ids and
+            responses_weights are Arrow columns. int32 and int64 ids are read where they lie.
         max_tokens: the budget of a micro-batch; None makes one batch.
         max_targets: a second budget, over response tokens; None leaves them unbounded.
         share: which positions sequences share: "prefix" (the default) all that they begin with alike, "prompt" a prompt
@@ -135,14 +141,15 @@ def pack(
     packer.fill(longs.numpy(), ints.numpy(), threads)
     long_parts = iter(longs.split(long_counts.ravel().tolist()))
     int_parts = iter(ints.split(int_counts.ravel().tolist()))
-    ends = sequences.cumsum()
+    first = 0
     batches = []
     for index, padded_tokens in enumerate(padded.tolist()):
         long_arrays = {name: next(long_parts) for name in long_sizes}
         int_arrays = {name: next(int_parts) for name in int_sizes}
         columns = NO_COLUMNS
         if origins is not None and flat.columns.given:
-            own = origins[ends[index] - sequences[index] : ends[index]]
+            own = origins[first : first + sequences[index]]
+            first += sequences[index]
             columns = flat.columns.of_batch(
                 long_arrays["pair_examples"], own, int_arrays.get("lists"), int_arrays.get("ranks")
             )
