@@ -73,8 +73,8 @@ def pack(
 
     Examples with equal prompts share one group, and equal responses inside it are one branch. What sequences of a batch
     begin with alike is computed once: prompts that share a system prompt or earlier turns, responses that fork late. A
-    group is split only if it is larger than max_tokens, a pair or list never: one longer than max_tokens goes alone, but
-    for those that add no token to it, and its batch has num_tokens > max_tokens. Each lands in exactly one batch.
+    group is split only if it is larger than max_tokens, a pair or list never: one longer than max_tokens goes alone,
+    but for those that add no token to it, and its batch has num_tokens > max_tokens. Each lands in exactly one batch.
     Groups that begin alike are put together where that leaves fewer positions. Batches are evenly filled (see `plan`)
     and come largest first; their sizes do not depend on the order of the examples.
 
