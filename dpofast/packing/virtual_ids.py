@@ -205,6 +205,5 @@ def _example(batch: PackedBatch, row: int) -> int:
     last_rows = batch.logit_rows[batch.cu_targets[1:].long() - 1]
     # rows lie depth first: the next row that ends a sequence is of one that goes through this row
     sequence = int(torch.where(last_rows >= row, last_rows, batch.num_tokens).argmin())
-    lists = batch.columns.lists
-    of_row = batch.pairs if lists is None else lists
-    return int(batch.pair_examples[int((of_row == sequence).any(1).int().argmax())])
+    of_rows = batch.pairs if batch.columns.lists is None else batch.columns.lists
+    return int(batch.pair_examples[int((of_rows == sequence).any(1).int().argmax())])

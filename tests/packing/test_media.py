@@ -151,3 +151,20 @@ def test_examples_are_not_changed():
     before = ids.copy()
     pack([row])
     assert (ids == before).all()
+
+
+def test_lists_of_responses_take_media_too():
+    a = image(1, 3)
+    row = {"prompt_ids": [1, _PLACE, _PLACE, _PLACE, 2], "media": PromptMedia((a,), _PLACE)}
+    responses = {
+        "responses_ids": [[3, 4], [5, 6], [8]],
+        "ranks": [0, 1, 2],
+        "responses_weights": [[1.0, 0.5], [1.0, 1.0], [2.0]],
+    }
+    (batch,) = pack([{**row, **responses}, {**row, **responses, "media": PromptMedia((image(2, 3),), _PLACE)}])
+    assert batch.columns.lists.shape == (2, 3)
+    assert batch.num_sequences == 6
+    order = batch.media.images_in(torch.arange(batch.num_tokens))
+    assert sorted(batch.media.inputs_of(order)["pixel_values"][:, 0].tolist()) == [1.0, 2.0]
+    with pytest.raises(ValueError, match=r"examples\[0\]: expected image placeholders in prompts with media alone"):
+        pack([{**row, **responses, "responses_ids": [[3, 4], [5, 6], [_PLACE]]}])
