@@ -175,3 +175,12 @@ def test_a_copy_and_a_pickled_model_take_images():
     logps = model(packed=batch).logps
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(other(packed=batch).logps, logps)
+
+
+def test_attaching_leaves_no_trace_of_the_image_that_it_tries():
+    model = vision_model("qwen2_vl")
+    embeds = torch.randn(1, 6, 32, generator=torch.Generator().manual_seed(0))
+    before = model(inputs_embeds=embeds).logits
+    attach_logprob_head(model)
+    assert model.model.rope_deltas is None
+    assert torch.equal(model(inputs_embeds=embeds).logits, before)

@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from dpofast.model.parts import base_causal_lm, is_composite
+from dpofast.model.parts import base_causal_lm, is_composite, whole_backbone
 from dpofast.model.vision.example import example_with_image
 from dpofast.model.vision.families import family_of, image_token_id
 from dpofast.packing.media import BatchMedia
 
+# Where models with multimodal positions keep the offsets of their last call, which a call by inputs_embeds alone reads.
+_LAST_OFFSETS = "rope_deltas"
 _REFUSAL = "_dpofast_images_refused"  # an attribute of the model: the reason; None where images are right
 
 
@@ -35,11 +37,15 @@ def admit_images(model: Any, padded: bool, check: Callable[[list[dict[str, Any]]
         )
     else:
         reason = None
+        inner = whole_backbone(model)
+        kept = getattr(inner, _LAST_OFFSETS, None)
         try:
             check([example_with_image(model)])
         except Exception as error:  # of any kind: configs of these families differ, and text may still be right
             text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
             reason = f"{name}: the check with a small random image has failed: {text}"
+        if hasattr(inner, _LAST_OFFSETS):
+            setattr(inner, _LAST_OFFSETS, kept)
     vars(model)[_REFUSAL] = reason
 
 
