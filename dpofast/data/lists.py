@@ -203,7 +203,9 @@ def lists_to_pairs(lists: Dataset, list_pairs: str, min_score_gap: float | None,
         DataError: the dataset holds pairs, or has no scores for min_score_gap.
     """
     if RANK_COLUMN not in lists.column_names:
-        raise DataError(f"{source}: list_pairs={list_pairs!r} turns lists into pairs, and the rows are pairs: leave it out")
+        raise DataError(
+            f"{source}: list_pairs={list_pairs!r} turns lists into pairs, and the rows are pairs: leave it out"
+        )
     if min_score_gap is not None and SCORE_COLUMN not in lists.column_names:
         raise DataError(f"{source}: min_score_gap needs column '{SCORE_COLUMN}', and the lists have ranks alone")
     features: dict[str, Any] = {}

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
+import pyarrow as pa
 
 from dpofast.data.formats import (
     ID_COLUMNS,
@@ -42,6 +46,11 @@ def has_reference(columns: Collection[str] | None) -> bool:
     return set(reference_columns(columns)) <= set(columns or ())
 
 
+def without_reference(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row without its reference log-probs."""
+    return {name: value for name, value in row.items() if name not in (*REF_COLUMNS, LIST_REF_COLUMN)}
+
+
 def token_columns(columns: Collection[str]) -> tuple[str, ...]:
     """Of these columns, those that hold the token ids of a row: prompt, then responses."""
     return LIST_ID_COLUMNS if has_lists(columns) else ID_COLUMNS
@@ -58,18 +67,81 @@ def responses_of(row: Mapping[str, Any]) -> list[Any]:
     return list(row[RESPONSES]) if has_lists(row) else [row[name] for name in ID_COLUMNS[1:]]
 
 
-def with_best_and_worst(row: dict[str, Any]) -> dict[str, Any]:
-    """A row with chosen_ids and rejected_ids: of a list its first (best) and last (worst) response, not copied."""
-    if not has_lists(row):
-        return row
-    responses = row[RESPONSES]
-    return row | dict(zip(ID_COLUMNS[1:], (responses[0], responses[-1]), strict=True))
-
-
 def best_weight(row: Mapping[str, Any]) -> float:
     """What the tokens of a row's chosen, or best, response count together: their number, or the sum of weights."""
     weights = row.get(WEIGHT_COLUMNS[0])
-    if has_lists(row):
-        of_all = row.get(LIST_WEIGHT_COLUMN)
-        weights = None if of_all is None else of_all[0]
-    return len(responses_of(row)[0]) if weights is None else float(sum(map(float, weights)))
+    if has_lists(row) and (of_all := row.get(LIST_WEIGHT_COLUMN)) is not None:
+        weights = of_all[0]
+    return len(responses_of(row)[0]) if weights is None else float(np.sum(weights, dtype=np.float64))
+
+
+@dataclass(frozen=True, eq=False)
+class RowTokens:
+    """The token ids of n rows with R responses, as views of an Arrow table's buffers.
+
+    Responses are numbered row by row, in a list best first, in a pair chosen before rejected.
+
+    Attributes:
+        prompts: values and (n + 1,) offsets of the prompts' tokens.
+        bounds: (n + 1,) int64; row i has the responses bounds[i] to bounds[i + 1] − 1.
+        lengths: (R,) int64, tokens of every response.
+    """
+
+    prompts: tuple[np.ndarray, np.ndarray]
+    bounds: np.ndarray
+    lengths: np.ndarray
+    _responses: list[pa.Array]
+    _weights: list[pa.Array]
+
+    @classmethod
+    def of(cls, table: pa.Table) -> RowTokens:
+        """Those of a table with the columns token_columns(), and weight_columns() where the rows have some."""
+        prompt, *names = token_columns(table.column_names)
+        responses = [table.column(name).combine_chunks() for name in names]
+        weights = [table.column(name).combine_chunks() for name in weight_columns(table.column_names)]
+        if len(names) == 1:
+            (lists,) = responses
+            bounds = lists.offsets.to_numpy().astype(np.int64)
+            responses, bounds = [lists.flatten()], bounds - bounds[0]
+        else:
+            bounds = 2 * np.arange(len(table) + 1)
+        lengths = np.stack([np.diff(each.offsets.to_numpy()) for each in responses], axis=1).ravel().astype(np.int64)
+        return cls(_values(table.column(prompt).combine_chunks()), bounds, lengths, responses, weights)
+
+    def responses(self) -> Iterator[np.ndarray]:
+        """The token ids of every response."""
+        parts = [_values(each) for each in self._responses]
+        bounds = [offsets.tolist() for _, offsets in parts]
+        for index in range(len(self._responses[0])):
+            for (values, _), starts in zip(parts, bounds, strict=True):
+                yield values[starts[index] : starts[index + 1]]
+
+    def weights(self) -> np.ndarray | None:
+        """float32 weights of all responses' tokens, one behind the other; 1 where a row has none. None without any."""
+        if not any(len(each) > each.null_count for each in self._weights):
+            return None
+        filled = np.ones(self.lengths.sum(), np.float32)
+        starts = np.cumsum(self.lengths) - self.lengths
+        for number, values in self._given_weights():
+            filled[starts[number] : starts[number] + len(values)] = values
+        return filled
+
+    def _given_weights(self) -> Iterator[tuple[int, np.ndarray]]:
+        """(number of a response, its weights) of the responses that have some."""
+        for side, column in enumerate(self._weights):
+            for row, given in enumerate(column.is_valid().to_pylist()):
+                if not given:
+                    continue
+                own = column[row].values
+                if len(self._weights) == 2:
+                    yield 2 * row + side, own.to_numpy(zero_copy_only=False)
+                    continue
+                for place, each in enumerate(own):
+                    if each.is_valid:
+                        yield self.bounds[row] + place, each.values.to_numpy(zero_copy_only=False)
+
+
+def _values(column: pa.Array) -> tuple[np.ndarray, np.ndarray]:
+    """int32 values and int64 offsets, from 0, of a list column of token ids."""
+    offsets = column.offsets.to_numpy().astype(np.int64)
+    return column.flatten().to_numpy(zero_copy_only=False).astype(np.int32, copy=False), offsets - offsets[0]

@@ -27,7 +27,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from dpofast.checkpointing.identity import reference_identity
 from dpofast.checkpointing.trainer import CheckpointedTrainer
 from dpofast.data.arrow import mapped_files, release_pages
-from dpofast.data.formats import ID_COLUMNS, REF_COLUMNS
+from dpofast.data.token_rows import DECIDING_COLUMNS, has_reference
 from dpofast.evaluation.metrics import MetricSums, check_best_metric
 from dpofast.evaluation.pair_records import PairRecords
 from dpofast.losses.pairs import StepTotals
@@ -99,7 +99,7 @@ class DPOTrainer(CheckpointedTrainer):
 
     train_dataset: Any
     eval_dataset: Any
-    identity_columns = ID_COLUMNS
+    identity_columns = DECIDING_COLUMNS
 
     def __init__(
         self,
@@ -187,7 +187,7 @@ class DPOTrainer(CheckpointedTrainer):
 
     def _identity_of_reference(self, ref_model: Any) -> dict[str, str]:
         """Fingerprint of the reference's weights, where they decide about the run."""
-        in_data = self.train_dataset is not None and set(REF_COLUMNS) <= set(self.train_dataset.column_names or ())
+        in_data = self.train_dataset is not None and has_reference(self.train_dataset.column_names)
         compared = self.loss.needs_reference and not in_data
         return reference_identity(self.model, ref_model) if compared else {}
 
@@ -255,7 +255,7 @@ class DPOTrainer(CheckpointedTrainer):
         return self._reference.model
 
     def _with_reference(self, dataset: Dataset, name: str) -> Dataset:
-        if set(REF_COLUMNS) <= set(dataset.column_names):
+        if has_reference(dataset.column_names):
             return dataset
         begun = self.state.global_step > 0 and (self._reference.is_policy or is_sharded(self.accelerator))
         if self._reference.released or begun:

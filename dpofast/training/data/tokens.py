@@ -7,8 +7,8 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 
-from dpofast.data.formats import REF_COLUMNS
 from dpofast.data.load import tokenize_preferences
+from dpofast.data.token_rows import has_reference
 from dpofast.training.config import DPOConfig
 
 
@@ -64,7 +64,7 @@ class PreferenceData:
 
 def streams_reference(dataset: IterableDataset) -> bool:
     """Whether a stream's columns are known and have the reference log-probs."""
-    return set(REF_COLUMNS) <= set(dataset.column_names or ())
+    return has_reference(dataset.column_names)
 
 
 def no_precomputed_stream() -> ValueError:
