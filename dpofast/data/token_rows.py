@@ -31,6 +31,11 @@ DECIDING_COLUMNS = (
 )
 
 
+def optional_columns(columns: Collection[str] | None) -> list[str]:
+    """Of these columns, those beside a pair's token ids that decide what its loss is."""
+    return sorted({*DECIDING_COLUMNS}.difference(ID_COLUMNS).intersection(columns or ()))
+
+
 def has_lists(columns: Collection[str] | None) -> bool:
     """Whether rows with these columns are lists of responses, and not pairs."""
     return RESPONSES in (columns or ())
