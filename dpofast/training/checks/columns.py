@@ -31,6 +31,14 @@ from dpofast.losses.validate import check_taken
 _ROWS = 4096
 
 
+def is_list_data(columns: Collection[str]) -> bool:
+    """Whether data with these columns, in any format, are lists of responses and no pairs."""
+    try:
+        return bool({RESPONSES, "responses"} & {*used_columns(columns)})
+    except BadRow:
+        return False
+
+
 def check_column_names(
     columns: Collection[str], loss: PreferenceLoss, name: str, *, list_pairs: str | None = None
 ) -> None:
