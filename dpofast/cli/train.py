@@ -44,7 +44,10 @@ HELP_GROUPS = {
         "flash_attention",
         "torch_compile",
     ),
-    "data": ("split", "eval_split", "max_length", "truncation_mode", "on_bad_row", "dataset_num_proc", "preview"),
+    "data": (
+        *("split", "eval_split", "max_length", "truncation_mode", "on_bad_row", "dataset_num_proc", "preview"),
+        *("list_pairs", "min_score_gap", "assistant_only_loss"),
+    ),
     "adapter and quantization": (
         *("lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora", "load_in_4bit"),
         *("dtype", "attn_implementation", "disable_dropout", "neftune_noise_alpha", "trust_remote_code"),

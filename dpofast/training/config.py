@@ -94,6 +94,23 @@ class DPOConfig(TrainingArguments):
             "prompt, alike for both responses."
         },
     )
+    list_pairs: str | None = field(
+        default=None,
+        metadata={
+            "help": "What becomes of lists of responses: all, best_worst or adjacent (neighbours in rank) turns them "
+            "into pairs. Default: they stay lists, for the losses of lists."
+        },
+    )
+    min_score_gap: float | None = field(
+        default=None, metadata={"help": "With list_pairs: the least difference of the scores of a pair."}
+    )
+    assistant_only_loss: bool = field(
+        default=True,
+        metadata={
+            "help": "In a response of several turns only the assistant's are trained; a turn's own key train, true or "
+            "false, is stronger."
+        },
+    )
     max_tokens: int | str | None = field(
         default=None,
         metadata={
@@ -253,6 +270,7 @@ class DPOConfig(TrainingArguments):
             raise ValueError(f"max_length: expected room for a prompt and a response token, 2, got {self.max_length}")
         if self.truncation_mode not in TRUNCATION_MODES:
             raise ValueError(f"truncation_mode: expected 'keep_start' or 'keep_end', got {self.truncation_mode!r}")
+        check_list_options(self.list_pairs, self.min_score_gap)
         self._resolve_share()
         self._check_max_tokens()
         self._check_moving_reference()
