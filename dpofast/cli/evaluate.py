@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -23,6 +24,7 @@ from dpofast.data.lists import check_list_options
 from dpofast.evaluation.pair_records import PairTable
 from dpofast.evaluation.statistics import Estimate, LengthStatistics, length_statistics, mean, share
 from dpofast.losses.config import PreferenceLoss
+from dpofast.losses.own_kinds import import_from
 from dpofast.scoring.score_table import score_table
 from dpofast.training.checks.columns import check_column_names, check_column_values, is_list_data
 
@@ -34,7 +36,8 @@ class EvalArguments(ScoringArguments):
     loss_type: str | None = field(
         default=None,
         metadata={
-            "help": "The loss to report: a kind of dpofast train's. Default: sigmoid, or of lists plackett_luce."
+            "help": "The loss to report: a kind of dpofast train's, or module:function, one of your own. Default: "
+            "sigmoid, or of lists plackett_luce."
         },
     )
     list_pairs: str | None = field(
@@ -79,6 +82,7 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         ValueError: an option, a model or data that cannot be used.
     """
+    import_from(os.getcwd())  # --loss_type module:function
     arguments, _ = parse((EvalArguments,), argv, prog="dpofast eval", description=__doc__)
     quiet(sys.stderr.isatty())
     dataset = load(arguments)

@@ -10,6 +10,7 @@ from torch import Tensor
 from dpofast.losses.columns import PreferenceColumns
 from dpofast.losses.config import PreferenceLoss
 from dpofast.losses.kinds import KINDS
+from dpofast.losses.own_kinds import kind_of
 from dpofast.losses.sequences import Tokens
 
 
@@ -58,7 +59,7 @@ def check_reference(ref_logps: Tensor | None, sequences: int, pairs: int, loss: 
 
 def check_taken(columns: Collection[str], loss: PreferenceLoss) -> None:
     """ValueError for a column (a field of PreferenceColumns) that the loss does not take."""
-    kinds = [KINDS[kind] for kind in loss.kinds]
+    kinds = [kind_of(kind) for kind in loss.kinds]
     refused = {
         "margin": not any(kind.margin for kind in kinds),
         "label_smoothing": not any(kind.smoothing for kind in kinds),

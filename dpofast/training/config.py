@@ -15,6 +15,7 @@ from dpofast.data.lists import check_list_options
 from dpofast.losses.config import PreferenceLoss
 from dpofast.losses.divergences import DIVERGENCES
 from dpofast.losses.kinds import KINDS, KINDS_ALSO_CALLED
+from dpofast.losses.own_kinds import is_own, name_of
 from dpofast.packing.arguments import sharing
 from dpofast.training.checks.options import check_options
 from dpofast.training.sampler import SAMPLING_STRATEGIES
@@ -51,7 +52,10 @@ class DPOConfig(TrainingArguments):
     )
     loss_type: list[str] = field(
         default_factory=lambda: ["sigmoid"],
-        metadata={"help": f"The preference loss, or several, which are added up: {', '.join(KINDS)}."},
+        metadata={
+            "help": f"The preference loss, or several, which are added up: {', '.join(KINDS)}; or module:function, one "
+            "of your own."
+        },
     )
     loss_weights: list[float] | None = field(
         default=None, metadata={"help": "A weight for each of several losses, default 1."}
@@ -82,8 +86,23 @@ class DPOConfig(TrainingArguments):
         default="zero", metadata={"help": "bco_pair: its reward shift, zero or running_mean (of all rewards so far)."}
     )
     discopop_tau: float = field(default=0.05, metadata={"help": "discopop: its temperature."})
-    simpo_gamma: float = field(default=0.5, metadata={"help": "simpo: the margin that is asked for."})
+    simpo_gamma: float = field(default=0.5, metadata={"help": "simpo, alpha_po: the margin that is asked for."})
     cpo_alpha: float = field(default=1.0, metadata={"help": "cpo: the weight of the chosen response's NLL."})
+    alpha_po_alpha: float = field(
+        default=0.25, metadata={"help": "alpha_po: the shape of its reward; 0 is that of simpo."}
+    )
+    dpop_lambda: float = field(
+        default=50.0, metadata={"help": "dpop: the weight of a chosen response's fall below the reference."}
+    )
+    beta_dpo_alpha: float = field(
+        default=0.6, metadata={"help": "beta_dpo: how much a step's beta follows its mean margin of rewards."}
+    )
+    beta_dpo_threshold: float = field(
+        default=0.0, metadata={"help": "beta_dpo: the mean margin of rewards at which beta stays as it is."}
+    )
+    score_temperature: float = field(
+        default=1.0, metadata={"help": "infonca, nca, lipo_lambda: the scores of responses are divided by it."}
+    )
     max_length: int | None = field(
         default=1024, metadata={"help": "Prompt plus response is cut to so many tokens, where truncation_mode says."}
     )
@@ -244,9 +263,9 @@ class DPOConfig(TrainingArguments):
             self.precompute_ref_log_probs = not self.sync_ref_model
         self._post_init_uncompiled()
         check_options(self)
-        if isinstance(self.loss_type, str):
-            self.loss_type = [self.loss_type]
-        unknown = [kind for kind in self.loss_type if kind not in KINDS]
+        given = self.loss_type if isinstance(self.loss_type, (list, tuple)) else [self.loss_type]
+        self.loss_type = [name_of(kind) for kind in given]
+        unknown = [kind for kind in self.loss_type if kind not in KINDS and not is_own(kind)]
         if unknown or not self.loss_type:
             meant = did_you_mean(unknown[0], KINDS, KINDS_ALSO_CALLED) if unknown else ""
             raise ValueError(
