@@ -187,8 +187,8 @@ _PANELS: tuple[tuple[str, str, str, str, Any], ...] = (
         _LEARNING,
         "Accuracy",
         "Share of pairs whose chosen response has the larger reward (of lists: of every two responses of different "
-        "ranks). Dotted: a coin. Green: the mean over pairs whose chosen response is the longer one and over those where "
-        "it is the shorter one (of lists: best against worst response).",
+        "ranks). Dotted: a coin. Green: the mean over pairs whose chosen response is the longer one and over those "
+        "where it is the shorter one (of lists: best against worst response).",
         "share of pairs",
         _accuracy,
     ),

@@ -18,14 +18,16 @@ from dpofast.data.formats import (
     WEIGHT_COLUMNS,
     BadRow,
     DataError,
+    holds_list,
     place,
     used_columns,
 )
 from dpofast.data.lists import LIST_PAIRS
-from dpofast.data.token_rows import RESPONSES, has_lists
+from dpofast.data.token_rows import has_lists
 from dpofast.losses.config import PreferenceLoss
-from dpofast.losses.kinds import KINDS, SMOOTHING_RANGES
+from dpofast.losses.kinds import SMOOTHING_RANGES
 from dpofast.losses.list_kinds import MOST_TIED
+from dpofast.losses.own_kinds import kind_of
 from dpofast.losses.validate import check_taken
 
 _ROWS = 4096
@@ -34,7 +36,7 @@ _ROWS = 4096
 def is_list_data(columns: Collection[str]) -> bool:
     """Whether data with these columns, in any format, are lists of responses and no pairs."""
     try:
-        return bool({RESPONSES, "responses"} & {*used_columns(columns)})
+        return holds_list(used_columns(columns))
     except BadRow:
         return False
 
@@ -64,7 +66,7 @@ def check_column_names(
             given.setdefault("token_weights", column)
     for field, column in given.items():
         _check([field], loss, name, f"column '{column}'", f"remove or rename the column ('{column}')")
-    if list_pairs is None and used & {RESPONSES, "responses"}:
+    if list_pairs is None and holds_list(used):
         way = f"turn lists into pairs by list_pairs ({', '.join(LIST_PAIRS)}; --list_pairs on the command line)"
         fields = ["lists", *([SCORE_COLUMN] if SCORE_COLUMN in used else [])]
         _check(fields, loss, name, "lists of responses", way)
@@ -113,7 +115,7 @@ def check_column_values(
     columns = tokens.column_names
     if "label_smoothing" in columns:
         for kind in loss.kinds:
-            if (allowed := KINDS[kind].smoothing) is None:
+            if (allowed := kind_of(kind).smoothing) is None:
                 continue
             for rows, values in _values(tokens, "label_smoothing"):
                 for value in np.unique(values).tolist():

@@ -40,9 +40,6 @@ class PreferenceData:
             "min_score_gap": args.min_score_gap,
             "assistant_only_loss": args.assistant_only_loss,
             "num_proc": args.dataset_num_proc,
-            "list_pairs": args.list_pairs,
-            "min_score_gap": args.min_score_gap,
-            "assistant_only_loss": args.assistant_only_loss,
             "vocab_size": vocab_size,
         }
 
