@@ -216,7 +216,7 @@ _PANELS: tuple[tuple[str, str, str, str, Any], ...] = (
     (
         _LEARNING,
         "Kendall's τ of the held-out lists",
-        "The last evaluation: 1 is a list in the order of its ranks, −1 one in the opposite order, dotted one by chance.",
+        "The last evaluation: 1 is a list in the order of its ranks, −1 one in the opposite order; dotted: chance.",
         "lists",
         _tau,
     ),

@@ -96,9 +96,7 @@ def _check(fields: Collection[str], loss: PreferenceLoss, name: str, what: str, 
         raise ValueError(f"{name}: {what}: {error}; {way}, or name another loss_type") from error
 
 
-def check_column_values(
-    tokens: Dataset, loss: PreferenceLoss, name: str, *, unit: str = "row", first_row: int = 0
-) -> None:
+def check_column_values(tokens: Dataset, loss: PreferenceLoss, name: str, *, unit: str = "row") -> None:
     """Refuse values that the loss does not take, each with its row; check_column_names has the names.
 
     Args:
@@ -106,7 +104,6 @@ def check_column_values(
         loss: the preference loss.
         name: of the data, for messages.
         unit: of its row numbers, as DataReport's.
-        first_row: is added to them.
 
     Raises:
         ValueError: a label_smoothing outside the range of a kind, or more tied responses than plackett_luce takes
@@ -120,7 +117,7 @@ def check_column_values(
             for rows, values in _values(tokens, "label_smoothing"):
                 for value in np.unique(values).tolist():
                     if not SMOOTHING_RANGES[allowed](value):
-                        row = place(unit, first_row + int(rows[np.argmax(values == value)]))
+                        row = place(unit, int(rows[np.argmax(values == value)]))
                         raise DataError(
                             f"{name}, {row}: label_smoothing: expected a number in {allowed} for loss_type {kind!r}, "
                             f"got {value:g}"
@@ -134,7 +131,7 @@ def check_column_values(
             if counts.max(initial=0) > MOST_TIED:
                 row = table.column("row")[int(tied[counts.argmax(), 0])].as_py()
                 raise DataError(
-                    f"{name}, {place(unit, first_row + row)}: plackett_luce takes up to {MOST_TIED} tied responses, "
+                    f"{name}, {place(unit, row)}: plackett_luce takes up to {MOST_TIED} tied responses, "
                     f"got {counts.max()}: rank them, leave some out, or turn lists into pairs by list_pairs"
                 )
 

@@ -67,7 +67,7 @@ class PreferenceData:
         check_column_names(dataset.column_names, self._loss, source, list_pairs=self._options["list_pairs"])
         tokens, report = tokenize_preferences(dataset, source=source, **self._options)
         check_column_names(tokens.column_names, self._loss, source)
-        check_column_values(tokens, self._loss, source, unit=report.unit, first_row=first_row)
+        check_column_values(tokens, self._loss, source, unit=report.unit)
         self.reports[name] = report
         return tokens
 
