@@ -55,7 +55,8 @@ class EvalArguments(ScoringArguments):
         if self.output not in ("table", "json"):
             raise ValueError(f"output: expected 'table' or 'json', got {self.output!r}")
         check_list_options(self.list_pairs, self.min_score_gap)
-        self.loss(lists=False)
+        if self.loss_type is not None:
+            self.loss(lists=False)
 
     def loss(self, *, lists: bool) -> PreferenceLoss:
         """The loss to report for pairs or lists.

@@ -21,6 +21,7 @@ from dpofast.common.locks import WriteLock
 from dpofast.common.printable import printable
 from dpofast.data.token_rows import has_lists
 from dpofast.scoring.score_file import PartialScores, source_rows, source_snapshot, weights_of, write_scored
+from dpofast.training.checks.columns import is_list_data
 
 
 @dataclass(kw_only=True)
@@ -66,10 +67,11 @@ def main(argv: Sequence[str]) -> int:
     quiet(sys.stderr.isatty())
     output = Path(arguments.output)
     snapshot = source_snapshot(arguments.data, arguments.split)
-    prepared = prepare(arguments, load(arguments))
-    unit = "lists" if has_lists(prepared.tokens.column_names) else "pairs"
-    if unit == "lists" and arguments.ld_alpha is not None:
+    dataset = load(arguments)
+    if arguments.ld_alpha is not None and is_list_data(dataset.column_names):
         raise ValueError("ld_alpha: weights the tokens of a pair by the shorter response, and these rows are lists")
+    prepared = prepare(arguments, dataset)
+    unit = "lists" if has_lists(prepared.tokens.column_names) else "pairs"
     settings = {name: value for name, value in asdict(arguments).items() if name not in ("output", "overwrite")}
     # What decides the numbers: a partial file of other options, other weights or other data must not be gone on with.
     identity = settings | {
