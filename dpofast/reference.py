@@ -245,8 +245,8 @@ def _kind_losses(
         return -ls(max(1e-3, (1 + beta_dpo_alpha * (mean - beta_dpo_threshold)) * b) * (w - l))
     # Of lists; a pair is one of two.
     policy, ref = torch.stack([pw, pl], 1), torch.stack([rw, rl], 1)
-    temperature = {"score_temperature": score_temperature}
-    return torch.stack([list_loss(kind, *row, [0, 1], beta=b, **temperature) for row in zip(policy, ref, strict=True)])
+    rows = zip(policy, ref, strict=True)
+    return torch.stack([list_loss(kind, p, r, [0, 1], beta=b, score_temperature=score_temperature) for p, r in rows])
 
 
 def list_loss(

@@ -40,21 +40,20 @@ class EvalArguments(ScoringArguments):
             "sigmoid, or of lists plackett_luce."
         },
     )
+    output: str = field(default="table", metadata={"help": "What is printed: table or json."})
     list_pairs: str | None = field(
-        default=None,
-        metadata={"help": "Evaluate the pairs of lists, as in training: all, best_worst or adjacent."},
+        default=None, metadata={"help": "As in training: turns lists into pairs, by all, best_worst or adjacent."}
     )
     min_score_gap: float | None = field(
-        default=None, metadata={"help": "With --list_pairs: the least difference of a pair's scores."}
+        default=None, metadata={"help": "With list_pairs: the least difference of the scores of a pair."}
     )
-    output: str = field(default="table", metadata={"help": "What is printed: table or json."})
 
     def __post_init__(self) -> None:
         """Check what is cheap to check."""
         super().__post_init__()
+        check_list_options(self.list_pairs, self.min_score_gap)
         if self.output not in ("table", "json"):
             raise ValueError(f"output: expected 'table' or 'json', got {self.output!r}")
-        check_list_options(self.list_pairs, self.min_score_gap)
         if self.loss_type is not None:
             self.loss(lists=False)
 
@@ -76,6 +75,11 @@ class EvalArguments(ScoringArguments):
             )
         return loss
 
+    @property
+    def data_options(self) -> dict[str, Any]:
+        """The options of tokenize_preferences."""
+        return {**super().data_options, "list_pairs": self.list_pairs, "min_score_gap": self.min_score_gap}
+
 
 def main(argv: Sequence[str]) -> int:
     """Evaluate, print, and return 0.
@@ -90,7 +94,7 @@ def main(argv: Sequence[str]) -> int:
     loss = arguments.loss(lists=is_list_data(dataset.column_names) and arguments.list_pairs is None)
     check_column_names(dataset.column_names, loss, arguments.data, list_pairs=arguments.list_pairs)
     arguments.loss_type = loss.kinds[0]
-    prepared = prepare(arguments, dataset, list_pairs=arguments.list_pairs, min_score_gap=arguments.min_score_gap)
+    prepared = prepare(arguments, dataset)
     check_column_values(prepared.tokens, loss, arguments.data, unit=prepared.report.unit)
     scores = list(scored(arguments, prepared))
     in_order = [scores[place] for place in np.argsort(prepared.order)]

@@ -66,10 +66,10 @@ class ScoringArguments:
     truncation_mode: str = field(
         default="keep_start", metadata={"help": "As in training: keep_start, or keep_end (cuts the prompt's start)."}
     )
-    assistant_only_loss: bool = field(
-        default=True, metadata={"help": "As in training: of responses of several turns the assistant's alone count."}
-    )
     on_bad_row: str = field(default="raise", metadata={"help": "A bad row: raise (stop) or skip (count, leave out)."})
+    assistant_only_loss: bool = field(
+        default=True, metadata={"help": "As in training: of a response of several turns only the assistant's count."}
+    )
     dtype: str = field(default="float32", metadata={"help": "The dtype models are loaded in: float32 or bfloat16."})
     bf16: bool = field(default=False, metadata={"help": "Compute in bfloat16 on float32 weights, as training does."})
     load_in_4bit: bool = field(default=False, metadata={"help": "Weights in 4 bits, by bitsandbytes."})
@@ -92,6 +92,16 @@ class ScoringArguments:
         if self.max_tokens is not None and self.max_tokens < 1:
             raise ValueError(f"max_tokens: expected at least 1, got {self.max_tokens}")
 
+    @property
+    def data_options(self) -> dict[str, Any]:
+        """The options of tokenize_preferences."""
+        return {
+            "max_length": self.max_length,
+            "truncation_mode": self.truncation_mode,
+            "on_bad_row": self.on_bad_row,
+            "assistant_only_loss": self.assistant_only_loss,
+        }
+
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
@@ -113,20 +123,12 @@ def load(arguments: ScoringArguments) -> Dataset:
     return load_preferences(arguments.data, split=arguments.split, on_bad_row=arguments.on_bad_row)
 
 
-def prepare(
-    arguments: ScoringArguments,
-    dataset: Dataset,
-    *,
-    list_pairs: str | None = None,
-    min_score_gap: float | None = None,
-) -> Prepared:
+def prepare(arguments: ScoringArguments, dataset: Dataset) -> Prepared:
     """Load tokenizer and models, and tokenize; what is cheap to check comes first.
 
     Args:
         arguments: the command's.
         dataset: of load().
-        list_pairs: as in tokenize_preferences.
-        min_score_gap: likewise.
 
     Raises:
         ValueError: data, a tokenizer or a model that cannot be used, or no reference where one is needed.
@@ -147,13 +149,8 @@ def prepare(
     tokens, report = tokenize_preferences(
         dataset,
         tokenizer,
-        max_length=arguments.max_length,
-        truncation_mode=arguments.truncation_mode,
-        on_bad_row=arguments.on_bad_row,
         vocab_size=model.get_input_embeddings().weight.shape[0],
-        list_pairs=list_pairs,
-        min_score_gap=min_score_gap,
-        assistant_only_loss=arguments.assistant_only_loss,
+        **arguments.data_options,
     )
     if arguments.no_reference:
         brought = [name for name in (*REF_COLUMNS, LIST_REF_COLUMN) if name in tokens.column_names]

@@ -200,9 +200,10 @@ def _preview(train: TrainArguments, config: DPOConfig) -> int:
     from dpofast.data.preview import preview_preferences
 
     tokenizer = load_tokenizer(train.model, trust_remote_code=config.trust_remote_code)
-    options: Any = {"max_length": config.max_length, "truncation_mode": config.truncation_mode}
+    names = ("max_length", "truncation_mode", "on_bad_row", "list_pairs", "min_score_gap", "assistant_only_loss")
+    options: Any = {name: getattr(config, name) for name in names}
     dataset = load_preferences(train.data, split=train.split, on_bad_row=config.on_bad_row)
-    print(preview_preferences(dataset, tokenizer, train.preview, on_bad_row=config.on_bad_row, **options))
+    print(preview_preferences(dataset, tokenizer, train.preview, **options))
     return 0
 
 

@@ -42,6 +42,11 @@ class DataReport:
     # Pairs that lists were turned into, 0 where they were not.
     pairs_of_lists: int = 0
 
+    @property
+    def examples(self) -> int:
+        """Rows of the token-level dataset: the pairs that lists were turned into, else the rows that were kept."""
+        return self.pairs_of_lists or self.kept
+
     @staticmethod
     def from_bad_rows(
         source: str,

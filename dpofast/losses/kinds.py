@@ -3,7 +3,7 @@
 Symbols (nats): w and l are the log-ratios log(policy/reference) of the chosen and the rejected response, p_w and p_l
 the policy's log-probs alone, n_w and n_l the responses' tokens, ls = log σ. Δ = s(w) − s(l), where s is the score of
 the f-divergence (divergences.py; s(u) = u by default). β = beta, ε = label_smoothing, τ = discopop_tau,
-γ = simpo_gamma, λ = cpo_alpha or dpop_lambda. Gradients are left to autograd, which differentiates tensors of P numbers.
+γ = simpo_gamma, λ = cpo_alpha or dpop_lambda. Gradients are left to autograd, on tensors of P numbers.
 
 A kind is separable if a pair's loss depends on that pair alone, and coupled if it depends on all pairs of the call.
 Losses of lists are in list_kinds.py, losses that users bring in own_kinds.py.

@@ -146,7 +146,7 @@ def _plain_name(function: Any) -> str:
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Whether two functions of one name are one: the object, or what a notebook's cell that ran twice has made of it."""
+    """Whether two functions of one name are one: the same object, or made again by a notebook's cell that ran twice."""
     if one is other or (isinstance(one, MethodType) and one == other):
         return True
     if not (isinstance(one, FunctionType) and isinstance(other, FunctionType)):
@@ -228,15 +228,10 @@ def _checked(name: str, function: Callable[..., Any], x: Pairs | Lists, loss: Lo
 
 # ---- admission ------------------------------------------------------------------------------------------------------
 
-# Made-up log-probs of rows under policy and reference, nats, and the responses' tokens; NaN where a list ends.
-_NONE = float("nan")
-_POLICY = [
-    [-7.0, -9.5, -8.25, -11.0],
-    [-12.0, -6.5, -9.0, _NONE],
-    [-20.5, -23.0, _NONE, _NONE],
-    [-3.0, -8.0, -4.5, -6.0],
-]
-_REF = [[-7.5, -9.0, -8.5, -10.0], [-11.0, -7.5, -9.5, _NONE], [-22.0, -21.5, _NONE, _NONE], [-4.25, -7.0, -4.0, -6.75]]
+# Made-up log-probs of rows under policy and reference, nats, and the responses' tokens; 0 where a list ends. Of the
+# lists of four, one lies below the reference and one above it: a maximum or minimum sees the 0 of wider padding.
+_POLICY = [[-7.0, -9.5, -8.25, -11.0], [-12.0, -6.5, -9.0, 0.0], [-20.5, -23.0, 0.0, 0.0], [-3.0, -8.0, -4.5, -6.0]]
+_REF = [[-6.5, -8.0, -7.0, -10.0], [-11.0, -7.5, -9.5, 0.0], [-22.0, -21.5, 0.0, 0.0], [-4.25, -8.5, -5.5, -6.75]]
 _TOKENS = [[5, 7, 4, 6], [9, 3, 8, 0], [11, 12, 0, 0], [2, 6, 3, 5]]
 _RANKS = [[0, 1, 2, 3], [0, 0, 1, -1], [0, 1, -1, -1], [0, 1, 1, 2]]
 _SCORES = [[0.9, 0.6, 0.3, 0.1], [0.75, 0.75, 0.25, 0.0], [1.0, 0.0, 0.0, 0.0], [0.8, 0.5, 0.5, 0.2]]
@@ -265,8 +260,8 @@ def admit(name: str, loss: LossOptions, encoded: str) -> None:
 class _Trial:
     def __init__(self, name: str, kind: Kind, loss: LossOptions) -> None:
         self.name, self.kind, self.loss = name, kind, loss
-        self.policy = torch.tensor(_POLICY, dtype=torch.float64, device="cpu").nan_to_num(0.0)
-        self.ref = torch.tensor(_REF, dtype=torch.float64, device="cpu").nan_to_num(0.0)
+        self.policy = torch.tensor(_POLICY, dtype=torch.float64, device="cpu")
+        self.ref = torch.tensor(_REF, dtype=torch.float64, device="cpu")
 
     def run(self) -> None:
         policy = self.policy.clone().requires_grad_()
@@ -343,7 +338,8 @@ class _Trial:
         if not losses.requires_grad:
             self.refuse(f"has no gradient to the policy's log-probs: {advice}")
         try:
-            (gradient,) = torch.autograd.grad(losses.sum(), policy, allow_unused=True)
+            weights = torch.arange(1.0, 1 + len(losses), dtype=losses.dtype, device=losses.device)
+            (gradient,) = torch.autograd.grad((losses * weights).sum(), policy, allow_unused=True)
         except Exception as error:
             raise ValueError(f"kind: {self.name}: its gradient raised {_said(error)}") from error
         if gradient is None or not gradient.any():

@@ -73,6 +73,11 @@ def check_taken(columns: Collection[str], loss: PreferenceLoss) -> None:
         "lists": [f"{name} without ld_alpha" for name, kind in KINDS.items() if kind.lists],
     }
     for name in columns:
+        if name == "lists" and not loss.of_lists:
+            raise ValueError(
+                f"lists: kind {loss.kind!r} is a loss of pairs: turn lists into pairs with list_pairs "
+                f"('all', 'best_worst' or 'adjacent'), or take a loss of lists: {', '.join(takes[name])}"
+            )
         if refused.get(name):
             raise ValueError(f"{name}: kind {loss.kind!r} does not take it; it is for {', '.join(takes[name])}")
     if "lists" in columns and "scores" not in columns and any(kind.scores for kind in kinds):

@@ -1,4 +1,4 @@
-"""The losses of lists against reference.list_loss in float64: ragged lists, ties, extremes, and what pairs make of them."""
+"""The losses of lists against reference.list_loss in float64: ragged lists, ties, extremes, lists of two."""
 
 import math
 

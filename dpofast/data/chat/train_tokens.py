@@ -6,13 +6,13 @@ that are says
 
 - a template with {% generation %} markers itself, through transformers' assistant mask;
 - else what the template writes of the turns up to each one. Where it writes them differently once others follow
-  (reasoning that is left out of earlier turns), a turn's end is found by altering its content.
+  (reasoning that is left out of earlier turns), a turn is found by altering what it says.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from os.path import commonprefix
 from typing import Any
 
@@ -142,7 +142,7 @@ class _Turns:
         for written in self._endings(alone):
             if self.text.startswith(written):
                 return len(written)
-        inside, whole = self._content_end(at, self.all[: at + 1], alone), self._content_end(at, self.all, self.text)
+        inside, whole = self._anchor(at, self.all[: at + 1], alone), self._anchor(at, self.all, self.text)
         if inside is None or whole is None:
             return None
         for written in self._endings(alone):
@@ -150,16 +150,27 @@ class _Turns:
                 return whole + len(written) - inside
         return None
 
-    def _content_end(self, at: int, turns: list[Any], text: str) -> int | None:
-        """Where the content of turn `at` ends in the text of `turns`: there, and only there, more content is added."""
-        content = turns[at].get("content")
-        if not content:
-            return None
-        stripped = {**turns[at], "content": content.rstrip()} if isinstance(content, str) else turns[at]
-        for turn in (turns[at], stripped):
-            other = self._template.text_or_none([*turns[:at], altered(turn, _ALTERATION), *turns[at + 1 :]])
+    def _anchor(self, at: int, turns: list[Any], text: str) -> int | None:
+        """The place in the text of `turns` where turn `at` is written differently if it is altered, if there is one."""
+        for turn in _alterations(turns[at]):
+            other = self._template.text_or_none([*turns[:at], turn, *turns[at + 1 :]])
             if other is not None:
-                end = other.find(_ALTERATION)
-                if other == text[:end] + _ALTERATION + text[end:]:
-                    return end
+                place = other.find(_ALTERATION)
+                if other == text[:place] + _ALTERATION + text[place:]:
+                    return place
         return None
+
+
+def _alterations(turn: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Yield the turn with more content, as it is and without space at its end, or with another name called."""
+    content, calls = turn.get("content"), turn.get("tool_calls")
+    if content:
+        yield altered(turn, _ALTERATION)
+        if isinstance(content, str):
+            yield {**turn, "content": content.rstrip() + _ALTERATION}
+    elif isinstance(calls, list) and calls and isinstance(calls[-1], Mapping):
+        *others, last = calls
+        called = last.get("function", last)
+        if isinstance(called, Mapping) and isinstance(called.get("name"), str):
+            called = {**called, "name": called["name"] + _ALTERATION}
+            yield {**turn, "tool_calls": [*others, {**last, "function": called} if "function" in last else called]}
