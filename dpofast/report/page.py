@@ -130,8 +130,8 @@ def run_of(trainer: Any, prefix: str, records: PairRecords | None) -> Run:
 
 def _responses(dataset: Any, report: Any) -> int:
     """The responses trained on; 0, for not known, of lists that were streamed."""
-    if report.holds == "pairs":
-        return 2 * report.kept
+    if report.example_kind == "pairs":
+        return 2 * report.examples
     return sum(map(len, dataset[RANK_COLUMN])) if isinstance(dataset, Dataset) else 0
 
 

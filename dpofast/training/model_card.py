@@ -45,12 +45,13 @@ def model_card(model: Any, args: DPOConfig, reports: dict[str, Any], *, pairs_pe
     adapter = getattr(model, "peft_config", None)
     kinds = loss.kind if isinstance(loss.kind, str) else " + ".join(loss.kind)
     trained = next(iter(adapter.values())) if adapter else None
-    unit = reports["train"].holds if "train" in reports else "pairs"
+    unit = reports["train"].example_kind if "train" in reports else "pairs"
     facts = {
         "Base model": f"`{base}`",
         "Trained": "all weights" if trained is None else f"an adapter ({type(trained).__name__})",
         "Data": "; ".join(
-            f"{name}: {report.kept:,} {report.holds} of `{_name(report.source)}`" for name, report in reports.items()
+            f"{name}: {report.examples:,} {report.example_kind} of `{_name(report.source)}`"
+            for name, report in reports.items()
         ),
         "Loss": f"`{kinds}`, beta {args.beta:g}" + ("" if loss.needs_reference else ", without a reference"),
         "Steps": f"{steps:,} of {pairs_per_step} {unit}",
