@@ -30,7 +30,7 @@ from dpofast.cli.run_options import first_adapter
 from dpofast.data.encode_pairs import TRUNCATION_MODES
 from dpofast.data.formats import LIST_REF_COLUMN, REF_COLUMNS, place
 from dpofast.data.load import DataReport, load_preferences, tokenize_preferences
-from dpofast.data.token_rows import has_lists
+from dpofast.data.token_rows import has_lists, has_reference
 from dpofast.model.attach import attach_logprob_head
 from dpofast.scoring.order import prompt_order
 from dpofast.scoring.score import WINDOW, score_rows
@@ -134,7 +134,7 @@ def prepare(arguments: ScoringArguments, dataset: Dataset) -> Prepared:
         ValueError: data, a tokenizer or a model that cannot be used, or no reference where one is needed.
     """
     tokenizer = load_tokenizer(arguments.model, trust_remote_code=arguments.trust_remote_code)
-    given = {*REF_COLUMNS} <= {*dataset.column_names} or LIST_REF_COLUMN in dataset.column_names
+    given = has_reference(dataset.column_names)
     if not (arguments.ref_model or arguments.no_reference or given or is_adapter(arguments.model)):
         raise ValueError(
             f"ref_model: {named(arguments.model)} is no adapter, so its reference must be named (the model that "

@@ -43,7 +43,8 @@ def has_lists(columns: Collection[str] | None) -> bool:
 
 def reference_columns(columns: Collection[str] | None) -> tuple[str, ...]:
     """The names under which reference log-probs stand beside these columns: two for pairs, one for lists."""
-    return (LIST_REF_COLUMN,) if has_lists(columns) else REF_COLUMNS
+    lists = has_lists(columns) or LIST_REF_COLUMN in (columns or ())
+    return (LIST_REF_COLUMN,) if lists else REF_COLUMNS
 
 
 def has_reference(columns: Collection[str] | None) -> bool:

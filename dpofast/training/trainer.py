@@ -68,7 +68,7 @@ _REFERENCE_FILE = "moving_reference.safetensors"  # in a checkpoint
 
 
 class DPOTrainer(CheckpointedTrainer):
-    """Direct Preference Optimization (arXiv 2305.18290) on packed batches.
+    """Direct Preference Optimization (arXiv 2305.18290) on packed batches, of pairs or of lists of responses.
 
     Args:
         model: a causal language model, a PEFT model, or a name or folder that AutoModelForCausalLM loads (in float32).
@@ -76,7 +76,8 @@ class DPOTrainer(CheckpointedTrainer):
             model).
         args: a DPOConfig, or TRL's.
         data_collator: None; TRL's argument, refused.
-        train_dataset: preference pairs in any of the formats of dpofast.tokenize_preferences. Of an IterableDataset,
+        train_dataset: preference pairs, or lists, in any of the formats of dpofast.tokenize_preferences, with the
+            columns of a row (weight, margin, beta ...) that the loss takes. Of an IterableDataset,
             which is read and tokenized as training goes, the reference is computed in the step.
         eval_dataset: the same, held out, read whole; a dict of them is evaluated one by one, each under its name.
         processing_class: the tokenizer; None loads the one that lies beside the model, if there is one.

@@ -9,7 +9,7 @@ from datasets import Dataset, IterableDataset
 
 from dpofast.data.load import tokenize_preferences
 from dpofast.data.token_rows import has_reference
-from dpofast.training.checks.columns import check_column_names, check_column_values
+from dpofast.training.checks.columns import check_column_names, check_column_values, is_list_data
 from dpofast.training.config import DPOConfig
 
 
@@ -65,7 +65,10 @@ class PreferenceData:
         source = dataset.info.dataset_name or f"{name} data"
         source += f" from row {first_row} on" if first_row else ""
         check_column_names(dataset.column_names, self._loss, source, list_pairs=self._options["list_pairs"])
-        tokens, report = tokenize_preferences(dataset, source=source, **self._options)
+        options = self._options
+        if name != "train" and not is_list_data(dataset.column_names):  # pairs may be held out of lists that train
+            options = {**options, "list_pairs": None, "min_score_gap": None}
+        tokens, report = tokenize_preferences(dataset, source=source, **options)
         check_column_names(tokens.column_names, self._loss, source)
         check_column_values(tokens, self._loss, source, unit=report.unit)
         self.reports[name] = report
