@@ -70,12 +70,13 @@ def windows(dataset: Dataset | Iterable[Mapping[str, Any]], size: int) -> Iterat
     Raises:
         ValueError: a column that only some of the rows have, or lists among pairs.
     """
-    if not isinstance(dataset, Dataset):
+    columns = dataset.column_names if isinstance(dataset, Dataset) else ()
+    # lists that tokenize_preferences has not put in order are read row by row
+    if not isinstance(dataset, Dataset) or (has_lists(columns) and ORDER_COLUMN not in columns):
         rows = iter(dataset)
         while part := list(islice(rows, size)):
             yield _of_mappings(part)
         return
-    columns = dataset.column_names
     is_list, ids = has_lists(columns), token_columns(columns)
     packed = [*ids, *([RANK_COLUMN] if is_list else [])]
     weights, given = weight_columns(columns), [name for name in _beside(is_list) if name in columns]

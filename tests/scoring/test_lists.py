@@ -69,10 +69,11 @@ def in_source_order(values, row):
 
 
 @pytest.mark.parametrize("weights", [False, True])
-@pytest.mark.parametrize("form", ["mappings", "tokens"])
+@pytest.mark.parametrize("form", ["mappings", "dataset", "tokens"])
 def test_scores_stand_in_the_order_of_the_rows_responses(models, form, weights):
     rows = tiny_lists(9, seed=1, weights=weights)
-    found = list(score_rows(tokens_of(rows) if form == "tokens" else rows, *models, window=4, **OPTIONS))
+    forms = {"mappings": list, "dataset": Dataset.from_list, "tokens": tokens_of}
+    found = list(score_rows(forms[form](rows), *models, window=4, **OPTIONS))
     assert len(found) == 9
     for row, scores, own, ref in zip(rows, found, *(truth(model, rows) for model in models), strict=True):
         assert scores["responses_logps"] == pytest.approx(in_source_order(own, row), abs=5e-5)
