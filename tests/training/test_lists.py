@@ -207,7 +207,7 @@ def tokens_of(dataset):
 def test_lists_for_a_loss_of_pairs_are_refused_before_anything_is_loaded(tmp_path):
     args = DPOConfig(output_dir=str(tmp_path / "out"), use_cpu=True, report_to="none")
     with pytest.raises(
-        ValueError, match="train_dataset: lists of responses: .*'sigmoid' does not take it.*plackett_luce.*list_pairs"
+        ValueError, match="train_dataset: lists of responses: .*'sigmoid' is a loss of pairs.*list_pairs.*plackett_luce"
     ):
         DPOTrainer("no/such/model", args=args, train_dataset=tiny_list_dataset(4))
     assert not (tmp_path / "out").exists()

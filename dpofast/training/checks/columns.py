@@ -22,7 +22,6 @@ from dpofast.data.formats import (
     place,
     used_columns,
 )
-from dpofast.data.lists import LIST_PAIRS
 from dpofast.data.token_rows import has_lists
 from dpofast.losses.config import PreferenceLoss
 from dpofast.losses.kinds import SMOOTHING_RANGES
@@ -65,11 +64,15 @@ def check_column_names(
         if column in used:
             given.setdefault("token_weights", column)
     for field, column in given.items():
-        _check([field], loss, name, f"column '{column}'", f"remove or rename the column ('{column}')")
+        _check(
+            [field],
+            loss,
+            f"{name}: column '{column}'",
+            f"remove or rename the column ('{column}'), or name another loss_type",
+        )
     if list_pairs is None and holds_list(used):
-        way = f"turn lists into pairs by list_pairs ({', '.join(LIST_PAIRS)}; --list_pairs on the command line)"
         fields = ["lists", *([SCORE_COLUMN] if SCORE_COLUMN in used else [])]
-        _check(fields, loss, name, "lists of responses", way)
+        _check(fields, loss, f"{name}: lists of responses", "on the command line: --list_pairs, --loss_type")
 
 
 def check_data_columns(args: Any, loss: PreferenceLoss, train_dataset: Any, eval_dataset: Any) -> None:
@@ -89,11 +92,11 @@ def check_data_columns(args: Any, loss: PreferenceLoss, train_dataset: Any, eval
             check_column_names(columns, loss, name, list_pairs=args.list_pairs)
 
 
-def _check(fields: Collection[str], loss: PreferenceLoss, name: str, what: str, way: str) -> None:
+def _check(fields: Collection[str], loss: PreferenceLoss, what: str, way: str) -> None:
     try:
         check_taken(fields, loss)
     except ValueError as error:
-        raise ValueError(f"{name}: {what}: {error}; {way}, or name another loss_type") from error
+        raise ValueError(f"{what}: {error}; {way}") from error
 
 
 def check_column_values(tokens: Dataset, loss: PreferenceLoss, name: str, *, unit: str = "row") -> None:
