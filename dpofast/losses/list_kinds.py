@@ -26,15 +26,21 @@ def plackett_luce(x: Lists, loss: LossOptions) -> Tensor:
     Of tied responses the mean over all orders that the ties allow.
     """
     rewards = x.rewards
-    rankings = [tuple(rank for rank in row if rank >= 0) for row in x.ranks.tolist()]
-    choices = [(row, choice) for row, ranking in enumerate(rankings) for choice in _choices(ranking)]
-    width = rewards.shape[1]
-    owner = torch.tensor([row for row, _ in choices], device=rewards.device)
+    # Most rankings of a batch are alike (without ties all of one length are), so their choices are listed once.
+    rankings, ranking_of = x.ranks.unique(dim=0, return_inverse=True)
+    choices = [_choices(tuple(rank for rank in row if rank >= 0)) for row in rankings.tolist()]
+    counts = torch.tensor([len(of_ranking) for of_ranking in choices])
+    of_row = counts[ranking_of]
+    rows = torch.arange(len(of_row)).repeat_interleave(of_row)
+    place = torch.arange(len(rows)) - (of_row.cumsum(0) - of_row)[rows]
+    number = ((counts.cumsum(0) - counts)[ranking_of[rows]] + place).to(rewards.device, non_blocking=True)
+    owner, width = rows.to(rewards.device, non_blocking=True), rewards.shape[1]
+    listed = [choice for of_ranking in choices for choice in of_ranking]
     taken, left = (
-        torch.tensor([[i in members for i in range(width)] for members in sets], device=rewards.device)
-        for sets in ([choice[0] for _, choice in choices], [choice[1] for _, choice in choices])
+        torch.tensor([[i in members for i in range(width)] for members in sets], device=rewards.device)[number]
+        for sets in ([choice[0] for choice in listed], [choice[1] for choice in listed])
     )
-    weight = torch.tensor([choice[2] for _, choice in choices], device=rewards.device, dtype=rewards.dtype)
+    weight = torch.tensor([choice[2] for choice in listed], device=rewards.device, dtype=rewards.dtype)[number]
     mine = rewards[owner]
     mean = torch.where(taken, mine, 0.0).sum(1, keepdim=True) / taken.sum(1, keepdim=True)
     terms = weight * torch.where(left, mine - mean, -torch.inf).logsumexp(1)
