@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 
 from dpofast.common.names import did_you_mean
 from dpofast.data.encode_pairs import TRUNCATION_MODES
+from dpofast.data.lists import check_list_options
 from dpofast.losses.config import PreferenceLoss
 from dpofast.losses.divergences import DIVERGENCES
 from dpofast.losses.kinds import KINDS, KINDS_ALSO_CALLED
@@ -188,6 +189,23 @@ class DPOConfig(TrainingArguments):
         },
     )
     disable_dropout: bool = field(default=True, metadata={"help": "Set every dropout of the models to 0."})
+    list_pairs: str | None = field(
+        default=None,
+        metadata={
+            "help": "Turn lists of responses into pairs: all, of every two of different ranks; best_worst; adjacent, "
+            "of neighbours in the order of ranks. Default: they stay lists, for a loss of lists."
+        },
+    )
+    min_score_gap: float | None = field(
+        default=None, metadata={"help": "With list_pairs: the least difference of a pair's scores."}
+    )
+    assistant_only_loss: bool = field(
+        default=True,
+        metadata={
+            "help": "Of responses of several turns train the assistant's alone; a turn's own key train (true or false) "
+            "is stronger."
+        },
+    )
     on_bad_row: str = field(
         default="raise", metadata={"help": "A bad row of the data: raise (stop) or skip (count it)."}
     )
@@ -244,6 +262,7 @@ class DPOConfig(TrainingArguments):
                 f"{self.train_sampling_strategy!r}: packing leaves no pads that sorting by length would save, and "
                 "ranks are balanced anyway"
             )
+        check_list_options(self.list_pairs, self.min_score_gap)
         if self.on_bad_row not in ("raise", "skip"):
             raise ValueError(f"on_bad_row: expected 'raise' or 'skip', got {self.on_bad_row!r}")
         # It would replace a NaN loss by an average and go on.
