@@ -100,7 +100,7 @@ def check_list_loss(model_folder: Path, lists: Sequence[List], *, noise: float =
     with torch.no_grad():
         for weight in policy.parameters():
             weight += noise * weight.std() * torch.randn(weight.shape, generator=draw)
-    expected = _restated(copy.deepcopy(policy).double(), copy.deepcopy(reference).double(), lists)
+    expected = restated(copy.deepcopy(policy).double(), copy.deepcopy(reference).double(), lists)
     rows = [{"prompt_ids": prompt, "responses_ids": of, "ranks": list(range(len(of)))} for prompt, of in lists]
     (batch,) = dpofast.pack(rows)
     loss = dpofast.PreferenceLoss(kind="plackett_luce", beta=BETA)
@@ -117,7 +117,7 @@ def check_list_loss(model_folder: Path, lists: Sequence[List], *, noise: float =
 
 
 @torch.no_grad()
-def _restated(policy: Any, reference: Any, lists: Sequence[List]) -> float:
+def restated(policy: Any, reference: Any, lists: Sequence[List]) -> float:
     """The DPO paper's equation 20 as it is written, from padded rows of the models as they are: a mean over lists."""
     total = 0.0
     for prompt, of in lists:
@@ -191,10 +191,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args.trl_pairs = args.trl_pairs or pairs
     if args.responses < 2:
         parser.error(f"--responses must be at least 2, got {args.responses}")
-    if args.steps < 2 or args.epochs < 1 or args.steps % args.epochs or args.rounds < 1:
-        parser.error(
-            f"--epochs must divide --steps, at least 2, got {args.epochs} and {args.steps}; --rounds at least 1"
-        )
+    if args.steps < 2 or args.rounds < 1:
+        parser.error(f"--steps must be at least 2 and --rounds at least 1, got {args.steps} and {args.rounds}")
+    if args.epochs < 1 or args.steps % args.epochs:
+        parser.error(f"--epochs must divide --steps, got {args.epochs} and {args.steps}")
     if args.lists_per_step < 1 or (args.lists_per_step * pairs) % args.trl_pairs:
         parser.error(f"--trl-pairs must divide the {args.lists_per_step * pairs} pairs of a step, got {args.trl_pairs}")
     return args
@@ -232,10 +232,7 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     )
     return {
         "profile": "quick" if args.quick else args.profile,
-        **{
-            name: getattr(args, name)
-            for name in ("responses", "lists_per_step", "steps", "epochs", "rounds", "trl_pairs")
-        },
+        **{name: getattr(args, name) for name in SETTINGS},
         "mean_tokens": {
             "prompt": sum(len(prompt) for prompt, _ in lists) / len(lists),
             "response": sum(len(ids) for _, of in lists for ids in of) / (len(lists) * args.responses),
