@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from bench import lists
+from bench import lists, markdown
 from bench.cases import RandomProfile
 from bench.random_pairs import random_lists, write_model
 
@@ -104,3 +104,28 @@ def test_a_quick_run_counts_less_than_half_of_trl_s_positions(tmp_path, capsys):
     assert losses["dpofast-lists"] == pytest.approx(np.log(24), abs=1e-5)
     assert losses["dpofast"] == pytest.approx(np.log(2), abs=1e-5)
     assert "a list of 4 over its 6 pairs by trl-precompute" in capsys.readouterr().out
+
+
+def test_the_table_of_the_docs_gives_what_a_step_on_lists_has_of_each_engine(tmp_path):
+    assert markdown.lists_table(tmp_path) == "No run is recorded yet."
+
+    def row(positions, gflop, cpu, wall):
+        work = {"positions": positions, "gemm_gflops": gflop}
+        return {"work": work, "step_cpu_s": {"median": cpu}, "step_s": {"median": wall}}
+
+    figures = {
+        **{"profile": "medium", "responses": 4, "lists_per_step": 2},
+        "mean_tokens": {"prompt": 100.4, "response": 50.0},
+        "engines": {"dpofast-lists": row(500, 10.0, 1.0, 0.5), "trl-precompute": row(4000, 50.0, 4.0, 1.0)},
+    }
+    record = {
+        "figures": figures,
+        "device": {"cpu": "A(R) Processor", "cores": 2},
+        "date": "2026-11-30T",
+        "command": "c",
+    }
+    (tmp_path / "lists.jsonl").write_text(json.dumps(record) + "\n")
+    caption, _, _, _, ours, theirs = markdown.lists_table(tmp_path).splitlines()
+    assert "2 lists of 4 a step, prompts of 100 and responses of 50 tokens" in caption and "A, 2 cores" in caption
+    assert ours == "| **dpofast-lists** | 500 | 1.00x | 10.00 | 1.00x | 1.00 | 1.00x | 0.50 | 1.00x |"
+    assert theirs == "| trl-precompute | 4,000 | 0.12x | 50.00 | 0.20x | 4.00 | 0.25x | 1.00 | 0.50x |"
