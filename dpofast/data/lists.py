@@ -1,14 +1,14 @@
 """Lists of K responses to one prompt: their order from best to worst, and the pairs that they give.
 
-A list is stored best first: `ranks` from 0, dense and never falling, where equal ranks are tied; `scores` where the data
-have them; `order`, the place of every response in the row of the source.
+A list is stored best first: `ranks` from 0, dense and never falling, where equal ranks are tied; `scores`, where the
+data have them; `order`, the place of every response in the row of the source.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, pairwise
 from pathlib import Path
@@ -32,7 +32,9 @@ from dpofast.data.formats import (
     WEIGHT_COLUMNS,
     BadRow,
     DataError,
+    holds_list,
 )
+from dpofast.data.report import DataReport, no_usable_row
 
 LIST_PAIRS = ("all", "best_worst", "adjacent")
 _ROWS = 256  # of a batch that is turned into pairs: K responses give K (K - 1) / 2 of them
@@ -71,14 +73,10 @@ def ranking(count: int, ranks: Sequence[float] | None, scores: Sequence[float] |
     as they stand in the row.
 
     Raises:
-        BadRow: fewer than two responses, another number of ranks or scores, all tied, or a better rank for a lower
-            score.
+        BadRow: fewer than two responses, all tied, or a better rank for a lower score.
     """
     if count < 2:
         raise BadRow("a list holds fewer than two responses", f"got {count}; a row is a comparison")
-    for column, values in ((RANK_COLUMN, ranks), (SCORE_COLUMN, scores)):
-        if values is not None and len(values) != count:
-            raise BadRow(f"column '{column}' is not of the responses' length", f"got {len(values)} for {count}")
     rounded = None if scores is None else np.asarray(scores, dtype=np.float32).tolist()
     if ranks is not None:
         given = list(ranks)
@@ -167,7 +165,7 @@ class _Pairs:
             pairs = pairs_of(own_ranks, own_scores, self.list_pairs, self.min_score_gap)
             taken += [(row, first + better, first + worse) for better, worse in pairs]
             first += len(own_ranks)
-        rows, better, worse = (pa.array(values, pa.int64()) for values in (zip(*taken) if taken else ((), (), ())))
+        rows, better, worse = (pa.array([pair[slot] for pair in taken], pa.int64()) for slot in range(3))
         columns: dict[str, Any] = {}
         for name in table.column_names:
             values = table.column(name)
@@ -194,20 +192,31 @@ def _of_all_responses(values: pa.ChunkedArray, ranks: Sequence[Sequence[int]]) -
     return lists.flatten().take(pa.array(places, pa.int64()))
 
 
-def lists_to_pairs(lists: Dataset, list_pairs: str, min_score_gap: float | None, source: str) -> Dataset:
+def check_pairs_can_be_made(columns: Collection[str], list_pairs: str | None, min_score_gap: float | None) -> None:
+    """Raise DataError where the options of pairs are given for rows that are pairs, or that have no scores."""
+    if list_pairs is None:
+        return
+    if not holds_list(columns):
+        raise DataError(f"list_pairs={list_pairs!r} turns lists into pairs, and the rows are pairs: leave it out")
+    if min_score_gap is not None and SCORE_COLUMN not in columns:
+        raise DataError(
+            f"min_score_gap={min_score_gap:g} needs column '{SCORE_COLUMN}', and the lists have ranks alone"
+        )
+
+
+def lists_to_pairs(
+    lists: Dataset, list_pairs: str, min_score_gap: float | None, report: DataReport
+) -> tuple[Dataset, DataReport]:
     """Turn a token-level dataset of lists into one of pairs, row numbers kept.
 
     The columns of a row go to each of its pairs, those of a response to the pairs that it is in.
 
+    Returns:
+        The pairs, and the lists' report with the number of pairs, and the lists that give none as skipped.
+
     Raises:
-        DataError: the dataset holds pairs, or has no scores for min_score_gap.
+        DataError: no list gives a pair.
     """
-    if RANK_COLUMN not in lists.column_names:
-        raise DataError(
-            f"{source}: list_pairs={list_pairs!r} turns lists into pairs, and the rows are pairs: leave it out"
-        )
-    if min_score_gap is not None and SCORE_COLUMN not in lists.column_names:
-        raise DataError(f"{source}: min_score_gap needs column '{SCORE_COLUMN}', and the lists have ranks alone")
     features: dict[str, Any] = {}
     for name, feature in lists.features.items():
         if name in _OF_RESPONSES:
@@ -220,6 +229,11 @@ def lists_to_pairs(lists: Dataset, list_pairs: str, min_score_gap: float | None,
         batch_size=_ROWS,
         remove_columns=lists.column_names,
         features=Features(features),
-        desc=printable(f"Pairs of {source}"),
+        desc=printable(f"Pairs of {report.source}"),
     )
-    return pairs.with_format(None)
+    own, found = (np.asarray(dataset.data.table.column("row")) for dataset in (lists, pairs))
+    reason = f"no two responses of different ranks are min_score_gap={min_score_gap} apart"
+    report = report.as_pairs(len(pairs), np.setdiff1d(own, found).tolist(), reason)
+    if len(pairs) == 0:
+        raise no_usable_row(report)
+    return pairs.with_format(None), report

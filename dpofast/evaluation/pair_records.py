@@ -46,6 +46,11 @@ class ListTable:
     ndcg: np.ndarray
     best_of_k: np.ndarray
 
+    @classmethod
+    def of(cls, metrics: ListMetrics, responses: np.ndarray) -> ListTable:
+        """Those of P lists, with the number of responses of each."""
+        return cls(responses, **{name: value.cpu().numpy() for name, value in metrics.values().items()})
+
 
 @dataclass(frozen=True, eq=False)
 class PairTable:

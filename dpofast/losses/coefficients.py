@@ -15,7 +15,7 @@ from dpofast.common.autograd import recording
 from dpofast.common.backend import uses_triton
 from dpofast.losses.columns import NO_COLUMNS, PreferenceColumns
 from dpofast.losses.config import PreferenceLoss
-from dpofast.losses.kinds import KINDS
+from dpofast.losses.own_kinds import kind_of
 from dpofast.losses.pairs import Lists, Pairs, StepTotals, make_lists
 from dpofast.losses.sequences import Tokens, pair_logprobs, segment_sums, side_indices, spread
 
@@ -148,8 +148,9 @@ def pair_losses(x: Pairs, lists: Lists | None, loss: PreferenceLoss) -> Tensor:
     if len(x.policy_chosen) == 0:  # sequences that no row names; a kind is never asked for the losses of no rows
         return x.policy_chosen
     total = torch.zeros_like(x.policy_chosen)
-    for kind, weight in zip(loss.kinds, loss.kind_weights, strict=True):
-        total = total + weight * KINDS[kind].function(lists if KINDS[kind].lists else x, loss)
+    for name, weight in zip(loss.kinds, loss.kind_weights, strict=True):
+        kind = kind_of(name)
+        total = total + weight * kind.function(lists if kind.lists else x, loss)
     if loss.rpo_alpha is not None:
         total = total + loss.rpo_alpha * x.chosen_nll()
     return total if x.weights is None else total * x.weights

@@ -6,18 +6,21 @@ separable: a list's loss depends on that list alone.
 
 from __future__ import annotations
 
-from functools import cache
+from functools import lru_cache
 from itertools import combinations, groupby
 from math import comb
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from dpofast.losses.options import LossOptions
 from dpofast.losses.pairs import Lists
 
 # Sets of tied responses double with every one of them.
 MOST_TIED = 8
+# 2 to the power of a score stops here, where float32 still holds it, as the exponents of divergences.py do.
+_MOST_GAIN = 80.0
 
 
 def plackett_luce(x: Lists, loss: LossOptions) -> Tensor:
@@ -26,28 +29,33 @@ def plackett_luce(x: Lists, loss: LossOptions) -> Tensor:
     Of tied responses the mean over all orders that the ties allow.
     """
     rewards = x.rewards
-    # Most rankings of a batch are alike (without ties all of one length are), so their choices are listed once.
-    rankings, ranking_of = x.ranks.unique(dim=0, return_inverse=True)
-    choices = [_choices(tuple(rank for rank in row if rank >= 0)) for row in rankings.tolist()]
-    counts = torch.tensor([len(of_ranking) for of_ranking in choices])
-    of_row = counts[ranking_of]
-    rows = torch.arange(len(of_row)).repeat_interleave(of_row)
-    place = torch.arange(len(rows)) - (of_row.cumsum(0) - of_row)[rows]
-    number = ((counts.cumsum(0) - counts)[ranking_of[rows]] + place).to(rewards.device, non_blocking=True)
-    owner, width = rows.to(rewards.device, non_blocking=True), rewards.shape[1]
+    rankings = [tuple(row) for row in x.ranks.tolist()]
+    # Without ties all rankings of one length are alike, so the choices of equal rankings are listed once.
+    number_of = {ranking: number for number, ranking in enumerate(dict.fromkeys(rankings))}
+    choices = [_choices(tuple(rank for rank in ranking if rank >= 0)) for ranking in number_of]
     listed = [choice for of_ranking in choices for choice in of_ranking]
-    taken, left = (
-        torch.tensor([[i in members for i in range(width)] for members in sets], device=rewards.device)[number]
-        for sets in ([choice[0] for choice in listed], [choice[1] for choice in listed])
-    )
-    weight = torch.tensor([choice[2] for choice in listed], device=rewards.device, dtype=rewards.dtype)[number]
+
+    def members(sets: list[frozenset[int]]) -> Tensor:
+        return _beside(torch.tensor([[i in each for i in range(rewards.shape[1])] for each in sets]), rewards)
+
+    number = torch.tensor([number_of[ranking] for ranking in rankings])
+    counts = torch.tensor([len(of_ranking) for of_ranking in choices])
+    rows = torch.arange(len(rankings)).repeat_interleave(counts[number])
+    # Of each row, its choices in `listed`: the first one's number and those that follow.
+    place = torch.arange(len(rows)) - (counts[number].cumsum(0) - counts[number])[rows]
+    choice = _beside((counts.cumsum(0) - counts)[number[rows]] + place, rewards)
+    owner = _beside(rows, rewards)
+    taken, left = members([taken for taken, _, _ in listed])[choice], members([left for _, left, _ in listed])[choice]
+    share = _beside(torch.tensor([share for _, _, share in listed], dtype=rewards.dtype), rewards)[choice]
     mine = rewards[owner]
     mean = torch.where(taken, mine, 0.0).sum(1, keepdim=True) / taken.sum(1, keepdim=True)
-    terms = weight * torch.where(left, mine - mean, -torch.inf).logsumexp(1)
-    return rewards.new_zeros(len(rewards)).index_add(0, owner, terms)
+    terms = share * torch.where(left, mine - mean, -torch.inf).logsumexp(1)
+    # In float64, so that the order in which a device adds does not change the float32 result.
+    sums = rewards.new_zeros(len(rewards), dtype=torch.float64).index_add(0, owner, terms.double())
+    return sums.to(rewards.dtype)
 
 
-@cache
+@lru_cache(4096)
 def _choices(ranking: tuple[int, ...]) -> list[tuple[frozenset[int], frozenset[int], float]]:
     """The choices that make up a ranking: from `left` one of `taken` is chosen, all alike, so often.
 
@@ -76,3 +84,70 @@ def _choices(ranking: tuple[int, ...]) -> list[tuple[frozenset[int], frozenset[i
                 if len(left) > 1:
                     choices.append((frozenset(taken), left, 1 / comb(len(tied), count)))
     return choices
+
+
+def softmax_dpo(x: Lists, loss: LossOptions) -> Tensor:
+    """S-DPO, arXiv 2406.09215: −ls(−log Σ_j e^(s_j − s_w)), the best response w against all worse ones j.
+
+    Of several that tie for the best the mean. A list of one rank has no worse ones, and a loss of 0.
+    """
+    rewards = x.rewards
+    best, worse = _beside(x.ranks == 0, rewards), _beside(x.ranks > 0, rewards)
+    # Not −inf, of which a list of one rank would make a NaN in the gradient.
+    against = torch.where(worse, rewards, torch.finfo(rewards.dtype).min).logsumexp(1, keepdim=True)
+    return torch.where(best, -F.logsigmoid(rewards - against), 0.0).sum(1) / best.sum(1)
+
+
+def infonca(x: Lists, loss: LossOptions) -> Tensor:
+    """InfoNCA, arXiv 2402.05369: −Σ_i t_i·log softmax(s)_i with t = softmax(score/α), α = score_temperature.
+
+    Of pairs t = (1, 0), which makes it DPO.
+    """
+    logs = torch.where(x.member, x.rewards, -torch.inf).log_softmax(1)
+    return -(_targets(x, loss) * torch.where(x.member, logs, 0.0)).sum(1)
+
+
+def nca(x: Lists, loss: LossOptions) -> Tensor:
+    """NCA of K responses, arXiv 2402.05369: −Σ_i [t_i·ls(s_i) + ls(−s_i)/K] with t = softmax(score/α).
+
+    α = score_temperature. Of pairs t = (1, 0), which makes it nca_pair.
+    """
+    rewards, member = x.rewards, x.member.to(x.policy.dtype)
+    share = member / member.sum(1, keepdim=True)
+    return -(_targets(x, loss) * F.logsigmoid(rewards) + share * F.logsigmoid(-rewards)).sum(1)
+
+
+def lipo_lambda(x: Lists, loss: LossOptions) -> Tensor:
+    """LiPO-λ, arXiv 2402.01878: Σ_{ψ_i>ψ_j} −Δ_ij·ls(s_i − s_j), Δ_ij = (2^ψ_i − 2^ψ_j)·abs(1/D(τ_i) − 1/D(τ_j)).
+
+    ψ = score/score_temperature, of pairs (1, 0); D(τ) = log(1 + τ) of the place τ that a response has by s now, from 1,
+    without gradient. Responses of equal ψ make no pair.
+    """
+    rewards = x.rewards
+    if x.scores is None:
+        labels = _beside(x.ranks == 0, rewards).to(rewards.dtype)
+    else:
+        labels = (x.scores / loss.score_temperature).clamp(max=_MOST_GAIN)
+    order = torch.where(x.member, rewards.detach(), -torch.inf).argsort(dim=1, descending=True, stable=True)
+    discount = 1 / (order.argsort(dim=1) + 2).to(rewards.dtype).log()
+    gain = labels.exp2()
+
+    def differences(values: Tensor) -> Tensor:
+        return values[:, :, None] - values[:, None, :]
+
+    ordered = (differences(labels) > 0) & x.member[:, :, None] & x.member[:, None, :]
+    terms = -differences(gain) * differences(discount).abs() * F.logsigmoid(differences(rewards))
+    return torch.where(ordered, terms, 0.0).sum((1, 2))
+
+
+def _targets(x: Lists, loss: LossOptions) -> Tensor:
+    """t (P, K), which adds up to 1: the softmax of the scores, or without them the best, tied ones alike."""
+    if x.scores is None:
+        best = _beside(x.ranks == 0, x.policy).to(x.policy.dtype)
+        return best / best.sum(1, keepdim=True)
+    return torch.where(x.member, x.scores / loss.score_temperature, -torch.inf).softmax(1)
+
+
+def _beside(values: Tensor, like: Tensor) -> Tensor:
+    """Values from the CPU on the device of `like`, without waiting for it."""
+    return values.to(like.device, non_blocking=True)

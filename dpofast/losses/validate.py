@@ -10,6 +10,7 @@ from torch import Tensor
 from dpofast.losses.columns import PreferenceColumns
 from dpofast.losses.config import PreferenceLoss
 from dpofast.losses.kinds import KINDS
+from dpofast.losses.own_kinds import kind_of
 from dpofast.losses.sequences import Tokens
 
 
@@ -58,7 +59,7 @@ def check_reference(ref_logps: Tensor | None, sequences: int, pairs: int, loss: 
 
 def check_taken(columns: Collection[str], loss: PreferenceLoss) -> None:
     """ValueError for a column (a field of PreferenceColumns) that the loss does not take."""
-    kinds = [KINDS[kind] for kind in loss.kinds]
+    kinds = [kind_of(kind) for kind in loss.kinds]
     refused = {
         "margin": not any(kind.margin for kind in kinds),
         "label_smoothing": not any(kind.smoothing for kind in kinds),
@@ -72,6 +73,11 @@ def check_taken(columns: Collection[str], loss: PreferenceLoss) -> None:
         "lists": [f"{name} without ld_alpha" for name, kind in KINDS.items() if kind.lists],
     }
     for name in columns:
+        if name == "lists" and not loss.of_lists:
+            raise ValueError(
+                f"lists: kind {loss.kind!r} is a loss of pairs: turn lists into pairs with list_pairs "
+                f"('all', 'best_worst' or 'adjacent'), or take a loss of lists: {', '.join(takes[name])}"
+            )
         if refused.get(name):
             raise ValueError(f"{name}: kind {loss.kind!r} does not take it; it is for {', '.join(takes[name])}")
     if "lists" in columns and "scores" not in columns and any(kind.scores for kind in kinds):

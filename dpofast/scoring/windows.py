@@ -132,12 +132,12 @@ def _best_first(row: Mapping[str, Any]) -> dict[str, Any]:
 def _weights(rows: list[Mapping[str, Any]]) -> Tensor | None:
     """The weights of mappings."""
     found: list[Any] = []
+    if all(row.get(name) is None for row in rows for name in (*WEIGHT_COLUMNS, LIST_WEIGHT_COLUMN)):
+        return None
     for row in rows:
         responses = responses_of(row)
         weights = row.get(LIST_WEIGHT_COLUMN) if has_lists(row) else [row.get(name) for name in WEIGHT_COLUMNS]
         found += zip(responses, [None] * len(responses) if weights is None else weights, strict=True)
-    if all(weights is None for _, weights in found):
-        return None
     parts = [np.ones(len(ids)) if weights is None else np.asarray(weights) for ids, weights in found]
     for (ids, _), part in zip(found, parts, strict=True):
         if part.shape != (len(ids),):

@@ -18,17 +18,27 @@ from dpofast.data.formats import (
     WEIGHT_COLUMNS,
     BadRow,
     DataError,
+    holds_list,
     place,
     used_columns,
 )
 from dpofast.data.lists import LIST_PAIRS
-from dpofast.data.token_rows import RESPONSES, has_lists
+from dpofast.data.token_rows import has_lists
 from dpofast.losses.config import PreferenceLoss
-from dpofast.losses.kinds import KINDS, SMOOTHING_RANGES
+from dpofast.losses.kinds import SMOOTHING_RANGES
 from dpofast.losses.list_kinds import MOST_TIED
+from dpofast.losses.own_kinds import kind_of
 from dpofast.losses.validate import check_taken
 
 _ROWS = 4096
+
+
+def is_list_data(columns: Collection[str]) -> bool:
+    """Whether data with these columns, in any format, are lists of responses and no pairs."""
+    try:
+        return holds_list(used_columns(columns))
+    except BadRow:
+        return False
 
 
 def check_column_names(
@@ -56,7 +66,7 @@ def check_column_names(
             given.setdefault("token_weights", column)
     for field, column in given.items():
         _check([field], loss, name, f"column '{column}'", f"remove or rename the column ('{column}')")
-    if list_pairs is None and used & {RESPONSES, "responses"}:
+    if list_pairs is None and holds_list(used):
         way = f"turn lists into pairs by list_pairs ({', '.join(LIST_PAIRS)}; --list_pairs on the command line)"
         fields = ["lists", *([SCORE_COLUMN] if SCORE_COLUMN in used else [])]
         _check(fields, loss, name, "lists of responses", way)
@@ -86,9 +96,7 @@ def _check(fields: Collection[str], loss: PreferenceLoss, name: str, what: str, 
         raise ValueError(f"{name}: {what}: {error}; {way}, or name another loss_type") from error
 
 
-def check_column_values(
-    tokens: Dataset, loss: PreferenceLoss, name: str, *, unit: str = "row", first_row: int = 0
-) -> None:
+def check_column_values(tokens: Dataset, loss: PreferenceLoss, name: str, *, unit: str = "row") -> None:
     """Refuse values that the loss does not take, each with its row; check_column_names has the names.
 
     Args:
@@ -96,7 +104,6 @@ def check_column_values(
         loss: the preference loss.
         name: of the data, for messages.
         unit: of its row numbers, as DataReport's.
-        first_row: is added to them.
 
     Raises:
         ValueError: a label_smoothing outside the range of a kind, or more tied responses than plackett_luce takes
@@ -105,12 +112,12 @@ def check_column_values(
     columns = tokens.column_names
     if "label_smoothing" in columns:
         for kind in loss.kinds:
-            if (allowed := KINDS[kind].smoothing) is None:
+            if (allowed := kind_of(kind).smoothing) is None:
                 continue
             for rows, values in _values(tokens, "label_smoothing"):
                 for value in np.unique(values).tolist():
                     if not SMOOTHING_RANGES[allowed](value):
-                        row = place(unit, first_row + int(rows[np.argmax(values == value)]))
+                        row = place(unit, int(rows[np.argmax(values == value)]))
                         raise DataError(
                             f"{name}, {row}: label_smoothing: expected a number in {allowed} for loss_type {kind!r}, "
                             f"got {value:g}"
@@ -124,7 +131,7 @@ def check_column_values(
             if counts.max(initial=0) > MOST_TIED:
                 row = table.column("row")[int(tied[counts.argmax(), 0])].as_py()
                 raise DataError(
-                    f"{name}, {place(unit, first_row + row)}: plackett_luce takes up to {MOST_TIED} tied responses, "
+                    f"{name}, {place(unit, row)}: plackett_luce takes up to {MOST_TIED} tied responses, "
                     f"got {counts.max()}: rank them, leave some out, or turn lists into pairs by list_pairs"
                 )
 

@@ -36,10 +36,10 @@ class PreferenceData:
             "max_length": args.max_length,
             "truncation_mode": args.truncation_mode,
             "on_bad_row": args.on_bad_row,
-            "num_proc": args.dataset_num_proc,
             "list_pairs": args.list_pairs,
             "min_score_gap": args.min_score_gap,
             "assistant_only_loss": args.assistant_only_loss,
+            "num_proc": args.dataset_num_proc,
             "vocab_size": vocab_size,
         }
 
@@ -67,7 +67,7 @@ class PreferenceData:
         check_column_names(dataset.column_names, self._loss, source, list_pairs=self._options["list_pairs"])
         tokens, report = tokenize_preferences(dataset, source=source, **self._options)
         check_column_names(tokens.column_names, self._loss, source)
-        check_column_values(tokens, self._loss, source, unit=report.unit, first_row=first_row)
+        check_column_values(tokens, self._loss, source, unit=report.unit)
         self.reports[name] = report
         return tokens
 
