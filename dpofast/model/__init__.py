@@ -12,6 +12,7 @@ dropout     dropout of a model turned off
 moe         the load-balancing loss of mixtures of experts over packed rows
 lora        fuse_lora: PEFT's LoRA layers with fewer passes over memory
 adapters    PEFT: what is refused, what wrapping does to a model, what is trained outside of an adapter
+vision/     images in prompts of composite models
 recurrent/  recurrent layers of hybrid models that follow the branches of a packed row
 checks/     which models can run so: rules, and a comparison with the model's own logits
 attention/  attention of a packed row: each position sees the sequence that it continues
