@@ -1,4 +1,4 @@
-"""The reward model of the classical pipeline: π_ref with a scalar head, fitted to preference pairs by trl's RewardTrainer.
+"""The classical pipeline's reward model: π_ref with a scalar head, fitted to pairs by trl's RewardTrainer.
 
 Its loss is −log σ(r(x, y_w) − r(x, y_l)), the likelihood of Bradley-Terry, so that r is in the units of the true reward
 but for a constant of each prompt, and a β means the same under both.
@@ -70,7 +70,6 @@ def train_reward_model(
     seed: int,
     *,
     on_step: OnStep = lambda step, model: None,
-    max_steps: int = -1,
 ) -> RewardModel:
     """Fit a copy of π_ref with a new scalar head to the pairs.
 
@@ -81,7 +80,6 @@ def train_reward_model(
         training: how.
         seed: of the head's weights and the order of the pairs.
         on_step: called with the number of steps so far and the model, before the first step and after each.
-        max_steps: end after so many; -1: after training.epochs.
     """
     with tempfile.TemporaryDirectory() as folder:
         reference.save_pretrained(folder)
@@ -90,7 +88,6 @@ def train_reward_model(
         args = RewardConfig(
             output_dir=folder,
             num_train_epochs=training.epochs,
-            max_steps=max_steps,
             per_device_train_batch_size=training.pairs_per_step,
             learning_rate=training.learning_rate,
             seed=seed,

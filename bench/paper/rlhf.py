@@ -78,8 +78,8 @@ def table(figures: Mapping[str, Any]) -> str:
     """The printed tables, in Markdown, and a paragraph for each claim."""
     model, reference = figures["reward_model"], figures["reference"]
     lines = [
-        f"Reward model: right on {plus_minus(model['accuracy'], 3)} of {model['held_out_pairs'][0]:,.0f} held-out pairs, "
-        f"the hidden reward itself on {plus_minus(model['judge_accuracy'], 3)}. "
+        f"Reward model: right on {plus_minus(model['accuracy'], 3)} of {model['held_out_pairs'][0]:,.0f} "
+        f"held-out pairs, the hidden reward itself on {plus_minus(model['judge_accuracy'], 3)}. "
         f"π_ref: reward {plus_minus(reference['reward'], 2)}.",
         "",
         _levels(figures),

@@ -62,7 +62,7 @@ class Seed:
         return [{**point, **{name: point[name] + before[name] for name in before}} for point in run["points"]]
 
     def best_of(self, n: int) -> dict[str, float]:
-        """Best of n with the reward model: the hidden reward, the reward model's own, and, unattainable, the judge's."""
+        """Best of n: the hidden reward and the model's own of the reward model's choice, and the judge's choice."""
         return {
             "reward": frontier.best_of_n(self.rewards, n, self.modelled),
             "modelled": frontier.best_of_n(self.modelled, n),
@@ -83,7 +83,7 @@ class Seed:
         return {name: (point[name] - float(pool.mean())) / float(pool.std()) for name, pool in pools.items()}
 
     def to_common(self) -> dict[str, dict[str, float]] | None:
-        """What the cheapest run of DPO and of the pipeline spent until the common reward; None without a common gain."""
+        """What the cheapest runs of DPO and the pipeline spent until the common reward; None without a gain."""
         start = self.pool["start"]["reward"]
         methods = [method for method in ("dpo", "rlhf") if method in self.runs]
         best = {m: max(p["reward"] for run in self.runs[m] for p in run["points"]) for m in methods}

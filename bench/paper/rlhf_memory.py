@@ -29,8 +29,17 @@ from bench.timing import PeakMemory
 
 STEPS = 2
 BETA, LEARNING_RATE = 0.5, 3e-4  # no trainer's default
-# Without effect on what is learned: of a run's output and of the CPU.
-_NO_SETTING = {*UNATTENDED, "output_dir", "logging_steps", "seed", "bf16", "gradient_checkpointing", "run_name"}
+# Without effect on what is learned, or derived from others.
+_NO_EFFECT = (
+    "output_dir",
+    "logging_steps",
+    "seed",
+    "bf16",
+    "run_name",
+    "gradient_checkpointing",
+    "activation_checkpointing",
+)
+_NO_SETTING = {*UNATTENDED, *_NO_EFFECT, "generation_batch_size"}
 
 
 def models_alive() -> list[PreTrainedModel]:
@@ -91,7 +100,12 @@ def measure(method: str, world: World, size: Size, seed: int) -> dict[str, Any]:
         if method == "rlhf":
             how = size.reward_training
             score = train_reward_model(
-                world.model, world.tokenizer, task.pairs, how, seed, on_step=watch, max_steps=STEPS
+                world.model,
+                world.tokenizer,
+                task.pairs,
+                how,
+                seed,
+                on_step=watch,
             )
             gc.collect()
         train_rloo(task, BETA, LEARNING_RATE, watch, score)
