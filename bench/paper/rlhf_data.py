@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 from bench.paper.experiment import SEEDS, begin, cells, mean_and_error, publish
 from bench.paper.reward_model import RewardTraining
@@ -192,7 +193,8 @@ def draw(figures: Mapping[str, Any], png: Path) -> None:
         for each in (top, bottom):
             if key == "pairs":
                 each.set_xscale("log")
-                each.set_xticks(x, [f"{n:,}" for n in x], minor=False)
+                each.set_xticks(x, [f"{n:,}" for n in x])
+                each.xaxis.set_minor_locator(NullLocator())
             frame(each)
     axes[0, 0].set_ylabel(f"hidden true reward at {LEVEL:g} nat")
     axes[1, 0].set_ylabel("accuracy on clean held-out pairs")

@@ -6,6 +6,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator
 
 from bench.paper.rlhf_runs import COLORS, LABELS
 from dpofast.report.training_plot import frame
@@ -21,7 +22,7 @@ def draw(figures: Mapping[str, Any], png: Path) -> None:
     _draw_over_optimization(over, figures)
     _draw_costs(cost, figures)
     judge = figures["world"]["judge"]
-    reward.set_title(f"From one set of pairs; the hidden reward is a {judge}", loc="left", fontweight="bold")
+    reward.set_title(f"From one set of pairs; hidden reward: a {judge}", loc="left", fontweight="bold")
     figure.savefig(png, dpi=120)
 
 
@@ -31,6 +32,15 @@ def _runs(figures: Mapping[str, Any], method: str) -> list[list[Mapping[str, Any
         if point["method"] == method:
             runs.setdefault((point["beta"], point["learning_rate"]), []).append(point)
     return list(runs.values())
+
+
+def _divergence_axis(axes: Axes) -> None:
+    """Linear up to 1 nat, logarithmic beyond: a run that has collapsed may be a hundred nats away."""
+    axes.set_xscale("symlog", linthresh=1)
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_locator(FixedLocator((0, 0.25, 0.5, 0.75, 1, 2, 4, 8, 16, 32, 64, 128)))
+    axes.xaxis.set_major_formatter(lambda nats, _: f"{nats:g}")
+    axes.xaxis.set_minor_locator(NullLocator())
 
 
 def _draw_reward(axes: Axes, figures: Mapping[str, Any]) -> None:
@@ -43,9 +53,7 @@ def _draw_reward(axes: Axes, figures: Mapping[str, Any]) -> None:
     told = "best of N = " + ", ".join(str(row["n"]) for row in best) + " by the reward model (KL: upper bound)"
     kl, reward, error = [r["kl_bound"] for r in best], *([r["reward"][i] for r in best] for i in (0, 1))
     axes.errorbar(kl, reward, error, fmt="s", color=_GREY, mfc="white", ms=5, label=told)
-    # A run that has collapsed may be a hundred nats away.
-    axes.set_xscale("symlog", linthresh=1)
-    axes.set_xlim(left=0)
+    _divergence_axis(axes)
     axes.set_xlabel("KL(π‖π_ref), nats a completion; a line is a run")
     axes.set_ylabel("hidden true reward on held-out prefixes")
     axes.legend(frameon=False, fontsize=8)
@@ -62,8 +70,7 @@ def _draw_over_optimization(axes: Axes, figures: Mapping[str, Any]) -> None:
         best = figures["best_of_n"]
         values = [row["kl_bound"] for row in best], [row[name][0] for row in best]
         axes.plot(*values, style, color=_GREY, linewidth=1, marker="s", ms=3, label=f"{told}: best of N")
-    axes.set_xscale("symlog", linthresh=1)
-    axes.set_xlim(left=0)
+    _divergence_axis(axes)
     axes.set_xlabel("KL(π‖π_ref), nats a completion")
     axes.set_ylabel("standard deviations above π_ref's mean")
     axes.set_title("Over-optimization: both rewards, standardized", loc="left", fontsize=10)
@@ -84,7 +91,7 @@ def _draw_costs(axes: Axes, figures: Mapping[str, Any]) -> None:
         axes.barh(at, seconds, left=left, xerr=error, color=COLORS[method], capsize=3)
     axes.set_yticks(range(len(figures["costs"])), [LABELS[method] for method in figures["costs"]])
     axes.invert_yaxis()
-    axes.set_xlabel("CPU seconds, one thread: one run of all steps, from nothing")
-    axes.set_title("Cost; colored: reference pass, samples, steps", loc="left", fontsize=10)
+    axes.set_xlabel("CPU seconds of one run of all steps")
+    axes.set_title("Cost, one thread, from nothing; color: the run itself", loc="left", fontsize=10)
     axes.legend(frameon=False, fontsize=8, loc="lower right")
     frame(axes)
