@@ -35,13 +35,13 @@ from bench.timing import run_child
 TUNING_RUNS = 6
 GRID: Grid = tuple(itertools.product((0.1, 1.0), (1e-4, 3e-4, 1e-3)))
 FULL = Size(
-    pairs=6000,
-    looks=(4, 16, 32, 64),
+    pairs=48 * 16 * 6,  # a pass in 48 steps of 16 prefixes, as the RL loops make one over the prompts
+    looks=(4, 16, 32, 48),
     tuning_runs=TUNING_RUNS,
     grids={method: GRID for method in LABELS},
     reward_training=RewardTraining(epochs=1, learning_rate=3e-4, pairs_per_step=32),
     held_out=64,
-    per_prefix=8,
+    per_prefix=6,
     pool=64,
     best_of=(2, 4, 8, 16, 32),
     seeds=SEEDS,
