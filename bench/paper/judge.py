@@ -36,10 +36,14 @@ _FIGURES = "judge.json"  # written last
 class Training:
     """How the judge learns: passes over its reviews, reviews a step, and AdamW's rate, which falls linearly to 0."""
 
-    epochs: int = 3
+    epochs: int
+    learning_rate: float
     batch_size: int = 32
-    learning_rate: float = 3e-4
     seed: int = 0
+
+
+FULL = Training(epochs=4, learning_rate=1e-3)
+QUICK = Training(epochs=8, learning_rate=3e-3)
 
 
 class Judge:
@@ -75,15 +79,15 @@ def labelled(reviews: Sequence[Review], quick: bool) -> list[Review]:
     return [replace(r, fresh=value > 0) for r, value in zip(reviews, values, strict=True) if value]
 
 
-def load_judge(folder: Path, quick: bool, reviews: Sequence[Review], training: Training = Training()) -> Judge:  # noqa: B008
+def load_judge(folder: Path, quick: bool, reviews: Sequence[Review]) -> Judge:
     """The judge, trained once on its films' reviews and then read from the folder; see judge_figures().
 
     Args:
         folder: where it is stored; a judge trained otherwise is replaced.
         quick: a much smaller one.
         reviews: of the judge's films; split() holds some films out to measure its accuracy on.
-        training: how it learns.
     """
+    training = QUICK if quick else FULL
     train, held_out = (labelled(part, quick) for part in split(reviews))
     language_model, tokenizer = reference(folder / "language_model", quick, reviews)
     settings = {**asdict(training), "language_model": training_figures(folder / "language_model")["settings"]}
