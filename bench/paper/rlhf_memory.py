@@ -42,9 +42,14 @@ _NO_EFFECT = (
 _NO_SETTING = {*UNATTENDED, *_NO_EFFECT, "generation_batch_size"}
 
 
+def alive(kind: type) -> list[Any]:
+    """All objects of a class. By their type: isinstance() also asks objects that compute what they are."""
+    return [thing for thing in gc.get_objects() if issubclass(type(thing), kind)]
+
+
 def models_alive() -> list[PreTrainedModel]:
     """Every model that is no part of another one."""
-    found = [thing for thing in gc.get_objects() if isinstance(thing, PreTrainedModel)]
+    found = alive(PreTrainedModel)
     inner = {id(part) for model in found for part in model.modules() if part is not model}
     return [model for model in found if id(model) not in inner]
 
@@ -70,7 +75,7 @@ class Watch:
         gc.collect()
         self._before = models_alive()
         self.models = 0
-        self.settings: dict[str, list[str]] = {}
+        self._arguments: dict[str, TrainingArguments] = {}
 
     def __call__(self, step: int, _: PreTrainedModel) -> None:
         """on_step of every stage."""
@@ -78,8 +83,11 @@ class Watch:
             return
         before = set(map(id, self._before))
         self.models = max(self.models, sum(id(model) not in before for model in models_alive()))
-        for args in [thing for thing in gc.get_objects() if isinstance(thing, TrainingArguments)]:
-            self.settings.setdefault(type(args).__name__, settings_of(args))
+        self._arguments.update((type(args).__name__, args) for args in alive(TrainingArguments))
+
+    def settings(self) -> dict[str, list[str]]:
+        """settings_of() each stage. When all have ended: new arguments reset what a trainer has set up."""
+        return {name: settings_of(args) for name, args in self._arguments.items()}
 
 
 def measure(method: str, world: World, size: Size, seed: int) -> dict[str, Any]:
@@ -109,7 +117,7 @@ def measure(method: str, world: World, size: Size, seed: int) -> dict[str, Any]:
             )
             gc.collect()
         train_rloo(task, BETA, LEARNING_RATE, watch, score)
-    return {"peak_bytes": memory.increase(), "models": watch.models, "settings": watch.settings}
+    return {"peak_bytes": memory.increase(), "models": watch.models, "settings": watch.settings()}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
