@@ -16,7 +16,7 @@ from trl import RewardConfig, RewardTrainer
 
 from bench.cases import UNATTENDED
 from bench.paper.rl import AfterStep
-from bench.paper.sampling import Samples
+from bench.paper.sampling import Samples, Score
 
 _ROWS = 256
 Example = dict[str, list[int]]
@@ -31,11 +31,17 @@ class RewardTraining:
         epochs: passes over the pairs.
         learning_rate: AdamW's at the start, falling linearly to 0.
         pairs_per_step: in an optimizer step.
+        least_steps: to take even where the passes have fewer.
     """
 
     epochs: float
     learning_rate: float
     pairs_per_step: int
+    least_steps: int = 0
+
+    def more_steps(self, pairs: int) -> int:
+        """least_steps where the passes over so many pairs have fewer, else -1, as transformers has it."""
+        return self.least_steps if self.epochs * pairs < self.least_steps * self.pairs_per_step else -1
 
 
 class RewardModel:
@@ -88,6 +94,7 @@ def train_reward_model(
         args = RewardConfig(
             output_dir=folder,
             num_train_epochs=training.epochs,
+            max_steps=training.more_steps(len(pairs)),
             per_device_train_batch_size=training.pairs_per_step,
             learning_rate=training.learning_rate,
             seed=seed,
@@ -111,12 +118,15 @@ def train_reward_model(
     return RewardModel(model)
 
 
-def accuracy(score: Callable[[Samples], Tensor], pairs: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> float:
+def accuracy(score: Score, pairs: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> float:
     """Share of the pairs whose chosen response has the higher score; an equal score counts half."""
-    prefixes = [pair["prompt_ids"] for pair in pairs]
-    chosen, rejected = (
-        score(Samples(prefixes, side, tokenizer.batch_decode([p + c for p, c in zip(prefixes, side, strict=True)],
-                                                             skip_special_tokens=True)))
-        for side in ([pair[name] for pair in pairs] for name in ("chosen_ids", "rejected_ids"))
-    )  # fmt: skip
-    return float(((chosen > rejected).float() + 0.5 * (chosen == rejected).float()).mean())
+    keys = [
+        [(tuple(pair["prompt_ids"]), tuple(pair[f"{side}_ids"])) for side in ("chosen", "rejected")] for pair in pairs
+    ]
+    # A completion of several pairs is scored once.
+    each = list(dict.fromkeys(key for both in keys for key in both))
+    prefixes, completions = ([list(ids) for ids in part] for part in zip(*each, strict=True))
+    whole = [prefix + completion for prefix, completion in zip(prefixes, completions, strict=True)]
+    samples = Samples(prefixes, completions, tokenizer.batch_decode(whole, skip_special_tokens=True))
+    of = dict(zip(each, score(samples).tolist(), strict=True))
+    return sum(1.0 if of[won] > of[lost] else 0.5 * (of[won] == of[lost]) for won, lost in keys) / len(keys)

@@ -8,10 +8,10 @@ vaderSentiment's, and from these pairs alone learn (a) DPO, (b) the classical pi
 architecture and weights with a scalar head (trl's RewardTrainer), then trl's RLOO on it with a KL penalty, and (d) best
 of N, chosen by that reward model. (c) RLOO on the true reward itself, which nobody has, is the upper reference.
 
-Every method gets the same number of (β, learning rate) runs, the same steps and looks, and starts from the same weights
-and prompts: all checked before anything is drawn. Reported are the hidden reward against the exact divergence, how far
-the reward model is over-optimized, every cost from the labels on, collapsed runs (stability.py's rule), and a paragraph
-for each claim, decided by the rule of bench/paper/rlhf_claims.py. Evaluations are on nobody's bill.
+Every method gets the same number of (β, learning rate) runs and of looks at each, and starts from the same weights,
+pairs and prompts: all checked before anything is drawn. Reported are the hidden reward against the exact divergence,
+how far the reward model is over-optimized, every cost from the labels on, collapsed runs (stability.py's rule), and a
+paragraph for each claim, decided by the rule of bench/paper/rlhf_claims.py. Evaluations are on nobody's bill.
 """
 
 import functools
@@ -33,13 +33,16 @@ from bench.timing import run_child
 
 # The tuning budget: (β, learning rate) runs of every method, two β and three rates.
 TUNING_RUNS = 6
+# Estimated at 32 minutes on two quiet cores, from seconds of the same toy in bench/results/paper.jsonl: 4.5 minutes for
+# π_ref, then for each seed 37 core-seconds of samples (in both processes), 127 of reward models (likewise), 500 of the RL
+# loops' 480 steps, 200 of DPO's 576 and its reference passes, 160 of evaluations, 55 of memory and best of N.
 GRID: Grid = tuple(itertools.product((0.1, 1.0), (1e-4, 3e-4, 1e-3)))
 FULL = Size(
-    pairs=48 * 16 * 6,  # a pass in 48 steps of 16 prefixes, as the RL loops make one over the prompts
-    looks=(4, 16, 32, 48),
+    pairs=96 * 96,  # one pass of DPO in 96 steps, and one of the reward model
+    looks={"dpo": (8, 32, 96), "rlhf": (4, 16, 40), "rl": (4, 16, 40)},
     tuning_runs=TUNING_RUNS,
     grids={method: GRID for method in LABELS},
-    reward_training=RewardTraining(epochs=1, learning_rate=3e-4, pairs_per_step=32),
+    reward_training=RewardTraining(epochs=1, learning_rate=1e-3, pairs_per_step=32),
     held_out=64,
     per_prefix=6,
     pool=64,
@@ -49,7 +52,7 @@ FULL = Size(
 _QUICK_GRID: Grid = ((0.1, 1e-3), (0.5, 1e-3))
 QUICK = Size(
     pairs=480,
-    looks=(2, 6),
+    looks={"dpo": (2, 6), "rlhf": (2, 5), "rl": (2, 5)},
     tuning_runs=2,
     grids={"dpo": _QUICK_GRID, "rlhf": _QUICK_GRID, "rl": _QUICK_GRID},
     reward_training=RewardTraining(epochs=2, learning_rate=1e-3, pairs_per_step=32),
@@ -102,14 +105,13 @@ def _levels(figures: Mapping[str, Any]) -> str:
 
 
 def _over_optimization(figures: Mapping[str, Any]) -> str:
-    last = max(point["step"] for point in figures["points"])
     rows = [
         [
             f"{label(point['method'])}, β = {point['beta']:g}, rate {point['learning_rate']:g}",
             *(plus_minus(point[name], 2) for name in ("kl", "reward", "true_z", "modelled_z", "length", "distinct_2")),
         ]
         for point in figures["points"]
-        if point["step"] == last
+        if point["step"] == figures["size"]["looks"][point["method"]][-1]
     ]
     for row in figures["best_of_n"]:
         shown = [plus_minus(row[name], 2) for name in ("reward", "true_z", "modelled_z")]

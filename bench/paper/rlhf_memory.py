@@ -99,8 +99,8 @@ def measure(method: str, world: World, size: Size, seed: int) -> dict[str, Any]:
     """
     watch = Watch()
     memory = PeakMemory()
-    few = dataclasses.replace(size, looks=(STEPS,))
-    task = make_pairs(world, few, pairs=6 * size.prefixes_per_step, flipped=0.0, seed=seed)
+    task = make_pairs(world, size, pairs=6 * size.prefixes_per_step, flipped=0.0, seed=seed)
+    task = dataclasses.replace(task, steps=STEPS)
     if method == "dpo":
         train_dpo(task, BETA, LEARNING_RATE, watch)
     else:

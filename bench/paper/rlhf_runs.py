@@ -48,7 +48,8 @@ class Size:
 
     Attributes:
         pairs: of each seed, to train on.
-        looks: optimizer steps after which a policy is evaluated; the last ends the run. Of every method.
+        looks: of each method, the optimizer steps after which a policy is evaluated; the last ends the run. As many of
+            each method; a step of RL costs several of DPO's, since it samples.
         tuning_runs: (β, learning rate) that each method may try.
         grids: those of each method.
         reward_training: of the reward model, untuned: one setting.
@@ -62,7 +63,7 @@ class Size:
     """
 
     pairs: int
-    looks: tuple[int, ...]
+    looks: dict[str, tuple[int, ...]]
     tuning_runs: int
     grids: dict[str, Grid]
     reward_training: RewardTraining
@@ -117,7 +118,7 @@ def make_pairs(world: World, size: Size, pairs: int, flipped: float, seed: int) 
         world.tokenizer,
         world.prefixes.to_train(count, seed),
         max_new_tokens=size.max_new_tokens,
-        steps=size.looks[-1],
+        steps=1,
         seed=seed,
         prefixes_per_step=size.prefixes_per_step,
         judge=world.judge,
@@ -224,7 +225,8 @@ class Inputs:
             (evaluations, and what comes before the run, are not in them), and what evaluated() says.
             checks: fingerprints of the weights that the run began with, and of the pairs and prompts that it got.
         """
-        task, looks = self.task, self.size.looks
+        looks = self.size.looks[method]
+        task = replace(self.task, steps=looks[-1])
         tokens = [0]
         checks: dict[str, str] = {}
         start = self.start()
@@ -282,7 +284,7 @@ def check_equal_start(cells: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def check_equal_budget(runs: Mapping[str, Sequence[Mapping[str, Any]]], size: Size) -> None:
-    """Check that every method has had size.tuning_runs runs, each looked at after size.looks.
+    """Check that every method has had size.tuning_runs runs, each with as many looks, after size.looks.
 
     Args:
         runs: method -> its cells of one seed and one set of pairs.
@@ -294,8 +296,10 @@ def check_equal_budget(runs: Mapping[str, Sequence[Mapping[str, Any]]], size: Si
     counts = {method: len(of_method) for method, of_method in runs.items()}
     if set(counts.values()) != {size.tuning_runs}:
         raise ValueError(f"grids: expected {size.tuning_runs} tuning runs of each method, got {counts}")
-    due = [0, *size.looks]
+    if len({len(size.looks[method]) for method in runs}) > 1:
+        raise ValueError(f"looks: expected as many of each method, got {size.looks}")
     for method, of_method in runs.items():
+        due = [0, *size.looks[method]]
         for cell in of_method:
             looks = [point["step"] for point in cell["points"]]
             if looks != due:

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -82,18 +83,24 @@ def test_methods_that_begin_differently_are_refused():
 
 
 def test_methods_with_another_budget_are_refused():
-    cell = {"points": [{"step": step} for step in (0, *rlhf.QUICK.looks)]}
-    check_equal_budget({"dpo": [cell, cell], "rlhf": [cell, cell]}, rlhf.QUICK)
+    dpo, pipeline = (
+        {"points": [{"step": step} for step in (0, *rlhf.QUICK.looks[method])]} for method in ("dpo", "rlhf")
+    )
+    check_equal_budget({"dpo": [dpo, dpo], "rlhf": [pipeline, pipeline]}, rlhf.QUICK)
     with pytest.raises(ValueError, match="expected 2 tuning runs of each method, got {'dpo': 3, 'rlhf': 2}"):
-        check_equal_budget({"dpo": [cell] * 3, "rlhf": [cell] * 2}, rlhf.QUICK)
-    longer = {"points": [*cell["points"], {"step": 99}]}
-    with pytest.raises(ValueError, match=r"rlhf: expected looks after the steps \[0, 2, 6\], got \[0, 2, 6, 99\]"):
-        check_equal_budget({"dpo": [cell, cell], "rlhf": [cell, longer]}, rlhf.QUICK)
+        check_equal_budget({"dpo": [dpo] * 3, "rlhf": [pipeline] * 2}, rlhf.QUICK)
+    longer = {"points": [*pipeline["points"], {"step": 99}]}
+    with pytest.raises(ValueError, match=r"rlhf: expected looks after the steps \[0, 2, 5\], got \[0, 2, 5, 99\]"):
+        check_equal_budget({"dpo": [dpo, dpo], "rlhf": [pipeline, longer]}, rlhf.QUICK)
+    more = replace(rlhf.QUICK, looks={"dpo": (2, 4, 6), "rlhf": (2, 5)})
+    with pytest.raises(ValueError, match="looks: expected as many of each method"):
+        check_equal_budget({"dpo": [dpo, dpo], "rlhf": [pipeline, pipeline]}, more)
 
 
 @pytest.mark.parametrize("size", [rlhf.FULL, rlhf.QUICK])
 def test_the_sizes_give_every_method_the_budget(size):
     assert {len(set(grid)) for grid in size.grids.values()} == {size.tuning_runs}
+    assert {len(size.looks[method]) for method in size.grids} == {len(size.looks["dpo"])}
     assert size.pool % 4 == 0 and max(size.best_of) <= size.pool
 
 
@@ -158,6 +165,7 @@ def test_a_reward_model_learns_separable_pairs_from_the_references_weights(small
     # one more model, in the reference's weights; the reference itself is as it was
     assert starts[0] == (0, before) == (0, weights_fingerprint(reference))
     assert starts[-1][0] == 50 and starts[-1][1] != before
+    assert replace(training, least_steps=51).more_steps(800) == 51 and training.more_steps(800) == -1
     constant = accuracy(lambda samples: torch.zeros(len(samples.texts)), separable(10, 1), tokenizer)
     assert constant == 0.5
 
