@@ -34,8 +34,8 @@ from bench.timing import run_child
 # The tuning budget: (β, learning rate) runs of every method, two β and three rates.
 TUNING_RUNS = 6
 # Estimated at 32 minutes on two quiet cores, from seconds of the same toy in bench/results/paper.jsonl: 4.5 minutes for
-# π_ref, then for each seed 37 core-seconds of samples (in both processes), 127 of reward models (likewise), 500 of the RL
-# loops' 480 steps, 200 of DPO's 576 and its reference passes, 160 of evaluations, 55 of memory and best of N.
+# π_ref, then for each seed 37 core-seconds of samples (in both processes), 127 of reward models (the same), 500 of the
+# RL loops' 480 steps, 200 of DPO's 576 and its reference passes, 160 of evaluations, 55 of memory and best of N.
 GRID: Grid = tuple(itertools.product((0.1, 1.0), (1e-4, 3e-4, 1e-3)))
 FULL = Size(
     pairs=96 * 96,  # one pass of DPO in 96 steps, and one of the reward model
