@@ -17,6 +17,7 @@ PACKAGES = [
     "dpofast.common",
     "dpofast.common.tuning",
     "dpofast.data",
+    "dpofast.data.chat",
     "dpofast.demo",
     "dpofast.evaluation",
     "dpofast.head",

@@ -154,8 +154,18 @@ def _scale_cases(backend: str) -> list[AotCase]:
 def _preference_cases() -> list[AotCase]:
     integers = ("cu_targets_ptr", "offsets_ptr", "entries_ptr", "positions_ptr")
 
-    def case(name: str, kernel: Any, *, normalize: bool = False, without: tuple[str, ...] = ()) -> AotCase:
-        arguments = [argument for argument in kernel.arg_names if argument not in ("NORMALIZE", "BLOCK_N", *without)]
+    columns = ("weight_ptr", "margin_ptr", "beta_ptr", "smoothing_ptr", "token_weights_ptr")
+
+    def case(
+        name: str,
+        kernel: Any,
+        *,
+        normalize: bool = False,
+        without: tuple[str, ...] = (),
+        with_columns: tuple[str, ...] = (),
+    ) -> AotCase:
+        absent = ("NORMALIZE", "BLOCK_N", *without, *(column for column in columns if column not in with_columns))
+        arguments = [argument for argument in kernel.arg_names if argument not in absent]
         pointers = {argument: "*i32" if argument in integers else "*fp32" for argument in arguments}
         types = {argument: kind if argument.endswith("_ptr") else "fp32" for argument, kind in pointers.items()}
         constants = {"NORMALIZE": normalize, "BLOCK_N": preference.BLOCK_N}
@@ -168,6 +178,11 @@ def _preference_cases() -> list[AotCase]:
         case("sigmoid per token", plain, normalize=True),
         case("sigmoid with ld_alpha", weighted),
         case("sigmoid with ld_alpha per token", weighted, normalize=True),
+        case("sigmoid, all columns", plain, without=("lengths_ptr",), with_columns=columns),
+        case("sigmoid per token, all columns", plain, normalize=True, with_columns=columns),
+        case("sigmoid, pair weights", plain, without=("lengths_ptr",), with_columns=("weight_ptr",)),
+        case("sigmoid, token weights", plain, without=("lengths_ptr",), with_columns=("token_weights_ptr",)),
+        case("sigmoid with ld_alpha, all columns", weighted, with_columns=columns),
     ]
 
 

@@ -47,18 +47,7 @@ def with_beginnings(columns: Columns, rng: np.random.Generator, count: int, leng
 
 def packer(flat: FlatExamples, max_tokens: int, share: str) -> _C.Packer:
     """The examples grouped and planned."""
-    return _C.Packer(
-        flat.sequences,
-        flat.branch_counts,
-        flat.pair_counts,
-        flat.pairs,
-        flat.grouped,
-        max_tokens=max_tokens,
-        max_targets=_C.UNLIMITED,
-        share=share,
-        vocab_size=1 << 31,
-        threads=1,
-    )
+    return flat.packer(max_tokens=max_tokens, max_targets=_C.UNLIMITED, share=share, vocab_size=1 << 31)
 
 
 def positions(max_tokens: int, pairs: int) -> dict[str, dict[str, dict[str, int]]]:
@@ -113,7 +102,7 @@ def packing_time(parts: list[Columns], max_tokens: int, clock: Any) -> dict[str,
 def planned(columns: Columns, max_tokens: int, clock: Timer) -> dict[str, Any]:
     """Seconds from grouped examples to a plan with every micro-batch's trie, and of the whole Packer, by `share`."""
     flat = read_examples(columns)
-    figures: dict[str, Any] = {"pairs": len(flat.grouped), "tokens": int(flat.sequences.lengths().sum())}
+    figures: dict[str, Any] = {"pairs": len(flat.forms), "tokens": int(flat.sequences.lengths().sum())}
     for share in SHARED[:2]:
         made = packer(flat, max_tokens, share)
         again = clock(lambda made=made: made.plan(max_tokens, _C.UNLIMITED, 1))

@@ -23,6 +23,21 @@ void write_path(const Trie& trie, int32_t piece, int64_t first, int64_t last, in
   }
 }
 
+// The lists of a micro-batch with their ranks, both filled with -1, and the first and the last of each as a pair.
+void write_lists(const Groups& groups, const Batch& batch, int32_t* pairs, int32_t* lists, int32_t* ranks) {
+  const int32_t* sequence = batch.sequences.data();
+  for (const int64_t q : batch.comparisons) {
+    const int64_t count = groups.members_of(q).size;
+    const int64_t* rank = groups.examples.ranks.data + groups.first_member(q);
+    *pairs++ = sequence[0];
+    *pairs++ = sequence[count - 1];
+    for (int64_t k = 0; k < batch.shape.width; ++k) {
+      *lists++ = k < count ? *sequence++ : -1;
+      *ranks++ = k < count ? static_cast<int32_t>(rank[k]) : -1;
+    }
+  }
+}
+
 void fill_one(const Groups& groups, const Batch& batch, int64_t* longs, int32_t* ints) {
   const BatchShape& shape = batch.shape;
   const auto& sequences = groups.examples.sequences;
@@ -36,6 +51,7 @@ void fill_one(const Groups& groups, const Batch& batch, int64_t* longs, int32_t*
   int32_t* parents = cu_seqlens + shape.segments + 1;
   int32_t* cu_targets = parents + shape.segments;
   int32_t* pairs = cu_targets + shape.sequences + 1;
+  int32_t* lists = pairs + 2 * shape.comparisons;
 
   *cu_seqlens = 0;
   for (const Piece& piece : batch.trie.pieces) {
@@ -55,8 +71,12 @@ void fill_one(const Groups& groups, const Batch& batch, int64_t* longs, int32_t*
     targets = copy(response, 0, response.length, targets);
     *cu_targets++ = static_cast<int32_t>(targets - first_target);
   }
-  for (const int64_t q : batch.pairs) *examples++ = groups.pairs[q].example;
-  std::copy(batch.sequences.begin(), batch.sequences.end(), pairs);
+  for (const int64_t q : batch.comparisons) *examples++ = groups.comparison_examples[q];
+  if (shape.width > 0) {
+    write_lists(groups, batch, pairs, lists, lists + shape.comparisons * shape.width);
+  } else {
+    std::copy(batch.sequences.begin(), batch.sequences.end(), pairs);
+  }
 }
 
 }  // namespace

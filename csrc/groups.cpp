@@ -38,8 +38,9 @@ class HashIndex {
 
 // Name of branch `index` of an example in the user's input, for messages.
 std::string branch_name(const Examples& examples, int64_t example, int64_t index) {
-  if (examples.grouped[example]) return "branches[" + std::to_string(index) + "]";
-  return index == 0 ? "chosen_ids" : "rejected_ids";
+  const Form form = static_cast<Form>(examples.forms[example]);
+  if (form == Form::kPair) return index == 0 ? "chosen_ids" : "rejected_ids";
+  return (form == Form::kList ? "responses_ids[" : "branches[") + std::to_string(index) + "]";
 }
 
 std::string sequence_name(const Examples& examples, int64_t example, int64_t index) {
@@ -49,21 +50,35 @@ std::string sequence_name(const Examples& examples, int64_t example, int64_t ind
 // Throws PackingError unless the counts match the array lengths. Must run before the counts are used as offsets.
 void check_counts(const Examples& examples) {
   const int64_t count = examples.branch_counts.size;
-  if (examples.pair_counts.size != count || examples.grouped.size != count) {
-    throw PackingError(-1, "branch_counts, pair_counts and grouped need one entry for each example");
+  if (examples.comparison_counts.size != count || examples.forms.size != count) {
+    throw PackingError(-1, "branch_counts, comparison_counts and forms need one entry for each example");
+  }
+  if (examples.variants.size != 0 && examples.variants.size != examples.sequences.size) {
+    throw PackingError(-1, "variants need one entry for each sequence, or none");
+  }
+  if (examples.ranks.size != (examples.lists() ? examples.members.size : 0)) {
+    throw PackingError(-1, "ranks need one entry for each member of a list, and none for pairs");
   }
   // Subtracting from the remainder cannot overflow for any counts.
-  int64_t sequences_left = examples.sequences.size, pairs_left = examples.pairs.size / 2;
+  int64_t members_left = examples.members.size;
+  for (const int64_t members : examples.member_counts) {
+    if (members < 2 || members > members_left) throw PackingError(-1, "member_counts are below 2 or go beyond members");
+    members_left -= members;
+  }
+  if (examples.lists() ? members_left != 0 : members_left % 2 != 0) {
+    throw PackingError(-1, "members hold more than the comparisons own");
+  }
+  int64_t sequences_left = examples.sequences.size, comparisons_left = examples.comparisons();
   for (int64_t e = 0; e < count; ++e) {
-    const int64_t branches = examples.branch_counts[e], pairs = examples.pair_counts[e];
-    if (branches < 0 || branches >= sequences_left || pairs < 0 || pairs > pairs_left) {
-      throw PackingError(e, "branch_counts and pair_counts go beyond sequences and pairs");
+    const int64_t branches = examples.branch_counts[e], comparisons = examples.comparison_counts[e];
+    if (branches < 0 || branches >= sequences_left || comparisons < 0 || comparisons > comparisons_left) {
+      throw PackingError(e, "branch_counts and comparison_counts go beyond sequences and members");
     }
     sequences_left -= branches + 1;
-    pairs_left -= pairs;
+    comparisons_left -= comparisons;
   }
-  if (sequences_left != 0 || pairs_left != 0 || examples.pairs.size % 2) {
-    throw PackingError(-1, "sequences and pairs hold more than the examples own");
+  if (sequences_left != 0 || comparisons_left != 0) {
+    throw PackingError(-1, "sequences and members hold more than the examples own");
   }
 }
 
@@ -106,53 +121,107 @@ std::vector<uint64_t> checked_hashes(const Examples& examples, int64_t vocab_siz
   return hashes;
 }
 
-// Appends the pairs of one example, whose branch k is the distinct branch branch_ids[k].
-void add_pairs(Groups& groups, int64_t example, int64_t first_pair, const std::vector<int64_t>& branch_ids) {
-  const Examples& examples = groups.examples;
-  const int64_t branches = examples.branch_counts[example];
-  if (branches == 0) throw PackingError(example, "branches is empty; expected at least two responses");
-  if (examples.pair_counts[example] == 0) throw PackingError(example, "pairs is empty; expected at least one pair");
-  std::vector<bool> used(branches, false);
-  for (int64_t q = first_pair; q < first_pair + examples.pair_counts[example]; ++q) {
-    const int64_t chosen = examples.pairs[2 * q], rejected = examples.pairs[2 * q + 1];
-    for (const int64_t branch : {chosen, rejected}) {
-      if (branch < 0 || branch >= branches) {
-        throw PackingError(example, "pairs[" + std::to_string(q - first_pair) + "] names branch " +
-                                        std::to_string(branch) + "; expected 0 to " + std::to_string(branches - 1));
-      }
-      used[branch] = true;
+// Throws PackingError unless a list's ranks are 0, then equal or one more from member to member, and two at least.
+void check_ranks(const Examples& examples, int64_t example, int64_t first, int64_t count) {
+  int64_t before = 0;
+  for (int64_t i = first; i < first + count; ++i) {
+    const int64_t rank = examples.ranks[i];
+    if (rank != before && (i == first || rank != before + 1)) {
+      throw PackingError(example, "ranks: expected them to go up from 0 by steps of 1, got " + std::to_string(rank) +
+                                      " after " + std::to_string(before));
     }
-    if (branch_ids[chosen] == branch_ids[rejected]) {
-      throw PackingError(example, branch_name(examples, example, chosen) + " and " +
-                                      branch_name(examples, example, rejected) +
-                                      " form a pair but are equal; a pair needs two different responses");
-    }
-    groups.pairs.push_back({branch_ids[chosen], branch_ids[rejected], example});
+    before = rank;
   }
-  const auto unused = std::find(used.begin(), used.end(), false);
-  if (unused != used.end()) {
-    throw PackingError(example,
-                       "no pair uses " + branch_name(examples, example, unused - used.begin()) + "; remove it");
-  }
+  if (before == 0) throw PackingError(example, "ranks: all responses are tied; expected two ranks or more");
 }
+
+// Appends the comparisons of each example in turn.
+class ComparisonReader {
+ public:
+  // `twins`: of each branch, the first branch of its group with the same tokens; empty if that is always itself.
+  ComparisonReader(Groups& groups, const std::vector<int64_t>& twins) : groups_(groups), twins_(twins) {
+    groups.members.reserve(groups.examples.members.size);
+    groups.comparison_examples.reserve(groups.examples.comparisons());
+    if (groups.examples.lists()) {
+      groups.first_members.reserve(groups.examples.comparisons() + 1);
+      groups.first_members.push_back(0);
+    }
+  }
+
+  // Those of an example whose branch k is the distinct branch branch_ids[k].
+  void read(int64_t example, const std::vector<int64_t>& branch_ids) {
+    const Examples& examples = groups_.examples;
+    const int64_t branches = examples.branch_counts[example], count = examples.comparison_counts[example];
+    if (branches == 0) throw PackingError(example, "branches is empty; expected at least two responses");
+    if (count == 0) throw PackingError(example, "pairs is empty; expected at least one pair");
+    used_.assign(branches, false);
+    for (int64_t q = 0; q < count; ++q, ++comparison_) {
+      const int64_t first = groups_.members.size(), members = examples.member_count(comparison_);
+      for (int64_t i = first; i < first + members; ++i) {
+        const int64_t branch = examples.members[i];
+        if (branch < 0 || branch >= branches) {
+          throw PackingError(example, "pairs[" + std::to_string(q) + "] names branch " + std::to_string(branch) +
+                                          "; expected 0 to " + std::to_string(branches - 1));
+        }
+        used_[branch] = true;
+        groups_.members.push_back(branch_ids[branch]);
+      }
+      if (examples.lists()) {
+        check_ranks(examples, example, first, members);
+        groups_.first_members.push_back(groups_.members.size());
+      }
+      check_different(example, first, members);
+      groups_.comparison_examples.push_back(example);
+    }
+    const auto unused = std::find(used_.begin(), used_.end(), false);
+    if (unused != used_.end()) {
+      throw PackingError(example,
+                         "no pair uses " + branch_name(examples, example, unused - used_.begin()) + "; remove it");
+    }
+  }
+
+ private:
+  // Throws PackingError if two members of different rank have the same tokens.
+  void check_different(int64_t example, int64_t first, int64_t count) const {
+    const Examples& examples = groups_.examples;
+    const auto tokens = [&](int64_t i) { return twins_.empty() ? groups_.members[i] : twins_[groups_.members[i]]; };
+    for (int64_t i = first; i < first + count; ++i) {
+      for (int64_t j = i + 1; j < first + count; ++j) {
+        if (tokens(i) != tokens(j) || (examples.lists() && examples.ranks[i] == examples.ranks[j])) continue;
+        const std::string names = branch_name(examples, example, examples.members[i]) + " and " +
+                                  branch_name(examples, example, examples.members[j]);
+        throw PackingError(
+            example, names + (examples.lists() ? " are equal but of different rank; give equal responses one rank"
+                                               : " form a pair but are equal; a pair needs two different responses"));
+      }
+    }
+  }
+
+  Groups& groups_;
+  const std::vector<int64_t>& twins_;
+  int64_t comparison_ = 0;
+  std::vector<bool> used_;
+};
 
 }  // namespace
 
 Groups group_examples(const Examples& examples, Share share, int64_t vocab_size, int64_t threads) {
   check_counts(examples);
   const std::vector<uint64_t> hashes = checked_hashes(examples, vocab_size, threads);
-  Groups groups{examples, share, {}, {}, {}, {}};
+  Groups groups{examples, share, {}, {}, {}, {}, {}, {}};
   const auto length = [&](int64_t i) { return examples.sequences[i].length; };
   const auto same = [&](int64_t a, int64_t b) { return equal(examples.sequences[a], examples.sequences[b]); };
 
   const int64_t count = examples.branch_counts.size;
+  const bool variants = examples.variants.size > 0;
   HashIndex prompt_index(count), branch_index(examples.sequences.size - count);
+  HashIndex twin_index(variants ? examples.sequences.size - count : 0);  // branches by tokens alone
   groups.canonical.reserve(examples.sequences.size);
   groups.prompts.reserve(count);
   groups.branches.reserve(examples.sequences.size - count);
-  groups.pairs.reserve(examples.pairs.size / 2);
-  std::vector<int64_t> branch_ids;
-  int64_t sequence = 0, first_pair = 0;
+  std::vector<int64_t> branch_ids, twins;
+  ComparisonReader comparisons(groups, twins);
+  int64_t sequence = 0;
   for (int64_t e = 0; e < count; ++e) {
     const int64_t next_group = groups.prompts.size();
     const int64_t group = prompt_index.find_or_add(
@@ -163,18 +232,25 @@ Groups group_examples(const Examples& examples, Share share, int64_t vocab_size,
 
     branch_ids.clear();
     for (int64_t k = 0; k < examples.branch_counts[e]; ++k, ++sequence) {
-      const uint64_t hash = hashes[sequence];
+      const uint64_t hash = variants ? mix(hashes[sequence], examples.variants[sequence]) : hashes[sequence];
       const int64_t next_branch = groups.branches.size();
       const int64_t branch = branch_index.find_or_add(mix(hash, group), next_branch, [&](int64_t other) {
-        return groups.branches[other].group == group && same(groups.branches[other].sequence, sequence);
+        const Branch& found = groups.branches[other];
+        return found.group == group && same(found.sequence, sequence) &&
+               (!variants || examples.variants[found.sequence] == examples.variants[sequence]);
       });
-      if (branch == next_branch)
+      if (branch == next_branch) {
         groups.branches.push_back({sequence, length(sequence), examples.sequences[sequence][0], group, hash});
+        if (variants) {
+          twins.push_back(twin_index.find_or_add(mix(hashes[sequence], group), branch, [&](int64_t other) {
+            return groups.branches[other].group == group && same(groups.branches[other].sequence, sequence);
+          }));
+        }
+      }
       groups.canonical.push_back(groups.branches[branch].sequence);
       branch_ids.push_back(branch);
     }
-    add_pairs(groups, e, first_pair, branch_ids);
-    first_pair += examples.pair_counts[e];
+    comparisons.read(e, branch_ids);
   }
   return groups;
 }

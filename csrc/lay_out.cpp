@@ -8,18 +8,18 @@
 namespace dpofast {
 namespace {
 
-// Collects the branches of each micro-batch's pairs.
+// Collects the branches of each micro-batch's comparisons.
 class Collector {
  public:
   explicit Collector(const Groups& groups) : groups_(groups) {}
 
   void collect(Batch& batch) {
-    prefetch_all(batch.pairs);
-    local_branch_.reset(2 * batch.pairs.size());
-    local_group_.reset(batch.pairs.size());
+    const int64_t members = prefetch_all(batch.comparisons);
+    local_branch_.reset(members);
+    local_group_.reset(batch.comparisons.size());
     int32_t groups_seen = 0;
-    for (const int64_t q : batch.pairs) {
-      for (const int64_t id : {groups_.pairs[q].chosen, groups_.pairs[q].rejected}) {
+    for (const int64_t q : batch.comparisons) {
+      for (const int64_t id : groups_.members_of(q)) {
         int32_t& seen = local_branch_[id];
         if (seen >= 0) continue;
         seen = 0;
@@ -42,26 +42,33 @@ class Collector {
       batch.shape.targets += branch.length;
       longest = std::max(longest, groups_.prompts[branch.group].length + branch.length);
     }
-    for (const int64_t q : batch.pairs) {
-      batch.sequences.push_back(local_branch_[groups_.pairs[q].chosen]);
-      batch.sequences.push_back(local_branch_[groups_.pairs[q].rejected]);
+    batch.sequences.reserve(members);
+    for (const int64_t q : batch.comparisons) {
+      const auto ids = groups_.members_of(q);
+      for (const int64_t id : ids) batch.sequences.push_back(local_branch_[id]);
+      if (groups_.examples.lists()) batch.shape.width = std::max(batch.shape.width, ids.size);
     }
     batch.shape.sequences = branches.size();
-    batch.shape.pairs = batch.pairs.size();
-    batch.shape.padded_tokens = 2 * batch.shape.pairs * longest;
+    batch.shape.comparisons = batch.comparisons.size();
+    batch.shape.padded_tokens = members * longest;
   }
 
  private:
-  void prefetch_all(const std::vector<int64_t>& pairs) const {
+  // Returns the number of members of all comparisons.
+  int64_t prefetch_all(const std::vector<int64_t>& comparisons) const {
     const auto each_branch = [&](auto body) {
-      for (const int64_t q : pairs) {
-        body(groups_.pairs[q].chosen);
-        body(groups_.pairs[q].rejected);
+      for (const int64_t q : comparisons) {
+        for (const int64_t id : groups_.members_of(q)) body(id);
       }
     };
-    for (const int64_t q : pairs) prefetch(&groups_.pairs[q]);
+    int64_t members = 0;
+    for (const int64_t q : comparisons) {
+      prefetch(&groups_.members[groups_.first_member(q)]);
+      members += groups_.members_of(q).size;
+    }
     each_branch([&](int64_t id) { prefetch(&groups_.branches[id]); });
     each_branch([&](int64_t id) { prefetch(&groups_.prompts[groups_.branches[id].group]); });
+    return members;
   }
 
   const Groups& groups_;
@@ -77,7 +84,7 @@ std::vector<Batch> lay_out(const Groups& groups, std::vector<std::vector<int64_t
     TrieBuilder builder(groups);
     for (int64_t b = begin; b < end; ++b) {
       Batch& batch = batches[b];
-      batch.pairs = std::move(plan[b]);
+      batch.comparisons = std::move(plan[b]);
       collector.collect(batch);
       batch.trie = builder.build(batch.branches.data(), batch.shape.sequences);
       batch.shape.tokens = batch.trie.rows();
@@ -86,7 +93,7 @@ std::vector<Batch> lay_out(const Groups& groups, std::vector<std::vector<int64_t
   });
   for (const Batch& batch : batches) check_positions(batch.shape.tokens, batch.shape.targets);
   std::sort(batches.begin(), batches.end(), [](const Batch& a, const Batch& b) {
-    return a.shape.tokens != b.shape.tokens ? a.shape.tokens > b.shape.tokens : a.pairs[0] < b.pairs[0];
+    return a.shape.tokens != b.shape.tokens ? a.shape.tokens > b.shape.tokens : a.comparisons[0] < b.comparisons[0];
   });
   return batches;
 }

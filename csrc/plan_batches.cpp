@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <functional>
 #include <numeric>
 #include <tuple>
 #include <utility>
@@ -9,8 +10,8 @@
 namespace dpofast {
 namespace {
 
-// Splits a group that exceeds the limits: appends its units to `units` and sets unit_of_pair. Each unit contains the
-// prompt once; pairs connected by common branches stay together if they fit.
+// Splits a group that exceeds the limits: appends its units to `units` and sets unit_of. Each unit contains the prompt
+// once; comparisons connected by common branches stay together if they fit.
 class GroupSplitter {
  public:
   GroupSplitter(const Groups& groups, const Limits& limits)
@@ -22,48 +23,50 @@ class GroupSplitter {
     std::iota(parent_.begin(), parent_.end(), 0);
   }
 
-  void split(std::vector<int64_t>& pairs, std::vector<int64_t>& unit_of_pair, Items& units) {
-    sort_by_content(pairs);
-    for (const int64_t q : pairs) parent_[root(groups_.pairs[q].chosen)] = root(groups_.pairs[q].rejected);
+  void split(std::vector<int64_t>& comparisons, std::vector<int64_t>& unit_of, Items& units) {
+    sort_by_content(comparisons);
+    for (const int64_t q : comparisons) {
+      const auto members = groups_.members_of(q);
+      for (const int64_t id : members) parent_[root(id)] = root(members[0]);
+    }
 
-    const int64_t prompt_cost = groups_.prompt_cost(groups_.branches[groups_.pairs[pairs[0]].chosen].group);
+    const int64_t prompt_cost = groups_.prompt_cost(groups_.group_of(comparisons[0]));
     const Limits room{limits_.tokens - prompt_cost, limits_.targets};
-    std::vector<int64_t> piece_of_pair;
+    std::vector<int64_t> piece_of;
     Items pieces;
     const int64_t first_piece = pieces_;
-    for (const int64_t q : pairs) {
-      const Pair& pair = groups_.pairs[q];
-      int64_t& open = open_piece_[root(pair.chosen)];
-      Cost cost = added_cost(pair, open);
+    for (const int64_t q : comparisons) {
+      const auto members = groups_.members_of(q);
+      int64_t& open = open_piece_[root(members[0])];
+      Cost cost = added_cost(members, open);
       if (open < 0 || (cost.tokens > 0 && pieces.tokens[open - first_piece] + cost.tokens > room.tokens) ||
           (cost.targets > 0 && pieces.targets[open - first_piece] > room.targets - cost.targets)) {
         open = pieces_++;
         pieces.tokens.push_back(0);
         pieces.targets.push_back(0);
-        cost = added_cost(pair, open);
+        cost = added_cost(members, open);
       }
       pieces.tokens[open - first_piece] += cost.tokens;
       pieces.targets[open - first_piece] += cost.targets;
-      last_piece_[pair.chosen] = last_piece_[pair.rejected] = open;
-      piece_of_pair.push_back(open - first_piece);
+      for (const int64_t id : members) last_piece_[id] = open;
+      piece_of.push_back(open - first_piece);
     }
 
     if (limits_.targets == kUnlimited) pieces.targets.clear();
     const Bins bins = best_fit_decreasing(pieces, room);
     const int64_t first_unit = units.count();
-    std::vector<std::pair<int64_t, int64_t>> members;  // unit, branch
-    for (size_t i = 0; i < pairs.size(); ++i) {
-      const Pair& pair = groups_.pairs[pairs[i]];
-      const int64_t unit = unit_of_pair[pairs[i]] = first_unit + bins.bin_of[piece_of_pair[i]];
-      for (const int64_t branch : {pair.chosen, pair.rejected}) members.emplace_back(unit, branch);
+    std::vector<std::pair<int64_t, int64_t>> contents;  // unit, branch
+    for (size_t i = 0; i < comparisons.size(); ++i) {
+      const int64_t unit = unit_of[comparisons[i]] = first_unit + bins.bin_of[piece_of[i]];
+      for (const int64_t branch : groups_.members_of(comparisons[i])) contents.emplace_back(unit, branch);
     }
     // Two pieces of one component may share a branch and be put into one unit, which is then smaller than the bin's
     // load.
-    std::sort(members.begin(), members.end());
-    members.erase(std::unique(members.begin(), members.end()), members.end());
+    std::sort(contents.begin(), contents.end());
+    contents.erase(std::unique(contents.begin(), contents.end()), contents.end());
     units.tokens.resize(first_unit + bins.loads.size(), prompt_cost);
     units.targets.resize(units.tokens.size(), 0);
-    for (const auto& [unit, branch] : members) {
+    for (const auto& [unit, branch] : contents) {
       units.tokens[unit] += groups_.branch_cost(groups_.branches[branch]);
       units.targets[unit] += groups_.branches[branch].length;
     }
@@ -74,21 +77,28 @@ class GroupSplitter {
     int64_t tokens = 0, targets = 0;
   };
 
-  // Sorts by content, so that the result does not depend on the order of the examples. The key begins with a pair's
-  // shorter branch: all pairs among the longest branches come before any pair with a shorter one.
-  void sort_by_content(std::vector<int64_t>& pairs) const {
+  // Sorts by content, so that the result does not depend on the order of the examples. The key begins with a
+  // comparison's shortest branch: all among the longest branches come before any with a shorter one.
+  void sort_by_content(std::vector<int64_t>& comparisons) const {
     using Key = std::pair<int64_t, uint64_t>;
-    const auto key = [&](int64_t branch) {
-      return Key(-groups_.branches[branch].length, groups_.branches[branch].hash);
-    };
-    std::vector<std::tuple<Key, Key, int64_t>> keyed;
-    keyed.reserve(pairs.size());
-    for (const int64_t q : pairs) {
-      const Key chosen = key(groups_.pairs[q].chosen), rejected = key(groups_.pairs[q].rejected);
-      keyed.emplace_back(std::max(chosen, rejected), std::min(chosen, rejected), q);
+    std::vector<Key> keys;
+    std::vector<std::tuple<int64_t, int64_t, int64_t>> keyed;  // begin and end in keys, comparison
+    for (const int64_t q : comparisons) {
+      const int64_t begin = keys.size();
+      for (const int64_t branch : groups_.members_of(q)) {
+        keys.emplace_back(-groups_.branches[branch].length, groups_.branches[branch].hash);
+      }
+      std::sort(keys.begin() + begin, keys.end(), std::greater<>());
+      keyed.emplace_back(begin, keys.size(), q);
     }
-    std::sort(keyed.begin(), keyed.end());
-    for (size_t i = 0; i < pairs.size(); ++i) pairs[i] = std::get<2>(keyed[i]);
+    std::sort(keyed.begin(), keyed.end(), [&](const auto& a, const auto& b) {
+      const auto& [a_begin, a_end, a_comparison] = a;
+      const auto& [b_begin, b_end, b_comparison] = b;
+      const auto at = [&](int64_t place) { return keys.begin() + place; };
+      if (std::equal(at(a_begin), at(a_end), at(b_begin), at(b_end))) return a_comparison < b_comparison;
+      return std::lexicographical_compare(at(a_begin), at(a_end), at(b_begin), at(b_end));
+    });
+    for (size_t i = 0; i < comparisons.size(); ++i) comparisons[i] = std::get<2>(keyed[i]);
   }
 
   int64_t root(int64_t branch) {
@@ -96,10 +106,11 @@ class GroupSplitter {
     return branch;
   }
 
-  Cost added_cost(const Pair& pair, int64_t piece) const {
+  Cost added_cost(const Span<int64_t>& members, int64_t piece) const {
     Cost cost;
-    for (const int64_t id : {pair.chosen, pair.rejected}) {
-      if (last_piece_[id] == piece) continue;
+    for (const int64_t& id : members) {
+      // A list may hold one branch several times, tied.
+      if (last_piece_[id] == piece || std::find(members.begin(), &id, id) != &id) continue;
       cost.tokens += groups_.branch_cost(groups_.branches[id]);
       cost.targets += groups_.branches[id].length;
     }
@@ -143,20 +154,19 @@ std::vector<int64_t> rows_of_groups(const Groups& groups) {
   return rows;
 }
 
-// Pairs that are not separated: all of a group, or a part of a group that is too large.
+// Comparisons that are not separated: all of a group, or a part of a group that is too large.
 struct Units {
   Items sizes;
-  std::vector<int64_t> of_pair;  // unit of each pair
-  std::vector<int64_t> groups;   // group of each unit
+  std::vector<int64_t> of;      // unit of each comparison
+  std::vector<int64_t> groups;  // group of each unit
 };
 
 Units make_units(const Groups& groups, const Limits& limits) {
-  const int64_t group_count = groups.prompts.size(), pair_count = groups.pairs.size();
-  const auto group_of = [&](int64_t q) { return groups.branches[groups.pairs[q].chosen].group; };
+  const int64_t group_count = groups.prompts.size(), count = groups.comparisons();
   Items sizes{rows_of_groups(groups), std::vector<int64_t>(group_count, 0)};
   for (const Branch& branch : groups.branches) sizes.targets[branch.group] += branch.length;
 
-  Units units{{}, std::vector<int64_t>(pair_count), {}};
+  Units units{{}, std::vector<int64_t>(count), {}};
   std::vector<int64_t> unit_of_group(group_count);
   std::vector<std::vector<int64_t>> large;
   for (int64_t g = 0; g < group_count; ++g) {
@@ -170,15 +180,15 @@ Units make_units(const Groups& groups, const Limits& limits) {
       large.emplace_back();
     }
   }
-  for (int64_t q = 0; q < pair_count; ++q) {
-    units.of_pair[q] = unit_of_group[group_of(q)];
-    if (units.of_pair[q] < 0) large[-1 - units.of_pair[q]].push_back(q);
+  for (int64_t q = 0; q < count; ++q) {
+    units.of[q] = unit_of_group[groups.group_of(q)];
+    if (units.of[q] < 0) large[-1 - units.of[q]].push_back(q);
   }
   if (!large.empty()) {
     GroupSplitter splitter(groups, limits);
-    for (auto& pairs : large) {
-      splitter.split(pairs, units.of_pair, units.sizes);
-      units.groups.resize(units.sizes.count(), group_of(pairs[0]));
+    for (auto& comparisons : large) {
+      splitter.split(comparisons, units.of, units.sizes);
+      units.groups.resize(units.sizes.count(), groups.group_of(comparisons[0]));
     }
   }
   if (limits.targets == kUnlimited) units.sizes.targets.clear();
@@ -188,9 +198,9 @@ Units make_units(const Groups& groups, const Limits& limits) {
 std::vector<std::vector<int64_t>> partition(const Units& units, const Bins& bins) {
   std::vector<std::vector<int64_t>> plan(bins.loads.size());
   std::vector<int64_t> counts(plan.size(), 0);
-  for (const int64_t unit : units.of_pair) ++counts[bins.bin_of[unit]];
+  for (const int64_t unit : units.of) ++counts[bins.bin_of[unit]];
   for (size_t bin = 0; bin < plan.size(); ++bin) plan[bin].reserve(counts[bin]);
-  for (size_t q = 0; q < units.of_pair.size(); ++q) plan[bins.bin_of[units.of_pair[q]]].push_back(q);
+  for (size_t q = 0; q < units.of.size(); ++q) plan[bins.bin_of[units.of[q]]].push_back(q);
   return plan;
 }
 

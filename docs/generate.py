@@ -84,8 +84,9 @@ def kinds() -> str:
         if "bco_delta" in kind.options:
             plan += "; coupled with `bco_delta='running_mean'`"
         shown = ", ".join(f"`{option}`" for option in options)
-        body.append((f"`{name}`", "needed" if kind.reference else "not used", shown, plan))
-    return markdown.rows(("kind", "reference", "options", "plan of a trained head"), body)
+        rows = "pairs" if not kind.lists else "lists with scores" if kind.scores else "lists"
+        body.append((f"`{name}`", rows, "needed" if kind.reference else "not used", shown, plan))
+    return markdown.rows(("kind", "rows", "reference", "options", "plan of a trained head"), body)
 
 
 def formulas() -> str:

@@ -20,6 +20,8 @@ class Sequences:
     @staticmethod
     def from_objects(objects: list[Any], convert: Callable[[int], NDArray[np.int64]]) -> Sequences: ...
     @staticmethod
+    def of_lists(prompts: Sequences, responses: Sequences, counts: NDArray[np.int64]) -> Sequences: ...
+    @staticmethod
     def from_columns(columns: list[list[tuple[NDArray[Any], NDArray[Any]]]]) -> Sequences: ...
     def __len__(self) -> int: ...
     def lengths(self) -> NDArray[np.int64]: ...
@@ -29,9 +31,12 @@ class Packer:
         self,
         sequences: Sequences,
         branch_counts: NDArray[np.int64],
-        pair_counts: NDArray[np.int64],
-        pairs: NDArray[np.int64],
-        grouped: NDArray[np.uint8],
+        comparison_counts: NDArray[np.int64],
+        members: NDArray[np.int64],
+        member_counts: NDArray[np.int64],
+        ranks: NDArray[np.int64],
+        variants: NDArray[np.int64],
+        forms: NDArray[np.uint8],
         max_tokens: int,
         max_targets: int,
         share: str,

@@ -9,11 +9,14 @@ _MODULES = {
     "DPOConfig": "dpofast.training.config",
     "DPOTrainer": "dpofast.training.trainer",
     "DataError": "dpofast.data.load",
+    "Lists": "dpofast.losses.pairs",
     "LogprobOutput": "dpofast.head.options",
+    "LossOptions": "dpofast.losses.options",
     "PackBuffers": "dpofast.packing.pack",
     "PackedBatch": "dpofast.packing.batch",
     "PackedPreference": "dpofast.model.attach",
     "PackingCollator": "dpofast.packing.collator",
+    "Pairs": "dpofast.losses.pairs",
     "PreferenceLoss": "dpofast.losses.config",
     "PreferenceOutput": "dpofast.losses.functional",
     "PromptGroupSampler": "dpofast.packing.collator",
@@ -28,6 +31,7 @@ _MODULES = {
     "logprobs": "dpofast.head.token_logprobs",
     "pack": "dpofast.packing.pack",
     "pair_logprobs": "dpofast.losses.sequences",
+    "preference_kind": "dpofast.losses.own_kinds",
     "preference_loss": "dpofast.losses.functional",
     "preview_preferences": "dpofast.data.preview",
     "sequence_logprobs": "dpofast.model.attach",
@@ -50,6 +54,10 @@ if TYPE_CHECKING:
     from dpofast.losses.functional import PreferenceOutput as PreferenceOutput
     from dpofast.losses.functional import preference_loss as preference_loss
     from dpofast.losses.functional import token_preference_loss as token_preference_loss
+    from dpofast.losses.options import LossOptions as LossOptions
+    from dpofast.losses.own_kinds import preference_kind as preference_kind
+    from dpofast.losses.pairs import Lists as Lists
+    from dpofast.losses.pairs import Pairs as Pairs
     from dpofast.losses.sequences import pair_logprobs as pair_logprobs
     from dpofast.model.attach import PackedPreference as PackedPreference
     from dpofast.model.attach import attach_logprob_head as attach_logprob_head

@@ -6,6 +6,7 @@ number that dpofast computes.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -166,6 +167,11 @@ def _kind_losses(
     discopop_tau: float = 0.05,
     simpo_gamma: float = 0.5,
     cpo_alpha: float = 1.0,
+    alpha_po_alpha: float = 0.25,
+    dpop_lambda: float = 50.0,
+    beta_dpo_alpha: float = 0.6,
+    beta_dpo_threshold: float = 0.0,
+    score_temperature: float = 1.0,
 ) -> Tensor:
     """(P,) from policy and reference log-probs and lengths of chosen (w) and rejected (l) responses, (P,) each."""
     ls, sig, e, b = F.logsigmoid, torch.sigmoid, label_smoothing, beta
@@ -225,6 +231,79 @@ def _kind_losses(
         return -chosen_sum / nw - b * ls(torch.log(odds[0]) - torch.log(odds[1]))
     if kind == "cpo":
         return -ls(b * (pw - pl)) - cpo_alpha * chosen_sum / nw
+    if kind == "alpha_po":
+        a = alpha_po_alpha
+        if a == 0:
+            return -ls(b * (pw / nw - pl / nl) - simpo_gamma)
+        better, worse = (b * (1 - torch.exp(p / n) ** -a) / a for p, n in ((pw, nw), (pl, nl)))
+        return -ls(better - worse - simpo_gamma)
+    if kind == "dpop":
+        return -ls(b * (w - l - dpop_lambda * torch.relu(rw - pw)))
+    if kind == "beta_dpo":
+        rewards = torch.stack([b * w, b * l]).detach()
+        mean = (rewards[0] - rewards[1]).sum().item() / len(w)
+        return -ls(max(1e-3, (1 + beta_dpo_alpha * (mean - beta_dpo_threshold)) * b) * (w - l))
+    # Of lists; a pair is one of two.
+    policy, ref = torch.stack([pw, pl], 1), torch.stack([rw, rl], 1)
+    rows = zip(policy, ref, strict=True)
+    return torch.stack([list_loss(kind, p, r, [0, 1], beta=b, score_temperature=score_temperature) for p, r in rows])
+
+
+def list_loss(
+    kind: str,
+    policy: Tensor,
+    ref: Tensor,
+    ranks: Sequence[int],
+    scores: Sequence[float] | None = None,
+    *,
+    beta: float = 0.1,
+    score_temperature: float = 1.0,
+) -> Tensor:
+    """The loss of one list of K responses, term by term as its paper writes it: a scalar, nats.
+
+    policy and ref (K,) are summed log-probs; ranks: smaller is better, equal ones are tied; scores: larger is better.
+    Without scores the responses of the best rank have all that a score would give: as in a pair.
+    """
+    s = [beta * (policy[i] - ref[i]) for i in range(len(ranks))]
+    members = range(len(s))
+    best = [i for i in members if ranks[i] == min(ranks)]
+
+    def total(terms: list[Tensor]) -> Tensor:
+        return torch.stack(terms).sum() if terms else 0 * policy.sum()
+
+    if kind == "plackett_luce":
+        allowed = [order for order in itertools.permutations(members) if [ranks[i] for i in order] == sorted(ranks)]
+        losses = []
+        for order in allowed:
+            rest = [torch.logsumexp(torch.stack([s[j] for j in order[k:]]), 0) for k in members]
+            losses.append(total([rest[k] - s[order[k]] for k in range(len(s) - 1)]))
+        return torch.stack(losses).mean()
+    if kind == "softmax_dpo":
+        losses = []
+        for w in best:
+            against = [s[j] - s[w] for j in members if ranks[j] > ranks[w]]
+            losses.append(-F.logsigmoid(-torch.logsumexp(torch.stack(against), 0)) if against else 0 * policy.sum())
+        return torch.stack(losses).mean()
+    if scores is None:
+        psi = [1.0 if i in best else 0.0 for i in members]
+        targets = [1 / len(best) if i in best else 0.0 for i in members]
+    else:
+        psi = [score / score_temperature for score in scores]
+        targets = [math.exp(x - max(psi)) / sum(math.exp(y - max(psi)) for y in psi) for x in psi]
+    if kind == "infonca":
+        every = torch.logsumexp(torch.stack(s), 0)
+        return total([-targets[i] * (s[i] - every) for i in members])
+    if kind == "nca":
+        return total([-targets[i] * F.logsigmoid(s[i]) - F.logsigmoid(-s[i]) / len(s) for i in members])
+    if kind == "lipo_lambda":
+        places = {i: 1 + place for place, i in enumerate(sorted(members, key=lambda i: -s[i].item()))}
+        terms = []
+        for i, j in itertools.permutations(members, 2):
+            if psi[i] > psi[j]:
+                gain = abs((2 ** psi[i] - 1) - (2 ** psi[j] - 1))
+                discount = abs(1 / math.log(1 + places[i]) - 1 / math.log(1 + places[j]))
+                terms.append(-gain * discount * F.logsigmoid(s[i] - s[j]))
+        return total(terms)
     raise ValueError(f"kind: expected one of dpofast.losses.kinds.KINDS, got {kind!r}")
 
 

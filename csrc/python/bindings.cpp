@@ -90,25 +90,30 @@ dpofast::Share read_share(const std::string& name) {
 // Groups, plans and lays out examples at construction; the arrays are written afterwards.
 class Packer {
  public:
-  Packer(std::shared_ptr<dpofast::Sequences> sequences, Array<int64_t> branch_counts, Array<int64_t> pair_counts,
-         Array<int64_t> pairs, Array<uint8_t> grouped, int64_t max_tokens, int64_t max_targets,
-         const std::string& share, int64_t vocab_size, int64_t threads)
+  Packer(std::shared_ptr<dpofast::Sequences> sequences, Array<int64_t> branch_counts, Array<int64_t> comparison_counts,
+         Array<int64_t> members, Array<int64_t> member_counts, Array<int64_t> ranks, Array<int64_t> variants,
+         Array<uint8_t> forms, int64_t max_tokens, int64_t max_targets, const std::string& share, int64_t vocab_size,
+         int64_t threads)
       : sequences_(std::move(sequences)),
         branch_counts_(std::move(branch_counts)),
-        pair_counts_(std::move(pair_counts)),
-        pairs_(std::move(pairs)),
-        grouped_(std::move(grouped)) {
+        comparison_counts_(std::move(comparison_counts)),
+        members_(std::move(members)),
+        member_counts_(std::move(member_counts)),
+        ranks_(std::move(ranks)),
+        variants_(std::move(variants)),
+        forms_(std::move(forms)) {
     check_plan_arguments(max_tokens, max_targets, threads);
     dpofast::check_at_least_one("vocab_size", vocab_size);
     check_dimensions("branch_counts", branch_counts_, 1);
-    check_dimensions("pair_counts", pair_counts_, 1);
-    check_dimensions("pairs", pairs_, 2);
-    check_dimensions("grouped", grouped_, 1);
-    if (pairs_.shape(1) != 2) {
-      throw dpofast::PackingError(-1, "pairs: expected 2 columns, got " + std::to_string(pairs_.shape(1)));
-    }
-    const dpofast::Examples examples{sequences_->span(), span(branch_counts_), span(pair_counts_), span(pairs_),
-                                     span(grouped_)};
+    check_dimensions("comparison_counts", comparison_counts_, 1);
+    check_dimensions("members", members_, 1);
+    check_dimensions("member_counts", member_counts_, 1);
+    check_dimensions("ranks", ranks_, 1);
+    check_dimensions("variants", variants_, 1);
+    check_dimensions("forms", forms_, 1);
+    const dpofast::Examples examples{sequences_->span(), span(branch_counts_), span(comparison_counts_),
+                                     span(members_),     span(member_counts_), span(ranks_),
+                                     span(variants_),    span(forms_)};
     const dpofast::Share shared = read_share(share);
     py::gil_scoped_release nogil;
     groups_ = dpofast::group_examples(examples, shared, vocab_size, threads);
@@ -122,12 +127,12 @@ class Packer {
   }
 
   py::array shapes() const {
-    py::array_t<int64_t> table({static_cast<py::ssize_t>(batches_.size()), py::ssize_t{6}});
+    py::array_t<int64_t> table({static_cast<py::ssize_t>(batches_.size()), py::ssize_t{7}});
     int64_t* row = table.mutable_data();
     for (const dpofast::Batch& batch : batches_) {
       const dpofast::BatchShape& shape = batch.shape;
-      for (const int64_t value :
-           {shape.tokens, shape.targets, shape.segments, shape.sequences, shape.pairs, shape.padded_tokens}) {
+      for (const int64_t value : {shape.tokens, shape.targets, shape.segments, shape.sequences, shape.comparisons,
+                                  shape.width, shape.padded_tokens}) {
         *row++ = value;
       }
     }
@@ -169,8 +174,8 @@ class Packer {
   }
 
   std::shared_ptr<dpofast::Sequences> sequences_;
-  Array<int64_t> branch_counts_, pair_counts_, pairs_;
-  Array<uint8_t> grouped_;
+  Array<int64_t> branch_counts_, comparison_counts_, members_, member_counts_, ranks_, variants_;
+  Array<uint8_t> forms_;
   dpofast::Groups groups_;
   std::vector<dpofast::Batch> batches_;
 };
@@ -193,18 +198,24 @@ PYBIND11_MODULE(_C, module) {
       .def_static("from_objects", &dpofast::Sequences::from_objects, py::arg("objects"), py::arg("convert"),
                   "A list of lists of ints and 1-D int32 or int64 arrays; anything else is handed to convert(index), "
                   "which returns a (n,) int64 array or raises.")
+      .def_static("of_lists", &dpofast::Sequences::of_lists, py::arg("prompts").none(false),
+                  py::arg("responses").none(false), py::arg("counts").noconvert(),
+                  "The prompt of each row and the next counts[row] of the responses after it.")
       .def_static("from_columns", &dpofast::Sequences::from_columns, py::arg("columns"),
                   "Columns of equal length, each a list of chunks (values, offsets); sequence r * C + c is row r of "
                   "column c. Values and offsets are (n,) int32 or int64 arrays, which are read in place.");
   py::class_<Packer>(module, "Packer")
-      .def(py::init<std::shared_ptr<dpofast::Sequences>, Array<int64_t>, Array<int64_t>, Array<int64_t>, Array<uint8_t>,
-                    int64_t, int64_t, const std::string&, int64_t, int64_t>(),
-           py::arg("sequences").none(false), py::arg("branch_counts").noconvert(), py::arg("pair_counts").noconvert(),
-           py::arg("pairs").noconvert(), py::arg("grouped").noconvert(), py::arg("max_tokens"), py::arg("max_targets"),
-           py::arg("share"), py::arg("vocab_size"), py::arg("threads"))
+      .def(py::init<std::shared_ptr<dpofast::Sequences>, Array<int64_t>, Array<int64_t>, Array<int64_t>, Array<int64_t>,
+                    Array<int64_t>, Array<int64_t>, Array<uint8_t>, int64_t, int64_t, const std::string&, int64_t,
+                    int64_t>(),
+           py::arg("sequences").none(false), py::arg("branch_counts").noconvert(),
+           py::arg("comparison_counts").noconvert(), py::arg("members").noconvert(),
+           py::arg("member_counts").noconvert(), py::arg("ranks").noconvert(), py::arg("variants").noconvert(),
+           py::arg("forms").noconvert(), py::arg("max_tokens"), py::arg("max_targets"), py::arg("share"),
+           py::arg("vocab_size"), py::arg("threads"), "csrc/groups.hpp describes the arrays.")
       .def("plan", &Packer::plan, py::arg("max_tokens"), py::arg("max_targets"), py::arg("threads"),
            "Plans and lays out the grouped examples again, with other limits.")
-      .def_property_readonly("shapes", &Packer::shapes, "(B, 6) int64: T, N, G, S, P, padded_tokens.")
+      .def_property_readonly("shapes", &Packer::shapes, "(B, 7) int64: T, N, G, S, P, K (0 for pairs), padded_tokens.")
       .def_property_readonly("sequences", &Packer::sequences, "(sum of S,) the input sequence of each branch.")
       .def_property_readonly("canonical", &Packer::canonical, "For each input sequence the first equal one.")
       .def("fill", &Packer::fill, py::arg("longs").noconvert(), py::arg("ints").noconvert(), py::arg("threads"),

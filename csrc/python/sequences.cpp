@@ -120,4 +120,25 @@ std::shared_ptr<Sequences> Sequences::from_columns(const py::list& columns) {
   return result;
 }
 
+std::shared_ptr<Sequences> Sequences::of_lists(const std::shared_ptr<Sequences>& prompts,
+                                               const std::shared_ptr<Sequences>& responses,
+                                               const Array<int64_t>& counts) {
+  if (counts.size() != prompts->size()) throw PackingError(-1, "counts need one entry for each prompt");
+  auto result = std::make_shared<Sequences>();
+  result->items_.reserve(prompts->size() + responses->size());
+  auto next = responses->items_.begin();
+  for (int64_t row = 0; row < prompts->size(); ++row) {
+    const int64_t count = counts.data()[row];
+    if (count < 0 || count > responses->items_.end() - next) {
+      throw PackingError(row, "counts are negative or go beyond the responses");
+    }
+    result->items_.push_back(prompts->items_[row]);
+    result->items_.insert(result->items_.end(), next, next + count);
+    next += count;
+  }
+  if (next != responses->items_.end()) throw PackingError(-1, "responses hold more than the rows own");
+  result->alive_ = {py::cast(prompts), py::cast(responses)};
+  return result;
+}
+
 }  // namespace dpofast

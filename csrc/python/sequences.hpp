@@ -19,6 +19,8 @@ class Sequences {
  public:
   static std::shared_ptr<Sequences> from_objects(const pybind11::list& objects, const pybind11::function& convert);
   static std::shared_ptr<Sequences> from_columns(const pybind11::list& columns);
+  static std::shared_ptr<Sequences> of_lists(const std::shared_ptr<Sequences>& prompts,
+                                             const std::shared_ptr<Sequences>& responses, const Array<int64_t>& counts);
 
   int64_t size() const { return items_.size(); }
   Span<Sequence> span() const { return {items_.data(), size()}; }

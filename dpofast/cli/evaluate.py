@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -18,22 +19,34 @@ import torch
 
 from dpofast.cli.arguments import parse, quiet
 from dpofast.cli.scored_pairs import ScoringArguments, prepare, scored
+from dpofast.data.lists import check_list_options
 from dpofast.evaluation.pair_records import PairTable
 from dpofast.evaluation.statistics import Estimate, LengthStatistics, length_statistics, mean, share
 from dpofast.losses.config import PreferenceLoss
 from dpofast.losses.functional import preference_loss
+from dpofast.losses.own_kinds import import_from
 
 
 @dataclass(kw_only=True)
 class EvalArguments(ScoringArguments):
     """Options of `dpofast eval`."""
 
-    loss_type: str = field(default="sigmoid", metadata={"help": "The loss to report: a kind of dpofast train's."})
+    loss_type: str = field(
+        default="sigmoid",
+        metadata={"help": "The loss to report: a kind of dpofast train's, or module:function, one of your own."},
+    )
     output: str = field(default="table", metadata={"help": "What is printed: table or json."})
+    list_pairs: str | None = field(
+        default=None, metadata={"help": "As in training: turns lists into pairs, by all, best_worst or adjacent."}
+    )
+    min_score_gap: float | None = field(
+        default=None, metadata={"help": "With list_pairs: the least difference of the scores of a pair."}
+    )
 
     def __post_init__(self) -> None:
         """Check what is cheap to check."""
         super().__post_init__()
+        check_list_options(self.list_pairs, self.min_score_gap)
         if self.output not in ("table", "json"):
             raise ValueError(f"output: expected 'table' or 'json', got {self.output!r}")
         try:
@@ -46,6 +59,11 @@ class EvalArguments(ScoringArguments):
                 "orpo, cpo or sft"
             )
 
+    @property
+    def data_options(self) -> dict[str, Any]:
+        """The options of tokenize_preferences."""
+        return {**super().data_options, "list_pairs": self.list_pairs, "min_score_gap": self.min_score_gap}
+
 
 def main(argv: Sequence[str]) -> int:
     """Evaluate, print, and return 0.
@@ -53,6 +71,7 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         ValueError: an option, a model or data that cannot be used.
     """
+    import_from(os.getcwd())  # --loss_type module:function
     arguments, _ = parse((EvalArguments,), argv, prog="dpofast eval", description=__doc__)
     quiet(sys.stderr.isatty())
     prepared = prepare(arguments)
@@ -136,7 +155,7 @@ def _json(
     data = {
         "source": report.source,
         "rows": report.rows,
-        "pairs": report.kept,
+        "pairs": report.examples,
         "truncated": report.truncated,
         "ties": ties,
     }

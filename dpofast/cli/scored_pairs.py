@@ -65,6 +65,9 @@ class ScoringArguments:
         default="keep_start", metadata={"help": "As in training: keep_start, or keep_end (cuts the prompt's start)."}
     )
     on_bad_row: str = field(default="raise", metadata={"help": "A bad row: raise (stop) or skip (count, leave out)."})
+    assistant_only_loss: bool = field(
+        default=True, metadata={"help": "As in training: of a response of several turns only the assistant's count."}
+    )
     dtype: str = field(default="float32", metadata={"help": "The dtype models are loaded in: float32 or bfloat16."})
     bf16: bool = field(default=False, metadata={"help": "Compute in bfloat16 on float32 weights, as training does."})
     load_in_4bit: bool = field(default=False, metadata={"help": "Weights in 4 bits, by bitsandbytes."})
@@ -86,6 +89,16 @@ class ScoringArguments:
             raise ValueError(f"truncation_mode: expected one of {TRUNCATION_MODES}, got {self.truncation_mode!r}")
         if self.max_tokens is not None and self.max_tokens < 1:
             raise ValueError(f"max_tokens: expected at least 1, got {self.max_tokens}")
+
+    @property
+    def data_options(self) -> dict[str, Any]:
+        """The options of tokenize_preferences."""
+        return {
+            "max_length": self.max_length,
+            "truncation_mode": self.truncation_mode,
+            "on_bad_row": self.on_bad_row,
+            "assistant_only_loss": self.assistant_only_loss,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,10 +135,8 @@ def prepare(arguments: ScoringArguments) -> Prepared:
     tokens, report = tokenize_preferences(
         dataset,
         tokenizer,
-        max_length=arguments.max_length,
-        truncation_mode=arguments.truncation_mode,
-        on_bad_row=arguments.on_bad_row,
         vocab_size=model.get_input_embeddings().weight.shape[0],
+        **arguments.data_options,
     )
     if arguments.no_reference:
         tokens = tokens.remove_columns([name for name in REF_COLUMNS if name in tokens.column_names])

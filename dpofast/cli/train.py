@@ -5,6 +5,7 @@ Its options are kept in run.yaml of the output folder: `dpofast train --resume F
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from dpofast.cli.arguments import DATA_HELP, parse, quiet
 from dpofast.cli.load_models import Loading, is_adapter, load_model, load_tokenizer, named, one_line
 from dpofast.cli.run_options import RUN_FILE, RunOptions, resume_command, with_run_options
 from dpofast.common.printable import printable
+from dpofast.losses.own_kinds import import_from
 from dpofast.training.config import DPOConfig
 from dpofast.training.trainer import DPOTrainer
 
@@ -29,6 +31,7 @@ HELP_GROUPS = {
     "loss": (
         *("loss_weights", "label_smoothing", "f_divergence_type", "f_alpha_divergence_coef", "ld_alpha"),
         *("use_weighting", "rpo_alpha", "ipo_average", "bco_delta", "discopop_tau", "simpo_gamma", "cpo_alpha"),
+        *("alpha_po_alpha", "dpop_lambda", "beta_dpo_alpha", "beta_dpo_threshold", "score_temperature"),
         "router_aux_loss_coef",
     ),
     "reference": (
@@ -44,7 +47,10 @@ HELP_GROUPS = {
         "flash_attention",
         "torch_compile",
     ),
-    "data": ("split", "eval_split", "max_length", "truncation_mode", "on_bad_row", "dataset_num_proc", "preview"),
+    "data": (
+        *("split", "eval_split", "max_length", "truncation_mode", "on_bad_row", "dataset_num_proc", "preview"),
+        *("list_pairs", "min_score_gap", "assistant_only_loss"),
+    ),
     "adapter and quantization": (
         *("lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora", "load_in_4bit"),
         *("dtype", "attn_implementation", "disable_dropout", "neftune_noise_alpha", "trust_remote_code"),
@@ -124,6 +130,7 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         ValueError: an option, a model or data that cannot be used; nothing has been written then.
     """
+    import_from(os.getcwd())  # --loss_type module:function
     train, config, given = parse(
         (TrainArguments, DPOConfig),
         with_run_options(argv),
@@ -189,9 +196,10 @@ def _preview(train: TrainArguments, config: DPOConfig) -> int:
     from dpofast.data.preview import preview_preferences
 
     tokenizer = load_tokenizer(train.model, trust_remote_code=config.trust_remote_code)
-    options: Any = {"max_length": config.max_length, "truncation_mode": config.truncation_mode}
+    names = ("max_length", "truncation_mode", "on_bad_row", "list_pairs", "min_score_gap", "assistant_only_loss")
+    options: Any = {name: getattr(config, name) for name in names}
     dataset = load_preferences(train.data, split=train.split, on_bad_row=config.on_bad_row)
-    print(preview_preferences(dataset, tokenizer, train.preview, on_bad_row=config.on_bad_row, **options))
+    print(preview_preferences(dataset, tokenizer, train.preview, **options))
     return 0
 
 

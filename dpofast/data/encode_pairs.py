@@ -1,154 +1,295 @@
-"""PairEncoder: one preference row -> token ids of the shared prompt and of each response.
+"""RowEncoder: one preference row -> token ids of the shared prompt and of each response, and the tokens' weights.
 
     text            tokens(prompt), tokens(prompt + response + EOS)
     conversations   tokens(template(prompt)), tokens(template(prompt + response)); the template writes the end
     token ids       as given
 
 The ids equal those of trl 1.16, except where those double text: a BOS or EOS that stands in the text and is added too,
-a prompt's turns that both responses repeat. The prompt is the token-level common prefix of the tokenized prompt and of
-both tokenized prompt + response sequences, so that its forward pass can be shared by both responses.
+a prompt's turns that all responses repeat. The prompt is the token-level common prefix of the tokenized prompt and of
+all tokenized prompt + response sequences, so that its forward pass can be shared by the responses.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from dpofast.data import formats
-from dpofast.data.formats import ID_COLUMNS, BadRow, excerpt
-from dpofast.data.render import Template, says_something
+from dpofast.data import columns, formats
+from dpofast.data.chat.render import Template, says_something
+from dpofast.data.chat.train_tokens import TurnFlags, token_mask, without_flags
+from dpofast.data.formats import (
+    ID_COLUMNS,
+    LIST_ID_COLUMNS,
+    LIST_REF_COLUMN,
+    LIST_TEXT_COLUMN,
+    LIST_WEIGHT_COLUMN,
+    PAIR_TEXT_COLUMNS,
+    RANK_COLUMN,
+    SCORE_COLUMN,
+    WEIGHT_COLUMNS,
+    BadRow,
+    excerpt,
+)
+from dpofast.data.lists import Ranking, ranking
 
 TRUNCATION_MODES = ("keep_start", "keep_end")
 # Roles whose turns are never a response's: standing at its start, they are a part of the prompt.
 _ASKING = ("user", "system", "human", "developer")
 
+Weights = list[float] | None
 
-class EncodedPair(NamedTuple):
-    """Token ids of a pair.
+
+class EncodedRow(NamedTuple):
+    """Token ids of a pair or a list.
 
     Attributes:
-        prompt, chosen, rejected: the ids.
-        truncated: responses that were cut at their end, 0 to 2.
+        prompt: the ids of the prompt.
+        responses: those of each response: chosen and rejected, or a list's from best to worst.
+        weights: of each response's tokens; None: all count 1.
+        ranking: of a list; None of a pair.
+        truncated: responses that were cut at their end.
         cut_prompt: 1 where the prompt was cut at its start, else 0.
         dropped: the text at the prompt's end that a response displaces, or None.
-        repeated: where both text responses begin with the prompt, what they and it say; else None.
+        repeated: where all text responses begin with the prompt, what they and it say; else None.
     """
 
     prompt: list[int]
-    chosen: list[int]
-    rejected: list[int]
-    truncated: int
-    cut_prompt: int
-    dropped: str | None
+    responses: list[list[int]]
+    weights: list[Weights]
+    ranking: Ranking | None = None
+    truncated: int = 0
+    cut_prompt: int = 0
+    dropped: str | None = None
     repeated: str | None = None
 
 
+class _Names(NamedTuple):
+    """How messages name a row's responses: `of(k)` one of them, `any_of(k)` any, for the reason that rows share."""
+
+    is_list: bool
+
+    def of(self, place: int) -> str:
+        return f"response {place} (counted from 0)" if self.is_list else f"the {PAIR_TEXT_COLUMNS[place]} response"
+
+    def bad(self, place: int, problem: str, detail: str = "") -> BadRow:
+        """The BadRow of a response."""
+        if not self.is_list:
+            return BadRow(f"{self.of(place)} {problem}", detail)
+        return BadRow(f"a response {problem}", self.of(place) + (f": {detail}" if detail else ""))
+
+    def equal(self, one: int, other: int, within: str) -> BadRow:
+        """The BadRow of two responses that are equal and should differ."""
+        if not self.is_list:
+            return BadRow(f"chosen and rejected are equal{within}")
+        detail = f"responses {one} and {other} (counted from 0): one of equal answers cannot be better"
+        return BadRow(f"equal responses have different ranks or scores{within}", detail)
+
+
 @dataclass(frozen=True, kw_only=True)
-class PairEncoder:
+class RowEncoder:
     """Encodes rows that have the given columns.
 
     Attributes:
         tokenizer: or None, for token ids.
         columns: as formats.used_columns returns them.
-        max_length, truncation_mode, vocab_size: as in tokenize_preferences.
+        max_length, truncation_mode, assistant_only_loss, vocab_size: as in tokenize_preferences.
     """
 
     tokenizer: PreTrainedTokenizerBase | None
     columns: tuple[str, ...]
     max_length: int | None
     truncation_mode: str
+    assistant_only_loss: bool
     vocab_size: int | None
 
-    def encode(self, row: Mapping[str, Any]) -> EncodedPair:
-        """Return the pair. Raises BadRow."""
-        kinds = formats.row_kinds(row, self.columns)
-        dropped = repeated = None
+    @property
+    def is_list(self) -> bool:
+        """Whether rows are lists."""
+        return formats.holds_list(self.columns)
+
+    def encode(self, row: Mapping[str, Any]) -> EncodedRow:
+        """Return the pair or list. Raises BadRow."""
+        kinds = columns.row_kinds(row, self.columns)
+        names = _Names(self.is_list)
+        ranked = None
+        grades: list[Any] = [0, 1]
+        if self.is_list:
+            count = len(_responses(row))
+            for column in (RANK_COLUMN, SCORE_COLUMN, LIST_REF_COLUMN, LIST_WEIGHT_COLUMN):
+                if row.get(column) is not None and len(row[column]) != count:
+                    detail = f"got {len(row[column])} values for {count} responses"
+                    raise BadRow(f"column '{column}' is not of the responses' length", detail)
+            ranked = ranking(count, row.get(RANK_COLUMN), row.get(SCORE_COLUMN))
+            grades = [(ranked.ranks[at], ranked.scores and ranked.scores[at]) for at in _inverse(ranked.order)]
         if "prompt_ids" in kinds:
-            prompt, chosen, rejected = (formats.token_ids(column, row[column]) for column in ID_COLUMNS)
+            encoded = EncodedRow(
+                columns.token_ids(ID_COLUMNS[0], row[ID_COLUMNS[0]]),
+                [columns.token_ids("responses", ids) for ids in _responses(row)],
+                self._given_weights(row, len(grades)),
+            )
         else:
-            alone, *whole = self._tokenize(row, kinds)
-            if kinds.get("prompt") == kinds["chosen"] == "text":
-                repeated = _repetition(row["prompt"], row["chosen"], row["rejected"])
-            start = min(_shared(alone, ids) for ids in whole)
-            if start < len(alone):
-                assert self.tokenizer is not None
-                dropped = self.tokenizer.decode(alone[start:])
-            prompt, (chosen, rejected) = alone[:start], (ids[start:] for ids in whole)
+            encoded = self._tokenized(row, kinds, names)
+        prompt, responses, weights = encoded.prompt, encoded.responses, encoded.weights
         if not prompt:
             raise BadRow("the prompt is empty", "a response's first token is predicted from it: begin with a BOS token")
-        for name, ids in (("chosen", chosen), ("rejected", rejected)):
+        for place, ids in enumerate(responses):
             if not ids:
-                raise BadRow(f"the {name} response is empty")
-        if chosen == rejected:
-            raise BadRow("chosen and rejected are equal")
-        largest = max(map(max, (prompt, chosen, rejected)))
+                raise names.bad(place, "is empty")
+        _check_different(responses, grades, names)
+        largest = max(map(max, (prompt, *responses)))
         if self.vocab_size is not None and largest >= self.vocab_size:
             raise BadRow(f"a token id is outside the vocabulary of {self.vocab_size}", f"got {largest}")
-        return self._cut(prompt, chosen, rejected)._replace(dropped=dropped, repeated=repeated)
+        for place, (ids, own) in enumerate(zip(responses, weights, strict=True)):
+            if own is not None and len(own) != len(ids):
+                raise names.bad(
+                    place,
+                    "has another number of tokens than of weights",
+                    f"{len(own)} weights for {len(ids)} tokens, with the end that the tokenizer or template writes",
+                )
+        encoded = self._cut(encoded, grades, names)
+        if ranked is None:
+            return encoded
+        return encoded._replace(
+            responses=[encoded.responses[place] for place in ranked.order],
+            weights=[encoded.weights[place] for place in ranked.order],
+            ranking=ranked,
+        )
 
-    def _cut(self, prompt: list[int], chosen: list[int], rejected: list[int]) -> EncodedPair:
-        """Cut to max_length: the ends of the responses, or with keep_end the start of the prompt that both share."""
+    def _cut(self, encoded: EncodedRow, grades: Sequence[Any], names: _Names) -> EncodedRow:
+        """Cut to max_length: the ends of the responses, or with keep_end the start of the prompt that all share."""
         if self.max_length is None:
-            return EncodedPair(prompt, chosen, rejected, 0, 0, None)
+            return encoded
+        prompt, responses = encoded.prompt, encoded.responses
         if self.truncation_mode == "keep_end":
-            longest = max(len(chosen), len(rejected))
+            longest = max(map(len, responses))
             room = self.max_length - longest
             if room <= 0:
                 raise BadRow(
                     f"a response fills max_length={self.max_length}",
                     f"its {longest} tokens leave none for the prompt; raise max_length or use keep_start",
                 )
-            return EncodedPair(prompt[-room:], chosen, rejected, 0, int(room < len(prompt)), None)
+            return encoded._replace(prompt=prompt[-room:], cut_prompt=int(room < len(prompt)))
         room = self.max_length - len(prompt)
         if room <= 0:
             raise BadRow(
                 f"the prompt fills max_length={self.max_length}",
                 f"its {len(prompt)} tokens leave none for a response; raise max_length or shorten the prompt",
             )
-        truncated = (len(chosen) > room) + (len(rejected) > room)
-        chosen, rejected = chosen[:room], rejected[:room]
-        if chosen == rejected:
-            raise BadRow(f"chosen and rejected are equal within max_length={self.max_length}")
-        return EncodedPair(prompt, chosen, rejected, truncated, 0, None)
+        truncated = sum(len(ids) > room for ids in responses)
+        if not truncated:
+            return encoded
+        responses = [ids[:room] for ids in responses]
+        _check_different(responses, grades, names, f" within max_length={self.max_length}")
+        weights = [own and own[:room] for own in encoded.weights]
+        for place, own in enumerate(weights):
+            if own is not None and not any(own):
+                raise names.bad(place, f"has no token that counts within max_length={self.max_length}")
+        return encoded._replace(responses=responses, weights=weights, truncated=truncated)
 
-    def _tokenize(self, row: Mapping[str, Any], kinds: Mapping[str, str]) -> list[list[int]]:
-        """Token ids of the prompt alone, and with each response."""
+    def _tokenized(self, row: Mapping[str, Any], kinds: Mapping[str, str], names: _Names) -> EncodedRow:
+        """The row's texts or conversations as token ids that are not cut."""
         if self.tokenizer is None:
             raise BadRow("text cannot be used without a tokenizer", "tokenizer is None", fatal=True)
-        is_text = kinds["chosen"] == "text"
-        chosen, rejected = row["chosen"], row["rejected"]
-        if kinds.get("prompt") == kinds["chosen"]:
-            parts = _prompt_once(row["prompt"], chosen, rejected)
+        is_text = kinds.get(PAIR_TEXT_COLUMNS[0], kinds.get(LIST_TEXT_COLUMN)) in ("text", "texts")
+        has_prompt = kinds.get("prompt") == ("text" if is_text else "messages")
+        prompt: Any = row.get("prompt")
+        responses, repeated = list(_responses(row)), None
+        flags: list[TurnFlags] = []
+        if is_text and has_prompt:
+            repeated = _repetition(prompt, responses, names)
+        elif not is_text:
+            prompt = without_flags(prompt)[0] if has_prompt else prompt
+            flags = [without_flags(response)[1] for response in responses]
+            responses = [without_flags(response)[0] for response in responses]
+        if has_prompt:
+            prompt, responses = _prompt_once(prompt, responses, names)
         else:
-            parts = formats.split_prompt(chosen, rejected)
-            if not parts[0]:
+            beside = prompt
+            prompt, *responses = formats.split_prompt(*responses)
+            if not prompt:
                 self._check_context(row, "")
                 what = "texts share no beginning" if is_text else "conversations share no first turn"
                 if not is_text or not self.tokenizer("")["input_ids"]:
-                    raise BadRow("the prompt is empty", f"the two {what}: give the prompt in a column `prompt`")
-        prompt, *responses = parts
-        for name, response in zip(("chosen", "rejected"), responses, strict=True):
+                    raise BadRow(
+                        "the prompt is empty",
+                        f"the {len(responses) if self.is_list else 'two'} {what}: give the prompt in a column `prompt`",
+                    )
+        for place, response in enumerate(responses):
             if not (response if is_text else says_something(response)):
-                raise BadRow(f"the {name} response is empty")
+                raise names.bad(place, "is empty")
+        weights = self._given_weights(row, len(responses))
         if is_text:
             self._check_context(row, prompt)
-            return _text_ids(self.tokenizer, prompt, responses)
+            return self._split(_text_ids(self.tokenizer, prompt, responses), weights)._replace(repeated=repeated)
         if not prompt:
             raise BadRow("the prompt is empty", "a conversation needs a turn in front of the response")
         words = "\n".join(formats.strings([turn.get("content") for turn in prompt]))
         self._check_context(row, words)
-        if kinds.get("prompt") == "text":
-            _check_beside(row["prompt"], prompt)
-        tools = formats.template_value("tools", row.get("tools"))
+        if not has_prompt and beside is not None:
+            _check_beside(beside, prompt)
+        tools = columns.template_value("tools", row.get("tools"))
         template = Template(self.tokenizer, tools, row.get("chat_template_kwargs") or {})
-        return template.render(prompt, responses).ids
+        named = [names.of(place) for place in range(len(responses))]
+        rendered = template.render(prompt, responses, named)
+        encoded = self._split(rendered.ids, weights)
+        for place, name in enumerate(named):
+            own = flags[place][-len(responses[place]) :]
+            if weights[place] is not None:
+                if any(flag is not None for flag in own):
+                    raise names.bad(place, "has `train` flags and token weights", "leave one of them out")
+                continue
+            only = self.assistant_only_loss
+            mask = token_mask(template, rendered, place, own, assistant_only=only, name=name)
+            encoded.weights[place] = mask and mask[len(encoded.prompt) :]
+        return encoded
+
+    def _split(self, ids: Sequence[list[int]], weights: list[Weights]) -> EncodedRow:
+        """Split token ids of the prompt alone, and with each response, where the first of these parts from it."""
+        alone, *whole = ids
+        start = min(_shared(alone, each) for each in whole)
+        dropped = None
+        if start < len(alone):
+            assert self.tokenizer is not None
+            dropped = self.tokenizer.decode(alone[start:])
+        return EncodedRow(alone[:start], [each[start:] for each in whole], weights, dropped=dropped)
+
+    def _given_weights(self, row: Mapping[str, Any], count: int) -> list[Weights]:
+        """The weights that the row gives for the tokens of each response, None where it gives none."""
+        if self.is_list:
+            given = row.get(LIST_WEIGHT_COLUMN)
+            given = [None] * count if given is None else given
+        else:
+            given = [row.get(column) for column in WEIGHT_COLUMNS]
+        return [None if own is None else columns.token_weights("weights", own) for own in given]
 
     def _check_context(self, row: Mapping[str, Any], prompt: str) -> None:
         for column in filter(formats.is_context, self.columns):
-            formats.check_context(column, row.get(column), prompt, [row["chosen"], row["rejected"]])
+            formats.check_context(column, row.get(column), prompt, _responses(row))
+
+
+def _responses(row: Mapping[str, Any]) -> Sequence[Any]:
+    """The row's responses as they are given: a list's, or chosen and rejected; of token ids, their ids."""
+    for column in (LIST_ID_COLUMNS[1], LIST_TEXT_COLUMN):
+        if row.get(column) is not None:
+            return row[column]
+    names = ID_COLUMNS[1:] if ID_COLUMNS[1] in row else PAIR_TEXT_COLUMNS
+    return [row[name] for name in names]
+
+
+def _inverse(order: Sequence[int]) -> list[int]:
+    """At which place of `order` every number stands."""
+    return sorted(range(len(order)), key=order.__getitem__)
+
+
+def _check_different(ids: Sequence[Any], grades: Sequence[Any], names: _Names, within: str = "") -> None:
+    """Raise BadRow where two responses have equal ids and different grades."""
+    for one, other in combinations(range(len(ids)), 2):
+        if ids[one] == ids[other] and grades[one] != grades[other]:
+            raise names.equal(one, other, within)
 
 
 def _shared(ids: Sequence[int], others: Sequence[int]) -> int:
@@ -185,37 +326,39 @@ def _text_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, responses: Sequen
     return found
 
 
-def _prompt_once(prompt: Any, chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
+def _prompt_once(prompt: Any, responses: list[Any], names: _Names) -> tuple[Any, list[Any]]:
     """Return prompt and responses with the prompt written once, and with turns that ask moved from responses to it.
 
     Raises:
         BadRow: the responses begin with different questions.
     """
     if isinstance(prompt, str):
-        return prompt, chosen, rejected
+        return prompt, responses
     repeated = next(
-        (k for k in range(len(prompt), 0, -1) if prompt[-k:] == chosen[:k] == rejected[:k]),
+        (k for k in range(len(prompt), 0, -1) if all(prompt[-k:] == response[:k] for response in responses)),
         0,
     )
-    chosen, rejected = chosen[repeated:], rejected[repeated:]
-    while chosen and rejected and chosen[0] == rejected[0] and chosen[0]["role"] in _ASKING:
-        prompt, chosen, rejected = [*prompt, chosen[0]], chosen[1:], rejected[1:]
-    for name, response in (("chosen", chosen), ("rejected", rejected)):
+    responses = [response[repeated:] for response in responses]
+    while all(responses) and responses[0][0]["role"] in _ASKING and all(r[0] == responses[0][0] for r in responses):
+        prompt, responses = [*prompt, responses[0][0]], [response[1:] for response in responses]
+    for place, response in enumerate(responses):
         if response and response[0]["role"] in _ASKING:
-            raise BadRow(
-                f"the {name} response begins with a turn of role {response[0]['role']!r}",
-                f"{excerpt(str(response[0].get('content')), 0, 80)} would be trained on as the model's words, and the "
-                "other response has another: pairs share their prompt",
+            raise names.bad(
+                place,
+                f"begins with a turn of role {response[0]['role']!r}",
+                f"{excerpt(str(response[0].get('content')), 0, 80)} would be trained on as the model's words, and "
+                f"{'another' if names.is_list else 'the other'} response has another: responses share their prompt",
             )
-    return prompt, chosen, rejected
+    return prompt, responses
 
 
-def _repetition(prompt: str, chosen: str, rejected: str) -> str | None:
-    """Quote the texts where both responses begin with the prompt, which in one row may be chance."""
+def _repetition(prompt: str, responses: Sequence[str], names: _Names) -> str | None:
+    """Quote the texts where all responses begin with the prompt, which in one row may be chance."""
     start = prompt.strip()
-    if not start or not all(text.lstrip().startswith(start) for text in (chosen, rejected)):
+    if not start or not all(text.lstrip().startswith(start) for text in responses):
         return None
-    return f"prompt {excerpt(prompt, 0, 80)}, chosen {excerpt(chosen, 0, 80)}, rejected {excerpt(rejected, 0, 80)}"
+    quoted = [f"{names.of(place)} {excerpt(text, 0, 80)}" for place, text in enumerate(responses[:2])]
+    return f"prompt {excerpt(prompt, 0, 80)}, {', '.join(quoted)}"
 
 
 def _check_beside(text: str, prompt: list[Any]) -> None:

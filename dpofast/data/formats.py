@@ -1,21 +1,22 @@
-"""Detect and validate the format of a preference row: text, conversations or token ids, as trl takes them.
+"""The formats of a preference row: which columns make up a pair or a list, and what a row that is neither raises.
 
     text            chosen, rejected: strings; prompt: a string, or omitted if both strings begin with it
     conversations   the same columns as lists of {"role", "content"} turns; optional: tools, chat_template_kwargs
     token ids       prompt_ids, chosen_ids, rejected_ids: lists of integers
-    with any        ref_chosen_logps, ref_rejected_logps: the reference model's summed log-probs, in nats
+    lists           `responses` (`responses_ids`), K >= 2 of them, in place of chosen and rejected; with ranks or scores
+    with any        ref_chosen_logps, ref_rejected_logps (ref_responses_logps): the reference model's summed log-probs,
+                    in nats; weight, margin, beta, label_smoothing: a number for the row; chosen_weights,
+                    rejected_weights (responses_weights): a number for each token of a response
 
 Invalid rows raise BadRow. Its reason is the same text for every row with that error, since skipped rows are counted by
-reason.
+reason. columns.py checks the values.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
-
-import numpy as np
 
 from dpofast.common.printable import printable
 
@@ -29,7 +30,7 @@ LIST_REF_COLUMN = "ref_responses_logps"
 ROW_COLUMNS = ("weight", "margin", "beta", "label_smoothing")
 # A number for every token of a response.
 WEIGHT_COLUMNS, LIST_WEIGHT_COLUMN = ("chosen_weights", "rejected_weights"), "responses_weights"
-# Only these may be null in a row although the dataset has the column.
+PAIR_TEXT_COLUMNS, LIST_TEXT_COLUMN = ("chosen", "rejected"), "responses"
 TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
 # What other formats call the prompt or a part of it. Their text must be in the prompt: no other place is read.
 CONTEXT_COLUMNS = frozenset(
@@ -51,10 +52,12 @@ _OTHER_PROMPTS = frozenset(("messages", "conversation", "conversations", "user",
 MOST_NESTED = 64  # levels of a JSON value: deeper ones exhaust the stacks of the parsers that read them later
 
 _ROLES = ("system", "user", "assistant", "human", "gpt", "tool")
-_EXPECTED = "expected chosen and rejected (prompt is optional), or prompt_ids, chosen_ids and rejected_ids"
-_FLOAT32_MAX = float(np.finfo(np.float32).max)
-_ROUNDING = 1e-3  # of a sum of log-probs that are all nearly 0, nats
-_INT32_MAX = int(np.iinfo(np.int32).max)
+_EXPECTED = (
+    "expected chosen and rejected (prompt is optional), or prompt_ids, chosen_ids and rejected_ids, or a list: "
+    "responses (or prompt_ids and responses_ids) with ranks or scores"
+)
+# Columns of one kind of row that would be passed by in silence in the other.
+PAIR_ONLY_COLUMNS, LIST_ONLY_COLUMNS = (*REF_COLUMNS, *WEIGHT_COLUMNS), (LIST_REF_COLUMN, LIST_WEIGHT_COLUMN)
 
 
 class DataError(ValueError):
@@ -87,34 +90,81 @@ def place(unit: str, number: int) -> str:
 
 
 def used_columns(columns: Collection[str]) -> tuple[str, ...]:
-    """Return those of `columns` that make up a pair. If both token ids and text are present, the ids are used.
+    """Return those of `columns` that make up a pair or a list. If both token ids and text are present, ids are used.
 
     Raises:
-        BadRow: a required column is missing, or there are images or unpaired preferences.
+        BadRow: a required column is missing, the columns are those of a pair and of a list, or there are images or
+            unpaired preferences.
     """
     check_once(columns)
     found = set(columns)
     for column in ("image", "images"):
         if column in found:
             raise BadRow("images are not supported", f"remove column '{column}' to train on the text alone")
+    responses = {*ID_COLUMNS, *PAIR_TEXT_COLUMNS, LIST_TEXT_COLUMN, LIST_ID_COLUMNS[1]}
     unpaired = sorted(found & {"completion", "label"})
-    if unpaired and not found & {*ID_COLUMNS, "chosen", "rejected"}:
+    if unpaired and not found & responses:
         raise BadRow(
             "unpaired preferences (KTO) are not supported",
             f"column '{unpaired[0]}' belongs to single completions with a label: pair a good and a bad completion of "
             "each prompt as chosen and rejected",
         )
-    is_ids = found.issuperset(ID_COLUMNS) or bool(found & {*ID_COLUMNS} and not found & {"chosen", "rejected"})
-    needed: tuple[str, ...] = ID_COLUMNS if is_ids else ("chosen", "rejected")
+    is_list = _is_list(found)
+    if found & responses:
+        _check_kind(found, is_list)
+    needed: tuple[str, ...]
+    if is_list:
+        needed, is_ids = _list_columns(found)
+    else:
+        is_ids = found.issuperset(ID_COLUMNS) or bool(found & {*ID_COLUMNS} and not found & {*PAIR_TEXT_COLUMNS})
+        needed = (*(ID_COLUMNS if is_ids else PAIR_TEXT_COLUMNS), *(REF_COLUMNS if found & {*REF_COLUMNS} else ()))
+        needed += tuple(column for column in WEIGHT_COLUMNS if column in found)
+    needed += tuple(column for column in ROW_COLUMNS if column in found)
     names = CONTEXT_COLUMNS if "prompt" in found else context_columns()
     context = [name for name in sorted(found) if name.lower() in names]
     optional = () if is_ids else ("prompt", *TEMPLATE_COLUMNS, *context)
-    if found & {*REF_COLUMNS}:
-        needed += REF_COLUMNS
     for column in needed:
         if column not in found:
             raise BadRow(f"column '{column}' is missing", f"{_EXPECTED}; found {', '.join(sorted(found)) or 'none'}")
     return tuple(column for column in (*needed, *optional) if column in found)
+
+
+def holds_list(columns: Collection[str]) -> bool:
+    """Whether columns that used_columns returned are those of a list."""
+    return LIST_TEXT_COLUMN in columns or LIST_ID_COLUMNS[1] in columns
+
+
+def _is_list(found: set[str]) -> bool:
+    """Whether columns are those of a list, and not of a pair. Raises BadRow where they are those of both."""
+    responses = sorted(found & {LIST_TEXT_COLUMN, LIST_ID_COLUMNS[1]})
+    pair = next((names for names in (PAIR_TEXT_COLUMNS, ID_COLUMNS[1:]) if found.issuperset(names)), None)
+    is_ranked = bool(found & {RANK_COLUMN, SCORE_COLUMN})
+    if responses and is_ranked and pair:
+        raise BadRow(
+            "the columns are those of a pair and of a list",
+            f"'{pair[0]}' and '{pair[1]}' beside '{responses[0]}' with ranks or scores: remove those that are not "
+            "to be trained on",
+        )
+    return bool(responses) and (is_ranked or not found & {*PAIR_TEXT_COLUMNS, *ID_COLUMNS[1:]})
+
+
+def _check_kind(found: set[str], is_list: bool) -> None:
+    """Raise BadRow for a column of the other kind of row, which would be passed by in silence."""
+    others, own = PAIR_ONLY_COLUMNS, LIST_ONLY_COLUMNS
+    for other in others if is_list else own:
+        if other in found:
+            kind, instead = ("pairs", ", ".join(own)) if is_list else ("lists", ", ".join(others))
+            raise BadRow(f"column '{other}' belongs to {kind}", f"use {instead} here, or remove the column")
+
+
+def _list_columns(found: set[str]) -> tuple[tuple[str, ...], bool]:
+    """The columns of a list among those that there are, and whether it is token ids. Raises BadRow."""
+    is_ids = found.issuperset(LIST_ID_COLUMNS) or LIST_TEXT_COLUMN not in found
+    if not found & {RANK_COLUMN, SCORE_COLUMN}:
+        raise BadRow("a list has neither ranks nor scores", f"{_EXPECTED}; found {', '.join(sorted(found))}")
+    own = (RANK_COLUMN, SCORE_COLUMN, LIST_REF_COLUMN, LIST_WEIGHT_COLUMN)
+    ids = LIST_ID_COLUMNS if is_ids else (LIST_TEXT_COLUMN,)
+    return (*ids, *(column for column in own if column in found)), is_ids
 
 
 def check_once(columns: Collection[str]) -> None:
@@ -137,101 +187,13 @@ def context_columns() -> frozenset[str]:
 
 def is_optional(column: str) -> bool:
     """Whether a row may hold null in a column that the dataset has."""
-    return column in TEMPLATE_COLUMNS or is_context(column)
+    return column in (*TEMPLATE_COLUMNS, *WEIGHT_COLUMNS, LIST_WEIGHT_COLUMN) or is_context(column)
 
 
-def row_kinds(row: Mapping[str, Any], columns: Collection[str]) -> dict[str, str]:
-    """Return the kind of value in each of the row's columns: "text", "messages", "ids", "number" or "json".
-
-    Raises:
-        BadRow: a value is missing or of the wrong type, or text and conversations are mixed.
-    """
-    kinds = {}
-    for column in columns:
-        if row.get(column) is not None:
-            kinds[column] = _kind(column, row[column])
-        elif not is_optional(column):
-            raise BadRow(f"column '{column}' is missing", "the row lacks it, or holds null")
-    # A text prompt next to conversations is valid: some datasets repeat the first turn there.
-    responses = {kinds.get("chosen"), kinds.get("rejected")}
-    if len(responses) > 1 or (kinds.get("prompt") == "messages" and responses != {"messages"}):
-        raise BadRow("text and conversations are mixed", ", ".join(f"{k} holds {v}" for k, v in kinds.items()))
-    return kinds
-
-
-def _kind(column: str, value: Any) -> str:
-    if is_context(column):
-        return "json"
-    if column in ID_COLUMNS:
-        token_ids(column, value)
-        return "ids"
-    if column in REF_COLUMNS:
-        if not isinstance(value, (int, float)) or isinstance(value, bool):
-            raise BadRow(f"column '{column}' is not a number", f"got {_got(value)}")
-        if not abs(value) <= _FLOAT32_MAX:
-            raise BadRow(f"column '{column}' is not finite", f"expected a float32, got {_got(value)}")
-        if value > _ROUNDING:
-            raise BadRow(
-                f"column '{column}' is above 0",
-                f"expected a log-prob summed over the response, which is 0 or less, got {_got(value)}: a loss (its "
-                "negative) or a probability is something else",
-            )
-        return "number"
-    if column in TEMPLATE_COLUMNS:
-        template_value(column, value)
-        return "json"
-    if isinstance(value, str):
-        if _spells_turns(value):
-            raise BadRow(
-                f"column '{column}' is text that spells a conversation",
-                f"expected the list of turns itself, got {_got(value)}; parse it with json.loads (or ast.literal_eval)",
-            )
-        return "text"
-    if isinstance(value, list) and all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in value):
-        return "messages"
-    raise BadRow(
-        f"column '{column}' is neither text nor a conversation",
-        f'expected a string or a list of {{"role": ..., "content": ...}} objects, got {_got(value)}',
-    )
-
-
-def _spells_turns(text: str) -> bool:
-    """Whether a text is the JSON, or Python's repr, of a list of turns."""
-    start = text[:200].lstrip()
-    return start.startswith("[") and start[1:].lstrip().startswith("{") and ('"role"' in text or "'role'" in text)
-
-
-def _got(value: Any) -> str:
+def got(value: Any) -> str:
+    """Return a value's type and a short form of it, for a message."""
     text = f"of {value.bit_length()} bits" if isinstance(value, int) and value.bit_length() > 400 else repr(value)
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
-
-
-def token_ids(column: str, value: Any) -> list[int]:
-    """Return token ids as a list. Raises BadRow unless they are integers in [0, 2**31)."""
-    try:
-        array = np.asarray(value)
-    except ValueError:  # a ragged list
-        array = np.empty(0, dtype=object)
-    # numpy would convert a boolean among integers to 0 or 1.
-    mixed = isinstance(value, list) and bool in set(map(type, value))
-    if mixed or array.ndim != 1 or (array.dtype.kind not in "iu" and value != []):
-        raise BadRow(f"column '{column}' is not a list of token ids", f"expected integers, got {_got(value)}")
-    if array.size and not 0 <= array.min() <= array.max() <= _INT32_MAX:
-        raise BadRow(f"column '{column}' holds a token id outside [0, 2**31)", f"from {array.min()} to {array.max()}")
-    return array.tolist()
-
-
-def template_value(column: str, value: Any) -> Any:
-    """Return tools as a list (parsed if given as JSON text), or chat_template_kwargs as a dict. Raises BadRow."""
-    if column == "tools" and isinstance(value, str):
-        try:
-            value = parse_json(value)
-        except (ValueError, RecursionError) as error:
-            raise BadRow("column 'tools' is not valid JSON", str(error)) from None
-    expected = list if column == "tools" else dict
-    if value is not None and not isinstance(value, expected):
-        raise BadRow(f"column '{column}' is not a {expected.__name__}", f"got {_got(value)}")
-    return value
 
 
 def parse_json(text: str) -> Any:
@@ -314,20 +276,21 @@ def check_context(column: str, value: Any, prompt: str, responses: Any) -> None:
             )
 
 
-def split_prompt(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
-    """Split two texts, or two conversations, into their common prefix (the prompt) and the rest, by trl's rule.
+def split_prompt(*whole: Any) -> tuple[Any, ...]:
+    """Split two or more texts, or conversations, into their common prefix (the prompt) and the rest, by trl's rule.
 
-    A trailing space of a text prompt is moved to the responses. If one input is a prefix of the other, its last
+    A trailing space of a text prompt is moved to the responses. If one input is a prefix of all others, its last
     character (or turn) stays in the response, so that no response is empty.
 
     Returns:
-        The prompt, and the rest of chosen and of rejected.
+        The prompt, and the rest of each.
     """
-    shorter = min(len(chosen), len(rejected))
-    start = next((i for i in range(shorter) if chosen[i] != rejected[i]), None)
+    first, *others = whole
+    shorter = min(map(len, whole))
+    start = next((i for i in range(shorter) if any(other[i] != first[i] for other in others)), None)
     if start is None:
         start = max(shorter - 1, 0)
     # At start 0 trl tests the text's last character instead (index -1); there is no prompt to take a space from.
-    elif start > 0 and chosen[start - 1] == " ":
+    elif start > 0 and first[start - 1] == " ":
         start -= 1
-    return chosen[:start], chosen[start:], rejected[start:]
+    return first[:start], *(each[start:] for each in whole)

@@ -21,10 +21,10 @@ from datasets import Dataset, DatasetDict, Features, Json, List, Value
 
 from dpofast.common.atomic_files import put
 from dpofast.common.hub import check_hub_name, nearest_path
-from dpofast.data import files, formats, read_rows
+from dpofast.data import columns, files, formats, read_rows
 from dpofast.data.arrow import check_batch, check_values, mapped_files
 from dpofast.data.files import Snapshot, kind_of
-from dpofast.data.formats import TEMPLATE_COLUMNS, BadRow, DataError
+from dpofast.data.formats import LIST_WEIGHT_COLUMN, TEMPLATE_COLUMNS, WEIGHT_COLUMNS, BadRow, DataError
 from dpofast.data.report import DataReport, Skipped, bad_rows, no_usable_row
 from dpofast.data.tokenize_pairs import DETAIL, ERROR, FILE, LINE, check_on_bad_row, tokenize_preferences
 
@@ -37,12 +37,17 @@ _FEATURES = {
     "ids": List(Value("int64")),
     "number": Value("float64"),
     "json": Json(),
+    "numbers": List(Value("float64")),
+    "texts": List(Value("string")),
+    "conversations": List(List(Json())),
+    "lists of ids": List(List(Value("int64"))),
+    "lists of numbers": List(List(Value("float64"))),
 }
 _PARQUET_ROWS, _BUFFER_BYTES = 1000, 1 << 20
 _HUB_NAME = re.compile(r"([\w-][\w.-]*(?:/[\w-][\w.-]*)?)(?::([\w.-]+))?")
 _FILE_SUFFIX = re.compile(r"\.[a-zA-Z]+$")
 _CODE = (
-    b"".join(Path(str(module.__file__)).read_bytes() for module in (files, formats, read_rows))
+    b"".join(Path(str(module.__file__)).read_bytes() for module in (columns, files, formats, read_rows))
     + Path(__file__).read_bytes()
 )
 
@@ -245,9 +250,11 @@ def _load_text(path: Path, skip: bool, cache_dir: str | None) -> Dataset:
     snapshot = Snapshot.of([path], _CODE + bytes([skip]))
     kinds = _first_kinds(path, skip)
     # These columns may first appear after the first row.
-    late = dict.fromkeys(TEMPLATE_COLUMNS, "json") if kinds.get("chosen") == "messages" else {}
-    if "chosen" in kinds:
+    is_list, texts = formats.holds_list(kinds), kinds.get("chosen", kinds.get("responses"))
+    late = dict.fromkeys(TEMPLATE_COLUMNS, "json") if texts in ("messages", "conversations") else {}
+    if texts is not None:
         late |= dict.fromkeys(sorted(formats.context_columns()), "json")
+    late |= {LIST_WEIGHT_COLUMN: "lists of numbers"} if is_list else dict.fromkeys(WEIGHT_COLUMNS, "numbers")
     features = {column: _FEATURES[kind] for column, kind in (kinds | late).items()}
     try:
         dataset = Dataset.from_generator(
@@ -268,7 +275,7 @@ def _load_text(path: Path, skip: bool, cache_dir: str | None) -> Dataset:
 
 
 def _first_kinds(path: Path, skip: bool) -> dict[str, str]:
-    """Return the kind of each column (formats.row_kinds) in the first valid row."""
+    """Return the kind of each column (columns.row_kinds) in the first valid row."""
     bad: dict[str, list[int]] = {}
     details = []
     unit = read_rows.unit_of(path)
@@ -289,7 +296,7 @@ def _kinds(row: read_rows.Row | BadRow) -> dict[str, str]:
     if isinstance(row, BadRow):
         raise row
     found = {column: value for column, value in row.items() if value is not None}
-    return formats.row_kinds(found, formats.used_columns(found))
+    return columns.row_kinds(found, formats.used_columns(found))
 
 
 def _rows(
@@ -327,6 +334,12 @@ def _storable(column: str, value: Any, kind: str) -> Any:
     try:
         if kind == "messages":
             return [json.dumps(turn, allow_nan=False) for turn in value]
+        if kind == "conversations":
+            return [[json.dumps(turn, allow_nan=False) for turn in turns] for turns in value]
+        if column in WEIGHT_COLUMNS:  # which may be booleans
+            return columns.token_weights(column, value)
+        if column == LIST_WEIGHT_COLUMN:
+            return [None if weights is None else columns.token_weights(column, weights) for weights in value]
         if kind == "json" and not (isinstance(value, str) and column == "tools"):
             return json.dumps(value, allow_nan=False)
     except ValueError:  # NaN and Infinity, which JSON does not have and Python reads

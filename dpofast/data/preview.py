@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
+from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from dpofast.common.printable import printable
-from dpofast.data.formats import ID_COLUMNS, place
+from dpofast.data.formats import (
+    ID_COLUMNS,
+    LIST_ID_COLUMNS,
+    LIST_REF_COLUMN,
+    LIST_WEIGHT_COLUMN,
+    ORDER_COLUMN,
+    RANK_COLUMN,
+    REF_COLUMNS,
+    ROW_COLUMNS,
+    SCORE_COLUMN,
+    WEIGHT_COLUMNS,
+    place,
+)
 from dpofast.data.tokenize_pairs import FILE, LINE, tokenize_preferences
 
-_INDENT = " " * 12
+_BREAK = "\n" + " " * 12
 
 
 def preview_preferences(
@@ -22,11 +36,15 @@ def preview_preferences(
     max_length: int | None = 1024,
     truncation_mode: str = "keep_start",
     on_bad_row: str = "raise",
+    list_pairs: str | None = None,
+    min_score_gap: float | None = None,
+    assistant_only_loss: bool = True,
 ) -> str:
     """Return the first rows of a dataset as text, decoded from the token ids that training reads.
 
     Special tokens are shown, and control characters are escaped; a line end is escaped and begins a line here too.
-    Token ids without a tokenizer are shown as numbers.
+    Token ids without a tokenizer are shown as numbers. Tokens that do not count 1 stand as `[weight 0: ...]`; a list's
+    responses from best to worst, each with its rank from 0, its score and its place in the row of the source.
 
     Args:
         dataset: as for tokenize_preferences, like every argument but `rows`.
@@ -35,6 +53,9 @@ def preview_preferences(
         max_length: as in training.
         truncation_mode: as in training.
         on_bad_row: "raise" or "skip".
+        list_pairs: as in training.
+        min_score_gap: as in training.
+        assistant_only_loss: as in training.
 
     Raises:
         ValueError: rows below 1, or what tokenize_preferences raises.
@@ -43,16 +64,58 @@ def preview_preferences(
         raise ValueError(f"rows: expected 1 or more to show, got {rows}")
     shown = dataset.select(range(min(rows, len(dataset)))) if isinstance(dataset, Dataset) else dataset
     tokens, report = tokenize_preferences(
-        shown, tokenizer, max_length=max_length, truncation_mode=truncation_mode, on_bad_row=on_bad_row
+        shown,
+        tokenizer,
+        max_length=max_length,
+        truncation_mode=truncation_mode,
+        on_bad_row=on_bad_row,
+        list_pairs=list_pairs,
+        min_score_gap=min_score_gap,
+        assistant_only_loss=assistant_only_loss,
     )
     unit = "line" if LINE in dataset.column_names and FILE not in dataset.column_names else "row"
     parts = []
     for row in tokens.with_format(None):
-        counts = ", ".join(f"{name.removesuffix('_ids')} {len(row[name]):,}" for name in ID_COLUMNS)
-        lines = [f"{place(unit, row['row'])}, tokens: {counts}"]
-        lines += [f"  {name.removesuffix('_ids'):<10}{_visible(tokenizer, row[name])}" for name in ID_COLUMNS]
+        responses = list(_list_of(row) if LIST_ID_COLUMNS[1] in row else _pair_of(row))
+        sizes = [("prompt", row[ID_COLUMNS[0]]), *((name, ids) for name, _, ids, _ in responses)]
+        lines = [f"{place(unit, row['row'])}, tokens: {', '.join(f'{name} {len(ids):,}' for name, ids in sizes)}"]
+        values = [f"{name} {row[name]:g}" for name in ROW_COLUMNS if name in row]
+        lines += [f"  {', '.join(values)}"] if values else []
+        lines.append(f"  {'prompt':<10}{_visible(tokenizer, row[ID_COLUMNS[0]])}")
+        for name, said, ids, weights in responses:
+            lines.append(f"  {name:<10}{said}{_weighted(tokenizer, ids, weights)}")
         parts.append("\n".join(lines))
     return "\n\n".join([*parts, report.summary()])
+
+
+# Of a response: its name, what is said of it, its ids, and its tokens' weights or None.
+_Shown = tuple[str, str, Sequence[int], Sequence[float] | None]
+
+
+def _pair_of(row: Mapping[str, Any]) -> Iterator[_Shown]:
+    for name, logps, weights in zip(ID_COLUMNS[1:], REF_COLUMNS, WEIGHT_COLUMNS, strict=True):
+        said = f"(reference {row[logps]:g}) " if logps in row else ""
+        yield name.removesuffix("_ids"), said, row[name], row.get(weights)
+
+
+def _list_of(row: Mapping[str, Any]) -> Iterator[_Shown]:
+    numbers = ((RANK_COLUMN, "rank"), (SCORE_COLUMN, "score"), (LIST_REF_COLUMN, "reference"))
+    for at, ids in enumerate(row[LIST_ID_COLUMNS[1]]):
+        said = [f"{name} {row[column][at]:g}" for column, name in numbers if column in row]
+        weights = row.get(LIST_WEIGHT_COLUMN)
+        yield f"[{row[ORDER_COLUMN][at]}]", f"({', '.join(said)}) ", ids, weights and weights[at]
+
+
+def _weighted(tokenizer: PreTrainedTokenizerBase | None, ids: Sequence[int], weights: Sequence[float] | None) -> str:
+    """The text of token ids, with the weights that are not 1."""
+    if weights is None:
+        return _visible(tokenizer, ids)
+    shown = ""
+    for weight, tokens in groupby(zip(weights, ids, strict=True), key=lambda token: token[0]):
+        text = _visible(tokenizer, [token for _, token in tokens])
+        text, ends = text if weight == 1 else f"[weight {weight:g}: {text}]", text.endswith("\\n")
+        shown += text + (_BREAK if ends else " " if tokenizer is None else "")
+    return shown.removesuffix(_BREAK).rstrip(" " if tokenizer is None else "")
 
 
 def _visible(tokenizer: PreTrainedTokenizerBase | None, ids: Sequence[int]) -> str:
@@ -60,5 +123,4 @@ def _visible(tokenizer: PreTrainedTokenizerBase | None, ids: Sequence[int]) -> s
     if tokenizer is None:
         return " ".join(map(str, ids))
     text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    broken = f"\n{_INDENT}"
-    return printable(text).replace("\t", "\\t").replace("\n", f"\\n{broken}").removesuffix(broken)
+    return printable(text).replace("\t", "\\t").replace("\n", f"\\n{_BREAK}").removesuffix(_BREAK)

@@ -177,11 +177,12 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, Row | BadRow]]:
                 formats.check_once(header)
             except BadRow as problem:
                 raise DataError(f"{path}: {problem}") from None
+            spelled = _spelled_columns(header)
             number = rows.line_num + 1  # of a row's first line
             for fields in rows:
                 if fields:
                     try:
-                        yield number, _csv_row(header, fields)
+                        yield number, _csv_row(header, fields, spelled)
                     except BadRow as problem:
                         yield number, problem
                 number = rows.line_num + 1
@@ -193,20 +194,35 @@ def _decoded(file: IO[bytes]) -> Iterator[str]:
     return iter(io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline=""))
 
 
-def _csv_row(header: list[str], fields: list[str]) -> Row:
+def _spelled_columns(header: list[str]) -> frozenset[str]:
+    """The columns that are used and hold numbers or lists, which are written as JSON."""
+    spelled = {*formats.ID_COLUMNS, *formats.REF_COLUMNS, *formats.TEMPLATE_COLUMNS}
+    try:
+        used = formats.used_columns(header)
+    except BadRow:  # said of the rows
+        return frozenset(spelled)
+    numbers = {*formats.ROW_COLUMNS, *formats.WEIGHT_COLUMNS}
+    if formats.holds_list(used):
+        numbers |= {formats.RANK_COLUMN, formats.SCORE_COLUMN, *formats.LIST_ONLY_COLUMNS}
+        numbers |= {formats.LIST_TEXT_COLUMN, formats.LIST_ID_COLUMNS[1]}
+    return frozenset(spelled | (numbers & {*used}))
+
+
+def _csv_row(header: list[str], fields: list[str], spelled: frozenset[str]) -> Row:
     if len(fields) != len(header):
         raise BadRow("another number of fields than the header", f"expected {len(header)}, got {len(fields)}")
     row: Row = dict(zip(header, fields, strict=True))
     for name, text in row.items():
         if not _is_utf8(text):
             raise BadRow("not UTF-8", f"column '{name}'")
-        if not text and name in (*formats.REF_COLUMNS, *formats.TEMPLATE_COLUMNS):
+        if not text and name in spelled and name not in formats.ID_COLUMNS:
             row[name] = None
-        elif name in (*formats.ID_COLUMNS, *formats.REF_COLUMNS, *formats.TEMPLATE_COLUMNS) or _is_json_turns(text):
+        elif name in spelled or _is_json_turns(text):
             try:
                 row[name] = formats.parse_json(text)
             except (ValueError, RecursionError) as error:
-                raise BadRow(f"column '{name}' is not valid JSON", str(error)) from None
+                if name not in formats.ROW_COLUMNS:  # of these the text says what they are taken for
+                    raise BadRow(f"column '{name}' is not valid JSON", str(error)) from None
     return row
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from dpofast.common.printable import printable
@@ -37,6 +37,15 @@ class DataReport:
     shortened_prompts: int
     # The first of them, quoted: what was dropped.
     dropped: str = ""
+    # What a row is: "pairs" or "lists".
+    holds: str = "pairs"
+    # Pairs that lists were turned into, 0 where they were not.
+    pairs_of_lists: int = 0
+
+    @property
+    def examples(self) -> int:
+        """Rows of the token-level dataset: the pairs that lists were turned into, else the rows that were kept."""
+        return self.pairs_of_lists or self.kept
 
     @staticmethod
     def from_bad_rows(
@@ -48,6 +57,7 @@ class DataReport:
         truncated: int = 0,
         cut_prompts: int = 0,
         dropped: Sequence[str] = (),
+        holds: str = "pairs",
     ) -> DataReport:
         """Build the report of a source with `rows` rows; `bad` holds the numbers of skipped rows by reason."""
         return DataReport(
@@ -60,11 +70,21 @@ class DataReport:
             cut_prompts=cut_prompts,
             shortened_prompts=len(dropped),
             dropped=repr(dropped[0]) if dropped else "",
+            holds=holds,
         )
+
+    def as_pairs(self, pairs: int, without: Sequence[int], reason: str) -> DataReport:
+        """Return the report of lists that were turned into so many pairs; those `without` a pair count as skipped."""
+        skipped = {**self.skipped}
+        if without:
+            skipped[reason] = Skipped(len(without), tuple(without[:_REPORTED_ROWS]))
+        return replace(self, skipped=skipped, kept=self.kept - len(without), pairs_of_lists=pairs)
 
     def summary(self) -> str:
         """Return one line, and one more for each reason to skip rows."""
-        parts = [f"{self.source}: {self.kept:,} of {self.rows:,} pairs kept"]
+        parts = [f"{self.source}: {self.kept:,} of {self.rows:,} {self.holds} kept"]
+        if self.pairs_of_lists:
+            parts.append(f"as {self.pairs_of_lists:,} pairs")
         if self.truncated:
             parts.append(f"responses cut to max_length, their end and EOS gone: {self.truncated:,}")
         if self.cut_prompts:

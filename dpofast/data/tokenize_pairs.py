@@ -24,10 +24,26 @@ from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
 from dpofast.common.printable import printable
-from dpofast.data import encode_pairs, formats, render
+from dpofast.data import columns as row_columns
+from dpofast.data import encode_pairs, formats, lists
 from dpofast.data.arrow import check_values, mapped_files, release_pages
-from dpofast.data.encode_pairs import TRUNCATION_MODES, PairEncoder
-from dpofast.data.formats import ID_COLUMNS, REF_COLUMNS, BadRow, DataError
+from dpofast.data.chat import render, train_tokens
+from dpofast.data.encode_pairs import TRUNCATION_MODES, EncodedRow, RowEncoder
+from dpofast.data.formats import (
+    ID_COLUMNS,
+    LIST_ID_COLUMNS,
+    LIST_REF_COLUMN,
+    LIST_WEIGHT_COLUMN,
+    ORDER_COLUMN,
+    RANK_COLUMN,
+    REF_COLUMNS,
+    ROW_COLUMNS,
+    SCORE_COLUMN,
+    WEIGHT_COLUMNS,
+    BadRow,
+    DataError,
+)
+from dpofast.data.lists import check_list_options, check_pairs_can_be_made, lists_to_pairs
 from dpofast.data.report import DataReport, bad_rows, no_usable_row
 
 # Columns that load_preferences adds: the number of a row's line, its file where there are several, and why that row
@@ -40,7 +56,10 @@ _WORKING_COLUMNS = [ERROR, DETAIL, _TRUNCATED, _CUT, _DROPPED, _REPEATED]
 _PLAIN_FORMATS = {None, "python", "arrow", "numpy", "torch", "tensorflow", "jax", "pandas", "polars"}
 # datasets caches the result of map by a fingerprint of the encoder; this hash makes it change with the code.
 _CODE = hashlib.sha256(
-    b"".join(Path(str(module.__file__)).read_bytes() for module in (formats, encode_pairs, render))
+    b"".join(
+        Path(str(module.__file__)).read_bytes()
+        for module in (formats, row_columns, lists, encode_pairs, render, train_tokens)
+    )
     + Path(__file__).read_bytes()
     + transformers.__version__.encode()
 ).hexdigest()
@@ -54,7 +73,7 @@ class _Encoder:
     Arrow's; `transform` is the dataset's (Dataset.set_transform).
     """
 
-    pairs: PairEncoder
+    rows: RowEncoder
     transform: Callable[[dict[str, Any]], Mapping[str, Sequence[Any]]] | None
     exact: tuple[str, ...]
     unit: str
@@ -63,10 +82,20 @@ class _Encoder:
 
     @property
     def features(self) -> Features:
-        kinds: dict[str, Any] = {column: List(Value("int32")) for column in ID_COLUMNS}
-        kinds |= {column: Value("float32") for column in REF_COLUMNS if column in self.pairs.columns}
+        ids, weights, number = List(Value("int32")), List(Value("float32")), Value("float32")
+        given = self.rows.columns
+        kinds: dict[str, Any] = {}
+        if self.rows.is_list:
+            kinds |= {LIST_ID_COLUMNS[0]: ids, LIST_ID_COLUMNS[1]: List(ids), RANK_COLUMN: ids, ORDER_COLUMN: ids}
+            kinds |= {column: weights for column in (SCORE_COLUMN, LIST_REF_COLUMN) if column in given}
+            kinds |= {LIST_WEIGHT_COLUMN: List(weights)}
+        else:
+            kinds |= dict.fromkeys(ID_COLUMNS, ids)
+            kinds |= {column: number for column in REF_COLUMNS if column in given}
+            kinds |= dict.fromkeys(WEIGHT_COLUMNS, weights)
+        kinds |= {column: number for column in ROW_COLUMNS if column in given}
         kinds |= {"row": Value("int64"), ERROR: Value("string"), DETAIL: Value("string")}
-        kinds |= {_TRUNCATED: Value("int8"), _CUT: Value("int8")}
+        kinds |= {_TRUNCATED: Value("int32"), _CUT: Value("int8")}
         return Features(kinds | {_DROPPED: Value("string"), _REPEATED: Value("string")})
 
     def __call__(self, batch: Mapping[str, Sequence[Any]], indices: Sequence[int]) -> dict[str, list[Any]]:
@@ -82,7 +111,7 @@ class _Encoder:
                 if ERROR in batch and batch[ERROR][i] is not None:
                     detail = batch[DETAIL][i].removeprefix(batch[ERROR][i]).removeprefix(": ")
                     raise BadRow(batch[ERROR][i], detail)
-                example = self._encode({column: shown[column][i] for column in self.pairs.columns})
+                example = self._encode({column: shown[column][i] for column in self.rows.columns})
             except BadRow as problem:
                 if problem.fatal:
                     raise DataError(f"{where}: {problem}") from None
@@ -95,11 +124,30 @@ class _Encoder:
 
     def _encode(self, row: Mapping[str, Any]) -> dict[str, Any]:
         row = {name: value if name in self.exact else formats.without_nulls(value) for name, value in row.items()}
-        pair = self.pairs.encode(row)
-        example: dict[str, Any] = {"prompt_ids": pair.prompt, "chosen_ids": pair.chosen, "rejected_ids": pair.rejected}
-        example |= {column: row[column] for column in REF_COLUMNS if column in self.pairs.columns}
-        example |= {_TRUNCATED: pair.truncated, _CUT: pair.cut_prompt}
-        return example | {_DROPPED: pair.dropped, _REPEATED: pair.repeated}
+        encoded = self.rows.encode(row)
+        example = _of_list(encoded, row) if self.rows.is_list else _of_pair(encoded, row)
+        example |= {column: row[column] for column in ROW_COLUMNS if column in self.rows.columns}
+        example |= {_TRUNCATED: encoded.truncated, _CUT: encoded.cut_prompt}
+        return example | {_DROPPED: encoded.dropped, _REPEATED: encoded.repeated}
+
+
+def _of_pair(encoded: EncodedRow, row: Mapping[str, Any]) -> dict[str, Any]:
+    example = dict(zip(ID_COLUMNS, (encoded.prompt, *encoded.responses), strict=True))
+    example |= {column: row[column] for column in REF_COLUMNS if column in row}
+    return example | dict(zip(WEIGHT_COLUMNS, encoded.weights, strict=True))
+
+
+def _of_list(encoded: EncodedRow, row: Mapping[str, Any]) -> dict[str, Any]:
+    ranking = encoded.ranking
+    assert ranking is not None
+    example = dict(zip(LIST_ID_COLUMNS, (encoded.prompt, encoded.responses), strict=True))
+    example |= {RANK_COLUMN: ranking.ranks, ORDER_COLUMN: ranking.order, SCORE_COLUMN: ranking.scores}
+    if LIST_REF_COLUMN in row:
+        example[LIST_REF_COLUMN] = [row[LIST_REF_COLUMN][place] for place in ranking.order]
+    if any(weights is not None for weights in encoded.weights):
+        pairs = zip(encoded.weights, encoded.responses, strict=True)
+        example[LIST_WEIGHT_COLUMN] = [[1.0] * len(ids) if weights is None else weights for weights, ids in pairs]
+    return example
 
 
 def transformed(transform: Callable[[dict[str, Any]], Any], batch: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
@@ -122,13 +170,14 @@ def transformed(transform: Callable[[dict[str, Any]], Any], batch: Mapping[str, 
 
 @dataclass(frozen=True, kw_only=True)
 class _GoodRows:
-    """The function given to a second datasets.map, which drops bad rows."""
+    """The function given to a second datasets.map, which drops bad rows, and the columns of `dropped`."""
 
     files: tuple[str, ...]
+    dropped: tuple[str, ...]
     code: str = _CODE
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        good = table.filter(table.column(ERROR).is_null()).drop_columns(_WORKING_COLUMNS)
+        good = table.filter(table.column(ERROR).is_null()).drop_columns(list(self.dropped))
         release_pages(self.files)
         return good
 
@@ -140,6 +189,9 @@ def tokenize_preferences(
     max_length: int | None = 1024,
     truncation_mode: str = "keep_start",
     on_bad_row: str = "raise",
+    list_pairs: str | None = None,
+    min_score_gap: float | None = None,
+    assistant_only_loss: bool = True,
     source: str | None = None,
     vocab_size: int | None = None,
     num_proc: int | None = None,
@@ -148,7 +200,9 @@ def tokenize_preferences(
 
     A row is bad if a column is missing, null or of the wrong type, a response or the prompt is empty, chosen equals
     rejected, a text of it would be left out, written twice or trained on as another's, the prompt alone fills
-    max_length, a reference log-prob is not finite, or a token id is out of range.
+    max_length, a number is not finite or out of its range, a token id is out of range, or a response has no token that
+    counts. A list is bad too if it has one response, ranks that contradict its scores, equal responses of different
+    ranks, or one rank for all.
 
     Args:
         dataset: the result of load_preferences, or any Dataset in one of the formats. Its transform (set_transform) is
@@ -159,22 +213,35 @@ def tokenize_preferences(
         truncation_mode: "keep_start" cuts longer responses at their end; "keep_end" cuts the start of the prompt so
             that the pair's longer response fits, alike for both, which share it.
         on_bad_row: "raise" an error that counts all bad rows and names the first five, or "skip" and count them.
+        list_pairs: what becomes of lists. None: they stay lists. "all": every two responses of different ranks become a
+            pair; "best_worst": the first and the last; "adjacent": neighbours in the order from best to worst, where
+            their ranks differ. A list that gives no pair is counted in the report.
+        min_score_gap: with list_pairs, the least difference of the scores of a pair.
+        assistant_only_loss: in a response of several turns only the assistant's are trained. A turn's own key `train`,
+            true or false, is stronger. Off: all turns without that key are.
         source: name of the data in messages; None: the name that load_preferences stored.
         vocab_size: if given, token ids must be below it.
         num_proc: number of worker processes.
 
     Returns:
-        A Dataset with prompt_ids, chosen_ids, rejected_ids (lists of int32), row (int64: the row's number in the
-        source) and, if given, ref_chosen_logps, ref_rejected_logps (float32, nats); and a DataReport.
+        A Dataset and a DataReport. Of pairs, the dataset has prompt_ids, chosen_ids, rejected_ids (lists of int32), row
+        (int64: the row's number in the source) and, where they are given, ref_chosen_logps and ref_rejected_logps
+        (float32, nats), weight, margin, beta, label_smoothing (float32), and, where they are given or made of turns,
+        chosen_weights and rejected_weights (lists of float32, one for each token; null: all 1). Of lists, in place of
+        chosen_ids and rejected_ids: responses_ids (K lists, from best to worst), ranks (K int32 from 0, dense, equal
+        where tied), order (K int32: places in the row of the source), and, where they are given, scores and
+        ref_responses_logps (K float32) and responses_weights.
 
     Raises:
         DataError: bad rows with on_bad_row="raise", no usable row, a missing column, a transform that fails, damaged
-            Arrow files, or a tokenizer without an EOS token or chat template.
+            Arrow files, a tokenizer without an EOS token or chat template, list_pairs for rows that are pairs, or
+            min_score_gap for lists without scores.
         ValueError: an option out of range.
         TypeError: dataset or tokenizer has another type.
     """
     _check_options(dataset, tokenizer, max_length, truncation_mode, vocab_size)
     check_on_bad_row(on_bad_row)
+    check_list_options(list_pairs, min_score_gap)
     source = source or dataset.info.dataset_name or "<dataset>"
     if len(dataset) == 0:
         raise DataError(f"{source}: there are no rows")
@@ -184,14 +251,16 @@ def tokenize_preferences(
         stored, transform = _view(dataset)
         names = transformed(transform, stored[:1]) if transform else stored.column_names
         columns = formats.used_columns([name for name in names if name not in _ADDED])
+        check_pairs_can_be_made(columns, list_pairs, min_score_gap)
     except (BadRow, DataError) as problem:
         raise DataError(f"{source}: {problem}") from None
     encoder = _Encoder(
-        pairs=PairEncoder(
+        rows=RowEncoder(
             tokenizer=tokenizer,
             columns=columns,
             max_length=max_length,
             truncation_mode=truncation_mode,
+            assistant_only_loss=assistant_only_loss,
             vocab_size=vocab_size,
         ),
         transform=transform,
@@ -216,10 +285,10 @@ def tokenize_preferences(
     table = encoded.data.table
     if on_bad_row == "raise" and table.column(ERROR).null_count < table.num_rows:
         raise bad_rows(source, table.num_rows, table.column(DETAIL).drop_null().to_pylist()) from None
-    report = _report(table, source, encoder.unit)
+    report = _report(table, source, encoder.unit, "lists" if encoder.rows.is_list else "pairs")
     if report.kept == 0:
         raise no_usable_row(report)
-    _check_repeated(table, source, report.kept)
+    _check_repeated(table, source, report.kept, is_list=encoder.rows.is_list)
     if report.shortened_prompts:
         warnings.warn(
             f"{printable(source)}: {report.shortened_prompts:,} prompts end in tokens that differ in front of a "
@@ -230,26 +299,32 @@ def tokenize_preferences(
         )
     files = mapped_files(encoded)
     release_pages(files)
+    weights = [column for column in (*WEIGHT_COLUMNS, LIST_WEIGHT_COLUMN) if column in encoded.column_names]
+    unused = weights if all(table.column(column).null_count == table.num_rows for column in weights) else []
+    dropped = [*_WORKING_COLUMNS, *unused]
     if not report.skipped:
-        return encoded.remove_columns(_WORKING_COLUMNS), report
-    # Written to a new table instead of selected by index, so that later readers get contiguous rows.
-    kept = {name: feature for name, feature in encoded.features.items() if name not in _WORKING_COLUMNS}
-    good = encoded.with_format("arrow").map(
-        _GoodRows(files=files),
-        batched=True,
-        features=Features(kept),
-        desc=printable(f"Leaving out bad rows of {source}"),
-    )
-    return good.with_format(None), report
+        good = encoded.remove_columns(dropped)
+    else:
+        # Written to a new table instead of selected by index, so that later readers get contiguous rows.
+        kept = {name: feature for name, feature in encoded.features.items() if name not in dropped}
+        good = encoded.with_format("arrow").map(
+            _GoodRows(files=files, dropped=tuple(dropped)),
+            batched=True,
+            features=Features(kept),
+            desc=printable(f"Leaving out bad rows of {source}"),
+        )
+        good = good.with_format(None)
+    return (good, report) if list_pairs is None else lists_to_pairs(good, list_pairs, min_score_gap, report)
 
 
-def _check_repeated(table: pa.Table, source: str, kept: int) -> None:
-    """Raise DataError where both responses of most rows begin with the prompt: in few rows that is chance."""
+def _check_repeated(table: pa.Table, source: str, kept: int, *, is_list: bool) -> None:
+    """Raise DataError where the responses of most rows begin with the prompt: in few rows that is chance."""
     repeated = table.column(_REPEATED).drop_null()
     if 2 * len(repeated) > kept:
+        which = "all" if is_list else "both"
         raise DataError(
-            f"{source}: both responses repeat the prompt in {len(repeated):,} of {kept:,} rows, and it would be "
-            f"trained on as their text; leave the column `prompt` out (what both begin with is the prompt then), or "
+            f"{source}: {which} responses repeat the prompt in {len(repeated):,} of {kept:,} rows, and it would be "
+            f"trained on as their text; leave the column `prompt` out (what {which} begin with is the prompt then), or "
             f"cut it off from the responses. The first: {repeated[0].as_py()}"
         )
 
@@ -327,7 +402,7 @@ def check_on_bad_row(on_bad_row: str) -> None:
         raise ValueError(f"on_bad_row: expected 'raise' or 'skip', got {on_bad_row!r}")
 
 
-def _report(table: pa.Table, source: str, unit: str) -> DataReport:
+def _report(table: pa.Table, source: str, unit: str, holds: str) -> DataReport:
     bad = table.select([ERROR, "row"]).filter(table.column(ERROR).is_valid())
     rows_by_reason: dict[str, list[int]] = {}
     for reason, row in zip(bad.column(ERROR).to_pylist(), bad.column("row").to_pylist(), strict=True):
@@ -340,4 +415,5 @@ def _report(table: pa.Table, source: str, unit: str) -> DataReport:
         truncated=pc.sum(table.column(_TRUNCATED)).as_py() or 0,
         cut_prompts=pc.sum(table.column(_CUT)).as_py() or 0,
         dropped=table.column(_DROPPED).drop_null().to_pylist(),
+        holds=holds,
     )

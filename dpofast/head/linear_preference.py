@@ -14,9 +14,10 @@ from dpofast.common.constants import IGNORE_INDEX
 from dpofast.head.linear_preference_op import PreferenceArguments, preference
 from dpofast.head.options import LogitOptions
 from dpofast.head.validate import autocast_inputs, check_head, check_tensors
+from dpofast.losses.columns import NO_COLUMNS, PreferenceColumns
 from dpofast.losses.config import PreferenceLoss, checked_loss
 from dpofast.losses.functional import PreferenceOutput
-from dpofast.losses.validate import check_pair_names, check_reference
+from dpofast.losses.validate import check_columns, check_pair_names, check_reference
 
 
 def linear_preference_loss(
@@ -29,8 +30,9 @@ def linear_preference_loss(
     *,
     loss: PreferenceLoss | None = None,
     num_pairs: int | None = None,
-    num_chosen_tokens: int | None = None,
+    num_chosen_tokens: float | None = None,
     earlier_rewards: Tensor | None = None,
+    columns: PreferenceColumns = NO_COLUMNS,
     bias: Tensor | None = None,
     temperature: float = 1.0,
     logit_scale: float = 1.0,
@@ -52,11 +54,13 @@ def linear_preference_loss(
         loss: kind and options, default PreferenceLoss(). One that couples the pairs of the call recomputes the rows of
             E that do not fit max_logits_bytes; every other kind does the three GEMMs and no more.
         num_pairs, num_chosen_tokens, earlier_rewards: as in preference_loss.
+        columns: as in token_preference_loss (PackedBatch.columns), on hidden's device but for lists and ranks.
         bias, temperature, logit_scale, softcap, ignore_index, max_logits_bytes, backend: as in linear_logprobs, without
             the "reference" backend.
 
     Returns:
-        PreferenceOutput: loss scalar, differentiable; losses (P,), logps and rewards (S,) or (P, 2), detached.
+        PreferenceOutput: loss scalar, differentiable; losses (P,), logps and rewards, of the shapes that it documents,
+        detached.
 
     Raises:
         ValueError: shapes, dtypes, devices or options that do not fit, a pair that names a missing sequence.
@@ -69,6 +73,7 @@ def linear_preference_loss(
     hidden, weight, bias = autocast_inputs(hidden, weight, bias)
     check_head(hidden, weight, bias, targets)
     _check_pairs(targets, cu_targets, pairs, ref_logps, loss)
+    _check_columns(columns, targets, len(pairs), len(cu_targets) - 1, loss)
     chosen = choose_backend(backend, hidden.device, hidden.dtype)
     if chosen == "reference":
         raise ValueError("backend: expected auto, triton or torch; the reference is preference_loss of linear_logprobs")
@@ -94,7 +99,7 @@ def linear_preference_loss(
         max_logits_bytes,
         *(grad and x is not None and x.requires_grad for x in (hidden, weight, bias)),
     )
-    return PreferenceOutput(*preference(arguments, loss))
+    return PreferenceOutput(*preference(arguments, columns, loss))
 
 
 def _check_pairs(
@@ -115,3 +120,17 @@ def _check_pairs(
     bounds = cu_targets.tolist()
     if bounds[0] != 0 or bounds[-1] != len(targets) or any(b < a for a, b in zip(bounds[:-1], bounds[1:], strict=True)):
         raise ValueError(f"cu_targets: expected to rise from 0 to the {len(targets)} targets, got {bounds}")
+
+
+def _check_columns(
+    columns: PreferenceColumns, targets: Tensor, pairs: int, sequences: int, loss: PreferenceLoss
+) -> None:
+    """ValueError for columns of other shapes, on another device, or that the loss does not take."""
+    check_columns(columns, pairs, sequences, loss)
+    weights = columns.token_weights
+    if weights is not None and weights.shape != targets.shape:
+        raise ValueError(f"token_weights: expected shape {tuple(targets.shape)}, got {tuple(weights.shape)}")
+    for name in ("weight", "margin", "beta", "label_smoothing", "token_weights", "scores"):
+        column = getattr(columns, name)
+        if column is not None and column.device != targets.device:
+            raise ValueError(f"{name}: expected on {targets.device} like targets, got on {column.device}")

@@ -23,6 +23,7 @@ from dpofast.head.options import LogitOptions
 from dpofast.head.pair_blocks import PairCall, pair_gradients
 from dpofast.head.planning.dtypes import accumulate_dtype
 from dpofast.head.validate import check_target_values
+from dpofast.losses.columns import PreferenceColumns
 from dpofast.losses.config import PreferenceLoss
 from dpofast.losses.pairs import StepTotals
 
@@ -40,7 +41,7 @@ class PreferenceArguments(NamedTuple):
     earlier_rewards: Tensor | None
     loss: str
     num_pairs: int
-    num_chosen_tokens: int | None
+    num_chosen_tokens: float | None
     temperature: float
     logit_scale: float
     softcap: float | None
@@ -56,13 +57,14 @@ class PreferenceArguments(NamedTuple):
         """Which gradients are needed: an operator does not know what its caller's tensors require."""
         return Needs(self.need_dh, self.need_dw, self.need_db)
 
-    def call(self, loss: PreferenceLoss) -> PairCall:
-        """The call that these arguments are, of the loss that `self.loss` encodes."""
+    def call(self, columns: PreferenceColumns, loss: PreferenceLoss) -> PairCall:
+        """The call that these arguments and the columns are, of the loss that `self.loss` encodes."""
         return PairCall(
             targets=self.targets,
             cu_targets=self.cu_targets,
             pairs=self.pairs,
             ref_logps=self.ref_logps,
+            columns=columns,
             loss=loss,
             totals=StepTotals(self.num_pairs, self.num_chosen_tokens, self.earlier_rewards),
             options=LogitOptions(self.temperature, self.logit_scale, self.softcap, self.ignore_index, loss_stats(loss)),
@@ -88,13 +90,13 @@ def loss_stats(loss: PreferenceLoss) -> tuple[str, ...]:
     return ("log_sum_sq_probs",) if loss.use_weighting else ()
 
 
-def preference(arguments: PreferenceArguments, loss: PreferenceLoss) -> tuple[Tensor, ...]:
+def preference(arguments: PreferenceArguments, columns: PreferenceColumns, loss: PreferenceLoss) -> tuple[Tensor, ...]:
     """PreferenceOutput's loss, losses, logps and rewards; arguments encode `loss`. The first is differentiable."""
     tensors = (arguments.hidden, arguments.weight, arguments.bias)
     check_derivatives(*tensors, arguments.ref_logps, arguments.earlier_rewards)
     if torch.compiler.is_compiling():
-        return linear_preference_op(*arguments)[:4]
-    return LinearPreference.apply(*tensors, arguments.call(loss), arguments.needs)
+        return linear_preference_op(*arguments, *columns)[:4]
+    return LinearPreference.apply(*tensors, arguments.call(columns, loss), arguments.needs)
 
 
 class LinearPreference(ReverseModeFunction):
@@ -134,13 +136,13 @@ def _values_and_gradients(
     return (terms.losses.sum() / call.totals.num_pairs, terms.losses, terms.logps, terms.rewards), gradients
 
 
-def _forward(arguments: PreferenceArguments) -> PreferenceResults:
-    hidden, call = arguments.hidden, arguments.call(PreferenceLoss.decode(arguments.loss))
+def _forward(arguments: PreferenceArguments, columns: PreferenceColumns) -> PreferenceResults:
+    hidden, call = arguments.hidden, arguments.call(columns, PreferenceLoss.decode(arguments.loss))
     values, gradients = _values_and_gradients(hidden, arguments.weight, arguments.bias, call, arguments.needs)
     return PreferenceResults(*values, *(hidden.new_empty(0) if x is None else x for x in gradients))
 
 
-def _fake_forward(arguments: PreferenceArguments) -> PreferenceResults:
+def _fake_forward(arguments: PreferenceArguments, columns: PreferenceColumns) -> PreferenceResults:
     hidden, pairs = arguments.hidden, arguments.pairs.shape[0]
 
     def wide(*shape: int) -> Tensor:
@@ -148,15 +150,16 @@ def _fake_forward(arguments: PreferenceArguments) -> PreferenceResults:
 
     weighted = PreferenceLoss.decode(arguments.loss).ld_alpha is not None
     sums = (pairs, 2) if weighted else (arguments.cu_targets.shape[0] - 1,)
+    rewards = sums if columns.beta is None else (pairs, 2 if columns.lists is None else columns.lists.shape[1])
     gradients = fake_gradients(hidden, arguments.weight, arguments.needs)
-    return PreferenceResults(wide(), wide(pairs), wide(*sums), wide(*sums), *gradients)
+    return PreferenceResults(wide(), wide(pairs), wide(*sums), wide(*rewards), *gradients)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     results = PreferenceResults(*output)
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(results.dh, results.dw, results.db)
-    ctx.needs = PreferenceArguments(*inputs).needs
+    ctx.needs = PreferenceArguments(*inputs[: len(PreferenceArguments._fields)]).needs
 
 
 def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
@@ -164,7 +167,7 @@ def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]
         scale_gradient_op(gradient, grad_loss) if need else None
         for gradient, need in zip(ctx.saved_tensors, ctx.needs, strict=True)
     )
-    return gradients_of(PreferenceArguments, hidden=dh, weight=dw, bias=db)
+    return (*gradients_of(PreferenceArguments, hidden=dh, weight=dw, bias=db), *gradients_of(PreferenceColumns))
 
 
 @torch.library.custom_op("dpofast::scale_gradient", mutates_args=())
@@ -179,7 +182,11 @@ def _(gradient: Tensor, scale: Tensor) -> Tensor:
 
 
 linear_preference_op = custom_operator(
-    "dpofast::linear_preference", (PreferenceArguments,), len(PreferenceResults._fields), _forward, _fake_forward
+    "dpofast::linear_preference",
+    (PreferenceArguments, PreferenceColumns),
+    len(PreferenceResults._fields),
+    _forward,
+    _fake_forward,
 )
 linear_preference_op.register_autograd(_backward, setup_context=_setup_context)
 scale_gradient_op.register_autograd(no_second_derivative)

@@ -17,7 +17,8 @@ def custom_operator(
 
     Args:
         name: "namespace::operator".
-        arguments: NamedTuples; the fields of all of them, in order, are the operator's arguments and make its schema.
+        arguments: NamedTuples; the fields of all of them, in order, are the operator's arguments and make its schema. A
+            field that an earlier one has too is called <field>_of_<class>.
         results: how many tensors it returns, at least 2.
         run: computes them from one instance of each of `arguments`.
         fake: the same on fake tensors: shapes, dtypes and devices alone.
@@ -25,7 +26,10 @@ def custom_operator(
     Returns:
         The operator, for register_autograd.
     """
-    types = {field: kind for group in arguments for field, kind in get_type_hints(group).items()}
+    types: dict[str, Any] = {}
+    for group in arguments:
+        for field, kind in get_type_hints(group).items():
+            types[field if field not in types else f"{field}_of_{group.__name__}"] = kind
 
     def grouped(values: tuple[Any, ...]) -> list[Any]:
         groups, start = [], 0

@@ -28,6 +28,7 @@ from dpofast.head.engine.passes import accumulate, keep_and_recompute
 from dpofast.head.engine.rows import scale_rows
 from dpofast.head.options import LogitOptions
 from dpofast.losses.coefficients import PairTerms, pair_terms
+from dpofast.losses.columns import PreferenceColumns
 from dpofast.losses.config import PreferenceLoss
 from dpofast.losses.pairs import StepTotals
 from dpofast.losses.sequences import Tokens, side_indices
@@ -35,12 +36,13 @@ from dpofast.losses.sequences import Tokens, side_indices
 
 @dataclass(frozen=True)
 class PairCall:
-    """One call but the head's float tensors: targets and the pairs of their sequences, validated, and all options."""
+    """One call but the head's float tensors: targets, pairs and columns of their sequences, validated, and options."""
 
     targets: Tensor
     cu_targets: Tensor
     pairs: Tensor
     ref_logps: Tensor | None
+    columns: PreferenceColumns
     loss: PreferenceLoss
     totals: StepTotals
     options: LogitOptions
@@ -56,11 +58,11 @@ class PairCall:
         return self.targets[rows] != self.options.ignore_index if self.loss.needs_lengths else None
 
 
-def components(cu_targets: list[int], pairs: list[list[int]]) -> list[tuple[int, int]]:
-    """The shortest runs of consecutive sequences [start, stop) that no pair leaves."""
+def components(cu_targets: list[int], rows: list[list[int]]) -> list[tuple[int, int]]:
+    """The shortest runs of consecutive sequences [start, stop) that no row leaves: a pair, or a list filled with -1."""
     reach = list(range(len(cu_targets) - 1))
-    for pair in pairs:
-        low, high = min(pair), max(pair)
+    for row in rows:
+        low, high = min(sequence for sequence in row if sequence >= 0), max(row)
         reach[low] = max(reach[low], high)
     runs, start, stop = [], 0, 0
     for sequence, furthest in enumerate(reach):
@@ -90,7 +92,7 @@ def pair_gradients(
     if "sft" in call.loss.kinds and call.totals.num_chosen_tokens is None:
         # of the call, not of one block
         none = hidden.new_empty(0, dtype=inputs.wide)
-        lengths = Tokens(none, call.cu_targets, call.counted()).lengths()
+        lengths = Tokens(none, call.cu_targets, call.counted(), weights=call.columns.token_weights).lengths()
         chosen_tokens = lengths[side_indices(call.pairs, lengths.device)[:, 0]].sum()
         call = replace(call, totals=replace(call.totals, num_chosen_tokens=chosen_tokens))
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
@@ -100,7 +102,7 @@ def pair_gradients(
 def _with_frozen_head(inputs: HeadInputs, call: PairCall, needs: Needs) -> tuple[PairTerms, Gradients]:
     """E·W is written where dh will be, and scaled by row once all coefficients are known."""
     engine, hidden = call.engine(inputs, needs), inputs.hidden
-    block = _Block(slice(0, len(call.targets)), call.cu_targets, call.pairs, call.ref_logps)
+    block = _Block(slice(0, len(call.targets)), call.cu_targets, call.pairs, call.ref_logps, call.columns)
     if not needs.hidden:
         return _terms(concatenate(engine, engine.all_logps()), call, block)[0], (None, None, None)
     products = torch.empty_like(hidden, dtype=engine.narrow)
@@ -112,7 +114,8 @@ def _with_frozen_head(inputs: HeadInputs, call: PairCall, needs: Needs) -> tuple
 
 def _with_trained_head(inputs: HeadInputs, call: PairCall, needs: Needs) -> tuple[PairTerms, Gradients]:
     cu_targets = call.cu_targets.tolist()
-    runs = [(0, len(cu_targets) - 1)] if call.loss.coupled else components(cu_targets, call.pairs.tolist())
+    together = call.pairs if call.columns.lists is None else call.columns.lists
+    runs = [(0, len(cu_targets) - 1)] if call.loss.coupled else components(cu_targets, together.tolist())
     largest = max((cu_targets[stop] - cu_targets[start] for start, stop in runs), default=0)
     engine = call.engine(inputs, needs, largest)
     kept, gradients = engine.new_kept(), engine.gradients(needs)
@@ -125,7 +128,9 @@ def _with_trained_head(inputs: HeadInputs, call: PairCall, needs: Needs) -> tupl
         if ref_logps is not None:
             ref_logps = ref_logps[start:stop] if ref_logps.dim() == 1 else ref_logps[_index(inside, ref_logps)]
         local = call.cu_targets[start : stop + 1] - rows.start
-        terms, coefficients = _terms(result, call, _Block(rows, local, call.pairs[inside] - start, ref_logps))
+        columns = call.columns.of_rows(inside, rows, start)
+        block = _Block(rows, local, call.pairs[inside] - start, ref_logps, columns)
+        terms, coefficients = _terms(result, call, block)
         accumulate(engine, gradients, rows, coefficients, result.sums, kept)
         parts.append((inside, terms))
     return _concatenate_terms(parts, inputs, call), gradients.finish()
@@ -133,19 +138,20 @@ def _with_trained_head(inputs: HeadInputs, call: PairCall, needs: Needs) -> tupl
 
 @dataclass(frozen=True)
 class _Block:
-    """Some whole components: their rows, cu_targets and pairs counted from the first of them, and their reference."""
+    """Some whole components: their rows; cu_targets, pairs and columns counted from the first; their reference."""
 
     rows: slice
     cu_targets: Tensor
     pairs: Tensor
     ref_logps: Tensor | None
+    columns: PreferenceColumns
 
 
 def _terms(result: RowResult, call: PairCall, block: _Block) -> tuple[PairTerms, Tensor]:
     """The terms of a block's pairs, and the row coefficients c (rows,) of its targets."""
     log_sum_sq = result.stats.get("log_sum_sq_probs")
-    tokens = Tokens(result.logps, block.cu_targets, call.counted(block.rows), log_sum_sq)
-    terms = pair_terms(tokens, block.pairs, block.ref_logps, call.loss, call.totals, call.backend)
+    tokens = Tokens(result.logps, block.cu_targets, call.counted(block.rows), log_sum_sq, block.columns.token_weights)
+    terms = pair_terms(tokens, block.pairs, block.ref_logps, call.loss, call.totals, call.backend, block.columns)
     ignored = call.targets[block.rows] == call.options.ignore_index
     gradients = terms.coefficients / call.totals.num_pairs
     return terms, row_coefficients(gradients, result.sums.rescale, ignored)
@@ -171,5 +177,6 @@ def _concatenate_terms(parts: list[tuple[Tensor, PairTerms]], inputs: HeadInputs
         return every
 
     weighted = call.loss.ld_alpha is not None
-    by_pair = {"losses": True, "logps": weighted, "rewards": weighted, "coefficients": False}
+    rewards = weighted or call.columns.beta is not None
+    by_pair = {"losses": True, "logps": weighted, "rewards": rewards, "coefficients": False}
     return PairTerms(**{field: joined(field, by) for field, by in by_pair.items()})

@@ -6,7 +6,7 @@ numbers for every kind; DPO's own loss has a Triton kernel (kernels/preference.p
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from dpofast.common.autograd import recording
 from dpofast.common.backend import uses_triton
 from dpofast.losses.columns import NO_COLUMNS, PreferenceColumns
 from dpofast.losses.config import PreferenceLoss
-from dpofast.losses.kinds import KINDS
+from dpofast.losses.own_kinds import kind_of
 from dpofast.losses.pairs import Lists, Pairs, StepTotals, make_lists
 from dpofast.losses.sequences import Tokens, pair_logprobs, segment_sums, side_indices, spread
 
@@ -43,7 +43,7 @@ def inputs_of_tokens(
 ) -> tuple[Pairs, Lists | None, Tensor, Tensor]:
     """Pairs, and Lists for a loss of lists, differentiable in tokens.logps; then logps and rewards."""
     sides = side_indices(pairs, tokens.logps.device)
-    sums = segment_sums(tokens.logps, tokens.cu_targets)
+    sums = tokens.sums()
     lengths = tokens.lengths() if loss.needs_lengths else None
     if loss.ld_alpha is None:
         logps, policy = sums, sums[sides]
@@ -55,7 +55,7 @@ def inputs_of_tokens(
     weights = None
     if loss.use_weighting and lengths is not None and tokens.log_sum_sq is not None:
         aligned = torch.where(tokens.is_token(), (tokens.logps - tokens.log_sum_sq).detach(), 0.0)
-        weights = (segment_sums(aligned, tokens.cu_targets) / lengths)[sides].sum(1).exp()
+        weights = (segment_sums(aligned, tokens.cu_targets, tokens.weights) / lengths)[sides].sum(1).exp()
     values = totals.make_pairs(
         policy,
         ref[sides] if ref.dim() == 1 else ref,
@@ -80,10 +80,13 @@ def rewards_of(ratios: Tensor, pairs: Tensor, loss: PreferenceLoss, columns: Pre
 
 
 def runs_fused(loss: PreferenceLoss, backend: str, columns: PreferenceColumns = NO_COLUMNS) -> bool:
-    """Whether kernels/preference.py computes this loss: DPO, also with label smoothing, per token, or with ld_alpha."""
+    """Whether kernels/preference.py computes this loss: DPO, also with label smoothing, per token, or with ld_alpha.
+
+    Of pairs with any columns; of lists of responses it has no loss.
+    """
     plain = loss.f_divergence_type == "reverse_kl" and not loss.use_weighting and loss.rpo_alpha is None
     kinds = loss.kinds in (("sigmoid",), ("sigmoid_norm",)) and loss.kind_weights == (1.0,)
-    return uses_triton(backend) and plain and kinds and not columns.given
+    return uses_triton(backend) and plain and kinds and columns.lists is None
 
 
 def pair_terms(
@@ -100,21 +103,26 @@ def pair_terms(
     With a Triton backend one kernel launch where runs_fused, else torch on tensors of N numbers.
     """
     if runs_fused(loss, backend, columns):
-        return _fused_terms(tokens, pairs, ref_logps, loss)
+        return _fused_terms(tokens, pairs, ref_logps, loss, columns)
     with recording():
         leaf = tokens.logps.detach().clone().requires_grad_()  # a clone: not an inference tensor
-        tokens = Tokens(leaf, tokens.cu_targets, tokens.counted, tokens.log_sum_sq)
+        tokens = replace(tokens, logps=leaf)
         values, lists, logps, rewards = inputs_of_tokens(tokens, pairs, ref_logps, loss, totals, columns)
         losses = pair_losses(values, lists, loss)
         (coefficients,) = torch.autograd.grad(losses.sum(), leaf)
     return PairTerms(losses.detach(), logps.detach(), rewards.detach(), coefficients)
 
 
-def _fused_terms(tokens: Tokens, pairs: Tensor, ref_logps: Tensor | None, loss: PreferenceLoss) -> PairTerms:
-    from dpofast.kernels.preference import pair_adjacency, preference_sigmoid
+def _fused_terms(
+    tokens: Tokens, pairs: Tensor, ref_logps: Tensor | None, loss: PreferenceLoss, columns: PreferenceColumns
+) -> PairTerms:
+    from dpofast.kernels.preference import PairOptions, pair_adjacency, preference_sigmoid
 
     device = tokens.logps.device
-    weighted = loss.ld_alpha is not None
+
+    def column(values: Tensor | None) -> Tensor | None:
+        return None if values is None else values.to(device, torch.float32)
+
     result = preference_sigmoid(
         tokens.logps,
         tokens.cu_targets.to(device, non_blocking=True),
@@ -124,20 +132,25 @@ def _fused_terms(tokens: Tokens, pairs: Tensor, ref_logps: Tensor | None, loss: 
         label_smoothing=loss.label_smoothing,
         lengths=tokens.lengths() if loss.needs_lengths else None,
         normalize=loss.kinds == ("sigmoid_norm",),
-        positions=tokens.positions() if weighted else None,
+        positions=None if loss.ld_alpha is None else tokens.positions(),
         ld_alpha=loss.ld_alpha,
+        token_weights=column(tokens.weights),
+        of_pairs=PairOptions(*map(column, (columns.weight, columns.margin, columns.beta, columns.label_smoothing))),
     )
     coefficients = result.coefficients
-    if not weighted:
+    if loss.ld_alpha is None and tokens.weights is None:
         coefficients = spread(coefficients, tokens.cu_targets, len(tokens.logps))
     return PairTerms(result.pair_losses, result.sequence_logps, result.rewards, coefficients)
 
 
 def pair_losses(x: Pairs, lists: Lists | None, loss: PreferenceLoss) -> Tensor:
     """(P,) losses: the weighted sum over the kinds, plus rpo_alpha's NLL term, times the pairs' weights."""
+    if len(x.policy_chosen) == 0:  # sequences that no row names; a kind is never asked for the losses of no rows
+        return x.policy_chosen
     total = torch.zeros_like(x.policy_chosen)
-    for kind, weight in zip(loss.kinds, loss.kind_weights, strict=True):
-        total = total + weight * KINDS[kind].function(lists if KINDS[kind].lists else x, loss)
+    for name, weight in zip(loss.kinds, loss.kind_weights, strict=True):
+        kind = kind_of(name)
+        total = total + weight * kind.function(lists if kind.lists else x, loss)
     if loss.rpo_alpha is not None:
         total = total + loss.rpo_alpha * x.chosen_nll()
     return total if x.weights is None else total * x.weights

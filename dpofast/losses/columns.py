@@ -55,6 +55,8 @@ class PreferenceColumns(NamedTuple):
             targets: the targets of these sequences.
             first: the number of the first of these sequences, which becomes 0.
         """
+        if not self.given:
+            return self
         index = inside.nonzero().squeeze(1)
         of_some = {
             name: value[index.to(value.device, non_blocking=True)]
@@ -72,14 +74,19 @@ class PreferenceColumns(NamedTuple):
         """The columns of several micro-batches as those of one.
 
         Args:
-            parts: of each; all have the same columns.
+            parts: of each.
             sequences_before: how many sequences stand before those of each.
+
+        Raises:
+            ValueError: a column that only some of them have.
         """
         columns: dict[str, Tensor] = {}
         for name in PreferenceColumns._fields:
             values = [getattr(part, name) for part in parts]
-            if any(value is None for value in values):
+            if all(value is None for value in values):
                 continue
+            if any(value is None for value in values):
+                raise ValueError(f"{name}: expected in every micro-batch of the step or in none, got it in some")
             if name == "lists":
                 values = [
                     torch.where(value < 0, -1, value + before).to(torch.int32)

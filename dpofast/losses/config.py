@@ -11,6 +11,7 @@ from dpofast.common.names import did_you_mean
 from dpofast.losses.divergences import DIVERGENCES
 from dpofast.losses.kinds import KINDS, KINDS_ALSO_CALLED, SMOOTHING_RANGES
 from dpofast.losses.options import LossOptions
+from dpofast.losses.own_kinds import admit, is_own, kind_of, name_of
 
 _NUMBERS = (
     "beta",
@@ -21,9 +22,17 @@ _NUMBERS = (
     "discopop_tau",
     "simpo_gamma",
     "cpo_alpha",
+    "alpha_po_alpha",
+    "dpop_lambda",
+    "beta_dpo_alpha",
+    "beta_dpo_threshold",
+    "score_temperature",
 )
 # Options that only some kinds read; any other value than the default needs a kind that does.
-_OWN_OPTIONS = ("ipo_average", "bco_delta", "discopop_tau", "simpo_gamma", "cpo_alpha")
+_OWN_OPTIONS = (
+    *("ipo_average", "bco_delta", "discopop_tau", "simpo_gamma", "cpo_alpha", "alpha_po_alpha", "dpop_lambda"),
+    *("beta_dpo_alpha", "beta_dpo_threshold", "score_temperature"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +40,9 @@ class PreferenceLoss(LossOptions):
     """Which loss, and its options; validated when built. A mix shares its options: each kind takes those it has.
 
     Args:
-        kind: one of dpofast.losses.kinds.KINDS (formulas there), default "sigmoid" (DPO), or several: their weighted
-            sum.
+        kind: one of dpofast.losses.kinds.KINDS (formulas there), default "sigmoid" (DPO); a function of your own
+            (own_kinds.preference_kind), or its name "module:function"; or several of them: their weighted sum. Of a
+            function, the name is kept.
         weights: one for each kind, default 1.
         beta: strength of the implicit KL penalty towards the reference, > 0; for "orpo" the weight of the odds ratio,
             as in TRL.
@@ -48,11 +58,17 @@ class PreferenceLoss(LossOptions):
         ipo_average: "ipo" on log-ratios per token; False takes their sums.
         bco_delta: "zero", or "running_mean": "bco_pair" shifts by the mean of all rewards so far.
         discopop_tau: "discopop"'s τ, > 0.
-        simpo_gamma: "simpo"'s γ, finite.
+        simpo_gamma: the γ of "simpo" and "alpha_po", finite.
         cpo_alpha: "cpo"'s λ, ≥ 0.
+        alpha_po_alpha: "alpha_po"'s α, finite; 0 makes it "simpo".
+        dpop_lambda: "dpop"'s λ, ≥ 0; 0 makes it "sigmoid".
+        beta_dpo_alpha: "beta_dpo"'s α, ≥ 0; 0 makes it "sigmoid".
+        beta_dpo_threshold: "beta_dpo"'s M₀, finite: the mean margin of rewards at which beta is what it says.
+        score_temperature: > 0; "infonca", "nca" and "lipo_lambda" divide the scores of responses by it.
 
     Raises:
-        ValueError: an unknown kind, an option outside its range, or one that the kind does not have.
+        ValueError: an unknown kind, an option outside its range, or one that the kind does not have; a function of
+            your own that is no loss (own_kinds.admit).
     """
 
     # The same as JSON: what an operator of torch.library, which takes no objects, is told.
@@ -60,18 +76,21 @@ class PreferenceLoss(LossOptions):
 
     def __post_init__(self) -> None:
         """Check every option."""
+        several = isinstance(self.kind, (list, tuple))
+        object.__setattr__(self, "kind", tuple(map(name_of, self.kind)) if several else name_of(self.kind))
         self._check_types()
-        for name in ("kind", "weights"):
-            if isinstance(getattr(self, name), list):
-                object.__setattr__(self, name, tuple(getattr(self, name)))
-        if not self.kinds or any(kind not in KINDS for kind in self.kinds):
-            unknown = [kind for kind in self.kinds if kind not in KINDS]
+        if isinstance(self.weights, list):
+            object.__setattr__(self, "weights", tuple(self.weights))
+        if not self.kinds or any(kind not in KINDS and not is_own(kind) for kind in self.kinds):
+            unknown = [kind for kind in self.kinds if kind not in KINDS and not is_own(kind)]
             meant = did_you_mean(unknown[0], KINDS, KINDS_ALSO_CALLED) if unknown else ""
             raise ValueError(f"kind: expected one of {sorted(KINDS)}, or several of them, got {self.kind!r}{meant}")
         self._check_ranges()
         self._check_combinations()
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}
         object.__setattr__(self, "encoded", json.dumps(values))
+        for kind in filter(is_own, self.kinds):
+            admit(kind, self, self.encoded)
 
     def _check_types(self) -> None:
         kinds = [self.kind] if isinstance(self.kind, str) else self.kind
@@ -103,10 +122,15 @@ class PreferenceLoss(LossOptions):
             ("discopop_tau", "a positive finite number", 0 < self.discopop_tau < math.inf),
             ("simpo_gamma", "a finite number", math.isfinite(self.simpo_gamma)),
             ("cpo_alpha", "0 or more", 0 <= self.cpo_alpha < math.inf),
+            ("alpha_po_alpha", "a finite number", math.isfinite(self.alpha_po_alpha)),
+            ("dpop_lambda", "0 or more", 0 <= self.dpop_lambda < math.inf),
+            ("beta_dpo_alpha", "0 or more", 0 <= self.beta_dpo_alpha < math.inf),
+            ("beta_dpo_threshold", "a finite number", math.isfinite(self.beta_dpo_threshold)),
+            ("score_temperature", "a positive finite number", 0 < self.score_temperature < math.inf),
         ):
             if not holds:
                 raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
-        ranges = {kind: KINDS[kind].smoothing for kind in self.kinds}
+        ranges = {kind: kind_of(kind).smoothing for kind in self.kinds}
         for kind, allowed in ranges.items():
             if allowed is not None and not SMOOTHING_RANGES[allowed](self.label_smoothing):
                 hint = " (the EXO paper takes 1e-3)" if kind == "exo_pair" else ""
@@ -119,7 +143,7 @@ class PreferenceLoss(LossOptions):
 
     def _check_combinations(self) -> None:
         """Raise ValueError for an option that has no effect with these kinds."""
-        kinds = [KINDS[kind] for kind in self.kinds]
+        kinds = [kind_of(kind) for kind in self.kinds]
         defaults = {f.name: f.default for f in dataclasses.fields(self)}
         for name in _OWN_OPTIONS:
             if getattr(self, name) != defaults[name] and not any(name in kind.options for kind in kinds):
@@ -133,12 +157,14 @@ class PreferenceLoss(LossOptions):
         if self.f_divergence_type != "reverse_kl":
             # In other kinds β·log Z(x) does not cancel, so the divergence means nothing; sft has no margin at all.
             with_margin = [kind for kind in self.kinds if kind != "sft"]
-            if not with_margin or not all(KINDS[kind].divergence for kind in with_margin):
+            if not with_margin or not all(kind_of(kind).divergence for kind in with_margin):
                 self._refuse("f_divergence_type", [kind for kind in KINDS if KINDS[kind].divergence])
-        if self.ld_alpha is not None and set(self.kinds) == {"sft"}:
-            self._refuse("ld_alpha", [kind for kind in KINDS if kind != "sft"])
-        if self.use_weighting and {"aot", "aot_unpaired"} & set(self.kinds):
-            self._refuse("use_weighting", [kind for kind in KINDS if not kind.startswith("aot")])
+        # Both speak of the two responses of a pair.
+        if self.ld_alpha is not None and (self.of_lists or set(self.kinds) == {"sft"}):
+            self._refuse("ld_alpha", [kind for kind in KINDS if kind != "sft" and not KINDS[kind].lists])
+        if self.use_weighting and (self.of_lists or {"aot", "aot_unpaired"} & set(self.kinds)):
+            taking = [kind for kind in KINDS if not kind.startswith("aot") and not KINDS[kind].lists]
+            self._refuse("use_weighting", taking)
         if self.rpo_alpha is not None and any(kind.nll for kind in kinds):
             self._refuse("rpo_alpha", [kind for kind in KINDS if not KINDS[kind].nll])
 
@@ -160,33 +186,33 @@ class PreferenceLoss(LossOptions):
     @property
     def coupled(self) -> bool:
         """Whether a pair's loss depends on the other pairs of the call."""
-        return self.bco_delta != "zero" or any(KINDS[kind].coupled for kind in self.kinds)
+        return self.bco_delta != "zero" or any(kind_of(kind).coupled for kind in self.kinds)
 
     @property
     def of_lists(self) -> bool:
         """Whether it takes lists of responses; other kinds of a mix see their best and worst as a pair."""
-        return any(KINDS[kind].lists for kind in self.kinds)
+        return any(kind_of(kind).lists for kind in self.kinds)
 
     @property
     def needs_reference(self) -> bool:
         """Whether reference log-probs are needed."""
-        return any(KINDS[kind].reference for kind in self.kinds)
+        return any(kind_of(kind).reference for kind in self.kinds)
 
     @property
     def needs_lengths(self) -> bool:
         """Whether the responses' token counts are needed."""
         modified = self.ld_alpha is not None or self.use_weighting or self.rpo_alpha is not None
-        return modified or any(KINDS[kind].needs_lengths(self) for kind in self.kinds)
+        return modified or any(kind_of(kind).needs_lengths(self) for kind in self.kinds)
 
     @property
     def per_token(self) -> bool:
         """Whether every kind that compares responses compares their log-probs per token."""
-        compared = [KINDS[kind] for kind in self.kinds if kind != "sft"]
+        compared = [kind_of(kind) for kind in self.kinds if kind != "sft"]
         return bool(compared) and all(kind.per_token and kind.needs_lengths(self) for kind in compared)
 
     @staticmethod
     def decode(encoded: str) -> PreferenceLoss:
-        """Return the PreferenceLoss that `encoded` was made from."""
+        """Return the PreferenceLoss that `encoded` was made from; ValueError where its function is not known here."""
         return PreferenceLoss(**json.loads(encoded))
 
 

@@ -54,7 +54,7 @@ class PreferenceOutput:
         """logps or rewards (`name`) of every list's responses: (P, K), 0 where a list has fewer."""
         values = getattr(self, name)
         if values.dim() == 2:
-            return values
+            return values[:, : lists.shape[1]]
         member = (lists >= 0).to(values.device)
         return torch.where(member, values[side_indices(lists.clamp(min=0), values.device)], 0.0)
 
@@ -67,7 +67,7 @@ def preference_loss(
     loss: PreferenceLoss | None = None,
     lengths: Tensor | None = None,
     num_pairs: int | None = None,
-    num_chosen_tokens: int | None = None,
+    num_chosen_tokens: float | None = None,
     earlier_rewards: Tensor | None = None,
     columns: PreferenceColumns = NO_COLUMNS,
 ) -> PreferenceOutput:
@@ -78,17 +78,20 @@ def preference_loss(
         pairs: (P, 2) integer, chosen and rejected sequence; a sequence may stand in several pairs.
         ref_logps: (S,) the same under the reference; kinds without one only report rewards against it.
         loss: kind and options, default PreferenceLoss().
-        lengths: (S,) tokens of each sequence, for the kinds that divide by them.
+        lengths: (S,) tokens of each sequence, for the kinds that divide by them; 0 counts as 1.
         num_pairs: what the sum over pairs is divided by, default P; the pairs of a whole optimizer step when these are
             one of its micro-batches.
         num_chosen_tokens: what "sft" divides by, default these pairs' chosen tokens; those of the whole step likewise.
+            With token weights, the sum of those of the chosen responses.
         earlier_rewards: (2,) float64, sum and number of the rewards of earlier steps, for bco_delta="running_mean".
-        columns: weights, margins, lists and more of the rows (PackedBatch.columns), but no token_weights, which belong
-            into logps and lengths. Of lists, pairs names the best and the worst response.
+        columns: weights, margins, lists and more of the rows (PackedBatch.columns). Of lists, pairs names the best and
+            the worst response. token_weights are not applied here: logps and ref_logps are sums weighted by them, as
+            sequence_logprobs returns them.
 
     Raises:
         ValueError: shapes that do not fit, no pair, something the kind needs that is missing, a loss that needs token
-            log-probs (ld_alpha, use_weighting), or (on the CPU) a pair that names a missing sequence.
+            log-probs (ld_alpha, use_weighting, with token_weights every kind that divides by lengths), or (on the CPU)
+            a pair that names a missing sequence.
     """
     loss = checked_loss(loss)
     check_pairs(logps, pairs, ref_logps, loss, columns)
@@ -129,7 +132,7 @@ def token_preference_loss(
     log_sum_sq_probs: Tensor | None = None,
     counted: Tensor | None = None,
     num_pairs: int | None = None,
-    num_chosen_tokens: int | None = None,
+    num_chosen_tokens: float | None = None,
     earlier_rewards: Tensor | None = None,
     columns: PreferenceColumns = NO_COLUMNS,
     backend: str = "auto",
@@ -145,14 +148,15 @@ def token_preference_loss(
         log_sum_sq_probs: (N,) log Σp² in nats, for use_weighting.
         counted: (N,) bool, False where a target was ignored and is no token; default, all are.
         num_pairs, num_chosen_tokens, earlier_rewards: as in preference_loss.
-        columns: as in preference_loss, and token_weights. ref_logps are then sums weighted alike.
+        columns: as in preference_loss, and token_weights, by which log-probs are multiplied in sums, means and lengths;
+            a target of weight 0 counts for nothing and has a gradient of exactly 0. ref_logps are sums weighted alike.
         backend: "auto", "triton" or "torch".
 
     Raises:
         ValueError: as preference_loss, and a backend that cannot run here.
     """
     loss = checked_loss(loss)
-    tokens = Tokens(token_logps, cu_targets, counted, log_sum_sq_probs)
+    tokens = Tokens(token_logps, cu_targets, counted, log_sum_sq_probs, columns.token_weights)
     check_tokens(tokens, pairs, ref_logps, loss, columns)
     totals = StepTotals(len(pairs) if num_pairs is None else num_pairs, num_chosen_tokens, earlier_rewards)
     if runs_fused(loss, choose_backend(backend, token_logps.device), columns):

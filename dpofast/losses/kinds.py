@@ -3,9 +3,10 @@
 Symbols (nats): w and l are the log-ratios log(policy/reference) of the chosen and the rejected response, p_w and p_l
 the policy's log-probs alone, n_w and n_l the responses' tokens, ls = log σ. Δ = s(w) − s(l), where s is the score of
 the f-divergence (divergences.py; s(u) = u by default). β = beta, ε = label_smoothing, τ = discopop_tau,
-γ = simpo_gamma, λ = cpo_alpha. Gradients are left to autograd, which differentiates tensors of P numbers.
+γ = simpo_gamma, λ = cpo_alpha or dpop_lambda. Gradients are left to autograd, on tensors of P numbers.
 
 A kind is separable if a pair's loss depends on that pair alone, and coupled if it depends on all pairs of the call.
+Losses of lists are in list_kinds.py, losses that users bring in own_kinds.py.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dpofast.losses import list_kinds
+from dpofast.losses.divergences import DIVERGENCES
 from dpofast.losses.options import LossOptions
 from dpofast.losses.pairs import Pairs
 
@@ -166,6 +168,16 @@ def _simpo(x: Pairs, loss: LossOptions) -> Tensor:
     return -F.logsigmoid(x.beta * difference - loss.simpo_gamma)
 
 
+def _alpha_po(x: Pairs, loss: LossOptions) -> Tensor:
+    """AlphaPO, arXiv 2501.03884: −ls(ρ(p_w/n_w) − ρ(p_l/n_l) − γ) with ρ(u) = β·(1 − e^(−αu))/α; α → 0 gives simpo.
+
+    α = alpha_po_alpha, γ = simpo_gamma. ρ/β is the score of the alpha divergence 1 − α, its exponent clamped alike.
+    """
+    score, alpha = DIVERGENCES["alpha_divergence"], 1 - loss.alpha_po_alpha
+    chosen, rejected = x.policy_chosen / x.chosen_tokens, x.policy_rejected / x.rejected_tokens
+    return -F.logsigmoid(x.beta * (score(chosen, alpha) - score(rejected, alpha)) - loss.simpo_gamma)
+
+
 def _log_odds(mean_logp: Tensor) -> Tensor:
     """log(p/(1−p)) for p = e^mean_logp; mean_logp is clamped to at most −eps, since the odds of p = 1 are infinite."""
     below_one = mean_logp.clamp(max=-torch.finfo(mean_logp.dtype).eps)
@@ -183,6 +195,23 @@ def _cpo(x: Pairs, loss: LossOptions) -> Tensor:
     """CPO, arXiv 2401.08417: −ls(β(p_w − p_l)) − λ·p_w/n_w, λ = cpo_alpha."""
     preference = -F.logsigmoid(x.beta * (x.policy_chosen - x.policy_rejected))
     return preference + loss.cpo_alpha * x.chosen_nll() if loss.cpo_alpha else preference
+
+
+def _dpop(x: Pairs, loss: LossOptions) -> Tensor:
+    """DPO-Positive, arXiv 2402.13228 eq. 3: −ls(β(w − l − λ·max(0, −w))), λ = dpop_lambda."""
+    # relu, whose derivative at 0 is 0: there every pair stands in the first step
+    return -F.logsigmoid(x.beta * (x.chosen - x.rejected - loss.dpop_lambda * F.relu(-x.chosen)))
+
+
+def _beta_dpo(x: Pairs, loss: LossOptions) -> Tensor:
+    """β-DPO, arXiv 2407.08639: −ls(β'·(w − l)) with β' = β·(1 + α·(mean of all β(w − l) − M₀)), without gradient.
+
+    α = beta_dpo_alpha, M₀ = beta_dpo_threshold; β' is at least 1e-3, as in the authors' code. A column beta takes the
+    place of both β: the factor is one for the step, and scales every pair's own.
+    """
+    difference = x.chosen - x.rejected
+    surplus = (x.beta * difference).detach().mean() - loss.beta_dpo_threshold
+    return -F.logsigmoid((x.beta * (1 + loss.beta_dpo_alpha * surplus)).clamp(min=1e-3) * difference)
 
 
 def _kto_pair(x: Pairs, loss: LossOptions) -> Tensor:
@@ -256,7 +285,16 @@ KINDS: dict[str, Kind] = {
     "simpo": Kind(_simpo, reference=False, lengths=True, options=("simpo_gamma",), per_token=True),
     "orpo": Kind(_orpo, reference=False, lengths=True, nll=True, per_token=True),
     "cpo": Kind(_cpo, reference=False, lengths="cpo_alpha", options=("cpo_alpha",), nll=True),
+    "alpha_po": Kind(
+        _alpha_po, reference=False, lengths=True, options=("alpha_po_alpha", "simpo_gamma"), per_token=True
+    ),
+    "dpop": Kind(_dpop, options=("dpop_lambda",)),
+    "beta_dpo": Kind(_beta_dpo, coupled=True, options=("beta_dpo_alpha", "beta_dpo_threshold")),
     "plackett_luce": Kind(list_kinds.plackett_luce, lists=True),
+    "softmax_dpo": Kind(list_kinds.softmax_dpo, lists=True),
+    "infonca": Kind(list_kinds.infonca, lists=True, scores=True, options=("score_temperature",)),
+    "nca": Kind(list_kinds.nca, lists=True, scores=True, options=("score_temperature",)),
+    "lipo_lambda": Kind(list_kinds.lipo_lambda, lists=True, scores=True, options=("score_temperature",)),
 }
 
 # What is often written for them, in messages about an unknown name.
@@ -267,4 +305,10 @@ KINDS_ALSO_CALLED = {
     "ld_dpo": "sigmoid with ld_alpha",
     "wpo": "sigmoid with use_weighting",
     "nll": "sft",
+    "odpo": "sigmoid with a column margin",
+    "alphapo": "alpha_po",
+    "betadpo": "beta_dpo",
+    "listmle": "plackett_luce",
+    "sdpo": "softmax_dpo",
+    "lipo": "lipo_lambda",
 }

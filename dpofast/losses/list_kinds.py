@@ -6,18 +6,21 @@ separable: a list's loss depends on that list alone.
 
 from __future__ import annotations
 
-from functools import cache
+from functools import lru_cache
 from itertools import combinations, groupby
 from math import comb
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from dpofast.losses.options import LossOptions
 from dpofast.losses.pairs import Lists
 
 # Sets of tied responses double with every one of them.
 MOST_TIED = 8
+# 2 to the power of a score stops here, where float32 still holds it, as the exponents of divergences.py do.
+_MOST_GAIN = 80.0
 
 
 def plackett_luce(x: Lists, loss: LossOptions) -> Tensor:
@@ -28,20 +31,22 @@ def plackett_luce(x: Lists, loss: LossOptions) -> Tensor:
     rewards = x.rewards
     rankings = [tuple(rank for rank in row if rank >= 0) for row in x.ranks.tolist()]
     choices = [(row, choice) for row, ranking in enumerate(rankings) for choice in _choices(ranking)]
-    width = rewards.shape[1]
-    owner = torch.tensor([row for row, _ in choices], device=rewards.device)
-    taken, left = (
-        torch.tensor([[i in members for i in range(width)] for members in sets], device=rewards.device)
-        for sets in ([choice[0] for _, choice in choices], [choice[1] for _, choice in choices])
-    )
-    weight = torch.tensor([choice[2] for _, choice in choices], device=rewards.device, dtype=rewards.dtype)
+
+    def members(sets: list[frozenset[int]]) -> Tensor:
+        return _beside(torch.tensor([[i in each for i in range(rewards.shape[1])] for each in sets]), rewards)
+
+    owner = _beside(torch.tensor([row for row, _ in choices]), rewards)
+    taken, left = members([choice[0] for _, choice in choices]), members([choice[1] for _, choice in choices])
+    share = _beside(torch.tensor([choice[2] for _, choice in choices], dtype=rewards.dtype), rewards)
     mine = rewards[owner]
     mean = torch.where(taken, mine, 0.0).sum(1, keepdim=True) / taken.sum(1, keepdim=True)
-    terms = weight * torch.where(left, mine - mean, -torch.inf).logsumexp(1)
-    return rewards.new_zeros(len(rewards)).index_add(0, owner, terms)
+    terms = share * torch.where(left, mine - mean, -torch.inf).logsumexp(1)
+    # In float64, so that the order in which a device adds does not change the float32 result.
+    sums = rewards.new_zeros(len(rewards), dtype=torch.float64).index_add(0, owner, terms.double())
+    return sums.to(rewards.dtype)
 
 
-@cache
+@lru_cache(4096)
 def _choices(ranking: tuple[int, ...]) -> list[tuple[frozenset[int], frozenset[int], float]]:
     """The choices that make up a ranking: from `left` one of `taken` is chosen, all alike, so often.
 
@@ -70,3 +75,70 @@ def _choices(ranking: tuple[int, ...]) -> list[tuple[frozenset[int], frozenset[i
                 if len(left) > 1:
                     choices.append((frozenset(taken), left, 1 / comb(len(tied), count)))
     return choices
+
+
+def softmax_dpo(x: Lists, loss: LossOptions) -> Tensor:
+    """S-DPO, arXiv 2406.09215: −ls(−log Σ_j e^(s_j − s_w)), the best response w against all worse ones j.
+
+    Of several that tie for the best the mean. A list of one rank has no worse ones, and a loss of 0.
+    """
+    rewards = x.rewards
+    best, worse = _beside(x.ranks == 0, rewards), _beside(x.ranks > 0, rewards)
+    # Not −inf, of which a list of one rank would make a NaN in the gradient.
+    against = torch.where(worse, rewards, torch.finfo(rewards.dtype).min).logsumexp(1, keepdim=True)
+    return torch.where(best, -F.logsigmoid(rewards - against), 0.0).sum(1) / best.sum(1)
+
+
+def infonca(x: Lists, loss: LossOptions) -> Tensor:
+    """InfoNCA, arXiv 2402.05369: −Σ_i t_i·log softmax(s)_i with t = softmax(score/α), α = score_temperature.
+
+    Of pairs t = (1, 0), which makes it DPO.
+    """
+    logs = torch.where(x.member, x.rewards, -torch.inf).log_softmax(1)
+    return -(_targets(x, loss) * torch.where(x.member, logs, 0.0)).sum(1)
+
+
+def nca(x: Lists, loss: LossOptions) -> Tensor:
+    """NCA of K responses, arXiv 2402.05369: −Σ_i [t_i·ls(s_i) + ls(−s_i)/K] with t = softmax(score/α).
+
+    α = score_temperature. Of pairs t = (1, 0), which makes it nca_pair.
+    """
+    rewards, member = x.rewards, x.member.to(x.policy.dtype)
+    share = member / member.sum(1, keepdim=True)
+    return -(_targets(x, loss) * F.logsigmoid(rewards) + share * F.logsigmoid(-rewards)).sum(1)
+
+
+def lipo_lambda(x: Lists, loss: LossOptions) -> Tensor:
+    """LiPO-λ, arXiv 2402.01878: Σ_{ψ_i>ψ_j} −Δ_ij·ls(s_i − s_j), Δ_ij = (2^ψ_i − 2^ψ_j)·abs(1/D(τ_i) − 1/D(τ_j)).
+
+    ψ = score/score_temperature, of pairs (1, 0); D(τ) = log(1 + τ) of the place τ that a response has by s now, from 1,
+    without gradient. Responses of equal ψ make no pair.
+    """
+    rewards = x.rewards
+    if x.scores is None:
+        labels = _beside(x.ranks == 0, rewards).to(rewards.dtype)
+    else:
+        labels = (x.scores / loss.score_temperature).clamp(max=_MOST_GAIN)
+    order = torch.where(x.member, rewards.detach(), -torch.inf).argsort(dim=1, descending=True, stable=True)
+    discount = 1 / (order.argsort(dim=1) + 2).to(rewards.dtype).log()
+    gain = labels.exp2()
+
+    def differences(values: Tensor) -> Tensor:
+        return values[:, :, None] - values[:, None, :]
+
+    ordered = (differences(labels) > 0) & x.member[:, :, None] & x.member[:, None, :]
+    terms = -differences(gain) * differences(discount).abs() * F.logsigmoid(differences(rewards))
+    return torch.where(ordered, terms, 0.0).sum((1, 2))
+
+
+def _targets(x: Lists, loss: LossOptions) -> Tensor:
+    """t (P, K), which adds up to 1: the softmax of the scores, or without them the best, tied ones alike."""
+    if x.scores is None:
+        best = _beside(x.ranks == 0, x.policy).to(x.policy.dtype)
+        return best / best.sum(1, keepdim=True)
+    return torch.where(x.member, x.scores / loss.score_temperature, -torch.inf).softmax(1)
+
+
+def _beside(values: Tensor, like: Tensor) -> Tensor:
+    """Values from the CPU on the device of `like`, without waiting for it."""
+    return values.to(like.device, non_blocking=True)

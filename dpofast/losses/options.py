@@ -23,3 +23,8 @@ class LossOptions:
     discopop_tau: float = 0.05
     simpo_gamma: float = 0.5
     cpo_alpha: float = 1.0
+    alpha_po_alpha: float = 0.25
+    dpop_lambda: float = 50.0
+    beta_dpo_alpha: float = 0.6
+    beta_dpo_threshold: float = 0.0
+    score_temperature: float = 1.0

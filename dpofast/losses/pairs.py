@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from dpofast.losses.columns import PreferenceColumns
 from dpofast.losses.divergences import DIVERGENCES
 from dpofast.losses.options import LossOptions
+from dpofast.losses.sequences import at_least_one_token
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,8 @@ class Pairs:
             weighted by it.
         ref_chosen, ref_rejected: the same under the reference, or 0 without one.
         chosen_sum: the chosen response's log-prob without ld_alpha's weights, which NLL terms take.
-        chosen_tokens, rejected_tokens: n_w and n_l, at least 1; NaN where the loss does not need them.
+        chosen_tokens, rejected_tokens: n_w and n_l, 1 in place of 0; NaN where the loss does not need them. With token
+            weights their sums, as all log-probs here are weighted.
         nll_scale: scalar, pairs over chosen tokens of the whole step: turns a mean over pairs into one over tokens.
         earlier_rewards: (2,) float64, sum and number of the rewards before this call (bco_pair's running mean).
         weights: factor of each pair, without gradient, or None: use_weighting's, times the column `weight`.
@@ -85,7 +88,8 @@ class Lists:
     Attributes:
         policy, ref: log-probs under policy and reference, nats, summed over tokens; ref is 0 without a reference, both
             are 0 where a list has fewer responses.
-        tokens: the responses' token counts, at least 1; NaN where the loss does not need them.
+        tokens: the responses' token counts, with token weights their sums, 1 in place of 0; NaN where the loss does
+            not need them.
         member: bool, False where a list has fewer responses.
         ranks: int64 on the CPU, from 0, which is the best; equal ranks are ties; -1 where a list has fewer responses.
         scores: scores of the responses, 0 where a list has fewer; None where the data have none.
@@ -111,11 +115,12 @@ class StepTotals:
     """Sums over a whole optimizer step, of which a call may see one micro-batch; preference_loss documents the three.
 
     Raises:
-        ValueError: num_pairs or num_chosen_tokens is no integer of 1 or more (a tensor is not looked at).
+        ValueError: num_pairs or num_chosen_tokens is no integer of 1 or more (a tensor is not looked at). The latter
+            may also be a float above 0: with token weights, it is the sum of those of the chosen responses.
     """
 
     num_pairs: int
-    num_chosen_tokens: int | Tensor | None = None
+    num_chosen_tokens: float | Tensor | None = None
     earlier_rewards: Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -124,7 +129,10 @@ class StepTotals:
             value = getattr(self, name)
             if isinstance(value, Tensor) or (name == "num_chosen_tokens" and value is None):
                 continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if name == "num_chosen_tokens" and isinstance(value, float):
+                if not 0 < value < math.inf:
+                    raise ValueError(f"{name}: expected a sum of token weights above 0, got {value!r}")
+            elif not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name}: expected an integer of 1 or more, got {value!r}")
 
     def make_pairs(
@@ -150,7 +158,7 @@ class StepTotals:
         if columns.weight is not None:
             weights = column(columns.weight) if weights is None else weights * column(columns.weight)
         # On the CPU without lengths: a scalar there costs no kernel launch.
-        tokens = torch.full((2,), torch.nan) if lengths is None else lengths.to(policy.dtype).clamp(min=1).T
+        tokens = torch.full((2,), torch.nan) if lengths is None else at_least_one_token(lengths.to(policy.dtype)).T
         step_tokens = tokens[0].sum() if self.num_chosen_tokens is None else self.num_chosen_tokens
         return Pairs(
             policy_chosen=policy[:, 0],
@@ -182,7 +190,8 @@ def make_lists(
     """Return the Lists of columns.lists, or of the pairs where there are none.
 
     Args:
-        logps, ref: (S,) log-probs of every sequence under policy and reference, nats.
+        logps, ref: (S,) log-probs of every sequence under policy and reference, nats; with ld_alpha, which only pairs
+            have, (P, 2).
         lengths: (S,) token counts, or None; the loss then gets NaN.
         pairs: (P, 2) integer on the CPU, chosen and rejected sequence.
         loss: its beta is used where there is no column.
@@ -194,9 +203,11 @@ def make_lists(
     member = (lists >= 0).to(logps.device, non_blocking=True)
 
     def of_members(values: Tensor) -> Tensor:
+        if values.dim() == 2:
+            return values
         return torch.where(member, values[index], 0.0)
 
     beta = loss.beta if columns.beta is None else columns.beta.to(logps.device, logps.dtype)[:, None]
-    tokens = torch.full((), torch.nan) if lengths is None else lengths.to(logps.dtype).clamp(min=1)[index]
+    tokens = torch.full((), torch.nan) if lengths is None else at_least_one_token(lengths.to(logps.dtype))[index]
     scores = None if columns.scores is None else columns.scores.to(logps.device, logps.dtype)
     return Lists(of_members(logps), of_members(ref), tokens, member, ranks, scores, beta)

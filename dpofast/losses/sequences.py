@@ -13,20 +13,32 @@ class Tokens:
     """Log-probs of the N targets of S sequences.
 
     logps (N,) float, nats; cu_targets (S+1,) int32 on the CPU; counted (N,) bool, False where a target was ignored, or
-    None if none was; log_sum_sq (N,), log Σp², or None.
+    None if none was; log_sum_sq (N,), log Σp², or None; weights (N,) of 0 or more, each target's factor in all sums of
+    its sequence, also in the one that is its length, or None for 1.
     """
 
     logps: Tensor
     cu_targets: Tensor
     counted: Tensor | None = None
     log_sum_sq: Tensor | None = None
+    weights: Tensor | None = None
+
+    def sums(self) -> Tensor:
+        """(S,) sums of weight · log-prob over each sequence, nats, differentiable in logps."""
+        return segment_sums(self.logps, self.cu_targets, self.weights)
 
     def is_token(self) -> Tensor:
         """(N,) bool: counted, or True for every target where it is None."""
         return torch.ones_like(self.logps, dtype=torch.bool) if self.counted is None else self.counted
 
     def lengths(self) -> Tensor:
-        """(S,) in the dtype of logps: how many counted targets each sequence has, at least 1."""
+        """(S,) in the dtype of logps: the weights of each sequence's counted targets, summed; 1 where that is 0.
+
+        Without weights: how many counted targets each sequence has, at least 1.
+        """
+        if self.weights is not None:
+            weights = self.weights if self.counted is None else torch.where(self.counted, self.weights, 0.0)
+            return at_least_one_token(segment_sums(weights.to(self.logps.dtype), self.cu_targets))
         if self.counted is None:
             counts = self.cu_targets.diff().to(self.logps.device, self.logps.dtype, non_blocking=True)
         else:
@@ -43,14 +55,24 @@ class Tokens:
         return before - spread(padded[starts], self.cu_targets, len(before))
 
 
-def segment_sums(token_logps: Tensor, cu_targets: Tensor) -> Tensor:
+def segment_sums(token_logps: Tensor, cu_targets: Tensor, weights: Tensor | None = None) -> Tensor:
     """Sums of token_logps (N,) over the sequences of cu_targets (S+1,) int32 on the CPU: (S,), differentiable.
 
-    Accumulated in float64, so that the order in which a device adds does not change the float32 result.
+    Accumulated in float64, so that the order in which a device adds does not change the float32 result. With weights
+    (N,) sums of weight · log-prob: a weight of 1 changes no bit, and where it is 0 the sum and its gradient are
+    exactly 0, also of a log-prob of −inf.
     """
     sums = token_logps.new_zeros(len(cu_targets) - 1, dtype=torch.float64)
     owner = spread(torch.arange(len(sums), device=token_logps.device), cu_targets, len(token_logps))
-    return sums.index_add(0, owner, token_logps.double()).to(token_logps.dtype)
+    terms = token_logps.double()
+    if weights is not None:
+        terms = torch.where(weights == 0, 0.0, terms * weights.double())
+    return sums.index_add(0, owner, terms).to(token_logps.dtype)
+
+
+def at_least_one_token(lengths: Tensor) -> Tensor:
+    """Lengths by which log-probs may be divided: 1 in place of 0, which an empty or a masked sequence has."""
+    return lengths.masked_fill(lengths == 0, 1)
 
 
 def spread(values: Tensor, cu_targets: Tensor, num_targets: int) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 from dpofast.losses.columns import PreferenceColumns
 from dpofast.losses.config import PreferenceLoss
 from dpofast.losses.kinds import KINDS
+from dpofast.losses.own_kinds import kind_of
 from dpofast.losses.sequences import Tokens
 
 
@@ -22,10 +23,11 @@ def check_pairs(
     check_pair_names(pairs, len(logps))
     check_reference(ref_logps, len(logps), len(pairs), loss)
     check_columns(columns, len(pairs), len(logps), loss)
-    if columns.token_weights is not None:
+    if columns.token_weights is not None and loss.needs_lengths:
         raise ValueError(
-            "token_weights: sums over sequences hold them already: weight the log-probs before they are summed, or use "
-            "token_preference_loss or linear_preference_loss"
+            f"token_weights: kind {loss.kind!r} divides by lengths, which must be sums of them: use "
+            "token_preference_loss or linear_preference_loss, or pass such lengths and "
+            "columns._replace(token_weights=None)"
         )
 
 
@@ -57,20 +59,25 @@ def check_reference(ref_logps: Tensor | None, sequences: int, pairs: int, loss: 
 
 def check_taken(columns: Collection[str], loss: PreferenceLoss) -> None:
     """ValueError for a column (a field of PreferenceColumns) that the loss does not take."""
-    kinds = [KINDS[kind] for kind in loss.kinds]
+    kinds = [kind_of(kind) for kind in loss.kinds]
     refused = {
         "margin": not any(kind.margin for kind in kinds),
         "label_smoothing": not any(kind.smoothing for kind in kinds),
         "token_weights": loss.ld_alpha is not None,
-        "lists": not loss.of_lists,
+        "lists": not loss.of_lists or loss.ld_alpha is not None,
     }
     takes = {
         "margin": [name for name, kind in KINDS.items() if kind.margin],
         "label_smoothing": [name for name, kind in KINDS.items() if kind.smoothing],
         "token_weights": ["every kind without ld_alpha, which weights tokens itself"],
-        "lists": [name for name, kind in KINDS.items() if kind.lists],
+        "lists": [f"{name} without ld_alpha" for name, kind in KINDS.items() if kind.lists],
     }
     for name in columns:
+        if name == "lists" and not loss.of_lists:
+            raise ValueError(
+                f"lists: kind {loss.kind!r} is a loss of pairs: turn lists into pairs with list_pairs "
+                f"('all', 'best_worst' or 'adjacent'), or take a loss of lists: {', '.join(takes[name])}"
+            )
         if refused.get(name):
             raise ValueError(f"{name}: kind {loss.kind!r} does not take it; it is for {', '.join(takes[name])}")
     if "lists" in columns and "scores" not in columns and any(kind.scores for kind in kinds):
@@ -110,8 +117,7 @@ def check_tokens(
     check_pair_names(pairs, sequences)
     check_reference(ref_logps, sequences, len(pairs), loss)
     check_columns(columns, len(pairs), sequences, loss)
-    shapes = {"log_sum_sq_probs": tokens.log_sum_sq, "counted": tokens.counted}
-    shapes["token_weights"] = columns.token_weights
+    shapes = {"log_sum_sq_probs": tokens.log_sum_sq, "counted": tokens.counted, "token_weights": tokens.weights}
     for name, tensor in shapes.items():
         if tensor is not None and tensor.shape != tokens.logps.shape:
             raise ValueError(f"{name}: expected shape {tuple(tokens.logps.shape)}, got {tuple(tensor.shape)}")

@@ -62,7 +62,7 @@ class PackedPreference:
     ref_logps: Tensor | None
     loss: PreferenceLoss
     num_pairs: int
-    num_chosen_tokens: int | None = None
+    num_chosen_tokens: float | None = None
     earlier_rewards: Tensor | None = None
 
 
@@ -188,6 +188,8 @@ def detach_logprob_head(model: Any) -> Any:
 def sequence_logprobs(output: LogprobOutput, batch: PackedBatch) -> Tensor:
     """Sums of the batch's target log-probs over each of its S sequences: (S,) float32, nats, differentiable.
 
+    Of weight · log-prob where the batch has token weights (batch.columns.token_weights).
+
     Raises:
         TypeError: no LogprobOutput.
         ValueError: an output that is not of this batch.
@@ -199,7 +201,7 @@ def sequence_logprobs(output: LogprobOutput, batch: PackedBatch) -> Tensor:
         )
     if len(output.logps) != batch.num_targets:
         raise ValueError(f"output: expected {batch.num_targets} log-probs, one a target, got {len(output.logps)}")
-    return segment_sums(output.logps, batch.cu_targets)
+    return segment_sums(output.logps, batch.cu_targets, batch.columns.token_weights)
 
 
 class PackedForward:
@@ -331,6 +333,7 @@ def _packed_output(
             num_pairs=preference.num_pairs,
             num_chosen_tokens=preference.num_chosen_tokens,
             earlier_rewards=there(preference.earlier_rewards),
+            columns=batch.columns.moved(there),
             bias=bias,
             **options,
         )

@@ -1,4 +1,4 @@
-"""Checks of the packer's arguments: each returns what the C++ extension takes, or raises a ValueError naming it."""
+"""Checks of the packer's arguments and arrays: each returns what is read on, or raises a ValueError naming it."""
 
 from __future__ import annotations
 
@@ -68,3 +68,18 @@ def integers(value: Any, name: str, columns: int | None = None) -> np.ndarray:
     if array.dtype == np.uint64 and array.size and array.max() > _C.UNLIMITED:  # would wrap to a negative number
         raise ValueError(f"{expected}, below 2**63, got {array.max()}")
     return array
+
+
+def numbers(value: Any, name: str) -> np.ndarray:
+    """A 1-D array of numbers as float64; bools, a mask, are 0 and 1.
+
+    Raises:
+        ValueError: ragged lists, another shape or another dtype.
+    """
+    try:
+        array = np.asarray(value)
+    except (TypeError, ValueError, RuntimeError) as error:  # ragged lists, tensors on another device
+        raise ValueError(f"{name}: expected numbers; {error}") from error
+    if array.ndim != 1 or array.dtype.kind not in "iufb":
+        raise ValueError(f"{name}: expected numbers, got shape {array.shape} of {array.dtype}")
+    return array.astype(np.float64)

@@ -7,7 +7,7 @@ Other types are converted first.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +15,25 @@ import numpy as np
 import pyarrow as pa
 
 from dpofast import _C
-from dpofast.data.formats import ID_COLUMNS, REF_COLUMNS
+from dpofast.data.formats import ID_COLUMNS, LIST_ID_COLUMNS, REF_COLUMNS
 from dpofast.packing.arguments import integers
+from dpofast.packing.columns import (
+    LIST_COLUMNS,
+    PAIR_COLUMNS,
+    FlatColumns,
+    read_order,
+    read_ref_logps,
+    read_row_columns,
+    read_token_weights,
+    refuse_columns_of_pairs,
+)
+from dpofast.packing.sources import RowSource, Source, TableSource, items, list_column
 
 _GROUP_COLUMNS = ("prompt_ids", "branches", "pairs")
+_LIST_COLUMN = LIST_ID_COLUMNS[1]
+# The keys of an example, for the messages of C++ (Form in csrc/groups.hpp).
+_PAIR, _GROUP, _LIST = range(3)
+_NONE = np.empty(0, np.int64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,18 +43,46 @@ class FlatExamples:
     Attributes:
         sequences: the token ids of every sequence.
         branch_counts: (E,) int64, branches of each example.
-        pair_counts: (E,) int64, pairs of each example.
-        pairs: (Q, 2) int64, chosen and rejected branch, numbered from 0 in each example.
-        grouped: (E,) uint8, 1 where the example was given as prompt_ids, branches and pairs.
+        pair_counts: (E,) int64, pairs of each example; 1 for a list.
+        members: (M,) int64, branches, numbered from 0 in each example: chosen and rejected of every pair, or the
+            responses of every list, best first.
+        forms: (E,) uint8, the keys that the example was given by.
         refs: float64 reference log-prob in nats of every sequence (NaN for prompts), or None.
+        columns: what else the examples say.
     """
 
     sequences: _C.Sequences
     branch_counts: np.ndarray
     pair_counts: np.ndarray
-    pairs: np.ndarray
-    grouped: np.ndarray
+    members: np.ndarray
+    forms: np.ndarray
     refs: np.ndarray | None
+    columns: FlatColumns
+
+    def packer(
+        self, *, max_tokens: int, max_targets: int, share: str, vocab_size: int = _C.UNLIMITED, threads: int = 1
+    ) -> _C.Packer:
+        """The examples grouped and planned.
+
+        Raises:
+            ValueError: an example is invalid.
+        """
+        order, weights = self.columns.order, self.columns.weights
+        return _C.Packer(
+            self.sequences,
+            self.branch_counts,
+            self.pair_counts,
+            self.members,
+            _NONE if order is None else order.counts,
+            _NONE if order is None else order.ranks,
+            _NONE if weights is None else weights.variants,
+            self.forms,
+            max_tokens=max_tokens,
+            max_targets=max_targets,
+            share=share,
+            vocab_size=vocab_size,
+            threads=threads,
+        )
 
 
 def read_examples(examples: Any) -> FlatExamples:
@@ -86,6 +129,8 @@ def _refuse_containers(examples: Any) -> None:
 
 
 def _read_columns(table: Mapping[str, Any]) -> FlatExamples:
+    if table.get(_LIST_COLUMN) is not None:
+        return _read_list_columns(table)
     missing = [name for name in ID_COLUMNS if table.get(name) is None]
     if missing:
         raise ValueError(
@@ -94,13 +139,71 @@ def _read_columns(table: Mapping[str, Any]) -> FlatExamples:
         )
     sequences = _C.Sequences.from_columns([_chunks(table[name], name) for name in ID_COLUMNS])
     count = len(sequences) // 3
+    branch_counts = np.full(count, 2, np.int64)
     return FlatExamples(
         sequences=sequences,
-        branch_counts=np.full(count, 2, np.int64),
+        branch_counts=branch_counts,
         pair_counts=np.ones(count, np.int64),
-        pairs=np.tile(np.array([0, 1], np.int64), (count, 1)),
-        grouped=np.zeros(count, np.uint8),
+        members=np.tile(np.array([0, 1], np.int64), count),
+        forms=np.full(count, _PAIR, np.uint8),
         refs=_ref_columns(table, count),
+        columns=_pair_columns(TableSource(table, count), sequences, branch_counts),
+    )
+
+
+def _read_list_columns(table: Mapping[str, Any]) -> FlatExamples:
+    if table.get(LIST_ID_COLUMNS[0]) is None:
+        raise ValueError(
+            f"examples: the column {LIST_ID_COLUMNS[0]} is missing; expected {', '.join(LIST_ID_COLUMNS)}, "
+            f"got {', '.join(map(str, table))}"
+        )
+    rows, inner = list_column(table[_LIST_COLUMN], _LIST_COLUMN)
+    if not rows.given.all():
+        raise ValueError(f"examples[{rows.given.argmin()}]: {_LIST_COLUMN} is null; expected lists of token ids")
+    ends = rows.counts.cumsum()
+
+    def where(response: int) -> str:
+        row = int(np.searchsorted(ends, response, side="right"))
+        return f"examples[{row}]: {_LIST_COLUMN}[{response - ends[row] + rows.counts[row]}]"
+
+    prompts = _C.Sequences.from_columns([_chunks(table[LIST_ID_COLUMNS[0]], LIST_ID_COLUMNS[0])])
+    if len(prompts) != len(rows.counts):
+        raise ValueError("examples: columns differ in length")
+    responses = _C.Sequences.from_columns([_chunks(inner, _LIST_COLUMN, where)])
+    sequences = _C.Sequences.of_lists(prompts, responses, rows.counts)
+    return _lists(sequences, rows.counts, TableSource(table, len(rows.counts)))
+
+
+def _pair_columns(source: Source, sequences: _C.Sequences, branch_counts: np.ndarray) -> FlatColumns:
+    return FlatColumns(
+        rows=read_row_columns(source, len(branch_counts)),
+        order=None,
+        weights=read_token_weights(source, sequences, branch_counts, lists=False),
+    )
+
+
+def _lists(sequences: _C.Sequences, counts: np.ndarray, source: Source) -> FlatExamples:
+    """Lists of so many responses, whose other columns the source has."""
+    refuse_columns_of_pairs(source)
+    order = read_order(source, counts)
+    refs, ref_logps = None, read_ref_logps(source, counts)
+    if ref_logps is not None:
+        prompts = np.zeros(len(sequences), bool)
+        prompts[(counts + 1).cumsum() - counts - 1] = True
+        refs = np.full(len(sequences), math.nan)
+        refs[~prompts] = ref_logps
+    return FlatExamples(
+        sequences=sequences,
+        branch_counts=counts,
+        pair_counts=np.ones(len(counts), np.int64),
+        members=order.members,
+        forms=np.full(len(counts), _LIST, np.uint8),
+        refs=refs,
+        columns=FlatColumns(
+            rows=read_row_columns(source, len(counts)),
+            order=order,
+            weights=read_token_weights(source, sequences, counts, lists=True),
+        ),
     )
 
 
@@ -113,16 +216,17 @@ def lexicographic_order(column: pa.ChunkedArray, name: str) -> np.ndarray:
     return _C.lexicographic_order(_C.Sequences.from_columns([_chunks(column, name)]))
 
 
-def _chunks(column: Any, name: str) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Return (values, offsets) of every chunk of a list column."""
+def _chunks(column: Any, name: str, where: Callable[[int], str] | None = None) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return (values, offsets) of every chunk of a list column; where(row) names a row in messages."""
+    where = where or (lambda row: f"examples[{row}]: {name}")
     if isinstance(column, pa.ChunkedArray):
         start, parts = 0, []
         for chunk in column.chunks:
-            parts.append(_list_array(chunk, name, start))
+            parts.append(_list_array(chunk, name, start, where))
             start += len(chunk)
         return parts
     if isinstance(column, pa.Array):
-        return [_list_array(column, name, 0)]
+        return [_list_array(column, name, 0, where)]
     if not isinstance(column, (tuple, list)) or len(column) != 2:
         raise ValueError(
             f"{name}: expected (values, offsets) or an Arrow list column, got {type(column).__name__}; "
@@ -141,7 +245,9 @@ def _readable(value: Any, name: str) -> np.ndarray:
     return np.require(array, dtype.newbyteorder("="), ["C", "A"])
 
 
-def _list_array(column: pa.Array, name: str, first_row: int) -> tuple[np.ndarray, np.ndarray]:
+def _list_array(
+    column: pa.Array, name: str, first_row: int, where: Callable[[int], str]
+) -> tuple[np.ndarray, np.ndarray]:
     if pa.types.is_fixed_size_list(column.type):
         column = column.cast(pa.large_list(column.type.value_type))
     if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)):
@@ -150,7 +256,7 @@ def _list_array(column: pa.Array, name: str, first_row: int) -> tuple[np.ndarray
         raise ValueError(f"{name}: expected lists of integers, got lists of {column.type.value_type}")
     if column.null_count:
         row = int(np.argmax(column.is_null().to_numpy(zero_copy_only=False)))
-        raise ValueError(f"examples[{first_row + row}]: {name} is null; expected token ids")
+        raise ValueError(f"{where(first_row + row)} is null; expected token ids")
     offsets = column.offsets.to_numpy()
     values = column.values
     if values.null_count:
@@ -158,7 +264,7 @@ def _list_array(column: pa.Array, name: str, first_row: int) -> tuple[np.ndarray
         inside = values.slice(int(offsets[0]), int(offsets[-1] - offsets[0])).is_null().to_numpy(zero_copy_only=False)
         if inside.any():
             row = int(np.searchsorted(offsets, offsets[0] + inside.argmax(), side="right")) - 1
-            raise ValueError(f"examples[{first_row + row}]: {name} holds a null; expected token ids")
+            raise ValueError(f"{where(first_row + row)} holds a null; expected token ids")
         values = values.fill_null(0)
     return _readable(values.to_numpy(), name), offsets
 
@@ -193,13 +299,18 @@ def _read_rows(examples: Iterable[Mapping[str, Any]]) -> FlatExamples:
     rows = _Rows()
     for index, example in enumerate(examples):
         rows.add(index, example)
+    sequences = _C.Sequences.from_objects(rows.sequences, rows.converted)
+    branch_counts = np.array(rows.branch_counts, np.int64)
+    if rows.forms and rows.forms[0] == _LIST:
+        return _lists(sequences, branch_counts, rows.source)
     return FlatExamples(
-        sequences=_C.Sequences.from_objects(rows.sequences, rows.converted),
-        branch_counts=np.array(rows.branch_counts, np.int64),
+        sequences=sequences,
+        branch_counts=branch_counts,
         pair_counts=np.array(rows.pair_counts, np.int64),
-        pairs=np.array(rows.pairs, np.int64).reshape(-1, 2),
-        grouped=np.array(rows.grouped, np.uint8),
+        members=np.array(rows.members, np.int64),
+        forms=np.array(rows.forms, np.uint8),
         refs=np.array(rows.refs, np.float64) if rows.refs else None,
+        columns=_pair_columns(rows.source, sequences, branch_counts),
     )
 
 
@@ -208,42 +319,44 @@ class _Rows:
         self.sequences: list[Any] = []
         self.branch_counts: list[int] = []
         self.pair_counts: list[int] = []
-        self.pairs: list[Any] = []
-        self.grouped: list[bool] = []
-        self.refs: list[float] = []  # one for each sequence (NaN for prompts), or empty
+        self.members: list[int] = []
+        self.forms: list[int] = []
+        self.refs: list[float] = []  # one for each sequence (NaN for prompts) of pairs, or empty
+        self.source = RowSource()
 
     def add(self, index: int, example: Mapping[str, Any]) -> None:
-        if not isinstance(example, Mapping):
-            raise ValueError(f"examples[{index}]: expected a mapping, got {type(example).__name__}")
-        # In a table that mixes both forms, each row has the columns of the other form with value None.
-        grouped = example.get("branches") is not None
-        if grouped and any(example.get(key) is not None for key in ID_COLUMNS[1:]):
-            raise ValueError(f"examples[{index}]: has both branches and chosen_ids or rejected_ids; give one form")
-        values = [example.get(key) for key in (_GROUP_COLUMNS if grouped else ID_COLUMNS)]
-        if any(value is None for value in values):
-            keys = _GROUP_COLUMNS if grouped else ID_COLUMNS
-            missing = [key for key, value in zip(keys, values, strict=True) if value is None]
-            raise ValueError(
-                f"examples[{index}]: {', '.join(missing)} missing; expected prompt_ids, chosen_ids, rejected_ids "
-                f"or prompt_ids, branches, pairs; got {', '.join(map(str, example))}"
-            )
         row = f"examples[{index}]: "
+        if not isinstance(example, Mapping):
+            raise ValueError(f"{row}expected a mapping, got {type(example).__name__}")
+        form = _form(example, row)
+        if index and (form == _LIST) != (self.forms[0] == _LIST):
+            one, other = ("a list", "pairs") if form == _LIST else ("a pair", "lists")
+            raise ValueError(f"{row}is {one} among {other}; pack them in two calls")
+        self.forms.append(form)
+        if form == _LIST:
+            responses = items(example[_LIST_COLUMN], row + _LIST_COLUMN)
+            self.sequences += (example[LIST_ID_COLUMNS[0]], *responses)
+            self.branch_counts.append(len(responses))
+            self.source.add(example, LIST_COLUMNS)
+            return
         refs: Sequence[float] | None
-        if grouped:
-            prompt, branches, pairs = values
-            branches = _items(branches, row + "branches")
+        if form == _GROUP:
+            prompt, branches, pairs = (example[key] for key in _GROUP_COLUMNS)
+            branches = items(branches, row + "branches")
             pairs = _pairs(pairs, row + "pairs")
             refs = _group_refs(example.get("ref_logps"), row + "ref_logps", len(branches))
             self.sequences += (prompt, *branches)
             self.branch_counts.append(len(branches))
             self.pair_counts.append(len(pairs))
-            self.pairs += pairs
+            for pair in pairs:
+                self.members += pair
         else:
             refs = _pair_refs(example, row)
-            self.sequences += values
+            self.sequences += [example[key] for key in ID_COLUMNS]
             self.branch_counts.append(2)
             self.pair_counts.append(1)
-            self.pairs.append((0, 1))
+            self.members += (0, 1)
+        self.source.add(example, PAIR_COLUMNS)
         if index and bool(self.refs) != (refs is not None):
             raise ValueError(
                 f"examples[{index}]: {'no' if refs is None else 'has'} reference log-probs, unlike the examples before "
@@ -251,7 +364,6 @@ class _Rows:
             )
         if refs is not None:
             self.refs += (math.nan, *refs)
-        self.grouped.append(grouped)
 
     def converted(self, sequence: int) -> np.ndarray:
         """Convert a sequence that C++ cannot read directly (other integer types, tensors, strided arrays) to int64.
@@ -262,16 +374,34 @@ class _Rows:
         ends = np.cumsum(np.array(self.branch_counts) + 1)
         example = int(np.searchsorted(ends, sequence, side="right"))
         place = sequence - int(ends[example]) + self.branch_counts[example] + 1
-        name = f"branches[{place - 1}]" if place and self.grouped[example] else ID_COLUMNS[place]
+        names = {_PAIR: ID_COLUMNS[place] if place < 3 else "", _GROUP: f"branches[{place - 1}]"}
+        name = names.get(self.forms[example], f"{_LIST_COLUMN}[{place - 1}]") if place else ID_COLUMNS[0]
         array = integers(self.sequences[sequence], f"examples[{example}]: {name}")
         return np.require(array, np.int64, ["C", "A"])
 
 
-def _items(value: Any, name: str) -> list[Any]:
-    try:
-        return list(value)
-    except TypeError as error:
-        raise ValueError(f"{name}: expected a list, got {type(value).__name__}") from error
+def _form(example: Mapping[str, Any], row: str) -> int:
+    """The form of an example; ValueError for one that has keys of two, or misses one."""
+    # In a table that mixes forms, each row has the columns of the others with value None.
+    grouped, listed = (example.get(key) is not None for key in ("branches", _LIST_COLUMN))
+    others = [key for key in (*ID_COLUMNS[1:], _LIST_COLUMN) if example.get(key) is not None] if grouped else []
+    if others:
+        raise ValueError(f"{row}has both branches and {' and '.join(others)}; give one form")
+    if grouped:
+        ambiguous = [key for key in PAIR_COLUMNS if example.get(key) is not None]
+        if ambiguous:
+            raise ValueError(
+                f"{row}has {', '.join(ambiguous)} beside branches, which may form several pairs; give each pair as a "
+                "row of prompt_ids, chosen_ids and rejected_ids"
+            )
+    keys = _GROUP_COLUMNS if grouped else LIST_ID_COLUMNS if listed else ID_COLUMNS
+    missing = [key for key in keys if example.get(key) is None]
+    if missing:
+        raise ValueError(
+            f"{row}{', '.join(missing)} missing; expected prompt_ids, chosen_ids, rejected_ids, or prompt_ids, "
+            f"responses_ids, or prompt_ids, branches, pairs; got {', '.join(map(str, example))}"
+        )
+    return _GROUP if grouped else _LIST if listed else _PAIR
 
 
 def _pairs(value: Any, name: str) -> list[list[int]]:
@@ -288,7 +418,7 @@ def _pair_refs(example: Mapping[str, Any], row: str) -> tuple[float, float] | No
 def _group_refs(value: Any, name: str, branches: int) -> list[float] | None:
     if value is None:
         return None
-    refs = _items(value, name)
+    refs = items(value, name)
     if len(refs) != branches:
         raise ValueError(f"{name}: expected {branches} floats, one a branch, got {len(refs)}")
     return [_ref(ref, f"{name}[{k}]") for k, ref in enumerate(refs)]

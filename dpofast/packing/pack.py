@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpofast import _C
 from dpofast.packing.arguments import at_least_one, limit, sharing
 from dpofast.packing.batch import PackedBatch
 from dpofast.packing.examples import FlatExamples, read_examples
@@ -104,23 +103,15 @@ def pack(
     id_limit, threads = limit("vocab_size", vocab_size), at_least_one("num_threads", num_threads)
     shared = sharing(share, share_prompts)
     flat = read_examples(examples)
-    packer = _C.Packer(
-        flat.sequences,
-        flat.branch_counts,
-        flat.pair_counts,
-        flat.pairs,
-        flat.grouped,
-        max_tokens=token_limit,
-        max_targets=target_limit,
-        share=shared,
-        vocab_size=id_limit,
-        threads=threads,
+    packer = flat.packer(
+        max_tokens=token_limit, max_targets=target_limit, share=shared, vocab_size=id_limit, threads=threads
     )
-    tokens, targets, segments, sequences, pairs, padded = packer.shapes.T
+    tokens, targets, segments, sequences, pairs, widths, padded = packer.shapes.T
+    origins = packer.sequences
     ref_logps = None
     if flat.refs is not None:
         _check_refs(flat, flat.refs, packer.canonical)
-        ref_logps = torch.from_numpy(flat.refs[packer.sequences].astype(np.float32)).split(sequences.tolist())
+        ref_logps = torch.from_numpy(flat.refs[origins].astype(np.float32)).split(sequences.tolist())
 
     # The elements of every batch's arrays, which lie in each buffer in this order (csrc/batches.hpp).
     long_sizes = {
@@ -135,16 +126,20 @@ def pack(
         "parents": segments,
         "cu_targets": sequences + 1,
         "pairs": 2 * pairs,
+        "lists": widths * pairs,
+        "ranks": widths * pairs,
     }
     long_counts, int_counts = (np.stack(list(sizes.values()), 1) for sizes in (long_sizes, int_sizes))
     longs, ints = (buffers or PackBuffers()).take(int(long_counts.sum()), int(int_counts.sum()))
     packer.fill(longs.numpy(), ints.numpy(), threads)
     long_parts = iter(longs.split(long_counts.ravel().tolist()))
     int_parts = iter(ints.split(int_counts.ravel().tolist()))
+    origins_of = np.split(origins, sequences.cumsum()[:-1])
     batches = []
-    for index, padded_tokens in enumerate(padded.tolist()):
+    for index, (width, padded_tokens) in enumerate(zip(widths.tolist(), padded.tolist(), strict=True)):
         long_arrays = {name: next(long_parts) for name in long_sizes}
         int_arrays = {name: next(int_parts) for name in int_sizes}
+        lists, ranks = (int_arrays[name].view(-1, width) if width else None for name in ("lists", "ranks"))
         batches.append(
             PackedBatch(
                 **long_arrays,
@@ -153,6 +148,7 @@ def pack(
                 pairs=int_arrays["pairs"].view(-1, 2),
                 ref_logps=None if ref_logps is None else ref_logps[index],
                 padded_tokens=padded_tokens,
+                columns=flat.columns.of_batch(long_arrays["pair_examples"], origins_of[index], lists, ranks),
             )
         )
     return batches
@@ -162,7 +158,7 @@ def _check_refs(flat: FlatExamples, refs: np.ndarray, canonical: np.ndarray) -> 
     """ValueError if a branch's reference log-prob differs from that of the first equal branch (canonical)."""
     apart = np.abs(refs - refs[canonical]) > REF_LOGPS_TOLERANCE
     if apart.any():
-        owners = np.repeat(np.arange(len(flat.grouped)), flat.branch_counts + 1)
+        owners = np.repeat(np.arange(len(flat.forms)), flat.branch_counts + 1)
         other = int(apart.argmax())
         first = int(canonical[other])
         raise ValueError(

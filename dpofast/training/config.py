@@ -11,9 +11,11 @@ from transformers import TrainingArguments
 
 from dpofast.common.names import did_you_mean
 from dpofast.data.encode_pairs import TRUNCATION_MODES
+from dpofast.data.lists import check_list_options
 from dpofast.losses.config import PreferenceLoss
 from dpofast.losses.divergences import DIVERGENCES
 from dpofast.losses.kinds import KINDS, KINDS_ALSO_CALLED
+from dpofast.losses.own_kinds import is_own, name_of
 from dpofast.packing.arguments import sharing
 from dpofast.training.checks.options import check_options
 from dpofast.training.sampler import SAMPLING_STRATEGIES
@@ -50,7 +52,10 @@ class DPOConfig(TrainingArguments):
     )
     loss_type: list[str] = field(
         default_factory=lambda: ["sigmoid"],
-        metadata={"help": f"The preference loss, or several, which are added up: {', '.join(KINDS)}."},
+        metadata={
+            "help": f"The preference loss, or several, which are added up: {', '.join(KINDS)}; or module:function, one "
+            "of your own."
+        },
     )
     loss_weights: list[float] | None = field(
         default=None, metadata={"help": "A weight for each of several losses, default 1."}
@@ -81,8 +86,23 @@ class DPOConfig(TrainingArguments):
         default="zero", metadata={"help": "bco_pair: its reward shift, zero or running_mean (of all rewards so far)."}
     )
     discopop_tau: float = field(default=0.05, metadata={"help": "discopop: its temperature."})
-    simpo_gamma: float = field(default=0.5, metadata={"help": "simpo: the margin that is asked for."})
+    simpo_gamma: float = field(default=0.5, metadata={"help": "simpo, alpha_po: the margin that is asked for."})
     cpo_alpha: float = field(default=1.0, metadata={"help": "cpo: the weight of the chosen response's NLL."})
+    alpha_po_alpha: float = field(
+        default=0.25, metadata={"help": "alpha_po: the shape of its reward; 0 is that of simpo."}
+    )
+    dpop_lambda: float = field(
+        default=50.0, metadata={"help": "dpop: the weight of a chosen response's fall below the reference."}
+    )
+    beta_dpo_alpha: float = field(
+        default=0.6, metadata={"help": "beta_dpo: how much a step's beta follows its mean margin of rewards."}
+    )
+    beta_dpo_threshold: float = field(
+        default=0.0, metadata={"help": "beta_dpo: the mean margin of rewards at which beta stays as it is."}
+    )
+    score_temperature: float = field(
+        default=1.0, metadata={"help": "infonca, nca, lipo_lambda: the scores of responses are divided by it."}
+    )
     max_length: int | None = field(
         default=1024, metadata={"help": "Prompt plus response is cut to so many tokens, where truncation_mode says."}
     )
@@ -91,6 +111,23 @@ class DPOConfig(TrainingArguments):
         metadata={
             "help": "Which part of a long row is kept: keep_start cuts the responses' ends, keep_end the start of the "
             "prompt, alike for both responses."
+        },
+    )
+    list_pairs: str | None = field(
+        default=None,
+        metadata={
+            "help": "What becomes of lists of responses: all, best_worst or adjacent (neighbours in rank) turns them "
+            "into pairs. Default: they stay lists, for the losses of lists."
+        },
+    )
+    min_score_gap: float | None = field(
+        default=None, metadata={"help": "With list_pairs: the least difference of the scores of a pair."}
+    )
+    assistant_only_loss: bool = field(
+        default=True,
+        metadata={
+            "help": "In a response of several turns only the assistant's are trained; a turn's own key train, true or "
+            "false, is stronger."
         },
     )
     max_tokens: int | str | None = field(
@@ -209,9 +246,9 @@ class DPOConfig(TrainingArguments):
             self.precompute_ref_log_probs = not self.sync_ref_model
         self._post_init_uncompiled()
         check_options(self)
-        if isinstance(self.loss_type, str):
-            self.loss_type = [self.loss_type]
-        unknown = [kind for kind in self.loss_type if kind not in KINDS]
+        given = self.loss_type if isinstance(self.loss_type, (list, tuple)) else [self.loss_type]
+        self.loss_type = [name_of(kind) for kind in given]
+        unknown = [kind for kind in self.loss_type if kind not in KINDS and not is_own(kind)]
         if unknown or not self.loss_type:
             meant = did_you_mean(unknown[0], KINDS, KINDS_ALSO_CALLED) if unknown else ""
             raise ValueError(
@@ -235,6 +272,7 @@ class DPOConfig(TrainingArguments):
             raise ValueError(f"max_length: expected room for a prompt and a response token, 2, got {self.max_length}")
         if self.truncation_mode not in TRUNCATION_MODES:
             raise ValueError(f"truncation_mode: expected 'keep_start' or 'keep_end', got {self.truncation_mode!r}")
+        check_list_options(self.list_pairs, self.min_score_gap)
         self._resolve_share()
         self._check_max_tokens()
         self._check_moving_reference()

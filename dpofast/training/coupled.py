@@ -20,10 +20,14 @@ from transformers.trainer_callback import ExportableState
 from dpofast.common.backend import choose_backend
 from dpofast.common.ranks import Ranks
 from dpofast.losses.coefficients import pair_terms
+from dpofast.losses.columns import PreferenceColumns
 from dpofast.losses.config import PreferenceLoss
 from dpofast.losses.functional import PreferenceOutput
 from dpofast.losses.pairs import StepTotals
 from dpofast.losses.sequences import Tokens
+
+Rows = tuple[Tensor, PreferenceColumns]
+"""A micro-batch's pairs (P, 2), numbers of its own sequences, and their columns."""
 
 
 class CoupledShare(NamedTuple):
@@ -40,7 +44,7 @@ class CoupledShare(NamedTuple):
 
 def coupled_shares(
     tokens: list[Tokens],
-    pairs: list[Tensor],
+    rows: list[Rows],
     ref_logps: list[Tensor | None],
     loss: PreferenceLoss,
     totals: StepTotals,
@@ -48,16 +52,20 @@ def coupled_shares(
     """The shares of all micro-batches of a step, in their order.
 
     Args:
-        tokens: log-probs (N,) of each micro-batch, nats.
-        pairs: (P, 2) of each, numbers of its own sequences.
+        tokens: log-probs (N,) of each micro-batch, nats, and their weights, of which its columns are not asked.
+        rows: of each.
         ref_logps: (S,) of each, with ld_alpha (P, 2); None where the loss has no reference.
         loss: the preference loss.
         totals: counts over the whole step.
+
+    Raises:
+        ValueError: a column that only some micro-batches have.
     """
+    pairs, columns = zip(*rows, strict=True)
     sizes = [len(part.logps) for part in tokens]
     sequences = [len(part.cu_targets) - 1 for part in tokens]
-    rows_before, sequences_before = ([0, *accumulate(counts)][:-1] for counts in (sizes, sequences))
-    ends = [part.cu_targets[1:] + before for part, before in zip(tokens, rows_before, strict=True)]
+    targets_before, sequences_before = ([0, *accumulate(counts)][:-1] for counts in (sizes, sequences))
+    ends = [part.cu_targets[1:] + before for part, before in zip(tokens, targets_before, strict=True)]
     references = [ref for ref in ref_logps if ref is not None]
     statistics = [part.log_sum_sq for part in tokens if part.log_sum_sq is not None]
     joined = Tokens(
@@ -65,16 +73,18 @@ def coupled_shares(
         torch.cat([tokens[0].cu_targets[:1], *ends]),
         None,
         torch.cat(statistics) if statistics else None,
+        _joined_weights(tokens),
     )
     joined_pairs = torch.cat([part + before for part, before in zip(pairs, sequences_before, strict=True)])
     ref = torch.cat(references) if references else None
-    terms = pair_terms(joined, joined_pairs, ref, loss, totals, choose_backend("auto", joined.logps.device))
+    joined_columns = PreferenceColumns.joined([part._replace(token_weights=None) for part in columns], sequences_before)
+    backend = choose_backend("auto", joined.logps.device)
+    terms = pair_terms(joined, joined_pairs, ref, loss, totals, backend, joined_columns)
     counts = [len(part) for part in pairs]
-    per_response = counts if loss.ld_alpha is not None else sequences
     parts = zip(
         terms.losses.split(counts),
-        terms.logps.split(per_response),
-        terms.rewards.split(per_response),
+        terms.logps.split(counts if loss.ld_alpha is not None else sequences),
+        terms.rewards.split(counts if terms.rewards.dim() == 2 else sequences),
         (terms.coefficients / totals.num_pairs).split(sizes),
         strict=True,
     )
@@ -84,29 +94,46 @@ def coupled_shares(
     ]
 
 
+def _joined_weights(tokens: list[Tokens]) -> Tensor | None:
+    """Token weights of all micro-batches; 1 in those without, whose responses have none."""
+    if all(part.weights is None for part in tokens):
+        return None
+    return torch.cat([torch.ones_like(part.logps) if part.weights is None else part.weights for part in tokens])
+
+
 def gathered(
     ranks: Ranks,
     tokens: list[Tokens],
-    pairs: list[Tensor],
+    rows: list[Rows],
     ref_logps: list[Tensor | None],
     device: torch.device,
-) -> tuple[tuple[list[Tokens], list[Tensor], list[Tensor | None]], int]:
+) -> tuple[tuple[list[Tokens], list[Rows], list[Tensor | None]], int]:
     """Gather the micro-batches of all ranks. A collective.
 
     Returns:
         coupled_shares' first three arguments, and the number of the first micro-batch of this rank among them.
     """
     if ranks.size == 1:
-        return (tokens, pairs, ref_logps), 0
-    plain = [tuple(_moved(getattr(part, field.name), "cpu") for field in fields(part)) for part in tokens]
-    everyone = ranks.all_gather((plain, pairs, [_moved(ref, "cpu") for ref in ref_logps]))
+        return (tokens, rows, ref_logps), 0
+    own = (
+        [_moved_tokens(part, "cpu") for part in tokens],
+        [(pairs, columns.moved(Tensor.cpu)) for pairs, columns in rows],
+        [_moved(ref, "cpu") for ref in ref_logps],
+    )
+    everyone = ranks.all_gather(own)
     first = sum(len(theirs[0]) for theirs in everyone[: ranks.rank])
-    rows, joined_pairs, references = (list(chain.from_iterable(parts)) for parts in zip(*everyone, strict=True))
-    moved = [
-        Tokens(_moved(logps, device), cu_targets, _moved(counted, device), _moved(log_sum_sq, device))
-        for logps, cu_targets, counted, log_sum_sq in rows
-    ]
-    return (moved, joined_pairs, [_moved(ref, device) for ref in references]), first
+    all_tokens, all_rows, references = (list(chain.from_iterable(parts)) for parts in zip(*everyone, strict=True))
+    return (
+        [_moved_tokens(part, device) for part in all_tokens],
+        [(pairs, columns.moved(lambda column: column.to(device))) for pairs, columns in all_rows],
+        [_moved(ref, device) for ref in references],
+    ), first
+
+
+def _moved_tokens(tokens: Tokens, device: torch.device | str) -> Tokens:
+    """The tokens on a device, but for cu_targets, which stay on the CPU."""
+    moved = {field.name: _moved(getattr(tokens, field.name), device) for field in fields(tokens)}
+    return Tokens(**{**moved, "cu_targets": tokens.cu_targets})
 
 
 def _moved(value: Any, device: torch.device | str) -> Any:

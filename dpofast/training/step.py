@@ -173,7 +173,9 @@ class OptimizerStep:
             return None
         done.append(ended)
         pairs = zip(done[: self._num_batches], self.batches, strict=False)  # those of None stand last
-        rewards = [output.of_pairs("rewards", batch.pairs) for output, batch in pairs if batch is not None]
+        rewards = [
+            output.of_pairs("rewards", batch.pairs, batch.columns.lists) for output, batch in pairs if batch is not None
+        ]
         return StepResult([output.losses for output in done], rewards, self.sums, self._balancing)
 
     def _all_but_the_last_backward(self, done: list[PreferenceOutput]) -> PreferenceOutput:
@@ -275,7 +277,8 @@ class OptimizerStep:
             for _ in range(len(self.batches) - len(own)):
                 self._idle()
         tokens, aux_losses = [tokens for tokens, _ in scored], [aux_loss for _, aux_loss in scored]
-        everyone, first = gathered(settings.ranks, tokens, [batch.pairs for batch in own], references, settings.device)
+        rows = [(batch.pairs, batch.columns) for batch in own]
+        everyone, first = gathered(settings.ranks, tokens, rows, references, settings.device)
         shares = coupled_shares(*everyone, settings.loss, self.totals)[first : first + len(own)]
         shares = [
             share._replace(output=replace(share.output, aux_loss=aux_loss))
@@ -300,6 +303,7 @@ class OptimizerStep:
                 ref_logps,
                 loss=settings.loss,
                 log_sum_sq_probs=tokens.log_sum_sq,
+                columns=batch.columns,
                 **step,
             )
             return replace(output, aux_loss=aux_loss)
@@ -319,7 +323,8 @@ class OptimizerStep:
         output = self.model(packed=batch, stats=stats, **self._options)
         if self.settings.token_statistics:
             self.sums.add_tokens(output, batch)
-        return Tokens(output.logps, batch.cu_targets, None, output.log_sum_sq_probs), output.aux_loss
+        weights = batch.columns.token_weights
+        return Tokens(output.logps, batch.cu_targets, None, output.log_sum_sq_probs, weights), output.aux_loss
 
     def reference_logps(self, batch: PackedBatch) -> Tensor | None:
         """(S,), with ld_alpha (P, 2), nats; None where the loss has no reference and the data brought none.

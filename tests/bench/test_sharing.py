@@ -8,7 +8,6 @@ import pytest
 from bench import packing, sharing
 from bench.cases import RANDOM_PROFILES, SHARED_PROFILES
 from bench.random_pairs import build_random_pairs, random_rows
-from dpofast import _C
 from dpofast.packing.examples import read_examples
 
 
@@ -74,18 +73,7 @@ def test_planning_again_is_planning_anew_with_the_new_limits():
     flat = read_examples(sharing.columns_of(random_rows(SHARED_PROFILES["turns"], 40)))
     again = sharing.packer(flat, 16_384, "prefix")
     again.plan(3000, 900, 2)
-    anew = _C.Packer(
-        flat.sequences,
-        flat.branch_counts,
-        flat.pair_counts,
-        flat.pairs,
-        flat.grouped,
-        max_tokens=3000,
-        max_targets=900,
-        share="prefix",
-        vocab_size=1 << 31,
-        threads=1,
-    )
+    anew = flat.packer(max_tokens=3000, max_targets=900, share="prefix", vocab_size=1 << 31)
     assert np.array_equal(again.shapes, anew.shapes)
     with pytest.raises(ValueError, match="max_targets: expected 1 or more, got 0"):
         again.plan(10, 0, 1)

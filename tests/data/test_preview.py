@@ -61,3 +61,36 @@ def test_options():
     with pytest.raises(TypeError, match="dataset: expected a datasets.Dataset, got list"):
         preview_preferences(list(rows), make_tokenizer())
     assert "preview_preferences" in dpofast.__all__
+
+
+def test_lists_columns_and_weights_are_shown():
+    rows = [{"prompt": "Q:", "responses": ["a", "bb"], "scores": [1, 2.5], "weight": 1, "beta": 0.2}]
+    rows[0] |= {"ref_responses_logps": [-1.0, -2.0], "responses_weights": [[1, 0], None]}
+    shown = preview_preferences(Dataset.from_list(rows), make_tokenizer())
+    assert shown == (
+        "row 0 (counted from 0), tokens: prompt 2, [1] 3, [0] 2\n"
+        "  weight 1, beta 0.2\n"
+        "  prompt    Q:\n"
+        "  [1]       (rank 0, score 2.5, reference -2) bb</s>\n"
+        "  [0]       (rank 1, score 1, reference -1) a[weight 0: </s>]\n"
+        "\n"
+        "<dataset>: 1 of 1 lists kept"
+    )
+    pairs = preview_preferences(Dataset.from_list(rows), make_tokenizer(), list_pairs="all", min_score_gap=1)
+    assert "  chosen    (reference -2) bb</s>\n  rejected  (reference -1) a[weight 0: </s>]\n" in pairs
+    assert pairs.endswith("1 of 1 lists kept, as 1 pairs")
+
+
+def test_what_is_not_trained_is_marked():
+    turns = [
+        {"role": role, "content": text} for role, text in (("assistant", "a"), ("user", "b\n"), ("assistant", "c"))
+    ]
+    row = {"prompt": [{"role": "user", "content": "hi"}], "chosen": turns, "rejected": turns[:1]}
+    shown = preview_preferences(Dataset.from_list([row]), make_tokenizer(chat_template=TEMPLATE))
+    assert "  chosen    [a]a</s>[weight 0: [u]b\\n\n            </s>][a]c</s>\n  rejected  [a]a</s>\n" in shown
+    whole = preview_preferences(
+        Dataset.from_list([row]), make_tokenizer(chat_template=TEMPLATE), assistant_only_loss=False
+    )
+    assert "weight" not in whole
+    ids = {"prompt_ids": [5], "chosen_ids": [7, 8, 9], "rejected_ids": [8], "chosen_weights": [0.5, 0.5, 1]}
+    assert "  chosen    [weight 0.5: 7 8] 9\n" in preview_preferences(Dataset.from_list([ids]), None)

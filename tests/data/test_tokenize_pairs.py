@@ -164,7 +164,9 @@ def test_conversation(row):
 
 def test_conversation_of_several_turns():
     row = {"prompt": turns("q", "y", "r"), "chosen": turns("s", "t", "u", first="assistant"), "rejected": answer("v")}
-    assert encode(row) == (ids("[u]q|[a]y|[u]r|[a]"), ids("s|[u]t|[a]u|"), ids("v|"))
+    texts = ids("[u]q|[a]y|[u]r|[a]"), ids("s|[u]t|[a]u|"), ids("v|")
+    assert encode(row, assistant_only_loss=False) == texts
+    assert encode(row) == (*texts, [1.0] * 2 + [0.0] * 8 + [1.0] * 2, None)
 
 
 @pytest.mark.parametrize("spell", [json.dumps, lambda tools: tools], ids=["text", "list"])

@@ -11,6 +11,7 @@ from dpofast import PreferenceLoss, reference
 from dpofast.head.linear_preference_op import linear_preference_op
 from dpofast.head.pair_blocks import components, joined_runs
 from dpofast.losses.coefficients import runs_fused
+from dpofast.losses.columns import NO_COLUMNS
 from dpofast.losses.functional import token_preference_loss
 from dpofast.losses.sequences import pair_logprobs
 from tests.support.close import named
@@ -153,7 +154,7 @@ def test_the_operator_passes_opcheck(needs):
     tensors, *rest = inputs()
     leaves = [tensor.requires_grad_(need) for tensor, need in zip(tensors, needs, strict=True)]
     arguments = (None, LOSS.encoded, 4, None, 1.0, 1.0, None, -100, "torch", 9 * 61 * 4, *needs)
-    torch.library.opcheck(linear_preference_op, (*leaves, *rest, *arguments))
+    torch.library.opcheck(linear_preference_op, (*leaves, *rest, *arguments, *NO_COLUMNS))
 
 
 @pytest.mark.slow(16)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dpofast import reference
-from dpofast.kernels.preference import PairAdjacency, pair_adjacency, preference_sigmoid
+from dpofast.kernels.preference import PairAdjacency, PairOptions, pair_adjacency, preference_sigmoid
 from dpofast.losses.sequences import pair_logprobs
 
 pytestmark = pytest.mark.usefixtures("nan_empty")
@@ -282,5 +282,154 @@ def test_ld_alpha_of_1_changes_nothing(device):
     ],
 )
 def test_bad_lengths_and_positions(change, message):
+    with pytest.raises(ValueError, match=message):
+        preference_sigmoid(torch.zeros(2), cumulative([1, 1]), ADJACENCY, **{"beta": 0.1, **change})
+
+
+COLUMNS = ["weight", "margin", "beta", "label_smoothing", "token_weights"]
+
+
+def columns_of(names, targets, pairs, device):
+    """The kernel's arguments for these columns: a third of the targets masked, and one pair of weight 0."""
+    drawn = torch.rand(len(COLUMNS) - 1, pairs)
+    drawn[0, 1] = 0.0
+    scaled = drawn * torch.tensor([[3.0], [2.0], [0.5], [0.5]]) + torch.tensor([[0.0], [-1.0], [0.01], [0.0]])
+    options = PairOptions(
+        *(row.to(device) if name in names else None for name, row in zip(COLUMNS, scaled, strict=False))
+    )
+    weights = torch.rand(targets).sub(0.3).clamp(min=0).to(device) if "token_weights" in names else None
+    return {"of_pairs": options, "token_weights": weights}
+
+
+def truth_of_columns(inputs, dtype, columns, *, lengths=None, normalize=False, positions=None, ld_alpha=None, **option):
+    """PreferenceSigmoid's fields by torch in this dtype, from the equations, with coefficients of targets (N,)."""
+    logps, cu_targets, pairs, ref_logps = (None if x is None else x.cpu() for x in inputs)
+    of_pairs, weights = columns["of_pairs"], columns["token_weights"]
+    tokens = logps.to(dtype).requires_grad_()
+    owner = torch.repeat_interleave(torch.arange(len(cu_targets) - 1), cu_targets.diff())
+    terms = tokens if weights is None else torch.where(weights.cpu() > 0, tokens * weights.cpu().to(dtype), 0.0)
+    sums = torch.zeros(len(cu_targets) - 1, dtype=dtype).index_add(0, owner, terms)
+    index = pairs.long()
+    if ld_alpha is None:
+        own, ref = sums[index], 0.0 if ref_logps is None else ref_logps.to(dtype)[index]
+    else:
+        own, ref = torch.zeros(len(pairs), 2, dtype=dtype), ref_logps.to(dtype)
+        for p, sides in enumerate(index.tolist()):
+            shared = min(float(lengths[s]) for s in sides)
+            for side, s in enumerate(sides):
+                part = slice(int(cu_targets[s]), int(cu_targets[s + 1]))
+                own[p, side] = (tokens[part] * torch.where(positions.cpu()[part] < shared, 1.0, ld_alpha)).sum()
+    margin, beta, smoothing = (
+        torch.tensor(otherwise, dtype=dtype) if column is None else column.cpu().to(dtype)
+        for column, otherwise in (
+            (of_pairs.margin, 0.0),
+            (of_pairs.beta, option["beta"]),
+            (of_pairs.label_smoothing, option.get("label_smoothing", 0.0)),
+        )
+    )
+    ratios = own - ref
+    means = ratios / lengths.cpu().to(dtype)[index] if normalize else ratios
+    u = beta * (means[:, 0] - means[:, 1]) - margin
+    ls = torch.nn.functional.logsigmoid
+    losses = -(1 - smoothing) * ls(u) - smoothing * ls(-u)
+    if of_pairs.weight is not None:
+        losses = losses * of_pairs.weight.cpu().to(dtype)
+    (coefficients,) = torch.autograd.grad(losses.sum(), tokens)
+    rewards = beta.expand(len(pairs))[:, None] * ratios
+    if of_pairs.beta is None and ld_alpha is None:
+        rewards = beta * (sums if ref_logps is None else sums - ref_logps.to(dtype))
+    return losses.detach(), coefficients, rewards.detach(), (sums if ld_alpha is None else own).detach()
+
+
+CASES = [[name] for name in COLUMNS] + [COLUMNS, ["weight", "beta"], ["margin", "token_weights"]]
+
+
+@pytest.mark.parametrize("names", CASES, ids="+".join)
+@pytest.mark.parametrize("variant", ["plain", "no reference", "per token", "ld", "ld per token"])
+def test_columns_are_as_exact_as_torch(variant, names, device):
+    ld_alpha = 0.3 if "ld" in variant else None
+    inputs, options, _ = ld_batch(device, ld_alpha)
+    if variant in ("plain", "no reference"):
+        options = {}
+    if variant == "no reference":
+        inputs = (*inputs[:3], None)
+    if ld_alpha is not None:
+        names = [name for name in names if name != "token_weights"]
+    columns = columns_of(names, len(inputs[0]), len(inputs[2]), device)
+    options |= {"beta": 30.0 if "per token" in variant else 0.1, "normalize": "per token" in variant}
+    got = run(*inputs, **options, **columns)
+    exact, framework = (truth_of_columns(inputs, dtype, columns, **options) for dtype in (torch.float64, torch.float32))
+    if got.coefficients.shape != exact[1].shape:  # of sequences: those of each one's first target
+        first = inputs[1][:-1].long().cpu()
+        exact, framework = ((a, b[first], *rest) for a, b, *rest in (exact, framework))
+    beta = options["beta"] if "beta" not in names else float(columns["of_pairs"].beta.max())
+    assert_as_good_as_torch(type(got)(*(value.cpu() for value in got)), tuple(exact), tuple(framework), beta)
+    if "token_weights" in names:
+        assert (got.coefficients[columns["token_weights"] == 0] == 0).all()
+
+
+@pytest.mark.parametrize("variant", ["plain", "per token", "ld"])
+def test_neutral_columns_change_no_bit(variant, device):
+    inputs, options, _ = ld_batch(device, 0.3 if variant == "ld" else None)
+    options |= {"beta": 0.1, "label_smoothing": 0.2, "normalize": variant == "per token"}
+    plain = run(*inputs, **options)
+    ones = torch.ones(len(inputs[2]), device=device)
+    neutral = {"weight": ones, "margin": 0 * ones, "beta": 0.1 * ones, "label_smoothing": 0.2 * ones}
+    for names in [*([name] for name in neutral), list(neutral)]:
+        got = run(*inputs, **options, of_pairs=PairOptions(**{name: neutral[name] for name in names}))
+        rewards = plain.rewards
+        if "beta" in names and rewards.dim() == 1:
+            rewards = rewards[inputs[2].long()]
+        assert torch.equal(got.rewards, rewards)
+        for field in ("pair_losses", "coefficients", "sequence_logps"):
+            assert torch.equal(getattr(got, field), getattr(plain, field)), (field, names)
+    if variant != "ld":
+        got = run(*inputs, **options, token_weights=torch.ones_like(inputs[0]))
+        assert torch.equal(got.coefficients, plain.coefficients.repeat_interleave(inputs[1].diff()))
+        for field in ("pair_losses", "rewards", "sequence_logps"):
+            assert torch.equal(getattr(got, field), getattr(plain, field)), field
+
+
+def test_a_masked_target_may_be_infinite(device):
+    (logps, cu_targets, pairs, ref_logps), _, _ = ld_batch(device, None)
+    weights = torch.ones_like(logps)
+    weights[::3] = 0.0
+    broken = torch.where(weights == 0, -math.inf, logps)
+    got, expected = (run(x, cu_targets, pairs, ref_logps, beta=0.1, token_weights=weights) for x in (broken, logps))
+    for value, other in zip(got, expected, strict=True):
+        assert torch.equal(value, other)
+    assert (got.coefficients[::3] == 0).all()
+
+
+def test_columns_that_are_not_contiguous(device):
+    inputs, _, _ = ld_batch(device, None)
+    columns = columns_of(COLUMNS, len(inputs[0]), len(inputs[2]), device)
+    apart = {
+        "of_pairs": PairOptions(*(torch.stack([x, x + 1], 1)[:, 0] for x in columns["of_pairs"])),
+        "token_weights": torch.stack([columns["token_weights"]] * 2, 1)[:, 0],
+    }
+    for got, expected in zip(run(*inputs, beta=0.1, **apart), run(*inputs, beta=0.1, **columns), strict=True):
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"token_weights": torch.ones(3)}, r"token_weights: expected \(2,\) float32 .* got \(3,\)"),
+        ({"token_weights": torch.ones(2).bool()}, r"token_weights: expected \(2,\) float32 .* torch.bool"),
+        ({"of_pairs": PairOptions(margin=torch.ones(2))}, r"of_pairs.margin: expected \(1,\) float32 .* got \(2,\)"),
+        ({"of_pairs": PairOptions(beta=torch.ones(1).double())}, r"of_pairs.beta: expected \(1,\) float32"),
+        (
+            {
+                "token_weights": torch.ones(2),
+                "ld_alpha": 0.5,
+                "lengths": torch.ones(2),
+                "positions": torch.zeros(2, dtype=torch.int32),
+            },
+            "token_weights: expected None beside ld_alpha",
+        ),
+    ],
+)
+def test_bad_columns(change, message):
     with pytest.raises(ValueError, match=message):
         preference_sigmoid(torch.zeros(2), cumulative([1, 1]), ADJACENCY, **{"beta": 0.1, **change})

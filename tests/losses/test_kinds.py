@@ -50,9 +50,9 @@ def test_value_and_gradient_equal_the_reference(name):
 
 
 def has_constants(name):
-    """Whether autograd holds something fixed (WPO's weights, KTO's KL, BCO's mean): numerical derivatives do not."""
+    """Whether autograd holds something fixed (weights, KTO's KL, a mean): numerical derivatives do not."""
     loss = PreferenceLoss(**LOSSES[name])
-    return loss.use_weighting or "kto_pair" in loss.kinds or loss.bco_delta != "zero"
+    return loss.use_weighting or {"kto_pair", "beta_dpo"} & set(loss.kinds) or loss.bco_delta != "zero"
 
 
 @pytest.mark.parametrize("name", [name for name in LOSSES if not has_constants(name)])
@@ -183,7 +183,7 @@ def test_preference_loss_has_the_fields_of_loss_options_and_documents_each():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kind": "sigmod"}, r"kind: expected one of \['aot', .*'sppo_hard'\], or several of them, got 'sigmod'"),
+        ({"kind": "sigmod"}, r"kind: expected one of \['alpha_po', .*'sppo_hard'\], or several of them, got 'sigmod'"),
         ({"kind": ("sigmoid", "dpo")}, "kind: expected one of"),
         ({"kind": ()}, "kind: expected one of"),
         ({"kind": ("sigmoid", "sft"), "weights": (1.0,)}, "weights: expected 2 finite numbers, one a kind"),
@@ -224,6 +224,24 @@ def test_preference_loss_has_the_fields_of_loss_options_and_documents_each():
         ({"kind": "discopop", "discopop_tau": 0.0}, "discopop_tau: expected a positive finite number, got 0.0"),
         ({"kind": "simpo", "simpo_gamma": math.nan}, "simpo_gamma: expected a finite number"),
         ({"kind": "cpo", "cpo_alpha": -1.0}, "cpo_alpha: expected 0 or more, got -1.0"),
+        ({"alpha_po_alpha": 0.5}, "alpha_po_alpha=0.5: not for kind 'sigmoid'; the kinds that take it are alpha_po$"),
+        ({"kind": "alpha_po", "alpha_po_alpha": math.inf}, "alpha_po_alpha: expected a finite number, got inf"),
+        ({"dpop_lambda": 1.0}, "dpop_lambda=1.0: not for kind 'sigmoid'; the kinds that take it are dpop$"),
+        ({"kind": "dpop", "dpop_lambda": -1.0}, "dpop_lambda: expected 0 or more, got -1.0"),
+        ({"beta_dpo_alpha": 0.1}, "beta_dpo_alpha=0.1: not for kind 'sigmoid'"),
+        ({"kind": "beta_dpo", "beta_dpo_alpha": -0.1}, "beta_dpo_alpha: expected 0 or more, got -0.1"),
+        ({"beta_dpo_threshold": 0.1}, "beta_dpo_threshold=0.1: not for kind 'sigmoid'"),
+        ({"kind": "beta_dpo", "beta_dpo_threshold": math.nan}, "beta_dpo_threshold: expected a finite number, got nan"),
+        (
+            {"kind": "plackett_luce", "score_temperature": 0.5},
+            "score_temperature=0.5: not for kind 'plackett_luce'; the kinds that take it are infonca, nca, lipo_lambda",
+        ),
+        ({"kind": "nca", "score_temperature": 0.0}, "score_temperature: expected a positive finite number, got 0.0"),
+        ({"kind": "nca", "ld_alpha": 0.5}, "ld_alpha=0.5: not for kind 'nca'; the kinds that take it are sigmoid, .*"),
+        ({"kind": ("sigmoid", "infonca"), "ld_alpha": 0.5}, r"ld_alpha=0.5: not for kind \('sigmoid', 'infonca'\)"),
+        ({"kind": "softmax_dpo", "use_weighting": True}, "use_weighting=True: not for kind 'softmax_dpo'"),
+        ({"kind": "lipo_lambda", "label_smoothing": 0.1}, "label_smoothing=0.1: not for kind 'lipo_lambda'"),
+        ({"kind": "dpop", "f_divergence_type": "forward_kl"}, "f_divergence_type='forward_kl': not for kind 'dpop'"),
     ],
 )
 def test_options_that_are_refused(options, message):

@@ -98,18 +98,7 @@ def test_a_table_of_groups_is_read_by_rows():
 def test_token_data_is_read_in_place():
     table = columns(ROWS, np.int32)
     flat = read_examples(table)
-    packer = _C.Packer(
-        flat.sequences,
-        flat.branch_counts,
-        flat.pair_counts,
-        flat.pairs,
-        flat.grouped,
-        max_tokens=100,
-        max_targets=100,
-        share="prompt",
-        vocab_size=_C.UNLIMITED,
-        threads=1,
-    )
+    packer = flat.packer(max_tokens=100, max_targets=100, share="prompt")
     table["prompt_ids"][0][:] += 100
     assert len(flat.sequences) == 9 and flat.sequences.lengths().tolist() == [3, 2, 3, 1, 1, 2, 3, 2, 1]
     longs, ints = np.empty(100, np.int64), np.empty(100, np.int32)

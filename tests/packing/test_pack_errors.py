@@ -93,12 +93,20 @@ def test_bad_limits(value):
 
 
 def packer(**changes):
-    arrays = {"sequences": [[1], [2], [3]], "branch_counts": [2], "pair_counts": [1], "pairs": [[0, 1]]} | changes
+    arrays = {
+        "sequences": [[1], [2], [3]],
+        "branch_counts": [2],
+        "comparison_counts": [1],
+        "members": [0, 1],
+        "member_counts": [],
+        "ranks": [],
+        "variants": [],
+    } | changes
     sequences = _C.Sequences.from_objects(arrays.pop("sequences"), lambda index: None)
     return _C.Packer(
         sequences=sequences,
         **{name: np.array(value, np.int64) for name, value in arrays.items()},
-        grouped=np.zeros(1, np.uint8),
+        forms=np.zeros(1, np.uint8),
         max_tokens=8,
         max_targets=8,
         share="prompt",
@@ -117,14 +125,24 @@ def packer(**changes):
         {"branch_counts": [-1]},
         {"branch_counts": [2**62]},
         {"branch_counts": [1, 1]},
-        {"pair_counts": [2]},
-        {"pair_counts": [0]},
-        {"pair_counts": [-1]},
-        {"pairs": [0, 1, 0]},
+        {"comparison_counts": [2]},
+        {"comparison_counts": [0]},
+        {"comparison_counts": [-1]},
+        {"members": [0, 1, 0]},
+        {"member_counts": [2]},
+        {"ranks": [0, 1]},
+        {"member_counts": [1, 1], "ranks": [0, 1]},
+        {"member_counts": [3], "ranks": [0, 1]},
+        {"member_counts": [2**62], "ranks": [0, 1]},
+        {"member_counts": [2], "ranks": [0, 0]},
+        {"member_counts": [2], "ranks": [0, 2]},
+        {"member_counts": [2], "ranks": [1, 2]},
+        {"variants": [0, 0]},
     ],
 )
 def test_the_extension_refuses_arrays_that_do_not_fit_together(changes):
-    assert packer().shapes.tolist() == [[1, 2, 1, 2, 1, 4]]
+    assert packer().shapes.tolist() == [[1, 2, 1, 2, 1, 0, 4]]
+    assert packer(member_counts=[2], ranks=[0, 1]).shapes.tolist() == [[1, 2, 1, 2, 1, 2, 4]]
     with pytest.raises(ValueError):
         packer(**changes)
 
@@ -186,16 +204,18 @@ def test_the_extensions_plan_takes_int64_arrays_only(other):
         ({"max_targets": -1}, "max_targets: expected 1 or more, got -1"),
         ({"vocab_size": 0}, "vocab_size: expected 1 or more, got 0"),
         ({"threads": 0}, "threads: expected 1 or more, got 0"),
-        ({"pairs": A([0, 1])}, "pairs: expected an array of 2 dimensions, got 1"),
-        ({"pairs": A([[0, 1, 1, 0]])}, "pairs: expected 2 columns, got 4"),
+        ({"members": A([[0, 1]])}, "members: expected an array of 1 dimensions, got 2"),
+        ({"ranks": A([[0, 1]])}, "ranks: expected an array of 1 dimensions, got 2"),
         ({"branch_counts": A([[2]])}, "branch_counts: expected an array of 1 dimensions, got 2"),
     ],
 )
 def test_the_extensions_packer_checks_its_own_arguments(change, message):
     sequences = _C.Sequences.from_objects([[1], [2], [3]], lambda index: None)
-    arrays = {"branch_counts": A([2]), "pair_counts": A([1]), "pairs": A([[0, 1]]), "grouped": A([0], np.uint8)}
+    none = {name: A([], np.int64) for name in ("member_counts", "ranks", "variants")}
+    arrays = {"branch_counts": A([2]), "comparison_counts": A([1]), "members": A([0, 1]), "forms": A([0], np.uint8)}
+    arrays |= none
     limits = {"max_tokens": 9, "max_targets": 9, "share": "prompt", "vocab_size": 9, "threads": 1}
-    assert _C.Packer(sequences, **arrays, **limits).shapes.shape == (1, 6)
+    assert _C.Packer(sequences, **arrays, **limits).shapes.shape == (1, 7)
     with pytest.raises(ValueError, match=message):
         _C.Packer(sequences, **{**arrays, **limits, **change})
     with pytest.raises(TypeError, match="incompatible"):

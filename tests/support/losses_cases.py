@@ -21,6 +21,12 @@ def plain_options(kind):
         "discopop": {"discopop_tau": 0.3},
         "simpo": {"simpo_gamma": 0.7},
         "cpo": {"cpo_alpha": 0.6},
+        "alpha_po": {"alpha_po_alpha": 0.4, "simpo_gamma": 0.7},
+        "dpop": {"dpop_lambda": 3.0},
+        "beta_dpo": {"beta_dpo_alpha": 0.3, "beta_dpo_threshold": 0.2},
+        "infonca": {"score_temperature": 0.5},
+        "nca": {"score_temperature": 0.5},
+        "lipo_lambda": {"score_temperature": 0.5},
     }
     return {"kind": kind, "beta": 0.3, **own.get(kind, {})}
 
@@ -34,9 +40,9 @@ def every_loss():
         if kind.divergence:
             for divergence in DIVERGENCES[1:]:
                 cases[f"{name} {divergence}"] = {**plain, "f_divergence_type": divergence}
-        if name != "sft":
+        if name != "sft" and not kind.lists:
             cases[f"{name} ld"] = {**plain, "ld_alpha": 0.3}
-        if not name.startswith("aot"):
+        if not name.startswith("aot") and not kind.lists:
             cases[f"{name} weighted"] = {**plain, "use_weighting": True}
         if not kind.nll:
             cases[f"{name} rpo"] = {**plain, "rpo_alpha": 0.4}
@@ -44,7 +50,9 @@ def every_loss():
     cases["alpha 1"] = {"kind": "sigmoid", "f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 1.0}
     cases["ipo summed"] = {**plain_options("ipo"), "ipo_average": False}
     cases["bco running mean"] = {**plain_options("bco_pair"), "bco_delta": "running_mean"}
+    cases["alpha_po, a negative alpha"] = {**plain_options("alpha_po"), "alpha_po_alpha": -0.5}
     cases["mpo"] = {"kind": ["sigmoid", "bco_pair", "sft"], "weights": [0.8, 0.2, 1.0], "beta": 0.3}
+    cases["pairs and lists"] = {"kind": ("sigmoid", "plackett_luce", "nca"), "weights": (0.5, 1.0, 2.0), "beta": 0.3}
     cases["mix of all modifiers"] = {
         "kind": ("sigmoid", "ipo", "sft"),
         "weights": (1.0, 0.5, 0.1),

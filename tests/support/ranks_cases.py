@@ -24,7 +24,7 @@ from tests.support.tiny import VOCAB, tiny_dataset, tiny_dialogues, tiny_model, 
 
 WORLD = 2
 PAIRS = 21  # 8 a step: the last one has 5
-COUPLED = ("aot", "aot_unpaired", "kto_pair")
+COUPLED = ("aot", "aot_unpaired", "kto_pair", "beta_dpo")
 REQUIRED = {"exo_pair": {"label_smoothing": 1e-3}, "robust": {"label_smoothing": 0.1}}
 
 # The load-balancing loss is computed from what the tokens of the whole step choose.

@@ -20,6 +20,8 @@ OPTIONS = {
     "aot ld": {"loss_type": "aot_unpaired", "ld_alpha": 0.3},
     "kto weighted": {"loss_type": "kto_pair", "use_weighting": True},
     "bco": {"loss_type": "bco_pair", "bco_delta": "running_mean"},
+    "beta_dpo": {"loss_type": "beta_dpo", "beta_dpo_threshold": 0.1},
+    "lists": {"loss_type": ["plackett_luce", "nca"], "loss_weights": [1.0, 0.3]},
 }
 
 
@@ -39,7 +41,7 @@ def test_results_do_not_depend_on_how_the_step_is_cut(tmp_path, name):
             assert metrics[metric] == pytest.approx(results[0][2][metric], abs=1e-4)
 
 
-@pytest.mark.parametrize("name", ["mpo", "ld", "aot ld", "bco"])
+@pytest.mark.parametrize("name", ["mpo", "ld", "aot ld", "bco", "beta_dpo", "lists"])
 def test_the_first_step_is_the_references(tmp_path, name):
     """Loss of four pairs, by reference.py over padded rows, with a reference that is not the policy."""
     ref_model = tiny_model()

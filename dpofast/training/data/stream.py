@@ -68,6 +68,9 @@ class StepStream(torch.utils.data.IterableDataset[Any]):
             first += len(part)
 
     def _step(self, examples: list[dict[str, Any]]) -> StepExamples:
+        # Token weights that are made of turns are a column only of those chunks that have such turns.
+        columns = dict.fromkeys(name for example in examples for name in example)
+        examples = [{**columns, **example} for example in examples]
         chosen = sum(len(example["chosen_ids"]) for example in examples)
         own = np.arange(len(examples))
         if self.ranks.size > 1:

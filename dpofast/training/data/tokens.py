@@ -34,6 +34,9 @@ class PreferenceData:
             "max_length": args.max_length,
             "truncation_mode": args.truncation_mode,
             "on_bad_row": args.on_bad_row,
+            "list_pairs": args.list_pairs,
+            "min_score_gap": args.min_score_gap,
+            "assistant_only_loss": args.assistant_only_loss,
             "num_proc": args.dataset_num_proc,
             "vocab_size": vocab_size,
         }

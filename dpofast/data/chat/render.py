@@ -26,11 +26,20 @@ _SAYING = ("content", *_CALLS, *_REASONING)
 
 
 class Rendered(NamedTuple):
-    """The prompt alone, ready for a response, and the prompt with each response: texts, and their token ids."""
+    """A prompt and its responses as the template writes them.
+
+    Attributes:
+        alone: text of the prompt, ready for a response.
+        whole: text of the prompt with each response.
+        ids: token ids of `alone` and of every text of `whole`.
+        prompt, responses: the turns in the form that the template was given.
+    """
 
     alone: str
     whole: tuple[str, ...]
     ids: list[list[int]]
+    prompt: Turns
+    responses: list[Turns]
 
 
 def says_something(response: Turns) -> bool:
@@ -55,8 +64,18 @@ class Template:
         self._tools = tools
         self._variables = variables
 
-    def render(self, prompt: Turns, responses: Sequence[Turns]) -> Rendered:
-        """Render the prompt, and the prompt with each response.
+    @property
+    def source(self) -> str:
+        """The template itself."""
+        return str(self._tokenizer.get_chat_template(tools=self._tools))
+
+    @property
+    def eos_token(self) -> str | None:
+        """The tokenizer's."""
+        return self._tokenizer.eos_token
+
+    def render(self, prompt: Turns, responses: Sequence[Turns], names: Sequence[str]) -> Rendered:
+        """Render the prompt, and the prompt with each response; `names` are the responses' in messages.
 
         Raises:
             BadRow: the template refuses the row, leaves text of it out, or writes the prompt differently in front of a
@@ -73,7 +92,7 @@ class Template:
                 continue
             tried.append(turns)
             try:
-                return self._rendered(turns[0], turns[1:])
+                return self._rendered(turns[0], turns[1:], names)
             except BadRow as problem:
                 if problem.fatal:
                     raise
@@ -83,22 +102,22 @@ class Template:
         assert reason is not None
         raise reason
 
-    def _rendered(self, prompt: Turns, responses: Sequence[Turns]) -> Rendered:
+    def _rendered(self, prompt: Turns, responses: list[Turns], names: Sequence[str]) -> Rendered:
         alone = self._text(prompt, generation=True)
         whole = tuple(self._text(prompt + response) for response in responses)
-        self._check_written(prompt, alone, len(prompt), lambda turns: self._text_or_none(turns, generation=True))
+        self._check_written(prompt, alone, len(prompt), lambda turns: self.text_or_none(turns, generation=True))
         for response, text in zip(responses, whole, strict=True):
-            self._check_written(prompt + response, text, len(prompt), self._text_or_none)
-        if self._tools and alone == self._text_or_none(prompt, generation=True, tools=None):
+            self._check_written(prompt + response, text, len(prompt), self.text_or_none)
+        if self._tools and alone == self.text_or_none(prompt, generation=True, tools=None):
             raise BadRow(
                 "the chat template leaves out `tools`",
                 f"the prompt is {excerpt(alone, 0, 200)} with and without them: use a template that writes them, or "
                 "remove the column",
             )
-        self._check_prompt(prompt, alone, whole)
+        self._check_prompt(prompt, alone, whole, names)
         ids = [self._ids(prompt, alone, generation=True)]
         ids += [self._ids(prompt + each, text) for each, text in zip(responses, whole, strict=True)]
-        return Rendered(alone, whole, ids)
+        return Rendered(alone, whole, ids, prompt, responses)
 
     # ---- the tokenizer ----------------------------------------------------------------------------------------------
 
@@ -120,14 +139,15 @@ class Template:
             detail = str(error) or type(error).__name__
             raise BadRow("the chat template refused the conversation", detail) from None
 
-    def _text_or_none(self, turns: Turns, *, generation: bool = False, tools: Any = ...) -> str | None:
+    def text_or_none(self, turns: Turns, *, generation: bool = False, tools: Any = ...) -> str | None:
+        """The text of turns, with the generation prompt behind them or not; None where the template refuses them."""
         try:
             return self._text(turns, generation=generation, tools=tools)
         except BadRow:
             return None
 
     def _ids(self, turns: Turns, text: str, *, generation: bool = False) -> list[int]:
-        if type(self._tokenizer).apply_chat_template is PreTrainedTokenizerBase.apply_chat_template:
+        if self._writes_text:
             ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         else:
             ids = self._apply(turns, generation=generation, tools=self._tools, tokenize=True)["input_ids"]
@@ -137,6 +157,22 @@ class Template:
         if eos and last and last[0].rstrip().endswith(eos) and ids[-2:] == [self._tokenizer.eos_token_id] * 2:
             ids = ids[:-1]
         return ids
+
+    @property
+    def _writes_text(self) -> bool:
+        """Whether the template writes text that is tokenized, as it does in all of transformers' own tokenizers."""
+        return type(self._tokenizer).apply_chat_template is PreTrainedTokenizerBase.apply_chat_template
+
+    def offsets(self, text: str, count: int) -> list[tuple[int, int]] | None:
+        """Return the characters from start to stop of the first `count` tokens; None where the tokenizer has none."""
+        if not (self._writes_text and self._tokenizer.is_fast):
+            return None
+        return self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"][:count]
+
+    def assistant_mask(self, turns: Turns, count: int) -> list[int]:
+        """Return the mask of the first `count` tokens that a template's generation markers give."""
+        options = {"tools": self._tools, **self._variables, "return_assistant_tokens_mask": True}
+        return self._tokenizer.apply_chat_template(turns, return_dict=True, **options)["assistant_masks"][:count]
 
     # ---- what was written -------------------------------------------------------------------------------------------
 
@@ -155,7 +191,7 @@ class Template:
             if isinstance(content, list) and any(spelled in text for spelled in _spellings(content)):
                 raise BadRow("the chat template writes a list of parts as Python spells it", excerpt(text, 0, 200))
             is_context = index < prompt and turn["role"] == "assistant" and turn.get("tool_calls")
-            if not is_context and any(t.strip() not in text for t in texts) and unchanged(_altered(turn)):
+            if not is_context and any(t.strip() not in text for t in texts) and unchanged(altered(turn, " #")):
                 raise _left_out(turn, index, "text", "".join(texts), text)
             for key in _CALLS:
                 if turn.get(key) and unchanged({name: value for name, value in turn.items() if name != key}):
@@ -165,23 +201,23 @@ class Template:
             if isinstance(last.get(key), str) and last[key].strip() not in text:
                 raise _left_out(last, len(turns) - 1, key, last[key], text)
 
-    def _check_prompt(self, prompt: Turns, alone: str, whole: Sequence[str]) -> None:
+    def _check_prompt(self, prompt: Turns, alone: str, whole: Sequence[str], names: Sequence[str]) -> None:
         """Raise BadRow where the prompt's turns are written differently in front of a response.
 
         The generation prompt behind them may differ (an opened <think>): what is left out of it is counted and shown.
         """
-        for name, text in zip(("chosen", "rejected"), whole, strict=True):
+        for name, text in zip(names, whole, strict=True):
             if text.startswith(alone):
                 continue
             shared = len(commonprefix([alone, text]))
-            turns = self._text_or_none(prompt)
+            turns = self.text_or_none(prompt)
             whole_turns = len(alone) if turns is None else len(commonprefix([alone, turns]))
             pieces = [piece.strip() for turn in prompt for piece in _texts(turn)]
             if shared < whole_turns or any(piece in alone and piece not in alone[:shared] for piece in pieces):
                 start = max(0, shared - 40)
                 raise BadRow(
                     "the chat template writes the prompt differently in front of a response",
-                    f"alone {excerpt(alone, start, 160)}, in front of the {name} response "
+                    f"alone {excerpt(alone, start, 160)}, in front of {name} "
                     f"{excerpt(text, start, 160)}; the prompt's text would be trained as the response's: use a "
                     "template that writes both alike, or give prompt, chosen and rejected as text",
                 )
@@ -250,8 +286,9 @@ def _all_texts(content: list[Any]) -> list[str]:
     return [str(part.get("text", "")) for part in content]
 
 
-def _altered(turn: Turn) -> Turn:
+def altered(turn: Turn, end: str) -> Turn:
+    """Return a turn with `end` behind its content, or behind each part of it."""
     content = turn["content"]
     if isinstance(content, str):
-        return {**turn, "content": content + " #"}
-    return {**turn, "content": [{**part, "text": part["text"] + " #"} for part in content]}
+        return {**turn, "content": content + end}
+    return {**turn, "content": [{**part, "text": part["text"] + end} for part in content]}
