@@ -1,8 +1,8 @@
 """A hidden judge that is no lexicon: a classifier of whole texts, trained on reviews of films that nobody else sees.
 
 It is a Llama of π_ref's size with weights and a tokenizer of its own: it first learns the reviews of its films as a
-language model, then whether each liked the film, from the review's beginning of any length, since completions are no
-whole reviews either. A text's reward is SCALE·(2p − 1) with p the probability that the critic liked the film: neither a
+language model, then whether each liked the film, from beginnings of the review, since completions are no whole reviews
+either. A text's reward is SCALE·(2p − 1) with p the probability that the critic liked the film: neither a
 sum over words, nor free.
 """
 
@@ -28,7 +28,7 @@ from bench.paper.sampling import Samples
 from bench.real_pairs import Review
 
 JUDGES_SHARE = 0.5  # of the films
-SHORTEST_BEGINNING = 4  # tokens
+SHORTEST_BEGINNING, LONGEST_BEGINNING = 4, 40  # tokens; prefix and completion have no more than 32
 _FIGURES = "judge.json"  # written last
 
 
@@ -42,7 +42,7 @@ class Training:
     seed: int = 0
 
 
-FULL = Training(epochs=4, learning_rate=1e-3)
+FULL = Training(epochs=3, learning_rate=1e-3)
 QUICK = Training(epochs=8, learning_rate=3e-3)
 
 
@@ -56,8 +56,11 @@ class Judge:
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """(B,) float32 in (−SCALE, SCALE): SCALE·(2p − 1) = SCALE·tanh(logit / 2)."""
         # A text without a token (nothing but an end) is read as an end.
-        ids = [row or [self._tokenizer.eos_token_id] for row in self._tokenizer(list(texts))["input_ids"]]
-        return SCALE * torch.tanh(self._score(Samples([[] for _ in ids], ids, list(texts))) / 2)
+        return self.of_ids([row or [self._tokenizer.eos_token_id] for row in self._tokenizer(list(texts))["input_ids"]])
+
+    def of_ids(self, ids: Sequence[list[int]]) -> Tensor:
+        """(B,) float32: the same of token ids, at least one each."""
+        return SCALE * torch.tanh(self._score(Samples([[] for _ in ids], list(ids), [""] * len(ids))) / 2)
 
 
 def films_apart(reviews: Sequence[Review]) -> tuple[list[Review], list[Review]]:
@@ -97,7 +100,8 @@ def load_judge(folder: Path, quick: bool, reviews: Sequence[Review]) -> Judge:
         return Judge(model, AutoTokenizer.from_pretrained(folder))
     figures.unlink(missing_ok=True)
     judge = Judge(_train(language_model, tokenizer, train, training, folder), tokenizer)
-    right = (judge([review.text for review in held_out]) > 0) == torch.tensor([review.fresh for review in held_out])
+    beginnings = [ids[:LONGEST_BEGINNING] for ids in tokenizer([review.text for review in held_out])["input_ids"]]
+    right = (judge.of_ids(beginnings) > 0) == torch.tensor([review.fresh for review in held_out])
     tokenizer.save_pretrained(folder)
     write_json(
         figures,
@@ -138,7 +142,7 @@ def _train(
     for _ in range(steps):
         batch = rng.sample(range(len(rows)), training.batch_size)
         # A completion is a review's beginning.
-        beginnings = [rows[n][: rng.randint(min(SHORTEST_BEGINNING, len(rows[n])), len(rows[n]))] for n in batch]
+        beginnings = [rows[n][: rng.randint(SHORTEST_BEGINNING, LONGEST_BEGINNING)] for n in batch]
         ids = torch.nn.utils.rnn.pad_sequence(
             [torch.tensor(row) for row in beginnings], batch_first=True, padding_value=tokenizer.pad_token_id
         )

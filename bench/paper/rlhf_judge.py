@@ -5,7 +5,7 @@
 
 The judge (bench/paper/judge.py) is a small Llama that reads the whole text, trained on whether critics liked half of
 the corpus' films; π_ref learns from, and all prefixes come from, the other half. So the reward is neither a sum over
-words nor free. All else is as in rlhf.py, but for some minutes more: estimated at 37 on two quiet cores, 5.5 of them
+words nor free. All else is as in rlhf.py, but for some minutes more: estimated at 36 on two quiet cores, 5.5 of them
 for π_ref and the judge, and 115 core-seconds more for each seed, in which the judge reads.
 """
 
