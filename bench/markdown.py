@@ -210,6 +210,42 @@ def real_run_table(results: Path = RESULTS) -> str:
     return f"{title}\n\n{rows(('step', 'held-out loss', 'accuracy', 'margin', 'displacement'), body)}"
 
 
+def lists_table(results: Path = RESULTS) -> str:
+    """Every recorded run of bench.lists, one row an engine; or the sentence that there is none."""
+    found = records("lists", results)
+    if not found:
+        return "No run is recorded yet."
+    return "\n\n".join(map(_lists_table, found))
+
+
+def _lists_table(record: Record) -> str:
+    figures, engines = record["figures"], record["figures"]["engines"]
+    tokens = figures["mean_tokens"]
+    vocab = RANDOM_PROFILES[figures["profile"]].vocab_size
+    caption = (
+        f"{figures['lists_per_step']} lists of {figures['responses']} a step, prompts of {tokens['prompt']:.0f} and "
+        f"responses of {tokens['response']:.0f} tokens; small random Llama, V = {vocab:,}; {machine(record)}, "
+        f"{record['date'][:10]}; `{record['command']}`:"
+    )
+    columns = {
+        "positions": lambda row: row["work"]["positions"],
+        "GEMM work, GFLOP": lambda row: row["work"]["gemm_gflops"],
+        "CPU s a step": lambda row: row["step_cpu_s"]["median"],
+        "s a step": lambda row: row["step_s"]["median"],
+    }
+    ours = engines["dpofast-lists"]
+    body = []
+    for name, row in engines.items():
+        cells = [f"**{name}**" if row is ours else name]
+        for value in columns.values():
+            mine = value(row)
+            cells.append(f"{mine:,.0f}" if mine >= 100 else f"{mine:.2f}")
+            cells.append(f"{value(ours) / mine:.2f}x")
+        body.append(cells)
+    header = ["engine", *(title for column in columns for title in (column, "lists over it"))]
+    return f"{caption}\n\n{rows(header, body)}"
+
+
 def gpu_table(results: Path = RESULTS) -> str:
     """What was measured on GPUs, or the sentence that nothing was."""
     found = records("gpu", results)

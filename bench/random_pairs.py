@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from bench.cases import SEED, RandomProfile
 
-_END, _PAD = 0, 1
+END, _PAD = 0, 1
 
 
 def write_model(folder: Path, profile: RandomProfile) -> None:
@@ -26,14 +26,14 @@ def write_model(folder: Path, profile: RandomProfile) -> None:
         num_hidden_layers=profile.layers,
         num_attention_heads=profile.hidden_size // 64,
         num_key_value_heads=max(1, profile.hidden_size // 128),
-        eos_token_id=_END,
+        eos_token_id=END,
         pad_token_id=_PAD,
         bos_token_id=None,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     words = Tokenizer(models.WordLevel({_word(i): i for i in range(profile.vocab_size)}, unk_token=_word(_PAD)))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token=_word(_END), pad_token=_word(_PAD))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token=_word(END), pad_token=_word(_PAD))
     tokenizer.save_pretrained(folder)
 
 
@@ -45,11 +45,6 @@ def _word(token: int) -> str:
 def random_rows(profile: RandomProfile, pairs: int) -> list[dict[str, np.ndarray]]:
     """Pairs as prompt, chosen, rejected: (L,) int64 ids each, without an end-of-sequence token."""
     rng = np.random.default_rng(SEED)
-
-    def draw(median: int) -> np.ndarray:
-        length = max(2, round(rng.lognormal(np.log(median), profile.sigma)))
-        return rng.integers(2, profile.vocab_size, length)
-
     system = rng.integers(2, profile.vocab_size, profile.system)
     rows: list[dict[str, np.ndarray]] = []
     while len(rows) < pairs:
@@ -57,7 +52,7 @@ def random_rows(profile: RandomProfile, pairs: int) -> list[dict[str, np.ndarray
         history = system
         for _ in range(least if least == most else rng.integers(least, most + 1)):
             medians = (profile.prompt_median, profile.response_median, profile.response_median)
-            message, chosen, rejected = map(draw, medians)
+            message, chosen, rejected = (_draw(rng, profile, median) for median in medians)
             same = int(profile.fork * min(len(chosen), len(rejected)))
             rejected[:same] = chosen[:same]
             prompt = np.concatenate((history, message))
@@ -66,10 +61,31 @@ def random_rows(profile: RandomProfile, pairs: int) -> list[dict[str, np.ndarray
     return rows[:pairs]
 
 
+def random_lists(profile: RandomProfile, lists: int, responses: int) -> list[tuple[np.ndarray, list[np.ndarray]]]:
+    """(prompt, its responses): (L,) int64 ids each, without end-of-sequence tokens; `turns` and `fork` are not used."""
+    rng = np.random.default_rng(SEED)
+    system = rng.integers(2, profile.vocab_size, profile.system)
+    return [
+        (
+            np.concatenate((system, _draw(rng, profile, profile.prompt_median))),
+            [_draw(rng, profile, profile.response_median) for _ in range(responses)],
+        )
+        for _ in range(lists)
+    ]
+
+
+def _draw(rng: np.random.Generator, profile: RandomProfile, median: int) -> np.ndarray:
+    """Random ids of a log-normal length."""
+    length = max(2, round(rng.lognormal(np.log(median), profile.sigma)))
+    return rng.integers(2, profile.vocab_size, length)
+
+
+def text_of(ids: np.ndarray) -> str:
+    """The words of ids."""
+    # The space makes prompt + response split where the two parts do.
+    return "".join(f"{_word(token)} " for token in ids)
+
+
 def build_random_pairs(profile: RandomProfile, pairs: int) -> list[dict[str, str]]:
     """The text of random_rows; a trainer adds one end-of-sequence token to each response."""
-    # The space makes prompt + response split where the two parts do.
-    return [
-        {name: "".join(f"{_word(token)} " for token in ids) for name, ids in row.items()}
-        for row in random_rows(profile, pairs)
-    ]
+    return [{name: text_of(ids) for name, ids in row.items()} for row in random_rows(profile, pairs)]

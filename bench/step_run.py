@@ -14,7 +14,7 @@ from bench.cases import SEED, UNATTENDED
 from bench.timing import PeakMemory
 from bench.work import Work
 
-BASE, PATCHED = "trl", "trl-patched"
+BASE, PATCHED, LISTS = "trl", "trl-patched", "dpofast-lists"
 # name: library, settings of its own
 ENGINES: dict[str, tuple[str, dict[str, Any]]] = {
     "dpofast": ("dpofast", {"precompute_ref_log_probs": True}),
@@ -25,8 +25,10 @@ ENGINES: dict[str, tuple[str, dict[str, Any]]] = {
     "dpofast-prompt": ("dpofast", {"precompute_ref_log_probs": True, "share": "prompt"}),
     "dpofast-unshared": ("dpofast", {"precompute_ref_log_probs": True, "share": "none"}),
     PATCHED: (BASE, {"precompute_ref_log_probs": False}),
+    LISTS: ("dpofast", {"precompute_ref_log_probs": True, "loss_type": ["plackett_luce"]}),
 }
-EXTRA_ENGINES = tuple(ENGINES)[2:]
+# Those that bench/step.py runs where it is told to; bench/lists.py runs LISTS.
+EXTRA_ENGINES = tuple(name for name in ENGINES if name not in ("dpofast", BASE, LISTS))
 # The trainer's method that computes the reference before training; timed by wrapping it.
 REFERENCE_PASS = {"dpofast": "_with_reference", "trl": "_precompute_ref_logps"}
 
@@ -37,8 +39,8 @@ class StepCase:
 
     Attributes:
         model: folder of a causal language model with its tokenizer.
-        pairs_file: JSON lines with prompt, chosen, rejected; read in order.
-        pairs_per_step: pairs in one optimizer step.
+        pairs_file: JSON lines with prompt, chosen, rejected, or for LISTS prompt, responses, ranks; read in order.
+        pairs_per_step: pairs, or lists, in one optimizer step.
         steps: optimizer steps.
         learning_rate: AdamW's, constant.
         beta: the loss's.
@@ -59,8 +61,8 @@ class StepCase:
     max_tokens: int | None = None
     trl_pairs: int | None = None
 
-    def rows(self) -> list[dict[str, str]]:
-        """The pairs."""
+    def rows(self) -> list[dict[str, Any]]:
+        """The pairs or lists."""
         return [json.loads(line) for line in Path(self.pairs_file).read_text(encoding="utf-8").splitlines()]
 
 

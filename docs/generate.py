@@ -256,6 +256,7 @@ TEXTS: dict[str, Callable[[], str]] = {
     "head": markdown.head_table,
     "packing": markdown.packing_table,
     "sharing": markdown.sharing_table,
+    "lists": markdown.lists_table,
     "memory": markdown.memory_table,
     "real_run": markdown.real_run_table,
     "gpu": markdown.gpu_table,

@@ -33,7 +33,7 @@ import torch
 import dpofast
 from bench.paper.closed_form_figure import draw
 from bench.paper.closed_form_fit import SLOPE, figures
-from bench.paper.enumerable import Space, World, random_world
+from bench.paper.enumerable import Space, World, random_world, sample_pairs
 from bench.paper.experiment import SEEDS, begin, cells, mean_and_error, record
 from bench.paper.information import predicted_kl
 from bench.paper.text_table import plus_minus, text_table
@@ -96,8 +96,8 @@ def _compute(world: World, size: Size, name: str) -> dict[str, Any]:
         return {"kl_times_pairs": predicted_kl(world, float(what), draws=size.draws)}
     pairs, seed = (int(value) for value in rest)
     if kind == "clean":
-        return figures(world, pairs, dpofast.PreferenceLoss(beta=float(what)), seed=seed)
-    return figures(world, pairs, LOSSES[what], seed=seed, flipped=FLIPPED)
+        return figures(world, sample_pairs(world, pairs, seed=seed), dpofast.PreferenceLoss(beta=float(what)))
+    return figures(world, sample_pairs(world, pairs, seed=seed, flipped=FLIPPED), LOSSES[what])
 
 
 def _over_pairs(found: dict[str, Any], counts: Sequence[int], prefix: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from torch import Tensor
 import dpofast
 from bench.paper.enumerable import World, kl, sample_pairs, sequence_logps
 from bench.paper.information import whitening
+from dpofast.losses.columns import NO_COLUMNS, PreferenceColumns
 
 # Convergence threshold on the largest gradient entry, in coordinates in which the loss's curvature is about one.
 SLOPE = 1e-7
@@ -27,13 +28,20 @@ class Fit:
     slope: float
 
 
-def fit(world: World, pairs: Tensor, loss: dpofast.PreferenceLoss) -> Fit:
-    """Minimize dpofast.preference_loss over all pairs at once by L-BFGS, from the reference.
+def fit(world: World, sample: Tensor, loss: dpofast.PreferenceLoss) -> Fit:
+    """Minimize dpofast.preference_loss over all pairs or rankings at once by L-BFGS, from the reference.
 
     The loss of DPO is convex in the policy's log-ratios, and these contexts can have any log-ratio whose terms are of
     neighbouring symbols; so there is one optimum, and where the search begins does not matter.
+
+    sample: (n, K) int64, the responses of each, best first; K = 2 for a loss of pairs.
     """
     space = world.space
+    columns = NO_COLUMNS
+    if loss.of_lists:
+        places = torch.arange(sample.shape[1], dtype=torch.int32)
+        columns = PreferenceColumns(lists=sample.int(), ranks=places.expand(sample.shape))
+    pairs = sample[:, [0, -1]]
     with torch.no_grad():
         ref_logps = sequence_logps(world.ref_head, space).flatten()
     moved, calls = torch.zeros_like(world.ref_head), 0
@@ -51,7 +59,7 @@ def fit(world: World, pairs: Tensor, loss: dpofast.PreferenceLoss) -> Fit:
             calls += 1
             found.grad = None
             logps = sequence_logps(world.ref_head + head(), space).flatten()
-            value = dpofast.preference_loss(logps, pairs, ref_logps, loss=loss).loss
+            value = dpofast.preference_loss(logps, pairs, ref_logps, loss=loss, columns=columns).loss
             value.backward()
             return value
 
@@ -79,17 +87,14 @@ def implicit_rewards(world: World, step: Tensor, beta: float) -> Tensor:
     return rewards - (ref.exp() * rewards).sum(1, keepdim=True)
 
 
-def figures(
-    world: World, pairs: int, loss: dpofast.PreferenceLoss, *, seed: int, flipped: float = 0.0
-) -> dict[str, Any]:
+def figures(world: World, sample: Tensor, loss: dpofast.PreferenceLoss) -> dict[str, Any]:
     """The optimum on a sample against π*, all by counting: means over prompts, under π_ref where it says weighted.
 
     kl: KL(π_θ‖π*), nats; kl_reverse: KL(π*‖π_θ); kl_reference: KL(π*‖π_ref); correlation, regression: Pearson's r of
-    the implicit reward with r*, and its slope on r*, weighted; accuracy: of the labels under r*; binned_margins: the
-    mean implicit margin of pairs whose true margin is about one of MARGINS; rewards: true and implicit reward of some
-    responses.
+    the implicit reward with r*, and its slope on r*, weighted; accuracy: of neighbours in a ranking under r*;
+    binned_margins: the mean implicit margin of pairs whose true margin is about one of MARGINS; rewards: true and
+    implicit reward of some responses.
     """
-    sample = sample_pairs(world, pairs, seed=seed, flipped=flipped)
     result = fit(world, sample, loss)
     optimum, ref = world.optimum(loss.beta), sequence_logps(world.ref_head, world.space)
     policy = sequence_logps(world.ref_head + result.step, world.space)

@@ -103,6 +103,15 @@ def kl(logp: Tensor, logq: Tensor) -> Tensor:
     return (logp.exp() * (logp - logq)).sum(1)
 
 
+def sample_rankings(world: World, rankings: int, responses: int, *, seed: int) -> Tensor:
+    """(prompts·rankings, responses) int64, best first, numbered through prompt·responses of the space + response.
+
+    The responses are drawn from the reference and ranked by Plackett-Luce: each place goes to one of those that are
+    left with probability softmax(r*). Rankings of two are the pairs of sample_pairs from the same seed.
+    """
+    return _ranked(world, rankings, responses, torch.Generator().manual_seed(seed)).flatten(0, 1)
+
+
 def sample_pairs(world: World, pairs: int, *, seed: int, flipped: float = 0.0) -> Tensor:
     """(prompts·pairs, 2) int64, chosen and rejected, numbered through prompt·responses + response.
 
@@ -110,13 +119,26 @@ def sample_pairs(world: World, pairs: int, *, seed: int, flipped: float = 0.0) -
     then a share `flipped` of the labels is turned round.
     """
     draw = torch.Generator().manual_seed(seed)
-    shape = (world.space.prompts, pairs)
+    ranked = _ranked(world, pairs, 2, draw)
+    turned = torch.rand(ranked.shape[:2], generator=draw, dtype=torch.float64) < flipped
+    return torch.where(turned[..., None], ranked.flip(2), ranked).flatten(0, 1)
+
+
+def _ranked(world: World, rankings: int, responses: int, draw: torch.Generator) -> Tensor:
+    """(prompts, rankings, responses) int64, as sample_rankings."""
+    shape = (world.space.prompts, rankings)
     # the inverse of the distribution function: multinomial would be slower by far
     bounds = sequence_logps(world.ref_head, world.space).exp().cumsum(1)
-    uniform = torch.rand(*shape, 2, generator=draw, dtype=torch.float64).flatten(1)
-    drawn = torch.searchsorted(bounds, uniform * bounds[:, -1:]).view(*shape, 2)
-    margins = world.rewards.gather(1, drawn.flatten(1)).view(*shape, 2).diff(dim=2).squeeze(2).neg()
-    first = torch.rand(shape, generator=draw, dtype=torch.float64) < margins.sigmoid()
-    first ^= torch.rand(shape, generator=draw, dtype=torch.float64) < flipped
-    ordered = torch.where(first[..., None], drawn, drawn.flip(2))
-    return (ordered + (torch.arange(shape[0]) * world.space.responses)[:, None, None]).view(-1, 2)
+    uniform = torch.rand(*shape, responses, generator=draw, dtype=torch.float64).flatten(1)
+    drawn = torch.searchsorted(bounds, uniform * bounds[:, -1:]).view(*shape, responses)
+    rewards = world.rewards.gather(1, drawn.flatten(1)).view(*shape, responses)
+    ranked = []
+    for _ in range(responses - 1):
+        bounds = rewards.softmax(2).cumsum(2)[..., :-1]
+        uniform = torch.rand(*shape, 1, generator=draw, dtype=torch.float64)
+        taken = (uniform >= bounds).sum(2, keepdim=True)
+        ranked.append(drawn.gather(2, taken))
+        kept = torch.ones_like(drawn, dtype=torch.bool).scatter_(2, taken, False)
+        drawn, rewards = (values[kept].view(*shape, -1) for values in (drawn, rewards))
+    first = torch.arange(shape[0]) * world.space.responses
+    return torch.cat([*ranked, drawn], dim=2) + first[:, None, None]

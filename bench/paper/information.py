@@ -1,12 +1,11 @@
-"""Fisher information of preference pairs about a policy of an enumerable world, and the KL it predicts."""
+"""Fisher information of preference pairs and rankings about a policy of an enumerable world, and the KL it predicts."""
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from bench.paper.enumerable import Space, World, sample_pairs, sequence_logps
+from bench.paper.enumerable import Space, World, sample_rankings, sequence_logps
 
-_PART = 20_000  # pairs whose gradients are held at once
+_PART = 10_000  # rankings whose gradients are held at once
 
 
 def scores(logps: Tensor, space: Space) -> Tensor:
@@ -42,24 +41,27 @@ def whitening(world: World, policy: Tensor) -> Tensor:
     return torch.stack(found)
 
 
-def predicted_kl(world: World, beta: float, *, draws: int = 100_000) -> float:
-    """n times the mean KL(π_θ‖π*) to be expected of the optimum on n pairs a prompt, for large n: tr(F·H⁻¹)/2.
+def predicted_kl(world: World, beta: float, *, responses: int = 2, draws: int = 100_000) -> float:
+    """n times the mean KL(π_θ‖π*) to be expected of the optimum on n rankings a prompt, for large n: tr(F·H⁻¹)/2.
 
-    Maximum likelihood's covariance is H⁻¹/n, with H = E[β²·σ(Δ)σ(−Δ)·gᵀg] a pair's information, Δ its true margin, g
-    the gradient of log π*(y) − log π*(y'); and KL is half the squared distance in F, the information of π* itself.
-    Pairs are drawn for H; F is a sum over all responses.
+    Maximum likelihood's covariance is H⁻¹/n, with H a ranking's information; and KL is half the squared distance in F,
+    the information of π* itself. A ranking is a choice for each place out of the responses that are left, of which y is
+    taken with probability p(y), the softmax of r*; with g the gradient of log π*(y), a choice tells β²·Cov_p[g], and
+    H is the mean of the choices' sum. Of a pair it is β²·σ(Δ)σ(−Δ)·gᵀg, Δ its true margin, g the difference of the
+    two. Rankings are drawn for H; F is a sum over all responses.
     """
     space, total = world.space, 0.0
-    pairs = sample_pairs(world, draws, seed=10**6).view(space.prompts, -1, 2)
+    rankings = sample_rankings(world, draws, responses, seed=10**6).view(space.prompts, -1, responses)
     for prompt, logps in enumerate(world.optimum(beta)):
         score = scores(logps, space)
-        local = pairs[prompt] - prompt * space.responses
-        margins = world.rewards[prompt][local].diff(dim=1).squeeze(1)
-        weights = beta**2 * (F.logsigmoid(margins) + F.logsigmoid(-margins)).exp() / draws
         information = torch.zeros(score.shape[1], score.shape[1], dtype=score.dtype)
-        for part, weight in zip(local.split(_PART), weights.split(_PART), strict=True):
-            g = score[part[:, 0]] - score[part[:, 1]]
-            information += g.T @ (weight[:, None] * g)
-        inverse = torch.linalg.pinv(information, rtol=1e-10, hermitian=True)
+        for part in (rankings[prompt] - prompt * space.responses).split(_PART):
+            for place in range(responses - 1):
+                left = part[:, place:]
+                probs = world.rewards[prompt][left].softmax(1)[..., None]
+                g = score[left]
+                g = ((g - (probs * g).sum(1, keepdim=True)) * probs.sqrt()).flatten(0, 1)
+                information += g.T @ g
+        inverse = torch.linalg.pinv(information * (beta**2 / draws), rtol=1e-10, hermitian=True)
         total += 0.5 * (fisher(logps, score) * inverse).sum().item()
     return total / space.prompts

@@ -35,8 +35,8 @@ struct Input {
   std::vector<std::unique_ptr<int64_t[]>> wide;
   std::vector<std::unique_ptr<int32_t[]>> narrow;
   std::vector<Sequence> sequences;
-  std::vector<int64_t> branch_counts, pair_counts, pairs;
-  std::vector<uint8_t> grouped;
+  std::vector<int64_t> branch_counts, comparison_counts, members, member_counts, ranks, variants;
+  std::vector<uint8_t> forms;
 
   void add_sequence(Random& random, int64_t length, int64_t vocab, int64_t first) {
     const bool is_wide = random.one_in(2);
@@ -62,7 +62,8 @@ struct Input {
     const auto span = [](const auto& values) {
       return Span<std::decay_t<decltype(values[0])>>{values.data(), static_cast<int64_t>(values.size())};
     };
-    return {span(sequences), span(branch_counts), span(pair_counts), span(pairs), span(grouped)};
+    return {span(sequences),     span(branch_counts), span(comparison_counts), span(members),
+            span(member_counts), span(ranks),         span(variants),          span(forms)};
   }
 };
 
@@ -70,6 +71,7 @@ struct Input {
 // since an example with a pair of equal branches is rejected.
 Input draw(Random& random) {
   Input input;
+  const bool lists = random.one_in(2);
   const int64_t examples = random.below(9), longest = random.one_in(8) ? 40 : 5;
   for (int64_t e = 0; e < examples; ++e) {
     const int64_t branches = random.one_in(2) ? 2 : 2 + random.below(4);
@@ -78,8 +80,22 @@ Input draw(Random& random) {
       input.add_sequence(random, random.one_in(500) ? 0 : 1 + random.below(longest), 2 + random.below(2),
                          distinct ? k : 0);
     }
+    input.branch_counts.push_back(branches);
+    input.forms.push_back(static_cast<uint8_t>(lists ? Form::kList : branches != 2 ? Form::kGroup : Form::kPair));
+    if (lists) {
+      // The branches in any order, with ties.
+      input.comparison_counts.push_back(1);
+      input.member_counts.push_back(branches);
+      int64_t rank = 0;
+      for (int64_t k = 0; k < branches; ++k) {
+        input.members.push_back(k);
+        input.ranks.push_back(k == 0 ? 0 : k == branches - 1 && rank == 0 ? 1 : rank += random.below(2));
+      }
+      std::shuffle(input.members.end() - branches, input.members.end(), random.engine);
+      continue;
+    }
     const auto add_pair = [&](int64_t chosen, int64_t rejected) {
-      input.pairs.insert(input.pairs.end(), {chosen, rejected});
+      input.members.insert(input.members.end(), {chosen, rejected});
     };
     for (int64_t k = 1; k < branches; ++k) add_pair(k - 1, k);
     const int64_t more = random.below(4);
@@ -87,9 +103,10 @@ Input draw(Random& random) {
       const int64_t chosen = random.below(branches);
       add_pair(chosen, (chosen + 1 + random.below(branches - 1)) % branches);
     }
-    input.branch_counts.push_back(branches);
-    input.pair_counts.push_back(branches - 1 + more);
-    input.grouped.push_back(branches != 2);
+    input.comparison_counts.push_back(branches - 1 + more);
+  }
+  if (random.one_in(2)) {
+    for (size_t i = 0; i < input.sequences.size(); ++i) input.variants.push_back(random.below(3));
   }
   return input;
 }
@@ -113,17 +130,23 @@ void damage(Random& random, Input& input) {
     else
       values[random.below(values.size())] = value;
   };
-  switch (random.below(6)) {
+  switch (random.below(9)) {
     case 0:
       return strike(input.branch_counts);
     case 1:
-      return strike(input.pair_counts);
+      return strike(input.comparison_counts);
     case 2:
-      return strike(input.pairs);
+      return strike(input.members);
     case 3:
       return input.sequences.resize(input.sequences.size() / 2);
     case 4:
-      return input.grouped.resize(input.grouped.size() / 2);
+      return input.forms.resize(input.forms.size() / 2);
+    case 5:
+      return strike(input.member_counts);
+    case 6:
+      return strike(input.ranks);
+    case 7:
+      return strike(input.variants);
     default:
       for (const Sequence& sequence : input.sequences) {
         if (sequence.wide && sequence.length && random.one_in(2)) {
@@ -140,20 +163,11 @@ bool is_target(const Sequence& response, const int64_t* targets) {
   return true;
 }
 
-// Rows that two branches of one group share beyond their prompt.
-int64_t shared_rows(const Groups& groups, const Branch& a, const Branch& b) {
-  if (groups.share != Share::kPrefix) return 0;
-  const auto &x = groups.examples.sequences[a.sequence], &y = groups.examples.sequences[b.sequence];
-  int64_t same = 0;
-  while (same < std::min(x.length, y.length) - 1 && x[same] == y[same]) ++same;
-  return same;
-}
-
-// Distinct beginnings of a micro-batch's sequences without their last tokens: the rows of its trie.
-int64_t distinct_beginnings(const Groups& groups, const Batch& batch) {
+// Distinct beginnings of branches without their last tokens: the rows of their trie.
+int64_t distinct_beginnings(const Groups& groups, const std::vector<int64_t>& branches) {
   std::set<std::vector<int64_t>> beginnings;
-  for (size_t s = 0; s < batch.branches.size(); ++s) {
-    const Branch& branch = groups.branches[batch.branches[s]];
+  for (size_t s = 0; s < branches.size(); ++s) {
+    const Branch& branch = groups.branches[branches[s]];
     const auto &prompt = groups.examples.sequences[groups.prompts[branch.group].sequence],
                &response = groups.examples.sequences[branch.sequence];
     // What keeps sequences apart that may not share: the group, and where nothing is shared the sequence.
@@ -177,7 +191,7 @@ void check_batches(const Groups& groups, const std::vector<Batch>& batches, cons
   for (const Batch& batch : batches) {
     const BatchShape& shape = batch.shape;
     const int64_t* branch = batch.branches.data();
-    require(shape.tokens == distinct_beginnings(groups, batch), "rows are the distinct beginnings");
+    require(shape.tokens == distinct_beginnings(groups, batch.branches), "rows are the distinct beginnings");
     const int64_t *ids = longs, *positions = ids + shape.tokens, *rows = positions + shape.tokens,
                   *targets = rows + shape.targets;
     const int32_t *cu_seqlens = ints, *parents = cu_seqlens + shape.segments + 1,
@@ -213,7 +227,20 @@ void check_batches(const Groups& groups, const std::vector<Batch>& batches, cons
       }
       require(row == -1, "a path begins at a root");
     }
-    for (int64_t p = 0; p < 2 * shape.pairs; ++p) require(0 <= pairs[p] && pairs[p] < shape.sequences, "pairs");
+    const int32_t *lists = pairs + 2 * shape.comparisons, *ranks = lists + shape.comparisons * shape.width;
+    for (int64_t p = 0; p < shape.comparisons; ++p) {
+      const auto members = groups.members_of(batch.comparisons[p]);
+      const auto is = [&](int64_t sequence, int64_t member) {
+        return 0 <= sequence && sequence < shape.sequences && batch.branches[sequence] == member;
+      };
+      require(is(pairs[2 * p], members[0]) && is(pairs[2 * p + 1], members[members.size - 1]), "pairs");
+      for (int64_t k = 0; k < shape.width; ++k) {
+        const int32_t sequence = lists[p * shape.width + k], rank = ranks[p * shape.width + k];
+        const int64_t first = groups.first_member(batch.comparisons[p]);
+        require(k < members.size ? is(sequence, members[k]) : sequence == -1, "lists");
+        require(rank == (k < members.size ? groups.examples.ranks[first + k] : -1), "ranks");
+      }
+    }
     longs += shape.longs();
     ints += shape.ints();
   }
@@ -227,26 +254,27 @@ void check_pack(Random& random, const Input& input) {
   const Groups groups = group_examples(input.examples(), share, random.one_in(50) ? 2 : 1000, threads);
   const std::vector<Batch> batches = make_batches(groups, limits, threads);
   int64_t long_count = 0, int_count = 0;
-  std::vector<int64_t> seen(groups.pairs.size(), 0);
+  std::vector<int64_t> seen(groups.comparisons(), 0);
   for (const Batch& batch : batches) {
     const BatchShape& shape = batch.shape;
     long_count += shape.longs();
     int_count += shape.ints();
     int64_t largest_tokens = 0, largest_targets = 0;
-    for (const int64_t q : batch.pairs) {
-      const Pair& found = groups.pairs[q];
+    for (const int64_t q : batch.comparisons) {
       ++seen[q];
-      const Branch &chosen = groups.branches[found.chosen], &rejected = groups.branches[found.rejected];
-      largest_tokens =
-          std::max(largest_tokens, groups.prompt_cost(chosen.group) + groups.branch_cost(chosen) +
-                                       groups.branch_cost(rejected) - shared_rows(groups, chosen, rejected));
-      largest_targets = std::max(largest_targets, chosen.length + rejected.length);
+      std::vector<int64_t> members(groups.members_of(q).begin(), groups.members_of(q).end());
+      std::sort(members.begin(), members.end());
+      members.erase(std::unique(members.begin(), members.end()), members.end());
+      int64_t targets = 0;
+      for (const int64_t id : members) targets += groups.branches[id].length;
+      largest_tokens = std::max(largest_tokens, distinct_beginnings(groups, members));
+      largest_targets = std::max(largest_targets, targets);
     }
-    // A micro-batch beyond a limit holds one pair, and pairs that add nothing to it.
+    // A micro-batch beyond a limit holds one comparison, and those that add nothing to it.
     require(shape.tokens <= limits.tokens || shape.tokens == largest_tokens, "max_tokens");
     require(shape.targets <= limits.targets || shape.targets == largest_targets, "max_targets");
   }
-  require(std::all_of(seen.begin(), seen.end(), [](int64_t times) { return times == 1; }), "every pair once");
+  require(std::all_of(seen.begin(), seen.end(), [](int64_t times) { return times == 1; }), "every comparison once");
   const std::unique_ptr<int64_t[]> longs(new int64_t[long_count]);
   const std::unique_ptr<int32_t[]> ints(new int32_t[int_count]);
   fill(groups, batches, longs.get(), ints.get(), threads);

@@ -2,6 +2,7 @@
 #include <cstdio>
 #include <functional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "../batches.hpp"
@@ -38,33 +39,38 @@ void expect_error(const char* what, const std::string& message, const std::funct
   expect(what, found.find(message) == std::string::npos ? found : message, message);
 }
 
-// Pairs as prompt, chosen, rejected; odd sequences as int32.
+// Pairs as prompt, chosen, rejected, or lists as a prompt and responses, best first; odd sequences as int32.
 struct Table {
   std::vector<std::vector<int64_t>> wide;
   std::vector<std::vector<int32_t>> narrow;
   std::vector<Sequence> sequences;
-  std::vector<int64_t> branch_counts, pair_counts, pairs;
-  std::vector<uint8_t> grouped;
+  std::vector<int64_t> branch_counts, comparison_counts, members, member_counts, ranks, variants;
+  std::vector<uint8_t> forms;
 
-  explicit Table(const std::vector<std::vector<int64_t>>& ids) : wide(ids) {
+  // `counts`: the responses of each list; none for pairs. Responses have the ranks 0, 1, 2, ...
+  explicit Table(const std::vector<std::vector<int64_t>>& ids, const std::vector<int64_t>& counts = {})
+      : wide(ids), member_counts(counts) {
     narrow.reserve(ids.size());
     for (size_t i = 0; i < ids.size(); ++i) {
       narrow.emplace_back(ids[i].begin(), ids[i].end());
       const int64_t length = ids[i].size();
       sequences.push_back(i % 2 ? Sequence{narrow[i].data(), length, false} : Sequence{wide[i].data(), length, true});
     }
-    const size_t count = ids.size() / 3;
-    branch_counts.assign(count, 2);
-    pair_counts.assign(count, 1);
-    grouped.assign(count, 0);
-    for (size_t i = 0; i < count; ++i) pairs.insert(pairs.end(), {0, 1});
+    branch_counts = counts.empty() ? std::vector<int64_t>(ids.size() / 3, 2) : counts;
+    comparison_counts.assign(branch_counts.size(), 1);
+    forms.assign(branch_counts.size(), static_cast<uint8_t>(counts.empty() ? Form::kPair : Form::kList));
+    for (const int64_t branches : branch_counts) {
+      for (int64_t k = 0; k < branches; ++k) members.push_back(k);
+    }
+    if (!counts.empty()) ranks = members;
   }
 
   Examples examples() const {
     const auto span = [](const auto& values) {
       return Span<std::decay_t<decltype(values[0])>>{values.data(), static_cast<int64_t>(values.size())};
     };
-    return {span(sequences), span(branch_counts), span(pair_counts), span(pairs), span(grouped)};
+    return {span(sequences),     span(branch_counts), span(comparison_counts), span(members),
+            span(member_counts), span(ranks),         span(variants),          span(forms)};
   }
 };
 
@@ -91,6 +97,49 @@ void test_equal_ids_of_either_width_are_one() {
   expect<std::vector<int64_t>>("canonical", groups.canonical, {0, 1, 2, 0, 2, 5});
 }
 
+// Responses of one token but the last, which has two: P + sum(K branches - 1) = 2 + 1 rows.
+void test_a_list_stands_beside_its_best_and_worst() {
+  Table table({{7, 8}, {3}, {1}, {2, 9}, {7, 8}, {1}, {3}}, {3, 2});
+  std::swap(table.members[0], table.members[2]);  // the best is response 2
+  table.ranks[1] = table.ranks[2] = 1;
+  const Groups groups = group_examples(table.examples(), Share::kPrefix, 100, 1);
+  const std::vector<Batch> batches = make_batches(groups, {}, 1);
+  const BatchShape& shape = batches[0].shape;
+  std::vector<int64_t> longs(shape.longs());
+  std::vector<int32_t> ints(shape.ints());
+  fill(groups, batches, longs.data(), ints.data(), 1);
+  expect<std::vector<int64_t>>("list longs", longs, {7, 8, 2, 0, 1, 2, 1, 2, 1, 1, 2, 9, 1, 3, 0, 1});
+  // cu_seqlens_q, parents, cu_targets; pairs; lists; ranks
+  expect<std::vector<int32_t>>("list ints", ints,
+                               {0, 3, -1, 0, 2, 3, 4, 0, 2, 1, 2, 0, 1, 2, 1, 2, -1, 0, 1, 1, 0, 1, -1});
+  expect<int64_t>("list padded_tokens", shape.padded_tokens, 5 * 4);
+}
+
+void test_a_list_is_never_split() {
+  const Table table({{1}, {2, 2}, {3, 3}, {4, 4}, {1}, {5, 5}, {6, 6}}, {3, 2});
+  const Groups groups = group_examples(table.examples(), Share::kPrefix, 100, 1);
+  for (const int64_t limit : {1, 2, 3, 4, 5}) {
+    const std::vector<Batch> batches = make_batches(groups, {limit, kUnlimited}, 1);
+    expect<int64_t>("lists apart", batches.size(), 2);
+    expect<std::vector<int64_t>>("list of three", {batches[0].shape.tokens, batches[0].shape.width}, {4, 3});
+    expect<std::vector<int64_t>>("list of two", {batches[1].shape.tokens, batches[1].shape.width}, {3, 2});
+  }
+  expect<int64_t>("lists together", make_batches(groups, {6, kUnlimited}, 1).size(), 1);
+}
+
+void test_variants_of_a_response_are_branches_that_share_their_rows() {
+  Table table({{7, 8}, {1, 2, 3}, {4, 5}, {7, 8}, {1, 2, 3}, {4, 5}});
+  table.variants = {0, 0, 0, 0, 5, 0};
+  for (const Share share : {Share::kPrefix, Share::kPrompt, Share::kNone}) {
+    const Groups groups = group_examples(table.examples(), share, 100, 1);
+    expect<std::vector<int64_t>>("canonical of variants", groups.canonical, {0, 1, 2, 0, 4, 2});
+    const Batch batch = make_batches(groups, {}, 1)[0];
+    const int64_t rows = share == Share::kPrefix ? 2 + 2 + 1 : share == Share::kPrompt ? 2 + 2 + 2 + 1 : 4 + 4 + 3;
+    expect<std::vector<int64_t>>("rows of variants", {batch.shape.tokens, batch.shape.sequences, batch.shape.targets},
+                                 {rows, 3, 8});
+  }
+}
+
 void test_errors() {
   const auto group = [](const Table& table) { group_examples(table.examples(), Share::kPrompt, 100, 1); };
   expect_error("empty", "examples[0]: chosen_ids is empty", [&] { group(Table({{1}, {}, {2}})); });
@@ -101,7 +150,22 @@ void test_errors() {
   expect_error("equal", "form a pair but are equal", [&] { group(Table({{1}, {2, 3}, {2, 3}})); });
   Table table({{1}, {2}, {3}});
   table.branch_counts[0] = int64_t{1} << 62;
-  expect_error("counts", "examples[0]: branch_counts and pair_counts go beyond", [&] { group(table); });
+  expect_error("counts", "examples[0]: branch_counts and comparison_counts go beyond", [&] { group(table); });
+  Table weighted({{1}, {2, 3}, {2, 3}});
+  weighted.variants = {0, 0, 1};
+  expect_error("equal but for weights", "form a pair but are equal", [&] { group(weighted); });
+  Table list({{1}, {2, 3}, {4}, {2, 3}}, {3});
+  expect_error("equal in a list", "responses_ids[0] and responses_ids[2] are equal but of different rank",
+               [&] { group(list); });
+  list.variants = {0, 0, 0, 1};
+  expect_error("equal in a list but for weights", "equal but of different rank", [&] { group(list); });
+  list.ranks = {0, 1, 0};
+  expect_error("ranks", "examples[0]: ranks: expected them to go up from 0 by steps of 1, got 0 after 1",
+               [&] { group(list); });
+  list.ranks = {0, 0, 0};
+  expect_error("tied", "examples[0]: ranks: all responses are tied", [&] { group(list); });
+  list.member_counts = {1, 2};
+  expect_error("short", "member_counts are below 2 or go beyond members", [&] { group(list); });
   expect_error("positions", "int32 positions allow", [] { check_positions(kMaxPositions + 1, 0); });
   const auto plan = [](const Items& items, const Limits& limits, int64_t ranks) {
     check_plan_arguments(items, limits, ranks);
@@ -137,6 +201,9 @@ void test_planner() {
 int main() {
   test_design_example();
   test_equal_ids_of_either_width_are_one();
+  test_a_list_stands_beside_its_best_and_worst();
+  test_a_list_is_never_split();
+  test_variants_of_a_response_are_branches_that_share_their_rows();
   test_errors();
   test_planner();
   if (failures == 0) std::printf("all passed\n");

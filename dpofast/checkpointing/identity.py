@@ -79,15 +79,16 @@ def tokenizer_identity(tokenizer: Any) -> str:
 
 
 def dataset_identity(dataset: Any, columns: Sequence[str] | None = None) -> str:
-    """Returns the number of rows and, for a datasets.Dataset, a fingerprint of the values of its columns (None: all).
+    """Returns the number of rows and, for a datasets.Dataset, a fingerprint of its values in these columns (None: all).
 
+    Names that the dataset does not have are passed over.
     For a dict of datasets, the identity of each.
     """
     if isinstance(dataset, dict):
         return ", ".join(f"{name}: {dataset_identity(part, columns)}" for name, part in dataset.items())
     if not isinstance(dataset, Dataset):
         return f"{len(dataset)} rows" if hasattr(dataset, "__len__") else type(dataset).__name__
-    names = sorted(dataset.column_names if columns is None else columns)
+    names = sorted(dataset.column_names if columns is None else set(columns).intersection(dataset.column_names))
     digest = _digest()
     for table in dataset.select_columns(names).with_format("arrow").iter(batch_size=1000):
         for name in names:

@@ -1,6 +1,8 @@
 """`dpofast eval`: accuracy and margins of a checkpoint's implicit reward, and how they depend on response length.
 
 The implicit reward of a response is beta · (policy − reference log-prob); with --no_reference, beta · policy log-prob.
+Of lists, accuracy is over all pairs of responses of different ranks, Kendall's tau, NDCG and the accuracy of the best
+response come with it (dpofast.evaluation.list_metrics), and all else is of the best and the worst response.
 dpofast.evaluation.statistics defines the intervals and the length-balanced accuracy.
 """
 
@@ -10,30 +12,33 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 
 from dpofast.cli.arguments import parse, quiet
-from dpofast.cli.scored_pairs import ScoringArguments, prepare, scored
+from dpofast.cli.scored_pairs import ScoringArguments, load, prepare, scored
 from dpofast.data.lists import check_list_options
 from dpofast.evaluation.pair_records import PairTable
 from dpofast.evaluation.statistics import Estimate, LengthStatistics, length_statistics, mean, share
 from dpofast.losses.config import PreferenceLoss
-from dpofast.losses.functional import preference_loss
 from dpofast.losses.own_kinds import import_from
+from dpofast.scoring.score_table import score_table
+from dpofast.training.checks.columns import check_column_names, check_column_values, is_list_data
 
 
 @dataclass(kw_only=True)
 class EvalArguments(ScoringArguments):
     """Options of `dpofast eval`."""
 
-    loss_type: str = field(
-        default="sigmoid",
-        metadata={"help": "The loss to report: a kind of dpofast train's, or module:function, one of your own."},
+    loss_type: str | None = field(
+        default=None,
+        metadata={
+            "help": "The loss to report: a kind of dpofast train's, or module:function, one of your own. Default: "
+            "sigmoid, or of lists plackett_luce."
+        },
     )
     output: str = field(default="table", metadata={"help": "What is printed: table or json."})
     list_pairs: str | None = field(
@@ -49,15 +54,26 @@ class EvalArguments(ScoringArguments):
         check_list_options(self.list_pairs, self.min_score_gap)
         if self.output not in ("table", "json"):
             raise ValueError(f"output: expected 'table' or 'json', got {self.output!r}")
+        if self.loss_type is not None:
+            self.loss(lists=False)
+
+    def loss(self, *, lists: bool) -> PreferenceLoss:
+        """The loss to report for pairs or lists.
+
+        Raises:
+            ValueError: --loss_type or --beta cannot be used, or the loss has a reference beside --no_reference.
+        """
+        kind = self.loss_type or ("plackett_luce" if lists else "sigmoid")
         try:
-            loss = PreferenceLoss(kind=self.loss_type, beta=self.beta)
+            loss = PreferenceLoss(kind=kind, beta=self.beta)
         except ValueError as error:
             raise ValueError(f"--loss_type and --beta: {error}") from error
         if loss.needs_reference and self.no_reference:
             raise ValueError(
-                f"loss_type: {self.loss_type!r} has a reference; beside --no_reference name one that has none: simpo, "
-                "orpo, cpo or sft"
+                f"loss_type: {kind!r} has a reference; beside --no_reference name one that has none: simpo, "
+                "orpo, cpo or sft" + (", with --list_pairs" if lists else "")
             )
+        return loss
 
     @property
     def data_options(self) -> dict[str, Any]:
@@ -74,39 +90,23 @@ def main(argv: Sequence[str]) -> int:
     import_from(os.getcwd())  # --loss_type module:function
     arguments, _ = parse((EvalArguments,), argv, prog="dpofast eval", description=__doc__)
     quiet(sys.stderr.isatty())
-    prepared = prepare(arguments)
-    pairs = _table(scored(arguments, prepared), arguments)
+    dataset = load(arguments)
+    loss = arguments.loss(lists=is_list_data(dataset.column_names) and arguments.list_pairs is None)
+    check_column_names(dataset.column_names, loss, arguments.data, list_pairs=arguments.list_pairs)
+    arguments.loss_type = loss.kinds[0]
+    prepared = prepare(arguments, dataset)
+    check_column_values(prepared.tokens, loss, arguments.data, unit=prepared.report.unit)
+    scores = list(scored(arguments, prepared))
+    in_order = [scores[place] for place in np.argsort(prepared.order)]
+    pairs = score_table(in_order, prepared.tokens, loss)
     figures, length = evaluation(pairs)
-    ties = int((pairs.margins == 0).sum())
+    ties, unit = int((pairs.margins == 0).sum()), "pairs" if pairs.lists is None else "lists"
     if arguments.output == "json":
-        print(_json(arguments, figures, length, prepared.report, ties))
+        print(_json(arguments, figures, length, prepared.report, ties, unit=unit))
     else:
         print(prepared.report.summary())
-        _show(arguments, figures, length, ties)
+        _show(arguments, figures, length, ties, unit=unit)
     return 0
-
-
-def _table(rows: Iterable[Mapping[str, Any]], arguments: EvalArguments) -> PairTable:
-    """The numbers of all rows, 64 bytes a pair, by row number."""
-    reference = ("ref_chosen_logps", "ref_rejected_logps")
-    names = ("row", "chosen_logps", "rejected_logps", "chosen_tokens", "rejected_tokens")
-    values = np.array([[row[name] for name in names] + [row.get(name, 0.0) for name in reference] for row in rows])
-    values = values[values[:, 0].argsort()]
-    logps, lengths, ref = values[:, 1:3], values[:, 3:5], values[:, 5:7]
-    output = preference_loss(
-        torch.from_numpy(logps.ravel().copy()),
-        torch.arange(2 * len(values)).view(-1, 2),
-        torch.from_numpy(ref.ravel().copy()),
-        loss=PreferenceLoss(kind=arguments.loss_type, beta=arguments.beta),
-        lengths=torch.from_numpy(lengths.ravel().copy()),
-    )
-    return PairTable(
-        rows=values[:, 0].astype(np.int64),
-        rewards=output.rewards.view(-1, 2).numpy(),
-        logps=logps,
-        lengths=lengths.astype(np.int64),
-        losses=output.losses.numpy(),
-    )
 
 
 def evaluation(pairs: PairTable) -> tuple[dict[str, Estimate], LengthStatistics]:
@@ -118,8 +118,7 @@ def evaluation(pairs: PairTable) -> tuple[dict[str, Estimate], LengthStatistics]
         length.accuracy_chosen_longer.count + length.accuracy_chosen_shorter.count,
     )
     figures = {
-        "accuracy": share(pairs.margins > 0),
-        "ties": share(pairs.margins == 0),
+        **_order(pairs),
         "margin": mean(pairs.margins),
         "loss": mean(pairs.losses),
         "reward, chosen": mean(pairs.rewards[:, 0]),
@@ -133,6 +132,21 @@ def evaluation(pairs: PairTable) -> tuple[dict[str, Estimate], LengthStatistics]
     return figures, length
 
 
+def _order(pairs: PairTable) -> dict[str, Estimate]:
+    """How well rewards order the responses."""
+    if (lists := pairs.lists) is None:
+        return {"accuracy": share(pairs.margins > 0), "ties": share(pairs.margins == 0)}
+    known = ~np.isnan(lists.accuracy)  # not all responses are tied
+    return {
+        "accuracy": mean(lists.accuracy[known]),
+        "ties": mean(lists.ties[known]),
+        "accuracy, best over worst": share(pairs.margins > 0),
+        "kendall tau": mean(lists.kendall_tau[known]),
+        "ndcg": mean(lists.ndcg[known]),
+        "best of k": share(lists.best_of_k[known] > 0),
+    }
+
+
 def _lengths(pairs_length: LengthStatistics) -> dict[str, float]:
     return {
         "chosen_is_longer": pairs_length.chosen_longer,
@@ -142,7 +156,13 @@ def _lengths(pairs_length: LengthStatistics) -> dict[str, float]:
 
 
 def _json(
-    arguments: EvalArguments, figures: dict[str, Estimate], length: LengthStatistics, report: Any, ties: int
+    arguments: EvalArguments,
+    figures: dict[str, Estimate],
+    length: LengthStatistics,
+    report: Any,
+    ties: int,
+    *,
+    unit: str,
 ) -> str:
     def finite(value: Any) -> Any:
         if isinstance(value, dict):
@@ -152,10 +172,11 @@ def _json(
     named = {name.replace(", ", "_").replace("-", "_").replace(" ", "_"): asdict(e) for name, e in figures.items()}
     if arguments.no_reference:
         del named["chosen_below_reference"]
+    count = figures["margin"].count  # of lists, list_pairs may make several pairs
     data = {
         "source": report.source,
         "rows": report.rows,
-        "pairs": report.examples,
+        unit: count,
         "truncated": report.truncated,
         "ties": ties,
     }
@@ -164,15 +185,19 @@ def _json(
     )
 
 
-def _show(arguments: EvalArguments, figures: dict[str, Estimate], length: LengthStatistics, ties: int) -> None:
+def _show(
+    arguments: EvalArguments, figures: dict[str, Estimate], length: LengthStatistics, ties: int, *, unit: str
+) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("", "value", "95 % interval", "pairs")
+    table = Table("", "value", "95 % interval", unit)
     for column in table.columns[1:]:
         column.justify = "right"
     for name, estimate in figures.items():
-        left_out = (name == "ties" and not ties) or (arguments.no_reference and name == "chosen below reference")
+        left_out = (name == "ties" and not estimate.value) or (
+            arguments.no_reference and name == "chosen below reference"
+        )
         if not math.isnan(estimate.value) and not left_out:
             form = "{:+.3f}" if "margin" in name or "reward" in name.split(",") else "{:.3f}"
             bounds = (estimate.low, estimate.high)
@@ -182,21 +207,23 @@ def _show(arguments: EvalArguments, figures: dict[str, Estimate], length: Length
     count = figures["margin"].count
     if ties:
         why = ": is --ref_model the model itself?" if ties == count and not arguments.no_reference else "."
-        print(f"In {ties:,} of {count:,} pairs the two rewards tie, which is not accurate{why}")
+        which = "the rewards of the best and the worst response" if unit == "lists" else "the two rewards"
+        print(f"In {ties:,} of {count:,} {unit} {which} tie, which is not accurate{why}")
     if count == 1:
-        print("A mean over one pair has no interval.")
+        print(f"A mean over one {unit[:-1]} has no interval.")
     shares = _lengths(length)
     if math.isnan(shares["chosen_is_longer"]):
         return  # all pairs are of equal lengths
     correlation = shares["margin_length_correlation"]
     follows = "" if math.isnan(correlation) else f"; correlation of margin and length difference {correlation:+.2f}"
     # print, because rich would break long lines
-    print(
-        f"The chosen response is the longer one in {shares['chosen_is_longer']:.0%} of the pairs of unequal lengths; "
-        f"the preferred response has {shares['preferred_tokens']:.1f} tokens on average{follows}."
-    )
+    chosen = "best" if unit == "lists" else "chosen"
+    longer = f"The {chosen} response is the longer one in {shares['chosen_is_longer']:.0%} of the {unit}"
+    tokens = f"{shares['preferred_tokens']:.1f} tokens on average"
+    print(f"{longer} of unequal lengths; the preferred response has {tokens}{follows}.")
     if shares["chosen_is_longer"] in (0, 1):
         missing = "longer" if shares["chosen_is_longer"] == 0 else "shorter"
         print(
-            f"No pair's chosen response is the {missing} one, so accuracy cannot be told from a preference for length."
+            f"No {unit[:-1]}'s {chosen} response is the {missing} one, so accuracy cannot be told from a preference "
+            "for length."
         )

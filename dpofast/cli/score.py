@@ -2,8 +2,9 @@
 
 Columns that are added: chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps (trl's names; nats, summed
 over the response), chosen_tokens, rejected_tokens, chosen_rewards, rejected_rewards (beta times policy minus reference)
-and margins. The output appears complete or not at all. A killed run leaves its scores in OUTPUT.partial, and the same
-command resumes from it.
+and margins. Of lists: responses_logps, ref_responses_logps, responses_tokens and responses_rewards, in the order of the
+row's responses, and margins of the best and the worst. The output appears complete or not at all. A killed run leaves
+its scores in OUTPUT.partial, and the same command resumes from it.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ from pathlib import Path
 
 from dpofast.cli.arguments import parse, quiet
 from dpofast.cli.load_models import base_of, is_adapter
-from dpofast.cli.scored_pairs import ScoringArguments, prepare, scored
+from dpofast.cli.scored_pairs import ScoringArguments, load, prepare, scored
 from dpofast.common.locks import WriteLock
 from dpofast.common.printable import printable
+from dpofast.data.token_rows import has_lists
 from dpofast.scoring.score_file import PartialScores, source_rows, source_snapshot, weights_of, write_scored
+from dpofast.training.checks.columns import is_list_data
 
 
 @dataclass(kw_only=True)
@@ -64,7 +67,11 @@ def main(argv: Sequence[str]) -> int:
     quiet(sys.stderr.isatty())
     output = Path(arguments.output)
     snapshot = source_snapshot(arguments.data, arguments.split)
-    prepared = prepare(arguments)
+    dataset = load(arguments)
+    if arguments.ld_alpha is not None and is_list_data(dataset.column_names):
+        raise ValueError("ld_alpha: weights the tokens of a pair by the shorter response, and these rows are lists")
+    prepared = prepare(arguments, dataset)
+    unit = "lists" if has_lists(prepared.tokens.column_names) else "pairs"
     settings = {name: value for name, value in asdict(arguments).items() if name not in ("output", "overwrite")}
     # What decides the numbers: a partial file of other options, other weights or other data must not be gone on with.
     identity = settings | {
@@ -80,7 +87,7 @@ def main(argv: Sequence[str]) -> int:
         arguments.check_output()  # another run may have written it since the first look
         start = partial.resume(overwrite=arguments.overwrite)
         if start:
-            done = f"{start:,} of {len(prepared.tokens):,} pairs are scored already"
+            done = f"{start:,} of {len(prepared.tokens):,} {unit} are scored already"
             print(printable(f"going on with {partial.path}: {done}"))
         try:
             partial.append(scored(arguments, prepared, start=start, ld_alpha=arguments.ld_alpha))
@@ -91,5 +98,5 @@ def main(argv: Sequence[str]) -> int:
                 f"{partial.path}, and the same command goes on with it"
             ) from error
     print(prepared.report.summary())
-    print(printable(f"{len(prepared.tokens):,} scored pairs are in {output}"))
+    print(printable(f"{len(prepared.tokens):,} scored {unit} are in {output}"))
     return 0

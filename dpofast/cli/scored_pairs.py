@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
@@ -27,8 +28,9 @@ from dpofast.cli.load_models import (
 )
 from dpofast.cli.run_options import first_adapter
 from dpofast.data.encode_pairs import TRUNCATION_MODES
-from dpofast.data.formats import REF_COLUMNS, place
+from dpofast.data.formats import LIST_REF_COLUMN, REF_COLUMNS, place
 from dpofast.data.load import DataReport, load_preferences, tokenize_preferences
+from dpofast.data.token_rows import has_lists, has_reference
 from dpofast.model.attach import attach_logprob_head
 from dpofast.scoring.order import prompt_order
 from dpofast.scoring.score import WINDOW, score_rows
@@ -39,7 +41,7 @@ _MAX_TOKENS_GPU, _MAX_TOKENS_CPU = 16384, 1024
 
 @dataclass(kw_only=True)
 class ScoringArguments:
-    """Options of both commands: the model, the pairs and the reference."""
+    """Options of both commands: the model, the pairs or lists, and the reference."""
 
     model: str = field(metadata={"help": "A checkpoint: a folder or hub name, or the folder of a LoRA adapter."})
     data: str = field(metadata={"help": DATA_HELP})
@@ -47,8 +49,8 @@ class ScoringArguments:
     ref_model: str | None = field(
         default=None,
         metadata={
-            "help": "The reference. Default: the rows' own ref_chosen_logps and ref_rejected_logps, else an adapter's "
-            "base model."
+            "help": "The reference. Default: the rows' own ref_chosen_logps and ref_rejected_logps (of lists "
+            "ref_responses_logps), else an adapter's base model."
         },
     )
     no_reference: bool = field(
@@ -103,24 +105,36 @@ class ScoringArguments:
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """Data as loaded and as tokens, the report on its rows; the policy, and the reference or None without a model."""
+    """Data as loaded and as tokens, the report on its rows; the policy, and the reference or None without a model.
+
+    order (n,) int64: the rows of tokens in the order in which they are scored.
+    """
 
     dataset: Dataset
     tokens: Dataset
+    order: np.ndarray
     report: DataReport
     model: Any
     ref_model: Any
 
 
-def prepare(arguments: ScoringArguments) -> Prepared:
-    """Load data, tokenizer and models; what is cheap to check comes first.
+def load(arguments: ScoringArguments) -> Dataset:
+    """The data as they are; ValueError where they cannot be used."""
+    return load_preferences(arguments.data, split=arguments.split, on_bad_row=arguments.on_bad_row)
+
+
+def prepare(arguments: ScoringArguments, dataset: Dataset) -> Prepared:
+    """Load tokenizer and models, and tokenize; what is cheap to check comes first.
+
+    Args:
+        arguments: the command's.
+        dataset: of load().
 
     Raises:
         ValueError: data, a tokenizer or a model that cannot be used, or no reference where one is needed.
     """
-    dataset = load_preferences(arguments.data, split=arguments.split, on_bad_row=arguments.on_bad_row)
     tokenizer = load_tokenizer(arguments.model, trust_remote_code=arguments.trust_remote_code)
-    given = set(REF_COLUMNS) <= set(dataset.column_names)
+    given = has_reference(dataset.column_names)
     if not (arguments.ref_model or arguments.no_reference or given or is_adapter(arguments.model)):
         raise ValueError(
             f"ref_model: {named(arguments.model)} is no adapter, so its reference must be named (the model that "
@@ -139,8 +153,11 @@ def prepare(arguments: ScoringArguments) -> Prepared:
         **arguments.data_options,
     )
     if arguments.no_reference:
-        tokens = tokens.remove_columns([name for name in REF_COLUMNS if name in tokens.column_names])
-    return Prepared(dataset=dataset, tokens=tokens, report=report, model=model, ref_model=ref_model)
+        brought = [name for name in (*REF_COLUMNS, LIST_REF_COLUMN) if name in tokens.column_names]
+        tokens = tokens.remove_columns(brought)
+    return Prepared(
+        dataset=dataset, tokens=tokens, order=prompt_order(tokens), report=report, model=model, ref_model=ref_model
+    )
 
 
 def _models(arguments: ScoringArguments, *, given: bool) -> tuple[Any, Any]:
@@ -177,12 +194,12 @@ def _models(arguments: ScoringArguments, *, given: bool) -> tuple[Any, Any]:
 def scored(
     arguments: ScoringArguments, prepared: Prepared, *, start: int = 0, ld_alpha: float | None = None
 ) -> Iterator[dict[str, Any]]:
-    """Yields score_rows of the data in the order of prompt_order, each with its row, with a progress bar on a terminal.
+    """Yields score_rows in the order of prepared.order, each with its row, with a progress bar on a terminal.
 
     Args:
         arguments: the command's.
         prepared: data and models.
-        start: pairs of that order that are left out.
+        start: rows of that order that are left out.
         ld_alpha: as in score_rows.
 
     Raises:
@@ -193,9 +210,9 @@ def scored(
     def autocast() -> contextlib.AbstractContextManager[Any]:
         return torch.autocast(where.type, torch.bfloat16) if arguments.bf16 else contextlib.nullcontext()
 
-    total = len(prepared.tokens)
+    total, unit = len(prepared.tokens), "lists" if has_lists(prepared.tokens.column_names) else "pairs"
     rows = score_rows(
-        prepared.tokens.select(prompt_order(prepared.tokens)[start:]),
+        prepared.tokens.select(prepared.order[start:]),
         prepared.model,
         prepared.ref_model,
         beta=arguments.beta,
@@ -207,12 +224,13 @@ def scored(
         window=WINDOW,
         ld_alpha=ld_alpha,
     )
-    with tqdm(total=total, initial=start, desc="scored pairs", disable=None, leave=False, file=sys.stderr) as bar:
+    with tqdm(total=total, initial=start, desc=f"scored {unit}", disable=None, leave=False, file=sys.stderr) as bar:
         for row in rows:
-            if not all(math.isfinite(row[name]) for name in ("chosen_logps", "rejected_logps")):
+            found = row["responses_logps"] if unit == "lists" else (row["chosen_logps"], row["rejected_logps"])
+            if not all(map(math.isfinite, found)):
                 raise FloatingPointError(
                     f"{prepared.report.source}, {place(prepared.report.unit, row['row'])}: its log-probs under "
-                    f"{arguments.model} are not finite: look at the checkpoint's weights, and at this pair"
+                    f"{arguments.model} are not finite: look at the checkpoint's weights, and at this row"
                 )
             yield row
             bar.update()

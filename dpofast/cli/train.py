@@ -19,6 +19,7 @@ from dpofast.cli.load_models import Loading, is_adapter, load_model, load_tokeni
 from dpofast.cli.run_options import RUN_FILE, RunOptions, resume_command, with_run_options
 from dpofast.common.printable import printable
 from dpofast.losses.own_kinds import import_from
+from dpofast.training.checks.columns import check_column_names
 from dpofast.training.config import DPOConfig
 from dpofast.training.trainer import DPOTrainer
 
@@ -171,6 +172,9 @@ def main(argv: Sequence[str]) -> int:
     eval_data = None
     if train.eval_data:
         eval_data = load_preferences(train.eval_data, split=train.eval_split, on_bad_row=config.on_bad_row)
+    for name, data in ((train.data, train_data), (train.eval_data, eval_data)):
+        if data is not None:
+            check_column_names(data.column_names, config.preference_loss(), str(name), list_pairs=config.list_pairs)
     try:
         model = load_model(train.model, loading)
         trainer = DPOTrainer(

@@ -203,8 +203,8 @@ class RowEncoder:
             repeated = _repetition(prompt, responses, names)
         elif not is_text:
             prompt = without_flags(prompt)[0] if has_prompt else prompt
-            flags = [without_flags(response)[1] for response in responses]
-            responses = [without_flags(response)[0] for response in responses]
+            parted = [without_flags(response) for response in responses]
+            responses, flags = [turns for turns, _ in parted], [own for _, own in parted]
         if has_prompt:
             prompt, responses = _prompt_once(prompt, responses, names)
         else:
@@ -233,18 +233,22 @@ class RowEncoder:
             _check_beside(beside, prompt)
         tools = columns.template_value("tools", row.get("tools"))
         template = Template(self.tokenizer, tools, row.get("chat_template_kwargs") or {})
-        named = [names.of(place) for place in range(len(responses))]
-        rendered = template.render(prompt, responses, named)
+        rendered = template.render(prompt, responses, [names.of(place) for place in range(len(responses))])
         encoded = self._split(rendered.ids, weights)
-        for place, name in enumerate(named):
-            own = flags[place][-len(responses[place]) :]
-            if weights[place] is not None:
-                if any(flag is not None for flag in own):
-                    raise names.bad(place, "has `train` flags and token weights", "leave one of them out")
-                continue
-            only = self.assistant_only_loss
-            mask = token_mask(template, rendered, place, own, assistant_only=only, name=name)
-            encoded.weights[place] = mask and mask[len(encoded.prompt) :]
+        for place, response in enumerate(responses):
+            own = flags[place][-len(response) :]
+            if weights[place] is None:
+                encoded.weights[place] = token_mask(
+                    template,
+                    rendered,
+                    place,
+                    own,
+                    assistant_only=self.assistant_only_loss,
+                    first=len(encoded.prompt),
+                    name=names.of(place),
+                )
+            elif any(flag is not None for flag in own):
+                raise names.bad(place, "has `train` flags and token weights", "leave one of them out")
         return encoded
 
     def _split(self, ids: Sequence[list[int]], weights: list[Weights]) -> EncodedRow:

@@ -72,7 +72,7 @@ def load_preferences(
         cache_dir: folder of datasets' Arrow files; None: datasets' default.
 
     Returns:
-        A Dataset. From JSON and CSV it has the columns of a preference pair and, but for an array, `_line`, the line
+        A Dataset. From JSON and CSV it has the columns of a pair or a list and, but for an array, `_line`, the line
         number from 1; from several files also `_file`.
 
     Raises:

@@ -47,6 +47,11 @@ class DataReport:
         """Rows of the token-level dataset: the pairs that lists were turned into, else the rows that were kept."""
         return self.pairs_of_lists or self.kept
 
+    @property
+    def example_kind(self) -> str:
+        """What these are: "pairs" or "lists"."""
+        return "pairs" if self.pairs_of_lists else self.holds
+
     @staticmethod
     def from_bad_rows(
         source: str,

@@ -1,6 +1,6 @@
-"""PairRecords: the numbers of every pair of an evaluation, and the tokens of the pairs with extreme margins.
+"""PairRecords: the numbers of every pair or list of an evaluation, and the tokens of those with extreme margins.
 
-The numbers take 64 bytes a pair. Tokens are kept for a few pairs only, so that memory does not grow with the text.
+The numbers take 120 bytes a pair or list. Tokens are kept for a few only, so that memory does not grow with the text.
 """
 
 from __future__ import annotations
@@ -14,23 +14,51 @@ import torch
 from torch import Tensor
 
 from dpofast.common.ranks import Ranks
+from dpofast.data.token_rows import has_lists, responses_of
+from dpofast.evaluation.list_metrics import ListMetrics, list_metrics
 from dpofast.losses.functional import PreferenceOutput
 from dpofast.packing.batch import PackedBatch
 
 # Pairs read back from the device at once: a transfer for each micro-batch would be a sync for each.
 _READ_AT_ONCE = 4096
+# How the rewards of a list order its responses; NaN for pairs.
+_LIST_NAMES = tuple(name for name in ListMetrics._fields if name != "ordered")
+_LIST_VALUES = np.dtype([(name, np.float64) for name in _LIST_NAMES])
 # A pair's numbers as they come from the device, and as they are kept; two values are chosen and rejected.
-_DEVICE_VALUES = np.dtype([("rewards", np.float64, 2), ("logps", np.float64, 2), ("loss", np.float64)])
-_RECORD = np.dtype([("row", np.int64), ("index", np.int64), *_DEVICE_VALUES.descr, ("lengths", np.int64, 2)])
+_DEVICE_VALUES = np.dtype(
+    [("rewards", np.float64, 2), ("logps", np.float64, 2), ("loss", np.float64), ("list", _LIST_VALUES)]
+)
+_COUNTS = [("lengths", np.int64, 2), ("responses", np.int64)]
+_RECORD = np.dtype([("row", np.int64), ("index", np.int64), *_DEVICE_VALUES.descr, *_COUNTS])
+
+
+@dataclass(frozen=True, eq=False)
+class ListTable:
+    """How rewards order the responses of P lists: ListMetrics (list_metrics.py), NaN where all responses are tied.
+
+    responses (P,) int64: K of each; accuracy, ties, kendall_tau, ndcg, best_of_k (P,) float64.
+    """
+
+    responses: np.ndarray
+    accuracy: np.ndarray
+    ties: np.ndarray
+    kendall_tau: np.ndarray
+    ndcg: np.ndarray
+    best_of_k: np.ndarray
+
+    @classmethod
+    def of(cls, metrics: ListMetrics, responses: np.ndarray) -> ListTable:
+        """Those of P lists, with the number of responses of each."""
+        return cls(responses, **{name: value.cpu().numpy() for name, value in metrics.values().items()})
 
 
 @dataclass(frozen=True, eq=False)
 class PairTable:
-    """P pairs; the columns of two are chosen and rejected.
+    """P pairs; the columns of two are chosen and rejected, of lists the best and the worst response.
 
     rows (P,) int64: the row or line in the source; rewards (P, 2) float64: beta times (policy minus reference
     log-prob), or without a reference beta times the policy's; logps (P, 2) float64, nats, summed over the response;
-    lengths (P, 2) int64, tokens; losses (P,) float64.
+    lengths (P, 2) int64, tokens; losses (P,) float64; lists: what belongs to lists alone, None for pairs.
     """
 
     rows: np.ndarray
@@ -38,6 +66,7 @@ class PairTable:
     logps: np.ndarray
     lengths: np.ndarray
     losses: np.ndarray
+    lists: ListTable | None = None
 
     def __len__(self) -> int:
         """The number of pairs, P."""
@@ -51,7 +80,10 @@ class PairTable:
 
 @dataclass(frozen=True, eq=False)
 class KeptPair:
-    """A pair with its tokens: place is its PairTable number; example has prompt_ids, chosen_ids, rejected_ids."""
+    """A pair with its tokens: place is its PairTable number; example has prompt_ids, chosen_ids, rejected_ids.
+
+    Of a list, the latter two are its best and its worst response.
+    """
 
     place: int
     margin: float
@@ -76,8 +108,13 @@ class PairRecords:
 
     def add(self, examples: Sequence[Mapping[str, Any]], batch: PackedBatch, output: PreferenceOutput) -> None:
         """Record a micro-batch of the examples, without a device sync but for one in _READ_AT_ONCE pairs."""
-        logps, rewards = output.of_pairs("logps", batch.pairs), output.of_pairs("rewards", batch.pairs)
-        values = torch.cat([rewards.double(), logps.double(), output.losses.double()[:, None]], dim=1)
+        lists, ranks = batch.columns.lists, batch.columns.ranks
+        logps, rewards = (output.of_pairs(name, batch.pairs, lists).double() for name in ("logps", "rewards"))
+        if lists is None or ranks is None:
+            of_lists = rewards.new_full((len(rewards), len(_LIST_NAMES)), torch.nan)
+        else:
+            of_lists = torch.stack([*list_metrics(output.of_lists("rewards", lists), ranks).values().values()], dim=1)
+        values = torch.cat([rewards, logps, output.losses.double()[:, None], of_lists], dim=1)
         self._waiting.append((values.detach(), [examples[i] for i in batch.pair_examples.tolist()]))
         self._unread += len(values)
         if self._unread >= _READ_AT_ONCE:
@@ -91,11 +128,12 @@ class PairRecords:
         examples = [example for _, part in self._waiting for example in part]
         self._waiting, self._unread = [], 0
         records = np.empty(len(values), _RECORD)
-        for name in ("rewards", "logps", "loss"):
+        for name in _DEVICE_VALUES.fields or ():
             records[name] = values[name]
         records["row"] = [example["row"] for example in examples]
         records["index"] = [example.get("index", self._count + i) for i, example in enumerate(examples)]
         records["lengths"] = [(len(example["chosen_ids"]), len(example["rejected_ids"])) for example in examples]
+        records["responses"] = [len(responses_of(example)) if has_lists(example) else 0 for example in examples]
         self._parts.append(records)
         margins = values["rewards"][:, 0] - values["rewards"][:, 1]
         order = np.argsort(margins, kind="stable")
@@ -124,10 +162,14 @@ class PairRecords:
             logps=records["logps"],
             lengths=records["lengths"],
             losses=records["loss"],
+            lists=_lists(records),
         )
 
     def rewards(self) -> np.ndarray:
-        """(P, 2) float64, rewards of chosen and rejected in the dataset's order, whatever was packed together."""
+        """(P, 2) float64, rewards of chosen and rejected in the dataset's order, whatever was packed together.
+
+        Of lists, those of the best and the worst response.
+        """
         table = self.table()
         return table.rewards[np.argsort(self._parts[0]["index"], kind="stable")]
 
@@ -153,3 +195,10 @@ class PairRecords:
         """The pairs of the largest margins, the largest first."""
         self._read()
         return list(self._best)
+
+
+def _lists(records: np.ndarray) -> ListTable | None:
+    """What records (P,) of _RECORD have of lists; None where there are none."""
+    if not records["responses"].any():
+        return None
+    return ListTable(responses=records["responses"], **{name: records["list"][name] for name in _LIST_NAMES})

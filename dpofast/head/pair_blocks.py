@@ -89,7 +89,7 @@ def pair_gradients(
 ) -> tuple[PairTerms, Gradients]:
     """The pairs' terms, and the gradients of sum(losses)/num_pairs that are needed."""
     inputs = HeadInputs(hidden, weight, bias, call.targets, call.options)
-    if "sft" in call.loss.kinds and call.totals.num_chosen_tokens is None:
+    if call.loss.counts_step_tokens and call.totals.num_chosen_tokens is None:
         # of the call, not of one block
         none = hidden.new_empty(0, dtype=inputs.wide)
         lengths = Tokens(none, call.cu_targets, call.counted(), weights=call.columns.token_weights).lengths()

@@ -205,6 +205,11 @@ class PreferenceLoss(LossOptions):
         return modified or any(kind_of(kind).needs_lengths(self) for kind in self.kinds)
 
     @property
+    def counts_step_tokens(self) -> bool:
+        """Whether it may read Pairs.nll_scale, for which the chosen tokens of the whole call are counted."""
+        return any(kind == "sft" or (is_own(kind) and kind_of(kind).lengths) for kind in self.kinds)
+
+    @property
     def per_token(self) -> bool:
         """Whether every kind that compares responses compares their log-probs per token."""
         compared = [kind_of(kind) for kind in self.kinds if kind != "sft"]

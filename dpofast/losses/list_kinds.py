@@ -29,15 +29,24 @@ def plackett_luce(x: Lists, loss: LossOptions) -> Tensor:
     Of tied responses the mean over all orders that the ties allow.
     """
     rewards = x.rewards
-    rankings = [tuple(rank for rank in row if rank >= 0) for row in x.ranks.tolist()]
-    choices = [(row, choice) for row, ranking in enumerate(rankings) for choice in _choices(ranking)]
+    rankings = [tuple(row) for row in x.ranks.tolist()]
+    # Without ties all rankings of one length are alike, so the choices of equal rankings are listed once.
+    number_of = {ranking: number for number, ranking in enumerate(dict.fromkeys(rankings))}
+    choices = [_choices(tuple(rank for rank in ranking if rank >= 0)) for ranking in number_of]
+    listed = [choice for of_ranking in choices for choice in of_ranking]
 
     def members(sets: list[frozenset[int]]) -> Tensor:
         return _beside(torch.tensor([[i in each for i in range(rewards.shape[1])] for each in sets]), rewards)
 
-    owner = _beside(torch.tensor([row for row, _ in choices]), rewards)
-    taken, left = members([choice[0] for _, choice in choices]), members([choice[1] for _, choice in choices])
-    share = _beside(torch.tensor([choice[2] for _, choice in choices], dtype=rewards.dtype), rewards)
+    number = torch.tensor([number_of[ranking] for ranking in rankings])
+    counts = torch.tensor([len(of_ranking) for of_ranking in choices])
+    rows = torch.arange(len(rankings)).repeat_interleave(counts[number])
+    # Of each row, its choices in `listed`: the first one's number and those that follow.
+    place = torch.arange(len(rows)) - (counts[number].cumsum(0) - counts[number])[rows]
+    choice = _beside((counts.cumsum(0) - counts)[number[rows]] + place, rewards)
+    owner = _beside(rows, rewards)
+    taken, left = members([taken for taken, _, _ in listed])[choice], members([left for _, left, _ in listed])[choice]
+    share = _beside(torch.tensor([share for _, _, share in listed], dtype=rewards.dtype), rewards)[choice]
     mine = rewards[owner]
     mean = torch.where(taken, mine, 0.0).sum(1, keepdim=True) / taken.sum(1, keepdim=True)
     terms = share * torch.where(left, mine - mean, -torch.inf).logsumexp(1)

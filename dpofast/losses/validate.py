@@ -107,6 +107,13 @@ def check_columns(columns: PreferenceColumns, pairs: int, sequences: int, loss: 
         raise ValueError(
             f"lists: expected sequence numbers in [0, {sequences}), two or more a list, filled with -1 where ranks are"
         )
+    for row, ranking in enumerate(ranks.tolist()):
+        given = [rank for rank in ranking if rank >= 0]
+        if ranking[: len(given)] != given or given != sorted(given) or set(given) != set(range(given[-1] + 1)):
+            raise ValueError(
+                "ranks: expected those of a list from 0 up, without gaps, best first, equal where tied, then -1, got "
+                f"{ranking} in list {row}"
+            )
 
 
 def check_tokens(

@@ -103,9 +103,9 @@ def _routed(router_logits: tuple[Tensor, ...], top_k: int, weights: Tensor) -> t
 
 
 def row_weights(batch: PackedBatch) -> Tensor:
-    """(T,) float32 on the batch's device: how many rows of a padded batch of the same pairs contain each position."""
+    """(T,) float32 on the batch's device: rows of a padded batch of the same responses that contain each position."""
     device = batch.logit_rows.device
-    uses = on_device(torch.bincount(batch.pairs.flatten().long(), minlength=batch.num_sequences).float(), device)
+    uses = on_device(torch.bincount(batch.members, minlength=batch.num_sequences).float(), device)
     last = batch.logit_rows[on_device(batch.cu_targets[1:].long() - 1, device)]
     ending = torch.zeros(batch.num_tokens + 1, device=device).index_add(0, last + 1, uses)
     # the sequences through a row are those that end between it and the end of all that follows its segment

@@ -26,9 +26,9 @@ from dpofast.packing.segments import Segments
 
 @dataclass(frozen=True, eq=False)
 class PackedBatch:
-    """One micro-batch of T positions, N targets, S sequences (branches) and P pairs, as a single row.
+    """One micro-batch of T positions, N targets, S sequences (branches) and P pairs or lists, as a single row.
 
-    Sequences are ordered by group, groups and sequences by first appearance; pairs are ordered by example.
+    Sequences are ordered by group, groups and sequences by first appearance; pairs and lists are ordered by example.
 
     Attributes:
         input_ids: (T,) int64.
@@ -42,7 +42,8 @@ class PackedBatch:
         ref_logps: (S,) float32 summed reference log-probs in nats, or None.
         columns: what the data say of the rows beside their responses. Of a list of more than two responses (its
             `lists`), `pairs` has the best and the worst.
-        padded_tokens: positions that a trainer with padding would compute: 2 * P * the longest prompt + response.
+        padded_tokens: positions that a trainer with padding would compute: 2 * P (of lists the sum of their responses)
+            * the longest prompt + response.
     """
 
     input_ids: Tensor
@@ -74,8 +75,14 @@ class PackedBatch:
 
     @property
     def num_pairs(self) -> int:
-        """Preference pairs, P."""
+        """Preference pairs or lists, P."""
         return len(self.pairs)
+
+    @property
+    def members(self) -> Tensor:
+        """The sequences of all pairs or lists, one after another: int64 on the CPU; a sequence may stand in several."""
+        lists = self.pairs if self.columns.lists is None else self.columns.lists
+        return lists[lists >= 0].long()
 
     @property
     def shared(self) -> bool:
@@ -146,10 +153,12 @@ class PackedBatch:
     def describe(self) -> str:
         """Return one line with the sizes, the share of tokens saved by sharing, and the tokens of a padded batch."""
         lengths = self._prompt_lengths().cpu() + self.cu_targets.diff() - 1
-        unshared = int(lengths[self.pairs.long()].sum())
+        unshared = int(lengths[self.members].sum())
+        lists = self.columns.lists
+        rows = "pairs" if lists is None else f"lists of up to {lists.shape[1]}"
         return (
             f"{self.num_tokens} tokens, {self.num_targets} targets, {self.num_sequences} sequences, "
-            f"{self.num_pairs} pairs; sharing saves {1 - self.num_tokens / unshared:.1%} of {unshared} tokens; "
+            f"{self.num_pairs} {rows}; sharing saves {1 - self.num_tokens / unshared:.1%} of {unshared} tokens; "
             f"a padded trainer computes {self.padded_tokens} ({self.padded_tokens / self.num_tokens:.2f}x)"
         )
 
@@ -169,6 +178,8 @@ class PackedBatch:
             parts = (" ".join(f"{value:>{width}}" for value in values[start:stop]) for start, stop in pairwise(bounds))
             lines.append((name, " | ".join(parts)))
         lines += [("cu_targets", str(sequences)), ("pairs", str(self.pairs.tolist()))]
+        if self.columns.lists is not None:
+            lines.append(("lists", str(self.columns.lists.tolist())))
         ranges = runs.ranges.split(runs.range_counts.tolist())
         for (start, stop), seen in zip(pairwise(rows), ranges, strict=True):
             keys = " ".join(f"{low}..{high - 1}" for low, high in seen.tolist())

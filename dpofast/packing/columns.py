@@ -23,7 +23,7 @@ from dpofast.data.formats import (
     SCORE_COLUMN,
     WEIGHT_COLUMNS,
 )
-from dpofast.losses.columns import NO_COLUMNS, PreferenceColumns
+from dpofast.losses.columns import PreferenceColumns
 from dpofast.packing.sources import Ragged, Source, check_counts
 
 # Of a list, what is given for its responses in the place of these.
@@ -93,6 +93,11 @@ class FlatColumns:
     order: ListOrder | None
     weights: TokenWeights | None
 
+    @property
+    def given(self) -> bool:
+        """Whether there are any."""
+        return bool(self.rows) or self.order is not None or self.weights is not None
+
     def of_batch(
         self, examples: Tensor, sequences: np.ndarray, lists: Tensor | None, ranks: Tensor | None
     ) -> PreferenceColumns:
@@ -101,16 +106,15 @@ class FlatColumns:
         Args:
             examples: (P,) int64, the example of each pair or list.
             sequences: (S,) int64, the input sequence of each sequence.
-            lists, ranks: (P, K) int32 of lists, filled with -1.
+            lists, ranks: (P * K,) int32 of lists, filled with -1; None for pairs.
         """
-        if not self.rows and self.order is None and self.weights is None:
-            return NO_COLUMNS
-        index = examples.numpy()
-        scores = None
-        if self.order is not None and self.order.scores is not None and lists is not None:
-            starts = (self.order.counts.cumsum() - self.order.counts)[index]
-            places = np.minimum(starts[:, None] + np.arange(lists.shape[1]), len(self.order.scores) - 1)
-            scores = torch.from_numpy(np.where(lists.numpy() < 0, np.float32(0), self.order.scores[places]))
+        index, scores = examples.numpy(), None
+        if lists is not None and ranks is not None:
+            lists, ranks = lists.view(len(index), -1), ranks.view(len(index), -1)
+            if self.order is not None and self.order.scores is not None:
+                starts = (self.order.counts.cumsum() - self.order.counts)[index]
+                places = np.minimum(starts[:, None] + np.arange(lists.shape[1]), len(self.order.scores) - 1)
+                scores = torch.from_numpy(np.where(lists.numpy() < 0, np.float32(0), self.order.scores[places]))
         return PreferenceColumns(
             **{name: torch.from_numpy(values[index]) for name, values in self.rows.items()},
             token_weights=None if self.weights is None else torch.from_numpy(self.weights.gather(sequences)),

@@ -144,7 +144,7 @@ def _read_columns(table: Mapping[str, Any]) -> FlatExamples:
         sequences=sequences,
         branch_counts=branch_counts,
         pair_counts=np.ones(count, np.int64),
-        members=np.tile(np.array([0, 1], np.int64), count),
+        members=np.arange(2 * count) % 2,
         forms=np.full(count, _PAIR, np.uint8),
         refs=_ref_columns(table, count),
         columns=_pair_columns(TableSource(table, count), sequences, branch_counts),
@@ -356,7 +356,7 @@ class _Rows:
             self.branch_counts.append(2)
             self.pair_counts.append(1)
             self.members += (0, 1)
-        self.source.add(example, PAIR_COLUMNS)
+        self.source.add(example, PAIR_COLUMNS if len(example) > len(ID_COLUMNS) else ())
         if index and bool(self.refs) != (refs is not None):
             raise ValueError(
                 f"examples[{index}]: {'no' if refs is None else 'has'} reference log-probs, unlike the examples before "
@@ -382,6 +382,8 @@ class _Rows:
 
 def _form(example: Mapping[str, Any], row: str) -> int:
     """The form of an example; ValueError for one that has keys of two, or misses one."""
+    if len(example) == len(ID_COLUMNS) and all(example.get(key) is not None for key in ID_COLUMNS):
+        return _PAIR
     # In a table that mixes forms, each row has the columns of the others with value None.
     grouped, listed = (example.get(key) is not None for key in ("branches", _LIST_COLUMN))
     others = [key for key in (*ID_COLUMNS[1:], _LIST_COLUMN) if example.get(key) is not None] if grouped else []

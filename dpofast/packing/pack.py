@@ -1,4 +1,4 @@
-"""pack: preference pairs -> packed micro-batches, with what sequences share once and no padding.
+"""pack: preference pairs and lists -> packed micro-batches, with what sequences share once and no padding.
 
 batch.py describes the layout. The C++ extension (csrc/) reads the token ids in place (examples.py) and writes all
 arrays of a call into two buffers, one int64 and one int32; the tensors of the batches are views of them.
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dpofast.losses.columns import NO_COLUMNS
 from dpofast.packing.arguments import at_least_one, limit, sharing
 from dpofast.packing.batch import PackedBatch
 from dpofast.packing.examples import FlatExamples, read_examples
@@ -72,8 +73,8 @@ def pack(
 
     Examples with equal prompts share one group, and equal responses inside it are one branch. What sequences of a batch
     begin with alike is computed once: prompts that share a system prompt or earlier turns, responses that fork late. A
-    group is split only if it is larger than max_tokens, a pair never: one longer than max_tokens goes alone, but for
-    pairs that add no token to it, and its batch has num_tokens > max_tokens. Every pair lands in exactly one batch.
+    group is split only if it is larger than max_tokens, a pair or list never: one longer than max_tokens goes alone,
+    but for those that add no token to it, and its batch has num_tokens > max_tokens. Each lands in exactly one batch.
     Groups that begin alike are put together where that leaves fewer positions. Batches are evenly filled (see `plan`)
     and come largest first; their sizes do not depend on the order of the examples.
 
@@ -81,9 +82,15 @@ def pack(
         examples: mappings with prompt_ids, chosen_ids and rejected_ids (1-D integers, at least one each) and, for all
             examples or none, ref_chosen_logps and ref_rejected_logps (floats: summed nats); or groups with
             prompt_ids, branches (K responses), pairs (a list of (chosen, rejected) indices) and ref_logps (K floats).
-            Other keys are ignored. Or the same pairs by columns, which is several times faster: an Arrow table or a
-            Dataset with these columns, or one mapping from their names to (values, offsets), where row r's ids are
-            values[offsets[r]:offsets[r + 1]]. int32 and int64 ids are read where they lie.
+            Or lists with prompt_ids, responses_ids (K >= 2 responses in any order), ranks (K numbers, smaller is
+            better, equal ones are tied) or scores (K numbers, larger is better) or both, and ref_responses_logps
+            (K floats). A call has pairs or lists. Pairs and lists, but not groups, may have columns
+            (`PreferenceColumns`): weight (None: 1) and margin (None: 0), beta and label_smoothing (in all rows or
+            none), and weights for the tokens of responses, chosen_weights and rejected_weights or responses_weights
+            (None: all 1). Other keys are ignored. Or the same by columns, which is several times faster: an Arrow
+            table or a Dataset with these columns, or one mapping from their names to arrays or, for lists of numbers,
+            (values, offsets), where row r's ids are values[offsets[r]:offsets[r + 1]]; responses_ids and
+            responses_weights are Arrow columns. int32 and int64 ids are read where they lie.
         max_tokens: the budget of a micro-batch; None makes one batch.
         max_targets: a second budget, over response tokens; None leaves them unbounded.
         share: which positions sequences share: "prefix" (the default) all that they begin with alike, "prompt" a prompt
@@ -107,7 +114,7 @@ def pack(
         max_tokens=token_limit, max_targets=target_limit, share=shared, vocab_size=id_limit, threads=threads
     )
     tokens, targets, segments, sequences, pairs, widths, padded = packer.shapes.T
-    origins = packer.sequences
+    origins = packer.sequences if flat.refs is not None or flat.columns.given else None
     ref_logps = None
     if flat.refs is not None:
         _check_refs(flat, flat.refs, packer.canonical)
@@ -126,20 +133,26 @@ def pack(
         "parents": segments,
         "cu_targets": sequences + 1,
         "pairs": 2 * pairs,
-        "lists": widths * pairs,
-        "ranks": widths * pairs,
     }
+    if flat.columns.order is not None:
+        int_sizes |= {"lists": widths * pairs, "ranks": widths * pairs}
     long_counts, int_counts = (np.stack(list(sizes.values()), 1) for sizes in (long_sizes, int_sizes))
     longs, ints = (buffers or PackBuffers()).take(int(long_counts.sum()), int(int_counts.sum()))
     packer.fill(longs.numpy(), ints.numpy(), threads)
     long_parts = iter(longs.split(long_counts.ravel().tolist()))
     int_parts = iter(ints.split(int_counts.ravel().tolist()))
-    origins_of = np.split(origins, sequences.cumsum()[:-1])
+    first = 0
     batches = []
-    for index, (width, padded_tokens) in enumerate(zip(widths.tolist(), padded.tolist(), strict=True)):
+    for index, padded_tokens in enumerate(padded.tolist()):
         long_arrays = {name: next(long_parts) for name in long_sizes}
         int_arrays = {name: next(int_parts) for name in int_sizes}
-        lists, ranks = (int_arrays[name].view(-1, width) if width else None for name in ("lists", "ranks"))
+        columns = NO_COLUMNS
+        if origins is not None and flat.columns.given:
+            own = origins[first : first + sequences[index]]
+            first += sequences[index]
+            columns = flat.columns.of_batch(
+                long_arrays["pair_examples"], own, int_arrays.get("lists"), int_arrays.get("ranks")
+            )
         batches.append(
             PackedBatch(
                 **long_arrays,
@@ -148,7 +161,7 @@ def pack(
                 pairs=int_arrays["pairs"].view(-1, 2),
                 ref_logps=None if ref_logps is None else ref_logps[index],
                 padded_tokens=padded_tokens,
-                columns=flat.columns.of_batch(long_arrays["pair_examples"], origins_of[index], lists, ranks),
+                columns=columns,
             )
         )
     return batches

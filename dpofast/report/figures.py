@@ -18,6 +18,7 @@ from dpofast.report.diagnosis import Run
 from dpofast.report.training_plot import BLUE, GREY, HELD_OUT, ORANGE, curve, finish
 
 _GREEN, _PURPLE = "#059669", "#7c3aed"
+_OF_SIZES = [BLUE, ORANGE, _GREEN, _PURPLE]
 _STYLE: Any = {
     "font.size": 9,
     "axes.edgecolor": "#9ca3af",
@@ -150,6 +151,22 @@ def _histogram(axes: Axes, run: Run) -> None:
     axes.set_xlabel("margin")
 
 
+def _tau(axes: Axes, run: Run) -> None:
+    """Kendall's tau of the held-out lists: how many lists have which, by the number of their responses."""
+    if run.pairs is None or (lists := run.pairs.lists) is None:
+        return
+    known = np.isfinite(lists.kendall_tau)
+    sizes = np.unique(lists.responses[known])
+    groups = [sizes] if len(sizes) > len(_OF_SIZES) else [sizes[sizes == size] for size in sizes]
+    parts = [lists.kendall_tau[known & np.isin(lists.responses, group)] for group in groups]
+    labels = [f"K = {group[0]}" if len(group) == 1 else f"K = {group[0]} to {group[-1]}" for group in groups]
+    if parts:
+        edges: Any = np.linspace(-1, 1, 22)
+        axes.hist(parts, edges, stacked=True, color=_OF_SIZES[: len(parts)], label=labels)
+        axes.axvline(0, color=GREY, linewidth=1, linestyle=":")
+        axes.set_xlabel("Kendall's τ of rewards and ranks")
+
+
 def _work(axes: Axes, run: Run) -> None:
     curve(axes, run.history, "padding_avoided", "pads, of a padded batch", color=_PURPLE, linewidth=1.4)
     curve(axes, run.history, "sharing_avoided", "repeated positions, of the real tokens", color=_GREEN, linewidth=1.4)
@@ -169,8 +186,9 @@ _PANELS: tuple[tuple[str, str, str, str, Any], ...] = (
     (
         _LEARNING,
         "Accuracy",
-        "Share of pairs whose chosen response has the larger reward. Dotted: a coin. Green: the mean over pairs whose "
-        "chosen response is the longer one and over those where it is the shorter one.",
+        "Share of pairs whose chosen response has the larger reward (of lists: of every two responses of different "
+        "ranks). Dotted: a coin. Green: the mean over pairs whose chosen response is the longer one and over those "
+        "where it is the shorter one (of lists: best against worst response).",
         "share of pairs",
         _accuracy,
     ),
@@ -194,6 +212,13 @@ _PANELS: tuple[tuple[str, str, str, str, Any], ...] = (
         "The last evaluation: everything left of the dotted line is ranked the wrong way round.",
         "pairs",
         _histogram,
+    ),
+    (
+        _LEARNING,
+        "Kendall's τ of the held-out lists",
+        "The last evaluation: 1 is a list in the order of its ranks, −1 one in the opposite order; dotted: chance.",
+        "lists",
+        _tau,
     ),
     (
         _LEARNING,

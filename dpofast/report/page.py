@@ -18,13 +18,15 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from datasets import Dataset
 from transformers import TrainerCallback
 
 from dpofast._version import __version__
 from dpofast.common.memory import peak_memory
-from dpofast.data.formats import ID_COLUMNS
-from dpofast.evaluation.pair_records import KeptPair, PairRecords
-from dpofast.evaluation.statistics import share
+from dpofast.data.formats import ID_COLUMNS, RANK_COLUMN
+from dpofast.evaluation.pair_records import KeptPair, ListTable, PairRecords, PairTable
+from dpofast.evaluation.statistics import Estimate, mean, share
 from dpofast.report.diagnosis import LEAST_PAIRS, Finding, Run, diagnose
 from dpofast.report.figures import Picture, pictures
 from dpofast.report.template import PAGE
@@ -120,10 +122,17 @@ def run_of(trainer: Any, prefix: str, records: PairRecords | None) -> Run:
         beta=args.beta,
         learning_rate=args.learning_rate,
         epochs=trainer.state.epoch or args.num_train_epochs,
-        responses=2 * report.kept if report else 0,
+        responses=_responses(trainer.train_dataset, report) if report else 0,
         truncated=report.truncated if report else 0,
         prefix=prefix,
     )
+
+
+def _responses(dataset: Any, report: Any) -> int:
+    """The responses trained on; 0, for not known, of lists that were streamed."""
+    if report.example_kind == "pairs":
+        return 2 * report.examples
+    return sum(map(len, dataset[RANK_COLUMN])) if isinstance(dataset, Dataset) else 0
 
 
 def facts_of(trainer: Any, run: Run) -> Facts:
@@ -152,6 +161,8 @@ def _cards(run: Run) -> list[tuple[str, str, str]]:
     for label, name, form in (
         ("loss", "loss", "{:.3f}"),
         ("accuracy", "rewards/accuracies", "{:.0%}"),
+        ("Kendall's τ", "rewards/kendall_tau", "{:+.2f}"),
+        ("best of K", "rewards/best_of_k", "{:.0%}"),
         ("margin", "rewards/margins", "{:+.2f}"),
         ("chosen less likely", "displacement", "{:.0%}"),
         ("balanced accuracy", "length/accuracy_balanced", "{:.0%}"),
@@ -161,7 +172,7 @@ def _cards(run: Run) -> list[tuple[str, str, str]]:
             continue
         note, first = where, (run.held_out(name) or run.trained(name))[0][1]
         if name == "rewards/accuracies" and run.pairs is not None and len(run.pairs):
-            interval = share(run.pairs.margins > 0)
+            interval = _accuracy(run.pairs)
             note += f", {interval.low:.0%} to {interval.high:.0%} (95 %)"
         elif name in ("loss", "rewards/margins"):
             note += f", {form.format(first)} at first"
@@ -170,6 +181,13 @@ def _cards(run: Run) -> list[tuple[str, str, str]]:
     if speeds:
         cards.append(("tokens a second", f"{sum(speeds) / len(speeds):,.0f}", "mean over training"))
     return cards
+
+
+def _accuracy(pairs: PairTable) -> Estimate:
+    """Accuracy: of lists the mean over lists of theirs."""
+    if pairs.lists is None:
+        return share(pairs.margins > 0)
+    return mean(pairs.lists.accuracy[~np.isnan(pairs.lists.accuracy)])
 
 
 def _settings(args: Any) -> dict[str, Any]:
@@ -183,11 +201,32 @@ def _pairs_html(trainer: Any, records: PairRecords | None) -> str:
     table = records.table()
     report = next((r for name, r in trainer.data_reports.items() if name != "train"), None)
     unit = report.unit if report else "row"
-    parts = []
+    parts = [] if table.lists is None else [_lists_html(table.lists)]
     for title, kept in (("Ranked worst", records.worst()), ("Ranked best", records.best())):
         shown = "".join(_pair_html(pair, table, trainer, unit) for pair in kept)
         parts.append(f"<h3>{title}</h3>{shown}")
     return "".join(parts)
+
+
+def _lists_html(lists: ListTable) -> str:
+    """A table of how the rewards order the held-out lists, by their number of responses."""
+    rows = []
+    sizes = np.unique(lists.responses).tolist()
+    for label, inside in [
+        ("all", np.ones(len(lists.responses), bool)),
+        *([(f"K = {size}", lists.responses == size) for size in sizes] if len(sizes) > 1 else []),
+    ]:
+        inside = inside & ~np.isnan(lists.accuracy)
+        if not inside.any():
+            continue
+        values = (lists.kendall_tau, lists.ndcg, lists.best_of_k, lists.accuracy)
+        means = "".join(f"<td>{each[inside].mean():.3f}</td>" for each in values)
+        rows.append(f"<tr><th>{label}</th><td>{int(inside.sum()):,}</td>{means}</tr>")
+    head = "".join(f"<th>{name}</th>" for name in ("", "lists", "Kendall's τ", "NDCG", "best of K", "pair accuracy"))
+    return (
+        f'<div class="box"><table><tr>{head}</tr>{"".join(rows)}</table></div>'
+        "<p>Of a list, chosen and rejected below are its best and its worst response.</p>"
+    )
 
 
 def _pair_html(pair: KeptPair, table: Any, trainer: Any, unit: str) -> str:

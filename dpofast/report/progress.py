@@ -27,6 +27,8 @@ _SHOWN = {
     "loss": ("{:.4f}", ("loss",)),
     "accuracy": ("{:.2f}", ("rewards/accuracies",)),
     "ties": ("{:.2f}", ("rewards/ties",)),
+    "tau": ("{:+.2f}", ("rewards/kendall_tau",)),
+    "best of K": ("{:.2f}", ("rewards/best_of_k",)),
     "margin": ("{:+.2f}", ("rewards/margins",)),
     "tokens/s": ("{:,.0f}", ("tokens_per_second", "train_tokens_per_second")),
 }

@@ -7,6 +7,8 @@ import json
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from dpofast.data.arrow import chunk_bounds, read_chunks
-from dpofast.data.formats import ID_COLUMNS
+from dpofast.data.token_rows import RowTokens, has_lists, token_columns, weight_columns
 from dpofast.model.parts import base_causal_lm
 
 # blake2b hashes 1 GB/s a thread, outside of Python's lock. The digest depends on this size: keep it.
@@ -101,31 +103,76 @@ def _plain(settings: Any) -> Any:
     return settings if isinstance(settings, (str, int, float, bool, type(None))) else str(settings)
 
 
-def response_fingerprints(dataset: Dataset) -> np.ndarray:
-    """(n, 2, 2) uint64: 128 bits of each row's prompt with its chosen response, and with its rejected response."""
-    digests = np.empty((len(dataset), 2, 16), np.uint8)
-    row = 0
-    for table in read_chunks(dataset, ID_COLUMNS, chunk_bounds(len(dataset), _ROWS)):
-        columns = []
-        for name in ID_COLUMNS:
-            column = table.column(name).combine_chunks()
-            columns.append((column.values.to_numpy().astype(np.int32, copy=False), column.offsets.to_numpy().tolist()))
-        (prompts, starts), *sides = columns
-        for i in range(len(table)):
-            prompt = prompts[starts[i] : starts[i + 1]]
-            # The length in front marks where the prompt ends.
-            common = hashlib.blake2b(len(prompt).to_bytes(8, "little"), digest_size=16)
-            common.update(prompt)
-            for side, (tokens, bounds) in enumerate(sides):
-                digest = common.copy()
-                digest.update(tokens[bounds[i] : bounds[i + 1]])
-                digests[row, side] = np.frombuffer(digest.digest(), np.uint8)
-            row += 1
-    return digests.view(np.uint64)
+@dataclass(frozen=True, eq=False)
+class ResponseFingerprints:
+    """What tells the R responses of n rows apart, numbered row by row, in a list best first.
+
+    Attributes:
+        bounds: (n + 1,) int64; row i has the responses bounds[i] to bounds[i + 1] − 1.
+        tokens: (R, 2) uint64, 128 bits of each response with its prompt.
+        weights: (R,) uint64 of the weights of its tokens; None where the rows bring none.
+        lists: the rows are lists, not pairs.
+    """
+
+    bounds: np.ndarray
+    tokens: np.ndarray
+    weights: np.ndarray | None
+    lists: bool
+
+    @classmethod
+    def of(cls, dataset: Dataset) -> ResponseFingerprints:
+        """Computes them for a token-level dataset."""
+        names = (*token_columns(dataset.column_names), *weight_columns(dataset.column_names))
+        counts, digests, weights = [np.zeros(1, np.int64)], [b""], list[np.ndarray]()
+        for table in read_chunks(dataset, names, chunk_bounds(len(dataset), _ROWS)):
+            rows = RowTokens.of(table)
+            counts.append(np.diff(rows.bounds))
+            digests += _token_digests(rows)
+            if weight_columns(names):
+                weights.append(_weight_digests(rows))
+        tokens = np.frombuffer(b"".join(digests), np.uint64).reshape(-1, 2)
+        of_weights = np.concatenate(weights) if weights else None
+        return cls(np.concatenate(counts).cumsum(), tokens, of_weights, has_lists(names))
+
+    def digest(self) -> str:
+        """64 hex digits over the tokens of all rows, whatever is said of them beside (weights, ranks, beta)."""
+        total = hashlib.blake2b(self.tokens.tobytes(), digest_size=32)
+        if self.lists:  # which responses belong together
+            total.update(b"lists" + self.bounds.tobytes())
+        return total.hexdigest()
+
+    def first_equal(self) -> np.ndarray:
+        """(R,) int64, the first response that equals each in its prompt, its tokens and their weights."""
+        parts = [self.tokens] if self.weights is None else [self.tokens, self.weights[:, None]]
+        return first_equal(np.concatenate(parts, axis=1))
+
+
+def _token_digests(rows: RowTokens) -> Iterator[bytes]:
+    """16 bytes of each response with its prompt."""
+    prompts, starts = rows.prompts
+    responses = rows.responses()
+    for index, count in enumerate(np.diff(rows.bounds).tolist()):
+        prompt = prompts[starts[index] : starts[index + 1]]
+        # The length in front marks where the prompt ends.
+        common = hashlib.blake2b(len(prompt).to_bytes(8, "little"), digest_size=16)
+        common.update(prompt.data)
+        for tokens in islice(responses, count):
+            digest = common.copy()
+            digest.update(tokens.data)
+            yield digest.digest()
+
+
+def _weight_digests(rows: RowTokens) -> np.ndarray:
+    """(R,) uint64 of the weights of each response's tokens."""
+    weights = rows.weights()
+    weights = np.ones(rows.lengths.sum(), np.float32) if weights is None else weights
+    ends = np.cumsum(rows.lengths).tolist()
+    parts = (weights[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True))
+    return np.frombuffer(b"".join(hashlib.blake2b(part.tobytes(), digest_size=8).digest() for part in parts), np.uint64)
 
 
 def first_equal(fingerprints: np.ndarray) -> np.ndarray:
-    """The index of the first row that equals each of the m rows (m, 2) uint64: (m,) int64."""
+    """The index of the first row that equals each of the m rows (m, columns) uint64: (m,) int64."""
     order = np.lexsort(fingerprints.T)  # stable: equal rows stay in order
     in_order = fingerprints[order]
     new = np.ones(len(order), bool)

@@ -12,13 +12,13 @@ them from the cache's key; the columns are in the dataset's order.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from datasets import Dataset
 from torch import Tensor
@@ -27,11 +27,12 @@ from tqdm.auto import tqdm
 from dpofast._version import __version__
 from dpofast.common.ranks import Ranks
 from dpofast.data.arrow import chunk_bounds, read_chunks
-from dpofast.data.formats import ID_COLUMNS, REF_COLUMNS
+from dpofast.data.formats import RANK_COLUMN
+from dpofast.data.token_rows import RowTokens, has_lists, reference_columns, token_columns, weight_columns
 from dpofast.losses.sequences import pair_logprobs
 from dpofast.model.attach import runs_padded, sequence_logprobs
 from dpofast.packing.batch import PackedBatch
-from dpofast.scoring.fingerprints import first_equal, model_fingerprint, response_fingerprints
+from dpofast.scoring.fingerprints import ResponseFingerprints, model_fingerprint
 from dpofast.scoring.order import prompt_order
 from dpofast.scoring.ref_store import Identity, ReferenceStore
 from dpofast.scoring.responses import ResponseLogps
@@ -50,7 +51,7 @@ def reference_logps(
 ) -> Tensor:
     """Sequence log-probs (S,) float32, nats, without gradient, of a batch on the model's device.
 
-    With ld_alpha LD-DPO's weighted ones of each pair, (P, 2).
+    They are weighted by the batch's token weights, where it has some; with ld_alpha as in LD-DPO, of each pair, (P, 2).
     """
     output = model(packed=batch, max_logits_bytes=max_logits_bytes)
     if ld_alpha is None:
@@ -71,6 +72,9 @@ def add_reference_columns(
 ) -> Dataset:
     """Add ref_chosen_logps and ref_rejected_logps (float32, nats, summed over the response) to a token-level dataset.
 
+    To one of lists ref_responses_logps. Where the rows have weights of tokens, sums are of weight · log-prob; the cache
+    holds what every token has without them, so that other weights, ranks or betas compute nothing again.
+
     What the cache holds is read, what it lacks is computed and stored, a window of rows at a time. It takes 64 bytes of
     memory a row while it runs, and 8 afterwards. Equal responses to equal prompts get the same number in every row.
 
@@ -78,7 +82,7 @@ def add_reference_columns(
     run goes on, but a later run computes again what could not be stored.
 
     Args:
-        dataset: with the columns prompt_ids, chosen_ids, rejected_ids.
+        dataset: with the columns prompt_ids, chosen_ids, rejected_ids, or prompt_ids, responses_ids, ranks.
         model: the reference with its log-prob head; a PEFT model inside disable_adapter() counts as its base model.
         forward: how it is run.
         cache_dir: a folder of caches that runs may share; or one cache, which must then belong to these tokens, this
@@ -94,26 +98,33 @@ def add_reference_columns(
         ValueError: cache_dir is a cache of something else.
     """
     ranks = ranks or Ranks.alone()
-    fingerprints = response_fingerprints(dataset)
+    fingerprints = ResponseFingerprints.of(dataset)
     store = None if cache_dir is None else ReferenceStore(cache_dir, _identity(fingerprints, model, forward))
-    columns = _Columns(torch.empty(len(dataset), 2, dtype=torch.float32), store, ld_alpha)
     order = prompt_order(dataset)
     ordered = dataset.select(order)
+    counts = np.diff(fingerprints.bounds)
+    columns = _Columns(ordered, torch.zeros(len(dataset), int(counts.max(initial=2))), store, ld_alpha)
     parts = chunk_bounds(len(dataset), window)
     missing = set(columns.read(parts))
     # Shares are of all windows, not of the missing ones: a rank that comes later may find fewer of them missing.
     mine = parts[ranks.rank :: ranks.size]
-    columns.compute([part for part in mine if part in missing], ordered, model, forward, description)
+    columns.compute([part for part in mine if part in missing], model, forward, description)
     if ranks.size > 1:
         ranks.barrier()
         others = sorted(missing.difference(mine))
-        columns.compute(columns.read(others), ordered, model, forward, description)
+        columns.compute(columns.read(others), model, forward, description)
     sums = torch.empty_like(columns.sums)
     sums[torch.from_numpy(order)] = columns.sums
+    member = torch.arange(sums.shape[1]) < torch.from_numpy(counts)[:, None]
+    of_responses = sums[member].numpy()
     if ld_alpha is None:  # else a response's sum depends on the other response of its pair
-        sums = sums.view(-1)[torch.from_numpy(first_equal(fingerprints.reshape(-1, 2)))].view(-1, 2)
-    for name, column in zip(REF_COLUMNS, sums.T, strict=True):
-        dataset = dataset.add_column(name, column.numpy())
+        of_responses = of_responses[fingerprints.first_equal()]
+    names = reference_columns(dataset.column_names)
+    if fingerprints.lists:
+        values = pa.ListArray.from_arrays(pa.array(fingerprints.bounds, pa.int32()), of_responses)
+        return dataset.add_column(names[0], values)
+    for name, column in zip(names, of_responses.reshape(-1, 2).T, strict=True):
+        dataset = dataset.add_column(name, column)
     return dataset
 
 
@@ -122,11 +133,13 @@ class _Columns:
     """The columns while they are filled, from the store or by the model. Rows are numbered in the order of prompts.
 
     Attributes:
-        sums: (n, 2) float32, nats: of chosen and rejected response of every row.
+        ordered: the rows.
+        sums: (n, K) float32, nats: of chosen and rejected response of every row, or of its list, filled with 0.
         store: None without a cache, and after a write has failed.
         ld_alpha: weights the sums.
     """
 
+    ordered: Dataset
     sums: Tensor
     store: ReferenceStore | None
     ld_alpha: float | None
@@ -142,20 +155,30 @@ class _Columns:
             if found is None:
                 missing.append((start, stop))
             else:
-                self.sums[start:stop] = found.sums(self.ld_alpha)
+                self._fill(start, stop, found)
         return missing
 
-    def compute(
-        self, parts: list[tuple[int, int]], ordered: Dataset, model: Any, forward: Forward, description: str | None
-    ) -> None:
+    def _fill(self, start: int, stop: int, found: ResponseLogps) -> None:
+        weights = None
+        if names := weight_columns(self.ordered.column_names):
+            columns = (*token_columns(self.ordered.column_names), *names)
+            (table,) = read_chunks(self.ordered, columns, [(start, stop)])
+            given = RowTokens.of(table).weights()
+            weights = None if given is None else torch.from_numpy(given)
+        sums = found.sums(self.ld_alpha, weights)
+        self.sums[start:stop, : sums.shape[1]] = sums
+
+    def compute(self, parts: list[tuple[int, int]], model: Any, forward: Forward, description: str | None) -> None:
         """Run the model on these rows, fill them in and store them."""
+        ordered, names = self.ordered, self.ordered.column_names
+        read = (*token_columns(names), *((RANK_COLUMN,) if has_lists(names) else ()))
         done = len(ordered) - sum(stop - start for start, stop in parts)
         with tqdm(
             total=len(ordered), initial=done, desc=description, disable=description is None or not parts, leave=False
         ) as bar:
-            for (start, stop), table in zip(parts, read_chunks(ordered, ID_COLUMNS, parts), strict=True):
+            for (start, stop), table in zip(parts, read_chunks(ordered, read, parts), strict=True):
                 computed = response_logps(table, model, forward)
-                self.sums[start:stop] = computed.sums(self.ld_alpha)
+                self._fill(start, stop, computed)
                 self._store(start, stop, computed)
                 bar.update(stop - start)
 
@@ -173,14 +196,14 @@ class _Columns:
             self.store = None
 
 
-def _identity(fingerprints: np.ndarray, model: Any, forward: Forward) -> Identity:
+def _identity(fingerprints: ResponseFingerprints, model: Any, forward: Forward) -> Identity:
     device = forward.device.type
     with forward.autocast():
         autocast = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else "off"
     rows = "padded" if runs_padded(model) else "packed"
     products = f", float32 products {torch.backends.cuda.matmul.fp32_precision}" if device == "cuda" else ""
     return Identity(
-        tokens=hashlib.blake2b(fingerprints.tobytes(), digest_size=32).hexdigest(),
+        tokens=fingerprints.digest(),
         model=model_fingerprint(model),
         dtype=f"{model.dtype} on {device}, autocast {autocast}, {rows} rows{products}",
         version=f"engine {ENGINE_VERSION}, dpofast {__version__}",

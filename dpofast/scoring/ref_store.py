@@ -4,7 +4,7 @@
     <key>/0000000000-0000000256.<fingerprint>.safetensors  one shard: rows 0 to 255 in the order of prompts
         logps       (N,) float32     every response token, nats
         cu_targets  (S + 1,) int32   response s owns logps[cu_targets[s]:cu_targets[s + 1]]
-        pairs       (rows, 2) int32  chosen and rejected response of every row
+        pairs       (rows, K) int32  the responses of every row: chosen and rejected, or a list's, filled with −1
 
 <key> is a fingerprint of the manifest's identity: other tokens, weights or dtypes have another folder, and runs that
 differ in beta or loss share one. A shard is written to a temporary file, flushed and renamed, so that a file under its
@@ -31,7 +31,7 @@ import torch
 from dpofast.common.atomic_files import put
 from dpofast.scoring.responses import ResponseLogps
 
-_ARRAYS = ("logps", "cu_targets", "pairs")  # the fields of ResponseLogps, and the names in a shard
+_ARRAYS = {"logps": "logps", "cu_targets": "cu_targets", "rows": "pairs"}  # ResponseLogps' fields, names in a shard
 _MANIFEST, _SUFFIX, _ASIDE = "manifest.json", ".safetensors", ".tmp-"
 _FORMAT = "dpofast reference log-probs, format 1"
 # Writing a shard takes seconds: a temporary file of an hour ago was left by a killed run.
@@ -98,7 +98,7 @@ class ReferenceStore:
                 continue
             if path.name == self._name(start, stop, content):
                 shard = safetensors.numpy.load(content)
-                return ResponseLogps(**{name: torch.from_numpy(shard[name]) for name in _ARRAYS})
+                return ResponseLogps(**{name: torch.from_numpy(shard[stored]) for name, stored in _ARRAYS.items()})
             self._warn(f"{path}: damaged, its checksum does not match", start, stop)
             with contextlib.suppress(OSError):
                 path.unlink()
@@ -112,7 +112,7 @@ class ReferenceStore:
         """
         if not self._prepared:
             self._prepare()
-        content = safetensors.numpy.save({name: getattr(shard, name).numpy() for name in _ARRAYS})
+        content = safetensors.numpy.save({stored: getattr(shard, name).numpy() for name, stored in _ARRAYS.items()})
         _write_whole(self.folder / self._name(start, stop, content), content)
 
     def _check_manifest(self) -> None:

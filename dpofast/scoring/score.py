@@ -1,4 +1,4 @@
-"""The forward-only pass: token log-probs of responses (response_logps), log-probs and rewards of pairs (score_rows).
+"""The forward-only pass: token log-probs of responses (response_logps), log-probs and rewards of rows (score_rows).
 
 Rows are read, packed like a training step, and run WINDOW at a time, so that memory does not grow with the dataset.
 Log-probs are kept token by token: every sum of them (whole responses, LD-DPO's weighted ones) follows from one pass.
@@ -10,18 +10,19 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
+from torch import Tensor
 
 from dpofast.common.eval_mode import eval_mode
-from dpofast.data.arrow import chunk_bounds, read_chunks
-from dpofast.data.formats import ID_COLUMNS, REF_COLUMNS
+from dpofast.data.formats import ORDER_COLUMN
 from dpofast.packing.arguments import at_least_one
 from dpofast.packing.pack import pack
 from dpofast.scoring.responses import ResponseLogps
+from dpofast.scoring.windows import Window, windows
 
 # Rows packed and computed together: enough for full micro-batches, few enough to hold in memory for any dataset.
 WINDOW = 256
@@ -48,30 +49,32 @@ class Forward:
 
 @torch.no_grad()
 def response_logps(examples: Any, model: Any, forward: Forward) -> ResponseLogps:
-    """Token log-probs of the pairs' responses, in the order of the examples.
+    """Token log-probs of the responses of pairs or lists, in the order of the examples; of lists best first.
 
     Args:
-        examples: one pair each, in any form that `pack` takes.
+        examples: pairs or lists, in any form that `pack` takes.
         model: with the log-prob head attached, on forward.device. It is in eval mode during the call.
         forward: how it is run.
     """
-    logps, lengths, rows, pairs, responses = [], [], [], [], 0
+    logps, lengths, examples_of, rows, responses = [], [], [], [], 0
     with eval_mode(model):
         for batch in pack(examples, forward.max_tokens, share=forward.share):
             with forward.autocast():
                 output = model(packed=batch.to(forward.device), max_logits_bytes=forward.max_logits_bytes)
             logps.append(output.logps.float().cpu())
             lengths.append(batch.cu_targets.diff())
-            rows.append(batch.pair_examples)
-            pairs.append(batch.pairs + responses)
+            examples_of.append(batch.pair_examples)
+            own = batch.pairs if batch.columns.lists is None else batch.columns.lists
+            rows.append(torch.where(own < 0, -1, own + responses).to(torch.int32))
             responses += batch.num_sequences
     cu_targets = torch.zeros(responses + 1, dtype=torch.int32)
     if not responses:
         return ResponseLogps(torch.empty(0), cu_targets, torch.empty(0, 2, dtype=torch.int32))
     torch.cumsum(torch.cat(lengths), 0, dtype=torch.int32, out=cu_targets[1:])
-    of_micro_batches = torch.cat(pairs)
+    most = max(part.shape[1] for part in rows)
+    of_micro_batches = torch.cat([torch.nn.functional.pad(part, (0, most - part.shape[1]), value=-1) for part in rows])
     in_order = torch.empty_like(of_micro_batches)
-    in_order[torch.cat(rows)] = of_micro_batches
+    in_order[torch.cat(examples_of)] = of_micro_batches
     return ResponseLogps(torch.cat(logps), cu_targets, in_order)
 
 
@@ -89,17 +92,19 @@ def score_rows(
     window: int = WINDOW,
     ld_alpha: float | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Score preference pairs, row by row in input order; memory does not grow with their number.
+    """Score preference pairs or lists, row by row in input order; memory does not grow with their number.
 
     Rows share what they begin with inside a window only, since results come in the input's order: a dataset in the
     order of prompt_order costs least.
 
     Args:
-        dataset: tokenize_preferences' dataset, or an iterable of mappings with prompt_ids, chosen_ids, rejected_ids.
+        dataset: tokenize_preferences' dataset, or an iterable of mappings with prompt_ids, chosen_ids, rejected_ids,
+            or of lists with prompt_ids, responses_ids and ranks or scores. Their weights of tokens are factors of the
+            log-probs; a column beta replaces beta.
         model: the policy, with the log-prob head attached, on `device`. It is in eval mode while a window is computed,
             and between windows in the mode that it was in.
-        ref_model: the reference, likewise. None: the rows' own ref_chosen_logps and ref_rejected_logps where they have
-            them; else under PEFT the model without its adapter; else there is none.
+        ref_model: the reference, likewise. None: the rows' own ref_chosen_logps and ref_rejected_logps (of lists
+            ref_responses_logps) where they have them; else under PEFT the model without its adapter; else none.
         beta: factor of the implicit rewards, beta·(logps − ref_logps).
         max_tokens: as in Forward, for both models; so are the next four.
         share: as in Forward.
@@ -113,6 +118,8 @@ def score_rows(
         An iterator of dicts. Always: chosen_logps, rejected_logps (floats: nats, summed over the response),
         chosen_tokens, rejected_tokens (ints), and row (int) where the input has it. With a reference: ref_chosen_logps,
         ref_rejected_logps, chosen_rewards, rejected_rewards (beta·(logps − ref_logps)) and margins (their difference).
+        Of lists: responses_logps, responses_tokens, ref_responses_logps and responses_rewards, lists in the order of
+        the responses in the row of the source, and margins of the best and the worst response.
 
     Raises:
         ValueError: beta or window out of range; while iterating, a row that `pack` refuses, named by its place in its
@@ -128,71 +135,60 @@ def score_rows(
         device=device,
         autocast=autocast,
     )
-    return _scored(_windows(dataset, window), model, ref_model, beta, ld_alpha, forward)
-
-
-class _Window(NamedTuple):
-    """Rows that are scored together.
-
-    Attributes:
-        examples: the pairs, in a form that `pack` takes.
-        beside: the columns that stand beside the token ids, a list each: reference log-probs and row numbers.
-    """
-
-    examples: Any
-    beside: dict[str, list[Any]]
+    return _scored(windows(dataset, window), model, ref_model, beta, ld_alpha, forward)
 
 
 def _scored(
-    scored_together: Iterator[_Window],
+    scored_together: Iterator[Window],
     model: Any,
     ref_model: Any,
     beta: float,
     ld_alpha: float | None,
     forward: Forward,
 ) -> Iterator[dict[str, Any]]:
-    for examples, beside in scored_together:
-        policy = response_logps(examples, model, forward)
-        logps = policy.sums(ld_alpha)
-        columns = {"chosen_logps": logps[:, 0], "rejected_logps": logps[:, 1]}
-        columns |= dict(zip(("chosen_tokens", "rejected_tokens"), policy.lengths().T, strict=True))
+    for window in scored_together:
+        policy = response_logps(window.examples, model, forward)
+        columns = {"logps": policy.sums(ld_alpha, window.weights), "tokens": policy.lengths()}
         reference = None
         if ref_model is not None:
-            reference = response_logps(examples, ref_model, forward).sums(ld_alpha)
-        elif REF_COLUMNS[0] in beside:
-            reference = torch.tensor([beside[name] for name in REF_COLUMNS], dtype=torch.float32).T
-        elif hasattr(model, "disable_adapter"):
+            reference = response_logps(window.examples, ref_model, forward).sums(ld_alpha, window.weights)
+        elif (reference := window.reference()) is None and hasattr(model, "disable_adapter"):
             with model.disable_adapter():
-                reference = response_logps(examples, model, forward).sums(ld_alpha)
+                reference = response_logps(window.examples, model, forward).sums(ld_alpha, window.weights)
         if reference is not None:
-            rewards = beta * (logps - reference)
-            columns |= dict(zip(REF_COLUMNS, reference.T, strict=True))
-            columns |= dict(zip(("chosen_rewards", "rejected_rewards"), rewards.T, strict=True))
-            columns["margins"] = rewards[:, 0] - rewards[:, 1]
-        lists = {name: column.tolist() for name, column in columns.items()}
-        if "row" in beside:
-            lists["row"] = beside["row"]
-        for values in zip(*lists.values(), strict=True):
-            yield dict(zip(lists, values, strict=True))
+            own = window.beside.get("beta")
+            factor = beta if own is None else torch.tensor(own, dtype=torch.float32)[:, None]
+            columns |= {"ref_logps": reference, "rewards": factor * (columns["logps"] - reference)}
+        yield from _rows(window, columns, policy.member)
 
 
-def _windows(dataset: Any, size: int) -> Iterator[_Window]:
-    """The rows of a Dataset or an iterable of mappings, `size` at a time."""
-    optional = (*REF_COLUMNS, "row")
-    if isinstance(dataset, Dataset):
-        given = [name for name in optional if name in dataset.column_names]
-        for table in read_chunks(dataset, [*ID_COLUMNS, *given], chunk_bounds(len(dataset), size)):
-            yield _Window(table.select(ID_COLUMNS), {name: table.column(name).to_pylist() for name in given})
-        return
-    rows = iter(dataset)
-    while part := list(islice(rows, size)):
-        given = [name for name in optional if any(row.get(name) is not None for row in part)]
-        for name in given:
-            if any(row.get(name) is None for row in part):
-                raise ValueError(f"{name}: expected it in every row or in none, and of these {len(part)} some lack it")
-        present = [name for name in REF_COLUMNS if name in given]
-        missing = [name for name in REF_COLUMNS if name not in given]
-        if present and missing:
-            raise ValueError(f"{missing[0]}: expected it beside {present[0]}, and there is none")
-        examples = [{name: row.get(name) for name in ID_COLUMNS} for row in part]
-        yield _Window(examples, {name: [row[name] for row in part] for name in given})
+def _rows(window: Window, columns: dict[str, Tensor], member: Tensor) -> Iterator[dict[str, Any]]:
+    """What score_rows returns of a window; columns (P, K), member (P, K) bool."""
+    numbers = window.beside.get("row")
+    places = window.beside.get(ORDER_COLUMN) if window.is_list else None
+    margins = None
+    if (rewards := columns.get("rewards")) is not None:
+        worst = rewards.gather(1, member.sum(1, keepdim=True) - 1)[:, 0]
+        margins = (rewards[:, 0] - worst).tolist()
+    counts = member.sum(1).tolist()
+    lists = {name: values.tolist() for name, values in columns.items()}
+    for index, count in enumerate(counts):
+        row: dict[str, Any] = {}
+        for name, values in lists.items():
+            own = values[index][:count]
+            if not window.is_list:
+                row |= {_column(name, side): value for side, value in zip(("chosen", "rejected"), own, strict=True)}
+                continue
+            if places is not None:
+                own = [own[k] for k in np.argsort(places[index])]
+            row[_column(name, "responses")] = own
+        if margins is not None:
+            row["margins"] = margins[index]
+        if numbers is not None:
+            row["row"] = numbers[index]
+        yield row
+
+
+def _column(name: str, responses: str) -> str:
+    """The name of an output column: chosen_logps, ref_chosen_logps, responses_rewards ..."""
+    return f"ref_{responses}_logps" if name == "ref_logps" else f"{responses}_{name}"

@@ -26,7 +26,7 @@ from datasets import Dataset
 from dpofast.common.atomic_files import put
 from dpofast.data.arrow import chunk_bounds, read_chunks
 from dpofast.data.files import Snapshot, kind_of
-from dpofast.data.formats import REF_COLUMNS
+from dpofast.data.formats import LIST_REF_COLUMN, REF_COLUMNS
 from dpofast.data.load import is_saved, source_files
 from dpofast.data.read_rows import read_rows, unit_of
 from dpofast.scoring.score import WINDOW
@@ -35,7 +35,8 @@ Row = dict[str, Any]
 # The columns of scores. Where a source has some, they are of an earlier scoring, and are replaced or left out.
 SCORES = (
     *("chosen_logps", "rejected_logps", *REF_COLUMNS, "chosen_tokens", "rejected_tokens"),
-    *("chosen_rewards", "rejected_rewards", "margins"),
+    *("responses_logps", LIST_REF_COLUMN, "responses_tokens"),
+    *("chosen_rewards", "rejected_rewards", "responses_rewards", "margins"),
 )
 
 

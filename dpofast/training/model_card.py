@@ -37,7 +37,7 @@ def model_card(model: Any, args: DPOConfig, reports: dict[str, Any], *, pairs_pe
         model: what was trained.
         args: of the run.
         reports: the DataReport of every dataset, by its name.
-        pairs_per_step: on all ranks together.
+        pairs_per_step: pairs or lists, on all ranks together.
         steps: optimizer steps so far.
     """
     loss = args.preference_loss()
@@ -45,14 +45,16 @@ def model_card(model: Any, args: DPOConfig, reports: dict[str, Any], *, pairs_pe
     adapter = getattr(model, "peft_config", None)
     kinds = loss.kind if isinstance(loss.kind, str) else " + ".join(loss.kind)
     trained = next(iter(adapter.values())) if adapter else None
+    unit = reports["train"].example_kind if "train" in reports else "pairs"
     facts = {
         "Base model": f"`{base}`",
         "Trained": "all weights" if trained is None else f"an adapter ({type(trained).__name__})",
         "Data": "; ".join(
-            f"{name}: {report.kept:,} pairs of `{_name(report.source)}`" for name, report in reports.items()
+            f"{name}: {report.examples:,} {report.example_kind} of `{_name(report.source)}`"
+            for name, report in reports.items()
         ),
         "Loss": f"`{kinds}`, beta {args.beta:g}" + ("" if loss.needs_reference else ", without a reference"),
-        "Steps": f"{steps:,} of {pairs_per_step} pairs",
+        "Steps": f"{steps:,} of {pairs_per_step} {unit}",
         "Learning rate": f"{args.learning_rate:g}, {args.lr_scheduler_type.value}",
         "Longest row": f"{args.max_length} tokens",
         "Precision": "bf16 mixed"
@@ -75,7 +77,7 @@ tags:
 
 # {_name(args.output_dir) or base}
 
-`{base}`, trained on preference pairs by direct preference optimization.
+`{base}`, trained on preference {unit} by direct preference optimization.
 
 | | |
 |---|---|

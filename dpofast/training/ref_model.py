@@ -15,7 +15,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from dpofast.common.ranks import Ranks
-from dpofast.data.formats import REF_COLUMNS
+from dpofast.data.token_rows import has_reference
 from dpofast.model.adapters import Wrapped, few, is_peft, probe_logps, same_weights, trained_outside
 from dpofast.model.parts import base_causal_lm
 from dpofast.model.wrappers import is_dispatched
@@ -177,7 +177,7 @@ def with_reference_columns(
         dtype: of forward_dtype(), so that reference log-probs are rounded as the policy's.
         ranks: the processes that share the pass.
     """
-    if set(REF_COLUMNS) <= set(dataset.column_names):
+    if has_reference(dataset.column_names):
         return dataset
     shown = not args.disable_tqdm and ranks.rank == 0
     with reference.of(policy) as model, on_device(model, args.device), parameters_in(model, dtype):

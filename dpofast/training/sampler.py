@@ -8,11 +8,12 @@ no sampler state. Where Trainer repeats pairs so that every rank gets as many, h
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import torch
 from datasets import Dataset
 from torch.utils.data import BatchSampler, DataLoader
@@ -21,8 +22,16 @@ from transformers import TrainingArguments
 from dpofast.checkpointing.signals import outlive_signals
 from dpofast.common.ranks import Ranks
 from dpofast.data.arrow import chunk_bounds, read_chunks
-from dpofast.data.formats import ID_COLUMNS
+from dpofast.data.lists import with_best_and_worst
 from dpofast.data.report import DataReport
+from dpofast.data.token_rows import (
+    RowTokens,
+    best_weight,
+    responses_of,
+    token_columns,
+    weight_columns,
+    without_reference,
+)
 from dpofast.packing.batch import PackedBatch
 from dpofast.packing.pack import pack
 from dpofast.packing.planner import plan
@@ -42,51 +51,73 @@ class StepExamples(list[Any]):
     """This rank's examples of a step, and counts over the whole step.
 
     Attributes:
-        num_pairs: pairs of the step, on all ranks.
-        num_chosen_tokens: tokens of their chosen responses.
+        num_pairs: pairs, or lists, of the step, on all ranks.
+        num_chosen_tokens: tokens of their chosen (of lists: best) responses; with token weights the sum of these.
         packed: set where they were packed ahead.
         report: of a stream, the DataReport on all rows up to this step.
     """
 
     num_pairs: int
-    num_chosen_tokens: int
+    num_chosen_tokens: float
     packed: PackedShare | None = None
     report: DataReport | None = None
 
 
 @dataclass(frozen=True)
 class PairLengths:
-    """Lengths of n pairs, from which a step is divided.
+    """Lengths of n pairs or lists, from which a step is divided.
 
     Attributes:
-        positions: (n,) int64, packed positions of each pair by itself, P + (C − 1) + (R − 1): those that its two
-            responses begin with alike are counted twice.
+        positions: (n,) int64, packed positions of each by itself, P + (C − 1) + (R − 1), of lists P + Σ (response − 1):
+            those that its responses begin with alike are counted more than once.
         prompts: (n,) int64, prompt tokens of each.
-        chosen: (n,) int64, chosen tokens of each.
+        responses: (n,) int64, how many responses each has.
+        chosen: (n,) tokens of each one's chosen (of lists: best) response, int64; with token weights, the sums of
+            these, float64.
         prompt_keys: (n,) uint64, equal where the prompts are.
     """
 
     positions: np.ndarray
     prompts: np.ndarray
+    responses: np.ndarray
     chosen: np.ndarray
     prompt_keys: np.ndarray
 
     @classmethod
     def of(cls, dataset: Dataset) -> PairLengths:
         """Reads them from a token-level dataset, 1024 rows at a time."""
-        lengths: dict[str, list[np.ndarray]] = {name: [] for name in ID_COLUMNS}
-        keys: list[np.ndarray] = []
-        for table in read_chunks(dataset, ID_COLUMNS, chunk_bounds(len(dataset), _ROWS)):
-            for name in ID_COLUMNS:
-                lengths[name].append(np.diff(_bounds(table[name])))
-            prompts = table[ID_COLUMNS[0]].combine_chunks()
-            tokens, bounds = prompts.flatten().to_numpy(zero_copy_only=False), _bounds(prompts)
-            keys.append(_keys(tokens, bounds))
-        if not keys:
-            nothing = np.empty(0, np.int64)
-            return cls(nothing, nothing, nothing, nothing.astype(np.uint64))
-        prompt, chosen, rejected = (np.concatenate(lengths[name]).astype(np.int64) for name in ID_COLUMNS)
-        return cls(prompt + chosen + rejected - 2, prompt, chosen, np.concatenate(keys))
+        columns = dataset.column_names
+        names = (*token_columns(columns), *weight_columns(columns))
+        return cls.joined(map(_lengths, read_chunks(dataset, names, chunk_bounds(len(dataset), _ROWS))))
+
+    @classmethod
+    def joined(cls, parts: Iterable[PairLengths]) -> PairLengths:
+        """Those of several datasets, one behind the other."""
+        nothing = np.empty(0, np.int64)
+        none = cls(nothing, nothing, nothing, nothing, nothing.astype(np.uint64))
+        columns = zip(*(each.columns() for each in [none, *parts]), strict=True)
+        return cls(*(np.concatenate(values) for values in columns))
+
+    def of_rows(self, index: slice | np.ndarray) -> PairLengths:
+        """Those of some rows."""
+        return PairLengths(*(values[index] for values in self.columns()))
+
+    def columns(self) -> list[np.ndarray]:
+        """The attributes, in their order."""
+        return [getattr(self, field.name) for field in fields(self)]
+
+
+def _lengths(table: pa.Table) -> PairLengths:
+    rows = RowTokens.of(table)
+    tokens, bounds = rows.prompts
+    prompts, lengths, first = np.diff(bounds), rows.lengths, rows.bounds[:-1]
+    positions = prompts + np.add.reduceat(lengths - 1, first)
+    chosen = lengths[first]
+    if (weights := rows.weights()) is not None:
+        starts = (np.cumsum(lengths) - lengths)[first]
+        parts = (weights[start:end] for start, end in zip(starts, starts + chosen, strict=True))
+        chosen = np.array([np.sum(part, dtype=np.float64) for part in parts])
+    return PairLengths(positions, prompts, np.diff(rows.bounds), chosen, _keys(tokens, bounds))
 
 
 def rank_shares(lengths: PairLengths, step: np.ndarray, num_ranks: int) -> list[np.ndarray]:
@@ -194,18 +225,20 @@ class StepDataset(torch.utils.data.Dataset[Any]):
 
     def __getitem__(self, index: int) -> Any:
         """One example."""
-        return self.dataset[index]
+        return with_best_and_worst(self.dataset[index])
 
     def __getitems__(self, share: _Share) -> StepExamples:
-        """A rank's examples of a step, each with its index in the dataset."""
+        """A rank's examples of a step, each with its index in the dataset; lists also have chosen_ids, rejected_ids."""
         columns = self.dataset[list(share)]
         rows = zip(share, *columns.values(), strict=True)
-        examples = StepExamples({**dict(zip(columns, row, strict=True)), "index": index} for index, *row in rows)
+        examples = StepExamples(
+            with_best_and_worst({**dict(zip(columns, row, strict=True)), "index": index}) for index, *row in rows
+        )
         examples.num_pairs = len(share.step)
         if self.lengths is None:
-            examples.num_chosen_tokens = sum(len(example["chosen_ids"]) for example in examples)
+            examples.num_chosen_tokens = sum(map(best_weight, examples))
         else:
-            examples.num_chosen_tokens = int(self.lengths.chosen[share.step].sum())
+            examples.num_chosen_tokens = self.lengths.chosen[share.step].sum().item()
         return examples
 
 
@@ -257,19 +290,17 @@ def first_examples(dataset: Dataset, positions: int, share: str) -> StepExamples
     """Returns the first pairs that fill at least so many positions of one micro-batch, as a step of their own.
 
     Args:
-        dataset: token-level pairs; all of them where they fill fewer.
+        dataset: token-level pairs or lists; all of them where they fill fewer.
         positions: packed positions.
         share: as in `pack`.
     """
     examples, tokens, enough = StepExamples(), 0, float(positions)
-    prompt, *responses = ID_COLUMNS
-    counted = [prompt, prompt, *responses] if share == "none" else [prompt, *responses]
     for example in dataset.with_format("numpy"):
-        examples.append(example)
-        tokens += sum(len(example[name]) for name in counted)
+        examples.append(with_best_and_worst(example))
+        responses = responses_of(example)
+        tokens += len(example["prompt_ids"]) * (len(responses) if share == "none" else 1) + sum(map(len, responses))
         if tokens >= enough:
-            ids = [{name: row[name] for name in ID_COLUMNS} for row in examples]
-            packed = pack(ids, share=share)[0].num_tokens
+            packed = pack([without_reference(row) for row in examples], share=share)[0].num_tokens
             if packed >= positions:
                 break
             enough = tokens * positions / packed  # if the next ones share as much
@@ -282,15 +313,9 @@ def as_it_is(step: Any) -> Any:
     return step
 
 
-def _bounds(column: Any) -> np.ndarray:
-    """(rows + 1,) offsets of a list column, from 0."""
-    offsets = (column.combine_chunks() if hasattr(column, "chunks") else column).offsets.to_numpy()
-    return offsets - offsets[0]
-
-
-def _keys(tokens: np.ndarray, bounds: Sequence[int] | np.ndarray) -> np.ndarray:
+def _keys(tokens: np.ndarray, bounds: np.ndarray) -> np.ndarray:
     """(rows,) uint64, a hash of every row's tokens that is equal in all processes, unlike Python's own."""
-    ends = list(bounds)
+    ends = bounds.tolist()
     digests = [
         hashlib.blake2b(tokens[start:stop].tobytes(), digest_size=8).digest()
         for start, stop in zip(ends[:-1], ends[1:], strict=True)

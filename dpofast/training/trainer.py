@@ -27,7 +27,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from dpofast.checkpointing.identity import reference_identity
 from dpofast.checkpointing.trainer import CheckpointedTrainer
 from dpofast.data.arrow import mapped_files, release_pages
-from dpofast.data.formats import ID_COLUMNS, REF_COLUMNS
+from dpofast.data.token_rows import DECIDING_COLUMNS, has_reference, optional_columns
 from dpofast.evaluation.metrics import MetricSums, check_best_metric
 from dpofast.evaluation.pair_records import PairRecords
 from dpofast.losses.pairs import StepTotals
@@ -37,6 +37,7 @@ from dpofast.packing.arguments import sharing
 from dpofast.packing.batch import PackedBatch
 from dpofast.scoring.score import Forward
 from dpofast.training.checks.arguments import check_arguments
+from dpofast.training.checks.columns import check_data_columns
 from dpofast.training.checks.device import check_kernels, device_notes
 from dpofast.training.checks.launch import check_options_of_sharded, check_pairs, check_reference_used, own_arguments
 from dpofast.training.checks.methods import check_methods
@@ -67,7 +68,7 @@ _REFERENCE_FILE = "moving_reference.safetensors"  # in a checkpoint
 
 
 class DPOTrainer(CheckpointedTrainer):
-    """Direct Preference Optimization (arXiv 2305.18290) on packed batches.
+    """Direct Preference Optimization (arXiv 2305.18290) on packed batches, of pairs or of lists of responses.
 
     Args:
         model: a causal language model, a PEFT model, or a name or folder that AutoModelForCausalLM loads (in float32).
@@ -75,7 +76,8 @@ class DPOTrainer(CheckpointedTrainer):
             model).
         args: a DPOConfig, or TRL's.
         data_collator: None; TRL's argument, refused.
-        train_dataset: preference pairs in any of the formats of dpofast.tokenize_preferences. Of an IterableDataset,
+        train_dataset: preference pairs, or lists, in any of the formats of dpofast.tokenize_preferences, with the
+            columns of a row (weight, margin, beta ...) that the loss takes. Of an IterableDataset,
             which is read and tokenized as training goes, the reference is computed in the step.
         eval_dataset: the same, held out, read whole; a dict of them is evaluated one by one, each under its name.
         processing_class: the tokenizer; None loads the one that lies beside the model, if there is one.
@@ -99,7 +101,7 @@ class DPOTrainer(CheckpointedTrainer):
 
     train_dataset: Any
     eval_dataset: Any
-    identity_columns = ID_COLUMNS
+    identity_columns = DECIDING_COLUMNS
 
     def __init__(
         self,
@@ -122,6 +124,7 @@ class DPOTrainer(CheckpointedTrainer):
         args = own_arguments(args, train_dataset)
         check_kernels(args.device)
         self.loss = args.preference_loss()
+        check_data_columns(args, self.loss, train_dataset, eval_dataset)
         torch.manual_seed(args.seed)
         models = prepare_models(model, ref_model, args, processing_class, peft_config, quantization_config)
         ref_model = models.ref_model
@@ -187,7 +190,7 @@ class DPOTrainer(CheckpointedTrainer):
 
     def _identity_of_reference(self, ref_model: Any) -> dict[str, str]:
         """Fingerprint of the reference's weights, where they decide about the run."""
-        in_data = self.train_dataset is not None and set(REF_COLUMNS) <= set(self.train_dataset.column_names or ())
+        in_data = self.train_dataset is not None and has_reference(self.train_dataset.column_names)
         compared = self.loss.needs_reference and not in_data
         return reference_identity(self.model, ref_model) if compared else {}
 
@@ -255,7 +258,7 @@ class DPOTrainer(CheckpointedTrainer):
         return self._reference.model
 
     def _with_reference(self, dataset: Dataset, name: str) -> Dataset:
-        if set(REF_COLUMNS) <= set(dataset.column_names):
+        if has_reference(dataset.column_names):
             return dataset
         begun = self.state.global_step > 0 and (self._reference.is_policy or is_sharded(self.accelerator))
         if self._reference.released or begun:
@@ -286,7 +289,8 @@ class DPOTrainer(CheckpointedTrainer):
         loss["loss_type"], loss["loss_weights"] = loss.pop("kind"), loss.pop("weights")
         own = {"disable_dropout": self.args.disable_dropout, **self._reference_identity}
         moving = {name: getattr(self.args, name) for name in MOVING_OPTIONS if self.args.sync_ref_model}
-        return {**super().run_identity(), **loss, **own, **moving}
+        columns = optional_columns(getattr(self.train_dataset, "column_names", None))  # the checksum is of values alone
+        return {**super().run_identity(), **loss, **own, **moving, **({"columns": columns} if columns else {})}
 
     def progress_state(self) -> dict[str, Any]:
         """Metrics since the last log and tokens since the first step."""

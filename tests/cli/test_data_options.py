@@ -51,3 +51,32 @@ def test_a_typing_error_in_a_path_names_what_is_there(model, tmp_path, capsys, m
     assert "pair.jsonl: no such file or folder; did you mean pairs.jsonl?" in capsys.readouterr().err
     assert main(["train", "--model", str(model), "--data", "data/pairs", "--preview", "1"]) == 2
     assert "data/pairs: no such file or folder" in capsys.readouterr().err
+
+
+LISTS = [{"prompt": "3 4", "responses": [" 6", " 7", " 8"], "scores": [1, 3, 2.5]}] * 2
+
+
+def test_preview_of_lists_and_of_their_pairs(model, tmp_path, capsys):
+    data = write(tmp_path / "lists.jsonl", LISTS)
+    command = ["train", "--model", str(model), "--data", data, "--preview", "1"]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert "  [1]       (rank 0, score 3) 7 1\n  [2]       (rank 1, score 2.5) 8 1\n  [0]       (rank 2, " in printed
+    assert main([*command, "--list_pairs", "adjacent", "--min_score_gap", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert (
+        "line 1, tokens: prompt 2, chosen 2, rejected 2\n  prompt    3 4\n  chosen    8 1\n  rejected  6 1" in printed
+    )
+    assert main([*command, "--list_pairs", "best"]) == 2
+    assert "list_pairs: expected one of ('all', 'best_worst', 'adjacent')" in capsys.readouterr().err
+    assert main([*command, "--min_score_gap", "1"]) == 2
+    assert "set list_pairs too" in capsys.readouterr().err
+
+
+def test_evaluation_of_the_pairs_of_lists(model, tmp_path, capsys):
+    data = write(tmp_path / "lists.jsonl", LISTS)
+    command = ["eval", "--model", str(model), "--data", data, "--no_reference", "--loss_type", "simpo"]
+    assert main([*command, "--list_pairs", "all", "--output", "json"]) == 0
+    assert json.loads(capsys.readouterr().out)["data"]["pairs"] == 6
+    assert main([*command, "--list_pairs", "none"]) == 2
+    assert "list_pairs: expected one of" in capsys.readouterr().err

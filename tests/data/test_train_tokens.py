@@ -132,6 +132,16 @@ def test_reasoning_that_earlier_turns_lose():
     ]
 
 
+def test_content_of_parts():
+    def parts(*texts):
+        return [{"type": "text", "text": text} for text in texts]
+
+    template = REASONING.replace("{{ m.content }}", "{% for p in m.content %}{{ p.text }}{% endfor %}")
+    turns = [assistant(parts("O", "ne"), reasoning_content="hm"), user(parts("Two?")), assistant(parts("Three"))]
+    row = {"prompt": [user(parts("Hi"))], "chosen": turns, "rejected": [assistant(parts("Bad"))]}
+    assert trained(row, template) == ["One<|im_end|>\n", "<think></think>Three<|im_end|>\n"]
+
+
 def test_flags_of_whole_conversations_without_a_prompt_column():
     start = [user("Hi", train=False), assistant("Hello", train=True), user("Name a prime.")]
     row = {
@@ -203,6 +213,12 @@ REFUSED = [
     (
         row_of(*THREE),
         "{% for m in messages %}[{{ m.role[0] }}]{{ m.content }}{% generation %}{% endgeneration %}{% endfor %}",
+        "no token of a response is trained: the chosen response: the turns that count are empty, or unmarked",
+    ),
+    (
+        {**row_of(*THREE), "prompt": [user("Hi"), assistant("Hello"), user("Name a prime.")]},
+        "{% for m in messages %}[{{ m.role[0] }}]{% if loop.index0 == 1 %}{% generation %}{{ m.content }}"
+        "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}",
         "no token of a response is trained: the chosen response: the turns that count are empty, or unmarked",
     ),
 ]

@@ -391,6 +391,14 @@ LIST_COLUMNS = list_columns()
             {"lists": LIST_COLUMNS.lists + 1, "ranks": LIST_COLUMNS.ranks},
             r"lists: expected sequence numbers in \[0, 8\), two or more a list, filled with -1 where ranks are",
         ),
+        *(
+            (
+                {"kind": "plackett_luce"},
+                {"lists": LIST_COLUMNS.lists[:, :3], "ranks": torch.tensor([[0, 1, 2], [0, 1, -1], ranks, [0, 1, -1]])},
+                rf"ranks: expected those of a list from 0 up, without gaps, .*, got \{ranks} in list 2",
+            )
+            for ranks in ([1, 0, 2], [0, 2, 3], [1, 2, 3], [0, 0, 2], [0, 1, 0])
+        ),
     ],
 )
 def test_columns_that_do_not_fit(loss, columns, message):

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from dpofast import PreferenceLoss, preference_loss, reference
+from bench.cost import Cost
+from dpofast import PreferenceLoss, linear_preference_loss, preference_loss, reference
 from dpofast.losses.functional import token_preference_loss
 from dpofast.losses.kinds import KINDS
 from dpofast.losses.list_kinds import MOST_TIED
@@ -221,3 +222,33 @@ def test_plackett_luce_refuses_more_ties_than_it_can_order():
 
 def test_dense_ranks_of_scores():
     assert dense([0.9, 0.5, 0.5, 0.1]) == [0, 1, 1, 2]
+
+
+@pytest.mark.parametrize("kind", LISTS)
+def test_ragged_lists_cost_three_gemms_and_equal_the_losses_of_their_tokens(kind):
+    lists = random_lists(7, sizes=(2, 4, 3))
+    columns, pairs = columns_of(lists, scores=scored(kind))
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.tensor([3, 1, 2, 4, 1, 2, 3, 2, 2])
+    cu_targets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
+    hidden, weight = torch.randn(20, 8, generator=generator), torch.randn(31, 8, generator=generator)
+    targets, ref = torch.randint(31, (20,), generator=generator), random_logps(9)[1].float()
+    loss, results = PreferenceLoss(**plain_options(kind)), []
+
+    def by_the_head(h, w):
+        known = {"loss": loss, "columns": columns, "max_logits_bytes": 19 * 31 * 4}
+        return linear_preference_loss(h, w, targets, cu_targets, pairs, ref, **known)
+
+    def by_tokens(h, w):
+        tokens = reference.linear_logprobs(h, w, targets)
+        return token_preference_loss(tokens, cu_targets, pairs, ref, loss=loss, columns=columns)
+
+    for function in (by_the_head, by_tokens):
+        leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+        with Cost() as cost:
+            output = function(*leaves)
+            output.loss.backward()
+        assert cost.gemm_units(20, 8, 31) == 3
+        results.append((output.losses, *(leaf.grad for leaf in leaves)))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4 * float(b.abs().max()), rtol=1e-4)

@@ -38,6 +38,7 @@ COPIES = {
         {"kind": "sigmoid", "label_smoothing": 0.1, "f_divergence_type": "js_divergence", "beta": 0.3},
     ),
     "no reference, lengths, an option": (own_losses.simpo_by_hand, {"kind": "simpo", "simpo_gamma": 0.7, "beta": 2.0}),
+    "a mean over tokens": (own_losses.sft_by_hand, {"kind": "sft"}),
     "coupled": (own_losses.kto_by_hand, {"kind": "kto_pair"}),
     "all modifiers": (own_losses.dpo_by_hand, {"kind": "sigmoid", "ld_alpha": 0.3, "use_weighting": True}),
     "rpo": (own_losses.dpo_by_hand, {"kind": "sigmoid", "rpo_alpha": 0.5}),

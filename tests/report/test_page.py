@@ -2,16 +2,19 @@
 
 import base64
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 from datasets import Dataset
 
 from dpofast import DPOConfig, DPOTrainer
+from dpofast.evaluation.pair_records import ListTable, PairTable
 from dpofast.report.diagnosis import Run
 from dpofast.report.figures import pictures
-from dpofast.report.page import ReportCallback, write_report
+from dpofast.report.page import ReportCallback, _lists_html, write_report
 from tests.support.tiny import tiny_model, tiny_pairs, tiny_tokenizer
 
 pytestmark = pytest.mark.slow(25)
@@ -205,3 +208,20 @@ def test_several_held_out_sets_show_the_first(tmp_path):
 def test_a_history_without_numbers_has_no_pictures():
     assert pictures(Run(history=[])) == []
     assert pictures(Run(history=[{"step": 1, "loss": float("nan")}, {"train_runtime": 2.0}])) == []
+
+
+def test_lists_have_a_figure_and_a_table_that_pairs_do_not_have():
+    margins = np.linspace(-1.0, 1.0, 12)
+    rewards = np.stack([margins / 2, -margins / 2], axis=1)
+    plain = PairTable(np.arange(12), rewards, rewards, np.full((12, 2), 3), np.ones(12))
+    sizes, tau = np.array([2, 3, 4] * 4), np.linspace(-1, 1, 12)
+    tau[0] = np.nan
+    lists = ListTable(sizes, (tau + 1) / 2, np.zeros(12), tau, (tau + 2) / 3, (tau > 0).astype(float))
+    for table, shown in ((plain, False), (replace(plain, lists=lists), True)):
+        titles = [picture.title for picture in pictures(Run(history=[], pairs=table))]
+        assert ("Kendall's \u03c4 of the held-out lists" in titles) == shown
+    page = Page(f"<main>{_lists_html(lists)}</main>")
+    words = page.text
+    assert "all 11" in words and "K = 4 4" in words and "NDCG" in words
+    own = tau[sizes == 4].mean()
+    assert f"K = 4 4 {own:.3f} {(own + 2) / 3:.3f}" in words

@@ -21,7 +21,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from dpofast import DPOConfig, DPOTrainer, attach_logprob_head, reference
 from dpofast.data.formats import REF_COLUMNS
 from dpofast.scoring import ref_cache, ref_store
-from dpofast.scoring.fingerprints import first_equal, model_fingerprint, response_fingerprints
+from dpofast.scoring.fingerprints import ResponseFingerprints, first_equal, model_fingerprint
 from dpofast.scoring.ref_cache import add_reference_columns
 from dpofast.scoring.score import Forward
 from tests.support.tiny import tiny_dataset, tiny_model, tiny_pairs
@@ -122,7 +122,7 @@ def test_first_equal():
     dataset = Dataset.from_list(
         [dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), row, strict=True)) for row in rows]
     )
-    assert first_equal(response_fingerprints(dataset).reshape(-1, 2)).tolist() == [0, 1, 2, 3, 1, 0]
+    assert ResponseFingerprints.of(dataset).first_equal().tolist() == [0, 1, 2, 3, 1, 0]
 
 
 def changes():

@@ -30,6 +30,12 @@ def simpo_by_hand(pairs, loss):
     return -logsigmoid(pairs.beta * difference - loss.simpo_gamma)
 
 
+@preference_kind(reference=False, lengths=True)
+def sft_by_hand(pairs, loss):
+    """The kind sft."""
+    return -pairs.chosen_sum * pairs.nll_scale
+
+
 @preference_kind(coupled=True)
 def kto_by_hand(pairs, loss):
     """The kind kto_pair."""

@@ -21,6 +21,7 @@ from dpofast import DPOConfig, DPOTrainer
 from dpofast.losses import kinds as losses
 from tests.support.rank_processes import become_rank, free_port, run_ranks
 from tests.support.tiny import VOCAB, tiny_dataset, tiny_dialogues, tiny_model, tiny_tokenizer
+from tests.support.tiny_lists import tiny_columns, tiny_list_dataset
 
 WORLD = 2
 PAIRS = 21  # 8 a step: the last one has 5
@@ -97,6 +98,43 @@ CASES = {
     "best model": BEST,
     **{kind: {"loss_type": kind, "max_tokens": 24, **REQUIRED.get(kind, {})} for kind in losses.KINDS},
 }
+
+
+def lists():
+    """Return lists of two to five responses, some tied, with scores."""
+    return tiny_list_dataset(PAIRS)
+
+
+def weighted_lists():
+    """Return the same with weights of tokens."""
+    return tiny_list_dataset(PAIRS, weights=True)
+
+
+def columns():
+    """Return pairs with every optional column."""
+    return tiny_columns(PAIRS, 0, "weight", "margin", "beta", "label_smoothing", "token_weights")
+
+
+def weights():
+    """Return pairs with weights of rows and tokens, and betas of their own."""
+    return tiny_columns(PAIRS, 0, "weight", "beta", "token_weights")
+
+
+LIST_CASES = {
+    "plackett_luce": {"dataset": lists, "loss_type": "plackett_luce", "max_tokens": 30},
+    "plackett_luce, live reference": {
+        **{"dataset": weighted_lists, "loss_type": "plackett_luce", "max_tokens": 30},
+        "precompute_ref_log_probs": False,
+    },
+    "infonca": {"dataset": lists, "loss_type": "infonca", "max_tokens": 30},
+    "mix": {"dataset": weighted_lists, "loss_type": ["plackett_luce", "sigmoid", "sft"], "max_tokens": 30},
+    "lists, accumulation": {"dataset": lists, "loss_type": "lipo_lambda", "accumulation": 2, "max_tokens": 30},
+    "lists as pairs": {"dataset": lists, "list_pairs": "adjacent", "max_tokens": 30},
+    "columns": {"dataset": columns, "max_tokens": 24},
+    "columns, sft": {"dataset": weights, "loss_type": "sft", "max_tokens": 24},
+    "columns, aot": {"dataset": weights, "loss_type": "aot", "max_tokens": 24},
+    "columns, live reference": {"dataset": columns, "max_tokens": 24, "precompute_ref_log_probs": False},
+}
 ZERO_CASES = ("plain", "max_tokens 24", "rpo", "aot")
 UNLIMITED = 10**9
 LONG_CASES = {
@@ -143,6 +181,7 @@ def _named(names):
 MODES = {
     "ddp": (CASES, {}),
     "long": (LONG_CASES, {}),
+    "lists": (LIST_CASES, {}),
     "zero2": (_named(ZERO_CASES), {"deepspeed": _zero(2)}),
     "zero3": (_named(ZERO_CASES), {"deepspeed": _zero(3)}),
     "fsdp": ({**_named(FSDP_CASES), **BF16_CASES}, FSDP),

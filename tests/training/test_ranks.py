@@ -9,6 +9,7 @@ from tests.support.ranks_cases import (
     BF16_CASES,
     CASES,
     FSDP_CASES,
+    LIST_CASES,
     LONG_CASES,
     UNLIMITED,
     ZERO_CASES,
@@ -31,7 +32,7 @@ def sharded(tmp_path_factory):
 
 def alone(case, folder):
     """The case on one process, from begin to end."""
-    return train(folder, 1, **{**CASES[case], "resumed": False})
+    return train(folder, 1, **{**{**CASES, **LIST_CASES}[case], "resumed": False})
 
 
 def check_equal(run, expected):
@@ -46,6 +47,19 @@ def check_equal(run, expected):
 @pytest.mark.parametrize("case", CASES)
 def test_two_ranks_equal_one_process(replicated, case, tmp_path):
     first, second = (results[case] for results in replicated)
+    assert first["logs"] == second["logs"] and first["eval"] == second["eval"]
+    assert all(torch.equal(value, second["weights"][name]) for name, value in first["weights"].items())
+    check_equal(first, alone(case, tmp_path))
+
+
+@pytest.fixture(scope="module")
+def lists_replicated(tmp_path_factory):
+    return on_two_ranks(tmp_path_factory.mktemp("lists-ddp"), "lists")
+
+
+@pytest.mark.parametrize("case", LIST_CASES)
+def test_two_ranks_equal_one_process_on_lists_and_columns(lists_replicated, case, tmp_path):
+    first, second = (results[case] for results in lists_replicated)
     assert first["logs"] == second["logs"] and first["eval"] == second["eval"]
     assert all(torch.equal(value, second["weights"][name]) for name, value in first["weights"].items())
     check_equal(first, alone(case, tmp_path))

@@ -273,6 +273,8 @@ def test_reference_columns_in_the_data_are_used(tmp_path):
         ({"max_tokens": 0}, "max_tokens: expected at least 1, or 'auto', got 0"),
         ({"on_bad_row": "ignore"}, "on_bad_row: expected 'raise' or 'skip'"),
         ({"truncation_mode": "middle"}, "truncation_mode: expected 'keep_start' or 'keep_end'"),
+        ({"list_pairs": "best"}, "list_pairs: expected one of .*, got 'best'"),
+        ({"min_score_gap": 1.0}, "min_score_gap: 1.0 is the least gap of the pairs that list_pairs makes"),
         ({"per_device_train_batch_size": 0}, "per_device_train_batch_size: expected at least 1"),
         ({"max_length": 1}, "max_length: expected room"),
         ({"learning_rate": -1.0}, "learning_rate: expected 0 or more"),

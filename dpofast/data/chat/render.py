@@ -191,7 +191,7 @@ class Template:
             if isinstance(content, list) and any(spelled in text for spelled in _spellings(content)):
                 raise BadRow("the chat template writes a list of parts as Python spells it", excerpt(text, 0, 200))
             is_context = index < prompt and turn["role"] == "assistant" and turn.get("tool_calls")
-            if not is_context and any(t.strip() not in text for t in texts) and unchanged(altered(turn, " #")):
+            if not is_context and any(t.strip() not in text for t in texts) and unchanged(_altered(turn)):
                 raise _left_out(turn, index, "text", "".join(texts), text)
             for key in _CALLS:
                 if turn.get(key) and unchanged({name: value for name, value in turn.items() if name != key}):
@@ -286,9 +286,8 @@ def _all_texts(content: list[Any]) -> list[str]:
     return [str(part.get("text", "")) for part in content]
 
 
-def altered(turn: Turn, end: str) -> Turn:
-    """Return a turn with `end` behind its content, or behind each part of it."""
+def _altered(turn: Turn) -> Turn:
     content = turn["content"]
     if isinstance(content, str):
-        return {**turn, "content": content + end}
-    return {**turn, "content": [{**part, "text": part["text"] + end} for part in content]}
+        return {**turn, "content": content + " #"}
+    return {**turn, "content": [{**part, "text": part["text"] + " #"} for part in content]}

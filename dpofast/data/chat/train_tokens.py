@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from os.path import commonprefix
 from typing import Any
 
-from dpofast.data.chat.render import Rendered, Template, altered
+from dpofast.data.chat.render import Rendered, Template
 from dpofast.data.formats import BadRow, got
 
 TRAIN = "train"  # the key of a turn
@@ -38,6 +38,8 @@ def without_flags(turns: Sequence[Mapping[str, Any]]) -> tuple[list[Any], TurnFl
         BadRow: a flag that is no boolean.
     """
     flags: TurnFlags = [turn.get(TRAIN) for turn in turns]
+    if not any(TRAIN in turn for turn in turns):
+        return list(turns), flags
     wrong = next((index for index, flag in enumerate(flags) if flag is not None and not isinstance(flag, bool)), None)
     if wrong is not None:
         raise BadRow("a turn's `train` is neither true nor false", f"turn {wrong} holds {got(flags[wrong])}")
@@ -45,9 +47,9 @@ def without_flags(turns: Sequence[Mapping[str, Any]]) -> tuple[list[Any], TurnFl
 
 
 def token_mask(
-    template: Template, rendered: Rendered, place: int, flags: TurnFlags, *, assistant_only: bool, name: str
+    template: Template, rendered: Rendered, place: int, flags: TurnFlags, *, assistant_only: bool, first: int, name: str
 ) -> list[float] | None:
-    """Return 1 or 0 for every token of the prompt with a response, or None where all of the response is trained.
+    """Return 1 or 0 for every token of a response, or None where all of it is trained.
 
     Args:
         template: the one that rendered.
@@ -55,6 +57,7 @@ def token_mask(
         place: of the response.
         flags: of its turns, as without_flags returns them.
         assistant_only: whether turns without a flag count only where they are the assistant's.
+        first: the response's first token among those of the prompt with it.
         name: of the response, in messages.
 
     Raises:
@@ -86,13 +89,13 @@ def token_mask(
             if is_wanted:
                 start, stop = turns.span(index, name)
                 own = marked if roles[index] else None
-                for token, (first, last) in enumerate(offsets):
+                for token, (begin, end) in enumerate(offsets):
                     # A token belongs to the turn that its last character is in.
-                    if start <= max(first, last - 1) < stop:
+                    if start <= max(begin, end - 1) < stop:
                         mask[token] = 1 if own is None else own[token]
-    if not any(mask):
+    if not any(mask[first:]):
         raise BadRow("no token of a response is trained", f"{name}: the turns that count are empty, or unmarked")
-    return [float(counts) for counts in mask]
+    return [float(counts) for counts in mask[first:]]
 
 
 class _Turns:
@@ -165,9 +168,12 @@ def _alterations(turn: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     """Yield the turn with more content, as it is and without space at its end, or with another name called."""
     content, calls = turn.get("content"), turn.get("tool_calls")
     if content:
-        yield altered(turn, _ALTERATION)
         if isinstance(content, str):
+            yield {**turn, "content": content + _ALTERATION}
             yield {**turn, "content": content.rstrip() + _ALTERATION}
+        else:
+            *others, last = content
+            yield {**turn, "content": [*others, {**last, "text": last["text"] + _ALTERATION}]}
     elif isinstance(calls, list) and calls and isinstance(calls[-1], Mapping):
         *others, last = calls
         called = last.get("function", last)

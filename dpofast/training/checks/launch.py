@@ -12,7 +12,7 @@ import torch.distributed as dist
 from datasets import Dataset, IterableDataset
 
 from dpofast.common.ranks import Ranks
-from dpofast.data.formats import ID_COLUMNS, REF_COLUMNS
+from dpofast.data.token_rows import has_lists, has_reference, reference_columns, without_reference
 from dpofast.packing.pack import pack
 from dpofast.training.checks.arguments import as_dpo_config
 from dpofast.training.config import DPOConfig
@@ -115,8 +115,8 @@ def check_reference_used(args: DPOConfig, ref_model: Any, train_dataset: Any, ev
     parts = eval_dataset.items() if isinstance(eval_dataset, dict) else [("", eval_dataset)]
     given = {"train_dataset": train_dataset, **{f"eval_dataset {name}".strip(): each for name, each in parts}}
     given = {name: each for name, each in given.items() if each is not None}
-    bringing = [name for name, each in given.items() if set(REF_COLUMNS) <= set(each.column_names or ())]
-    columns = " and ".join(REF_COLUMNS)
+    bringing = {name: each.column_names for name, each in given.items() if has_reference(each.column_names)}
+    columns = " and ".join(dict.fromkeys(name for each in bringing.values() for name in reference_columns(each)))
     if args.sync_ref_model and "train_dataset" in bringing:
         raise ValueError(
             f"sync_ref_model: the training data bring {columns}, which do not move: remove the columns "
@@ -149,27 +149,29 @@ def check_pairs(dataset: Dataset, args: DPOConfig, ranks: Ranks, share: str) -> 
         ValueError: fewer pairs than a step has.
     """
     num_pairs, step = len(dataset), args.per_device_train_batch_size * ranks.size
+    unit = "list" if has_lists(dataset.column_names) else "pair"
     if args.dataloader_drop_last and num_pairs < step:
         raise ValueError(
-            f"dataloader_drop_last: {num_pairs} pairs are fewer than the {step} of a step, so nothing would be "
+            f"dataloader_drop_last: {num_pairs} {unit}s are fewer than the {step} of a step, so nothing would be "
             "trained: leave it off, or set a smaller per_device_train_batch_size"
         )
 
     if not isinstance(args.max_tokens, int) or ranks.rank != 0 or num_pairs == 0:
         return
     lengths = PairLengths.of(dataset)
-    most = lengths.positions + (lengths.prompts if share == "none" else 0)  # without what its two responses share
+    # without what responses share beyond their prompt
+    most = lengths.positions + ((lengths.responses - 1) * lengths.prompts if share == "none" else 0)
     for row in np.argsort(-most, kind="stable"):
         if most[row] <= args.max_tokens:
             return
-        example = dataset.with_format("numpy", columns=list(ID_COLUMNS))[int(row)]
-        positions = pack([example], share=share)[0].num_tokens
+        example = dataset.with_format("numpy")[int(row)]
+        positions = pack([without_reference(example)], share=share)[0].num_tokens
         if positions > args.max_tokens:
             break
     else:
         return
     warnings.warn(
-        f"max_tokens: {args.max_tokens} is less than the {positions} positions of a long pair: such a pair runs alone, "
-        "and takes the memory of all its positions. A smaller max_length cuts it",
+        f"max_tokens: {args.max_tokens} is less than the {positions} positions of a long {unit}: such a {unit} runs "
+        "alone, and takes the memory of all its positions. A smaller max_length cuts it",
         stacklevel=3,
     )

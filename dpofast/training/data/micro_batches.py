@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from dpofast.data.formats import ID_COLUMNS, REF_COLUMNS
+from dpofast.data.formats import REF_COLUMNS
+from dpofast.data.token_rows import without_reference
 from dpofast.packing.batch import PackedBatch
 from dpofast.packing.pack import pack
 from dpofast.training.data.ahead import Ahead
@@ -34,11 +35,12 @@ class StepPacker:
         """Micro-batches on the CPU, for a GPU in page-locked memory.
 
         Args:
-            examples: with token ids, and reference log-probs where they were computed.
+            examples: with token ids, the optional columns of pairs and lists, and reference log-probs where they were
+                computed.
             max_tokens: most packed positions of a micro-batch; None packs all into one.
         """
         by_pair = self.ref_logps_by_pair and len(examples) > 0 and REF_COLUMNS[0] in examples[0]
-        rows = [{name: example[name] for name in ID_COLUMNS} for example in examples] if by_pair else examples
+        rows = [without_reference(example) for example in examples] if by_pair else examples
         batches = pack(rows, max_tokens, share=self.share)
         if by_pair:
             columns = torch.tensor([[float(example[name]) for name in REF_COLUMNS] for example in examples])

@@ -17,6 +17,7 @@ import torch
 from datasets import Dataset, IterableDataset
 
 from dpofast.common.ranks import Ranks
+from dpofast.data.lists import with_best_and_worst
 from dpofast.training.data.tokens import PreferenceData
 from dpofast.training.sampler import PairLengths, StepExamples, StepLoader, as_it_is, rank_shares
 
@@ -50,34 +51,35 @@ class StepStream(torch.utils.data.IterableDataset[Any]):
     def __iter__(self) -> Iterator[StepExamples]:
         """Yields a step after the other."""
         waiting: list[dict[str, Any]] = []
-        for examples in self._examples():
+        lengths = PairLengths.joined([])
+        for examples, their_lengths in self._examples():
             waiting += examples
+            lengths = PairLengths.joined([lengths, their_lengths])
             while len(waiting) >= self.pairs_per_step:
-                yield self._step(waiting[: self.pairs_per_step])
-                waiting = waiting[self.pairs_per_step :]
+                yield self._step(waiting, lengths, self.pairs_per_step)
+                waiting, lengths = waiting[self.pairs_per_step :], lengths.of_rows(slice(self.pairs_per_step, None))
         if waiting and not self.drop_last:
-            yield self._step(waiting)
+            yield self._step(waiting, lengths, len(waiting))
 
-    def _examples(self) -> Iterator[list[dict[str, Any]]]:
+    def _examples(self) -> Iterator[tuple[list[Any], PairLengths]]:
+        """Yields the examples of further rows, and their lengths."""
         rows, first, self._report = iter(self.dataset), 0, None
         while part := list(islice(rows, max(_ROWS, self.pairs_per_step))):
             chunk = Dataset.from_list(part, features=self.dataset.features)
             tokens = self.data.tokenized(chunk, "train", first_row=first)
             self._report = _added(self._report, self.data.reports["train"])
-            yield [{**example, "row": example["row"] + first} for example in tokens.with_format("numpy")]
+            numbered = ({**example, "row": example["row"] + first} for example in tokens.with_format("numpy"))
+            yield [with_best_and_worst(example) for example in numbered], PairLengths.of(tokens)
             first += len(part)
 
-    def _step(self, examples: list[dict[str, Any]]) -> StepExamples:
-        # Token weights that are made of turns are a column only of those chunks that have such turns.
-        columns = dict.fromkeys(name for example in examples for name in example)
-        examples = [{**columns, **example} for example in examples]
-        chosen = sum(len(example["chosen_ids"]) for example in examples)
-        own = np.arange(len(examples))
+    def _step(self, examples: list[Any], lengths: PairLengths, count: int) -> StepExamples:
+        """This rank's share of a step of the first so many examples."""
+        own = np.arange(count)
         if self.ranks.size > 1:
-            lengths = PairLengths.of(Dataset.from_list(examples))
             own = rank_shares(lengths, own, self.ranks.size)[self.ranks.rank]
         share = StepExamples(examples[index] for index in own)
-        share.num_pairs, share.num_chosen_tokens, share.report = len(examples), chosen, self._report
+        share.num_pairs, share.num_chosen_tokens = count, lengths.chosen[:count].sum().item()
+        share.report = self._report
         return share
 
 

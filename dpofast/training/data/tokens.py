@@ -7,8 +7,9 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 
-from dpofast.data.formats import REF_COLUMNS
 from dpofast.data.load import tokenize_preferences
+from dpofast.data.token_rows import has_reference
+from dpofast.training.checks.columns import check_column_names, check_column_values, is_list_data
 from dpofast.training.config import DPOConfig
 
 
@@ -28,7 +29,8 @@ class PreferenceData:
         """Keep the options of tokenize_preferences."""
         self.reports: dict[str, Any] = {}
         asked = args.precompute_ref_log_probs and not args.chose_precompute
-        self._precompute_is_asked = asked and args.preference_loss().needs_reference
+        self._loss = args.preference_loss()
+        self._precompute_is_asked = asked and self._loss.needs_reference
         self._options = {
             "tokenizer": tokenizer,
             "max_length": args.max_length,
@@ -50,7 +52,8 @@ class PreferenceData:
             first_row: the number of its first row in a stream, for messages.
 
         Raises:
-            ValueError: no datasets.Dataset, or rows that cannot be used (DataError); a stream, where precomputed
+            ValueError: no datasets.Dataset, rows that cannot be used (DataError), or columns that the loss does not
+                take; a stream, where precomputed
                 reference log-probs are asked for and not just the default.
         """
         if isinstance(dataset, IterableDataset):
@@ -61,13 +64,20 @@ class PreferenceData:
             raise ValueError(f"{name}_dataset: expected a datasets.Dataset, got {type(dataset).__name__}")
         source = dataset.info.dataset_name or f"{name} data"
         source += f" from row {first_row} on" if first_row else ""
-        tokens, self.reports[name] = tokenize_preferences(dataset, source=source, **self._options)
+        check_column_names(dataset.column_names, self._loss, source, list_pairs=self._options["list_pairs"])
+        options = self._options
+        if name != "train" and not is_list_data(dataset.column_names):  # pairs may be held out of lists that train
+            options = {**options, "list_pairs": None, "min_score_gap": None}
+        tokens, report = tokenize_preferences(dataset, source=source, **options)
+        check_column_names(tokens.column_names, self._loss, source)
+        check_column_values(tokens, self._loss, source, unit=report.unit)
+        self.reports[name] = report
         return tokens
 
 
 def streams_reference(dataset: IterableDataset) -> bool:
     """Whether a stream's columns are known and have the reference log-probs."""
-    return set(REF_COLUMNS) <= set(dataset.column_names or ())
+    return has_reference(dataset.column_names)
 
 
 def no_precomputed_stream() -> ValueError:

@@ -138,13 +138,13 @@ def halved_max_tokens(max_tokens: int, batches: Sequence[PackedBatch], ranks: Ra
     """Returns the max_tokens to repeat a step with that ran out of memory: half of its largest micro-batch.
 
     Raises:
-        RuntimeError: every micro-batch had one pair already.
+        RuntimeError: every micro-batch had one pair or list already.
     """
     several = ranks.all_reduce_max(max((batch.num_pairs for batch in batches), default=0)) > 1
     positions = int(ranks.all_reduce_max(max((batch.num_tokens for batch in batches), default=0)))
     if not several or max_tokens == 1:
         raise RuntimeError(
-            f"out of memory at step {step} with one pair of up to {positions} positions at a time: {SAVE_MEMORY}"
+            f"out of memory at step {step} with one row of up to {positions} positions at a time: {SAVE_MEMORY}"
         )
     halved = max(min(max_tokens, positions) // 2, 1)
     _logger.warning("out of memory at step %d: max_tokens is now %d, and the step is done again", step, halved)

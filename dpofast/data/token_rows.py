@@ -1,0 +1,153 @@
+"""What a row of a token-level dataset holds, a pair or a list: its responses, their weights, its reference."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from dpofast.data.formats import (
+    ID_COLUMNS,
+    LIST_ID_COLUMNS,
+    LIST_REF_COLUMN,
+    LIST_WEIGHT_COLUMN,
+    RANK_COLUMN,
+    REF_COLUMNS,
+    ROW_COLUMNS,
+    SCORE_COLUMN,
+    WEIGHT_COLUMNS,
+)
+
+PROMPT, RESPONSES = LIST_ID_COLUMNS
+# Every column that decides what a loss is, but for reference log-probs: what must be equal in a resumed run.
+DECIDING_COLUMNS = (
+    *ID_COLUMNS,
+    *(RESPONSES, RANK_COLUMN, SCORE_COLUMN),
+    *ROW_COLUMNS,
+    *(*WEIGHT_COLUMNS, LIST_WEIGHT_COLUMN),
+)
+
+
+def optional_columns(columns: Collection[str] | None) -> list[str]:
+    """Of these columns, those beside a pair's token ids that decide what its loss is."""
+    return sorted({*DECIDING_COLUMNS}.difference(ID_COLUMNS).intersection(columns or ()))
+
+
+def has_lists(columns: Collection[str] | None) -> bool:
+    """Whether rows with these columns are lists of responses, and not pairs."""
+    return RESPONSES in (columns or ())
+
+
+def reference_columns(columns: Collection[str] | None) -> tuple[str, ...]:
+    """The names under which reference log-probs stand beside these columns: two for pairs, one for lists."""
+    lists = has_lists(columns) or LIST_REF_COLUMN in (columns or ())
+    return (LIST_REF_COLUMN,) if lists else REF_COLUMNS
+
+
+def has_reference(columns: Collection[str] | None) -> bool:
+    """Whether rows with these columns bring reference log-probs."""
+    return set(reference_columns(columns)) <= set(columns or ())
+
+
+def without_reference(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row without its reference log-probs."""
+    return {name: value for name, value in row.items() if name not in (*REF_COLUMNS, LIST_REF_COLUMN)}
+
+
+def token_columns(columns: Collection[str]) -> tuple[str, ...]:
+    """Of these columns, those that hold the token ids of a row: prompt, then responses."""
+    return LIST_ID_COLUMNS if has_lists(columns) else ID_COLUMNS
+
+
+def weight_columns(columns: Collection[str]) -> tuple[str, ...]:
+    """Of these columns, those that weight tokens: one for each response column, or none."""
+    names = (LIST_WEIGHT_COLUMN,) if has_lists(columns) else WEIGHT_COLUMNS
+    return names if set(names) <= set(columns) else ()
+
+
+def responses_of(row: Mapping[str, Any]) -> list[Any]:
+    """The token ids of a row's responses: of a list best first, of a pair chosen and rejected."""
+    return list(row[RESPONSES]) if has_lists(row) else [row[name] for name in ID_COLUMNS[1:]]
+
+
+def best_weight(row: Mapping[str, Any]) -> float:
+    """What the tokens of a row's chosen, or best, response count together: their number, or the sum of weights."""
+    weights = row.get(WEIGHT_COLUMNS[0])
+    if has_lists(row) and (of_all := row.get(LIST_WEIGHT_COLUMN)) is not None:
+        weights = of_all[0]
+    return len(responses_of(row)[0]) if weights is None else float(np.sum(weights, dtype=np.float64))
+
+
+@dataclass(frozen=True, eq=False)
+class RowTokens:
+    """The token ids of n rows with R responses, as views of an Arrow table's buffers.
+
+    Responses are numbered row by row, in a list best first, in a pair chosen before rejected.
+
+    Attributes:
+        prompts: values and (n + 1,) offsets of the prompts' tokens.
+        bounds: (n + 1,) int64; row i has the responses bounds[i] to bounds[i + 1] − 1.
+        lengths: (R,) int64, tokens of every response.
+    """
+
+    prompts: tuple[np.ndarray, np.ndarray]
+    bounds: np.ndarray
+    lengths: np.ndarray
+    _responses: list[pa.Array]
+    _weights: list[pa.Array]
+
+    @classmethod
+    def of(cls, table: pa.Table) -> RowTokens:
+        """Those of a table with the columns token_columns(), and weight_columns() where the rows have some."""
+        prompt, *names = token_columns(table.column_names)
+        responses = [table.column(name).combine_chunks() for name in names]
+        weights = [table.column(name).combine_chunks() for name in weight_columns(table.column_names)]
+        if len(names) == 1:
+            (lists,) = responses
+            bounds = lists.offsets.to_numpy().astype(np.int64)
+            responses, bounds = [lists.flatten()], bounds - bounds[0]
+        else:
+            bounds = 2 * np.arange(len(table) + 1)
+        lengths = np.stack([np.diff(each.offsets.to_numpy()) for each in responses], axis=1).ravel().astype(np.int64)
+        return cls(_values(table.column(prompt).combine_chunks()), bounds, lengths, responses, weights)
+
+    def responses(self) -> Iterator[np.ndarray]:
+        """The token ids of every response."""
+        parts = [_values(each) for each in self._responses]
+        bounds = [offsets.tolist() for _, offsets in parts]
+        for index in range(len(self._responses[0])):
+            for (values, _), starts in zip(parts, bounds, strict=True):
+                yield values[starts[index] : starts[index + 1]]
+
+    def weights(self) -> np.ndarray | None:
+        """float32 weights of all responses' tokens, one behind the other; 1 where a row has none. None without any."""
+        if not any(len(each) > each.null_count for each in self._weights):
+            return None
+        filled = np.ones(self.lengths.sum(), np.float32)
+        starts = np.cumsum(self.lengths) - self.lengths
+        for number, values in self._given_weights():
+            filled[starts[number] : starts[number] + len(values)] = values
+        return filled
+
+    def _given_weights(self) -> Iterator[tuple[int, np.ndarray]]:
+        """(number of a response, its weights) of the responses that have some."""
+        for side, column in enumerate(self._weights):
+            for row, given in enumerate(column.is_valid().to_pylist()):
+                if not given:
+                    continue
+                own = column[row].values
+                if len(self._weights) == 2:
+                    yield 2 * row + side, own.to_numpy(zero_copy_only=False)
+                    continue
+                for place, each in enumerate(own):
+                    if each.is_valid:
+                        yield self.bounds[row] + place, each.values.to_numpy(zero_copy_only=False)
+
+
+def _values(column: pa.Array) -> tuple[np.ndarray, np.ndarray]:
+    """int32 values and int64 offsets, from 0, of a list column of token ids."""
+    offsets = column.offsets.to_numpy().astype(np.int64)
+    return column.flatten().to_numpy(zero_copy_only=False).astype(np.int32, copy=False), offsets - offsets[0]
