@@ -17,6 +17,7 @@ from typing import Any
 from bench.paper.experiment import SEEDS, quiet
 from bench.paper.reward import reward
 from bench.paper.rl import train_rl
+from bench.paper.sampling import of_texts
 from bench.paper.sentiment_methods import COMPLETIONS, train_dpo
 from bench.paper.toy import METHODS, PREFIXES_PER_STEP, Toy, ToySize, load_toy
 from bench.timing import PeakMemory
@@ -117,7 +118,7 @@ def measure(method: str, toy: Toy, size: Size) -> dict[str, Any]:
             toy.model,
             toy.tokenizer,
             toy.prefixes,
-            reward,
+            of_texts(reward),
             beta=size.beta,
             steps=steps,
             learning_rate=learning_rate,

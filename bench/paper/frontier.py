@@ -83,8 +83,13 @@ def reward_at(rewards: Tensor, kl: float) -> FrontierPoint:
     return optimum(rewards, math.exp(low))
 
 
-def best_of_n(rewards: Tensor, n: int) -> float:
-    """The mean over prefixes of E[the largest of N rewards], without bias: over all choices of N among the K.
+def best_of_n(rewards: Tensor, n: int, chosen_by: Tensor | None = None) -> float:
+    """The mean over prefixes of E[the reward of the best of N], without bias: over all choices of N among the K.
+
+    Args:
+        rewards: (prefixes, K) of K samples of π_ref for each prefix.
+        n: samples to choose among.
+        chosen_by: (prefixes, K) scores, the highest of which is the best; None: the rewards themselves.
 
     Raises:
         ValueError: n is not in [1, K].
@@ -94,7 +99,9 @@ def best_of_n(rewards: Tensor, n: int) -> float:
         raise ValueError(f"n: expected 1 to {count}, the samples of a prefix, got {n}")
     # The i-th smallest of K (from 1) is the largest of a choice of N with probability C(i−1, N−1)/C(K, N).
     weights = [math.comb(i, n - 1) / math.comb(count, n) for i in range(count)]
-    return float((rewards.double().sort(-1).values * torch.tensor(weights, dtype=torch.float64)).sum(-1).mean())
+    order = (rewards if chosen_by is None else chosen_by).argsort(-1)
+    ordered = rewards.double().gather(-1, order)
+    return float((ordered * torch.tensor(weights, dtype=torch.float64)).sum(-1).mean())
 
 
 def best_of_n_kl_bound(n: int) -> float:

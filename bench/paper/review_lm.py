@@ -186,10 +186,16 @@ def prefixes(
 class Prefixes:
     """Beginnings of reviews: held-out ones, the same for all seeds, and those to train on, of other films."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, quick: bool, held_out: int) -> None:
-        """Read the corpus (read_corpus) and draw the held-out prefixes."""
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        quick: bool,
+        held_out: int,
+        reviews: Sequence[Review] | None = None,
+    ) -> None:
+        """Draw the held-out prefixes from the corpus; None: read_corpus(quick)."""
         self._tokenizer = tokenizer
-        self._reviews, unseen = split(read_corpus(quick))
+        self._reviews, unseen = split(read_corpus(quick) if reviews is None else reviews)
         self.held_out = prefixes(unseen, tokenizer, held_out, seed=0)
 
     def to_train(self, count: int, seed: int) -> list[list[int]]:

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 from trl import RLOOConfig, RLOOTrainer
 
 from bench.cases import UNATTENDED
+from bench.paper.sampling import Samples
 
 OnStep = Callable[[PreTrainedModel, int, int], Any]
 
@@ -60,7 +61,7 @@ def train_rl(
     reference: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prefixes: Sequence[Sequence[int]],
-    reward: Callable[[list[str]], Tensor],
+    reward: Callable[[Samples], Tensor],
     *,
     beta: float,
     steps: int,
@@ -78,7 +79,7 @@ def train_rl(
         reference: π_ref; it stays as it is.
         tokenizer: with a pad and an end-of-sequence token.
         prefixes: token ids, passed to the model as they are.
-        reward: one number for each text; a text is prefix and completion, decoded without special tokens.
+        reward: one number for each of the samples of a step.
         beta: strength of the KL penalty; more than 0.
         steps: optimizer steps.
         learning_rate: AdamW's, constant, without weight decay.
@@ -154,10 +155,11 @@ class _Scores:
 
     __name__ = "reward"  # trl names the reward so in its log
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, reward: Callable[[list[str]], Tensor]) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, reward: Callable[[Samples], Tensor]) -> None:
         self.tokenizer, self.reward, self.tokens = tokenizer, reward, 0
 
     def __call__(self, *, prompts: list[list[int]], completion_ids: list[list[int]], **_: Any) -> list[float]:
         self.tokens += sum(map(len, completion_ids))
         whole = [prefix + completion for prefix, completion in zip(prompts, completion_ids, strict=True)]
-        return self.reward(self.tokenizer.batch_decode(whole, skip_special_tokens=True)).tolist()
+        texts = self.tokenizer.batch_decode(whole, skip_special_tokens=True)
+        return self.reward(Samples(prompts, completion_ids, texts)).tolist()

@@ -1,6 +1,6 @@
 """Sample completions from a small model, and evaluate them: exact divergence from the reference, reward, diversity."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +28,17 @@ class Samples:
     prefixes: list[list[int]]
     completions: list[list[int]]
     texts: list[str]
+
+
+Score = Callable[[Samples], Tensor]  # one number for each sample, (B,) float32
+
+
+def of_texts(reward: Callable[[Sequence[str]], Tensor]) -> Score:
+    """A reward of texts as a score of samples."""
+    return lambda samples: reward(samples.texts)
+
+
+LEXICONS: dict[str, Score] = {"reward": of_texts(reward), "second_opinion": of_texts(second_opinion)}
 
 
 @torch.no_grad()
@@ -116,18 +127,18 @@ def evaluate(
     *,
     per_prefix: int = 4,
     max_new_tokens: int = 24,
+    scores: Mapping[str, Score] = LEXICONS,
 ) -> dict[str, float]:
     """What the policy says to the prefixes.
 
     Returns:
-        reward, kl (nats a completion), second_opinion and length (tokens), means over completions, each with its
-        standard error over prefixes under "<name>_error"; distinct_1 and distinct_2, over all completions.
+        each of the scores, kl (nats a completion) and length (tokens), means over completions, each with its standard
+        error over prefixes under "<name>_error"; distinct_1 and distinct_2, over all completions.
     """
     samples = sample(policy, tokenizer, prefixes, per_prefix, max_new_tokens, seed)
     values = {
-        "reward": reward(samples.texts),
+        **{name: score(samples) for name, score in scores.items()},
         "kl": sequence_kl(policy, reference, samples),
-        "second_opinion": second_opinion(samples.texts),
         "length": torch.tensor([float(len(ids)) for ids in samples.completions]),
     }
     result = {f"distinct_{n}": distinct_n(samples.completions, n) for n in (1, 2)}

@@ -7,7 +7,7 @@ prefix and the six pairs of them; the RL loop samples four completions itself an
 import copy
 import itertools
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 from bench.cases import UNATTENDED
 from bench.paper.reward import reward
 from bench.paper.rl import AfterStep, train_rl
-from bench.paper.sampling import Samples, sample
+from bench.paper.sampling import Samples, Score, of_texts, sample
 from dpofast import DPOConfig, DPOTrainer, attach_logprob_head, pack
 from dpofast.report.training_plot import BLUE, ORANGE
 
@@ -28,6 +28,7 @@ PAIRS_PER_PREFIX = 6
 
 Example = dict[str, list[int]]
 OnStep = Callable[[int, PreTrainedModel], None]
+Judge = Callable[[Sequence[str]], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,7 @@ class Task:
         steps: optimizer steps.
         prefixes_per_step: in each of them.
         seed: of whatever is drawn.
+        judge: the true reward of texts.
     """
 
     reference: PreTrainedModel
@@ -57,6 +59,7 @@ class Task:
     steps: int
     prefixes_per_step: int
     seed: int
+    judge: Judge = reward
 
     def pairs_of_steps(self) -> list[list[Example]]:
         """The pairs of each step of a pass."""
@@ -73,10 +76,11 @@ def make_task(
     steps: int,
     seed: int,
     prefixes_per_step: int = 16,
+    judge: Judge = reward,
 ) -> Task:
     """Sample π_ref and label its completions."""
     samples = sample(reference, tokenizer, prefixes, COMPLETIONS, max_new_tokens, seed)
-    pairs = preference_pairs(samples, reward(samples.texts), seed)
+    pairs = preference_pairs(samples, judge(samples.texts), seed)
     return Task(
         reference=reference,
         tokenizer=tokenizer,
@@ -88,6 +92,7 @@ def make_task(
         steps=steps,
         prefixes_per_step=prefixes_per_step,
         seed=seed,
+        judge=judge,
     )
 
 
@@ -197,15 +202,15 @@ def unlikelihood_loss(logps: Tensor, pairs: Tensor, cu_targets: Tensor, alpha: f
     return -(chosen * logps + alpha * rejected * unlikely).sum() / chosen.sum()
 
 
-def train_rloo(task: Task, beta: float, learning_rate: float, on_step: OnStep) -> None:
-    """The RL loop: bench/paper/rl.py."""
+def train_rloo(task: Task, beta: float, learning_rate: float, on_step: OnStep, score: Score | None = None) -> None:
+    """The RL loop, bench/paper/rl.py, on a score of samples; None: the true reward."""
     model = copy.deepcopy(task.reference)
     train_rl(
         model,
         task.reference,
         task.tokenizer,
         task.prefixes,
-        reward,
+        score or of_texts(task.judge),
         beta=beta,
         steps=task.steps,
         learning_rate=learning_rate,

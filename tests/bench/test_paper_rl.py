@@ -8,7 +8,7 @@ import torch
 from bench.paper.review_lm import made_up_reviews, prefixes, reference, split
 from bench.paper.reward import reward
 from bench.paper.rl import RLOOTrainer, train_rl
-from bench.paper.sampling import evaluate
+from bench.paper.sampling import evaluate, of_texts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -24,7 +24,7 @@ def run(toy, **options):
     model, tokenizer, train, _ = toy
     policy = copy.deepcopy(model)
     options = {"beta": 0.3, "steps": 2, "learning_rate": 2e-3, "seed": 0, "max_new_tokens": 16, **options}
-    return policy, train_rl(policy, model, tokenizer, train, reward, **options)
+    return policy, train_rl(policy, model, tokenizer, train, of_texts(reward), **options)
 
 
 @pytest.mark.slow(7)
