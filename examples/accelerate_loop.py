@@ -31,7 +31,8 @@ def train(model, ref_model, dataset, *, pairs_per_step=4, learning_rate=0.1):
         logps = sequence_logprobs(model(packed=batch), batch)
         with torch.no_grad():
             ref_logps = sequence_logprobs(ref_model(packed=batch), batch)
-        loss = preference_loss(logps, batch.pairs, ref_logps, loss=PreferenceLoss(beta=0.1)).loss
+        dpo = PreferenceLoss(beta=0.1)
+        loss = preference_loss(logps, batch.pairs, ref_logps, loss=dpo, columns=batch.columns).loss
         accelerator.backward(loss)
         optimizer.step()
         optimizer.zero_grad()

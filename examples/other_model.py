@@ -51,6 +51,7 @@ def train(model, examples, *, pairs_per_step=4, learning_rate=0.5):
             batch.pairs,
             reference_logprobs(ref_model, batch),
             loss=PreferenceLoss(beta=0.1),
+            columns=batch.columns,
         )
         output.loss.backward()
         optimizer.step()

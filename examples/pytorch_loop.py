@@ -24,7 +24,10 @@ def train(model, ref_model, examples, *, pairs_per_step=4, max_tokens=4096, lear
             logps = sequence_logprobs(model(packed=batch), batch)
             with torch.no_grad():
                 ref_logps = sequence_logprobs(ref_model(packed=batch), batch)
-            output = preference_loss(logps, batch.pairs, ref_logps, loss=PreferenceLoss(beta=0.1), num_pairs=len(step))
+            loss = PreferenceLoss(beta=0.1)
+            output = preference_loss(
+                logps, batch.pairs, ref_logps, loss=loss, num_pairs=len(step), columns=batch.columns
+            )
             output.loss.backward()
             loss_of_step += output.loss.detach()
         optimizer.step()

@@ -28,7 +28,8 @@ class PreferenceTrainer(Trainer):
         logps = sequence_logprobs(model(packed=batch), batch)
         with torch.no_grad():
             ref_logps = sequence_logprobs(self.ref_model(packed=batch), batch)
-        output = preference_loss(logps, batch.pairs, ref_logps, loss=PreferenceLoss(beta=0.1))
+        loss = PreferenceLoss(beta=0.1)
+        output = preference_loss(logps, batch.pairs, ref_logps, loss=loss, columns=batch.columns)
         return (output.loss, output) if return_outputs else output.loss
 
 

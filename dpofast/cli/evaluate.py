@@ -67,7 +67,8 @@ class EvalArguments(ScoringArguments):
         try:
             loss = PreferenceLoss(kind=kind, beta=self.beta)
         except ValueError as error:
-            raise ValueError(f"--loss_type and --beta: {error}") from error
+            option = "--beta" if str(error).startswith("beta:") else "--loss_type"
+            raise ValueError(f"{option}: {error}") from error
         if loss.needs_reference and self.no_reference:
             raise ValueError(
                 f"loss_type: {kind!r} has a reference; beside --no_reference name one that has none: simpo, "

@@ -48,7 +48,8 @@ def linear_preference_loss(
         weight: (V, D), the head, in hidden's dtype. Under autocast both are cast here, once.
         targets: (N,), int64.
         cu_targets: (S+1,) int32 on the CPU: sequence s owns targets[cu_targets[s]:cu_targets[s+1]].
-        pairs: (P, 2) int32 on the CPU, chosen and rejected sequence.
+        pairs: (P, 2) int32 on the CPU, chosen and rejected sequence. Of a batch of lists these are the best and the
+            worst response of each, and no more: pass columns too.
         ref_logps: (S,) float32, the reference's summed log-probs, nats; with ld_alpha (P, 2), what pair_logprobs makes
             of its token log-probs; None for kinds that need none.
         loss: kind and options, default PreferenceLoss(). One that couples the pairs of the call recomputes the rows of

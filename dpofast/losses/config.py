@@ -133,7 +133,11 @@ class PreferenceLoss(LossOptions):
         ranges = {kind: kind_of(kind).smoothing for kind in self.kinds}
         for kind, allowed in ranges.items():
             if allowed is not None and not SMOOTHING_RANGES[allowed](self.label_smoothing):
-                hint = " (the EXO paper takes 1e-3)" if kind == "exo_pair" else ""
+                hint = (
+                    " (the EXO paper takes 1e-3; also beside a column label_smoothing, which takes its place)"
+                    if kind == "exo_pair"
+                    else ""
+                )
                 raise ValueError(
                     f"label_smoothing: expected a number in {allowed} for kind {kind!r}{hint}, "
                     f"got {self.label_smoothing}"

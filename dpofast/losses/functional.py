@@ -76,6 +76,7 @@ def preference_loss(
     Args:
         logps: (S,) summed log-probs under the policy, nats, differentiable.
         pairs: (P, 2) integer, chosen and rejected sequence; a sequence may stand in several pairs.
+            Of a batch of lists these are the best and the worst response of each, and no more: pass columns too.
         ref_logps: (S,) the same under the reference; kinds without one only report rewards against it.
         loss: kind and options, default PreferenceLoss().
         lengths: (S,) tokens of each sequence, for the kinds that divide by them; 0 counts as 1.
@@ -142,7 +143,7 @@ def token_preference_loss(
     Args:
         token_logps: (N,) float32, nats, differentiable.
         cu_targets: (S+1,) int32 on the CPU: sequence s owns token_logps[cu_targets[s]:cu_targets[s+1]].
-        pairs: (P, 2) int32 on the CPU.
+        pairs: (P, 2) int32 on the CPU; of a batch of lists (best, worst) of each, and no more: pass columns too.
         ref_logps: (S,) float32. With ld_alpha (P, 2): what pair_logprobs makes of the reference's token log-probs.
         loss: kind and options, default PreferenceLoss().
         log_sum_sq_probs: (N,) log Σp² in nats, for use_weighting.

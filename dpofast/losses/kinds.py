@@ -237,7 +237,8 @@ class Kind:
         per_token: whether it compares the responses' log-probs per token.
         margin: whether it takes the column `margin`.
         lists: whether it is a loss of lists: function is then (Lists, LossOptions) -> (P,).
-        scores: of a loss of lists, whether lists of more than two responses need scores.
+        scores: of a loss of lists, whether it needs the scores of their responses.
+        hard_pairs: of a loss that needs scores, whether pairs, which have none, will do: the chosen response is right.
     """
 
     function: Callable[[Any, Any], Tensor]
@@ -252,6 +253,7 @@ class Kind:
     margin: bool = False
     lists: bool = False
     scores: bool = False
+    hard_pairs: bool = False
 
     def needs_lengths(self, loss: LossOptions) -> bool:
         """Whether it needs n_w and n_l with these options."""
@@ -263,6 +265,11 @@ SMOOTHING_RANGES: dict[str, Callable[[float], bool]] = {
     "[0, 0.5)": lambda e: 0 <= e < 0.5,
     "(0, 1)": lambda e: 0 < e < 1,
 }
+
+
+def _of_scores(function: Callable[[Any, Any], Tensor]) -> Kind:
+    return Kind(function, lists=True, scores=True, hard_pairs=True, options=("score_temperature",))
+
 
 KINDS: dict[str, Kind] = {
     "sigmoid": Kind(_sigmoid, divergence=True, smoothing="[0, 0.5]", margin=True),
@@ -292,9 +299,9 @@ KINDS: dict[str, Kind] = {
     "beta_dpo": Kind(_beta_dpo, coupled=True, options=("beta_dpo_alpha", "beta_dpo_threshold")),
     "plackett_luce": Kind(list_kinds.plackett_luce, lists=True),
     "softmax_dpo": Kind(list_kinds.softmax_dpo, lists=True),
-    "infonca": Kind(list_kinds.infonca, lists=True, scores=True, options=("score_temperature",)),
-    "nca": Kind(list_kinds.nca, lists=True, scores=True, options=("score_temperature",)),
-    "lipo_lambda": Kind(list_kinds.lipo_lambda, lists=True, scores=True, options=("score_temperature",)),
+    "infonca": _of_scores(list_kinds.infonca),
+    "nca": _of_scores(list_kinds.nca),
+    "lipo_lambda": _of_scores(list_kinds.lipo_lambda),
 }
 
 # What is often written for them, in messages about an unknown name.

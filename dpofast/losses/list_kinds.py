@@ -19,8 +19,10 @@ from dpofast.losses.pairs import Lists
 
 # Sets of tied responses double with every one of them.
 MOST_TIED = 8
-# 2 to the power of a score stops here, where float32 still holds it, as the exponents of divergences.py do.
-_MOST_GAIN = 80.0
+# Gains of lipo_lambda are 2 to the power of at most this. Callers refuse more where they see scores; where they do not
+# (on a GPU), gains stop growing at _GUARD, where float32 still holds them.
+MOST_EXPONENT = 30.0
+_GUARD = 80.0
 
 
 def plackett_luce(x: Lists, loss: LossOptions) -> Tensor:
@@ -127,7 +129,7 @@ def lipo_lambda(x: Lists, loss: LossOptions) -> Tensor:
     if x.scores is None:
         labels = _beside(x.ranks == 0, rewards).to(rewards.dtype)
     else:
-        labels = (x.scores / loss.score_temperature).clamp(max=_MOST_GAIN)
+        labels = (x.scores / loss.score_temperature).clamp(max=_GUARD)
     order = torch.where(x.member, rewards.detach(), -torch.inf).argsort(dim=1, descending=True, stable=True)
     discount = 1 / (order.argsort(dim=1) + 2).to(rewards.dtype).log()
     gain = labels.exp2()

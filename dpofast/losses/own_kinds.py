@@ -48,7 +48,7 @@ _FOLDERS: list[str] = []
 
 
 def preference_kind(
-    *,
+    *function: Any,
     reference: bool = True,
     lengths: bool = False,
     coupled: bool = False,
@@ -68,15 +68,23 @@ def preference_kind(
         lengths: whether it reads token counts, which are NaN otherwise.
         coupled: whether a row's loss depends on other rows. The trainer then computes it over the whole step.
         lists: it is (Lists, LossOptions) -> (P,), for rankings; pairs come as lists of two.
-        scores: of a loss of lists: it needs scores. They are None for pairs, whose order is all there is.
+        scores: of a loss of lists: it needs scores, so pairs, which have none, are refused. Without it Lists.scores is
+            None where there are none.
         margin: whether it reads the column `margin` (Pairs.offset, which Pairs.margin() subtracts).
         divergence: whether f_divergence_type changes it (Pairs.scores(), margin(), mean_scores()).
         smoothing: the range of label_smoothing, "[0, 0.5]", "[0, 0.5)" or "(0, 1)"; None: it reads none.
         options: the options of other kinds that it reads, such as "simpo_gamma".
 
     Raises:
-        ValueError: a range or an option that there is not, or scores without lists.
+        ValueError: a range or an option that there is not, scores without lists, or of a loss of lists what Pairs alone
+            have: margin, divergence, smoothing.
+        TypeError: used without parentheses.
     """
+    if function:
+        raise TypeError(
+            "preference_kind: expected what the function declares, by name and in parentheses: @preference_kind(...) "
+            f"or @preference_kind(), got {function[0]!r}"
+        )
     if smoothing is not None and smoothing not in SMOOTHING_RANGES:
         raise ValueError(f"smoothing: expected one of {list(SMOOTHING_RANGES)} or None, got {smoothing!r}")
     names = sorted({name for kind in KINDS.values() for name in kind.options})
@@ -85,6 +93,10 @@ def preference_kind(
         raise ValueError(f"options: expected some of {names}, got {options!r}")
     if scores and not lists:
         raise ValueError("scores: belong to the responses of a list: declare lists=True too")
+    of_pairs = {"margin": margin, "divergence": divergence, "smoothing": smoothing}
+    if lists and any(of_pairs.values()):
+        told = ", ".join(f"{name}={value!r}" for name, value in of_pairs.items() if value)
+        raise ValueError(f"{told}: only Pairs have it, and with lists=True the function gets Lists: leave it out")
     declared = {
         **{"reference": reference, "lengths": lengths, "coupled": coupled, "lists": lists, "scores": scores},
         **{"margin": margin, "divergence": divergence, "smoothing": smoothing, "options": tuple(options)},
@@ -181,7 +193,7 @@ def _imported(name: str) -> Callable[..., Any]:
         raise ValueError(
             f"kind: {name!r}: there is no module {module_name!r} where Python looks for modules (sys.path){where}"
         ) from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(f"kind: {name!r}: its module cannot be imported: {_said(error)}") from error
     function = _found(module, qualname)
     if not callable(function):
@@ -239,7 +251,7 @@ _MARGIN = [0.25, 0.0, 0.5, -0.125]
 
 
 def admit(name: str, loss: LossOptions, encoded: str) -> None:
-    """Try a function of one's own on a few made-up rows in float64; once for each loss.
+    """Try a function of one's own on a few made-up rows, in float64 and in float32; once for each loss.
 
     Args:
         name: the function.
@@ -248,26 +260,32 @@ def admit(name: str, loss: LossOptions, encoded: str) -> None:
 
     Raises:
         ValueError: it raises, returns no tensor, another shape or dtype, NaN or infinity, has no gradient to the
-            policy's log-probs, or reads what it has not declared.
+            policy's log-probs, writes into what it is given, or reads what it has not declared.
     """
     if (name, encoded) in _ADMITTED:
         return
     with recording():
         _Trial(name, kind_of(name), loss).run()
+        _Trial(name, kind_of(name), loss, torch.float32).run_alone()
     _ADMITTED.add((name, encoded))
 
 
 class _Trial:
-    def __init__(self, name: str, kind: Kind, loss: LossOptions) -> None:
-        self.name, self.kind, self.loss = name, kind, loss
-        self.policy = torch.tensor(_POLICY, dtype=torch.float64, device="cpu")
-        self.ref = torch.tensor(_REF, dtype=torch.float64, device="cpu")
+    def __init__(self, name: str, kind: Kind, loss: LossOptions, dtype: torch.dtype = torch.float64) -> None:
+        self.name, self.kind, self.loss, self.dtype = name, kind, loss, dtype
+        self.policy = torch.tensor(_POLICY, dtype=dtype, device="cpu")
+        self.ref = torch.tensor(_REF, dtype=dtype, device="cpu")
 
-    def run(self) -> None:
+    def run_alone(self) -> tuple[Tensor, Tensor]:
+        """(leaf, losses) of all rows, finite and with a gradient."""
         policy = self.policy.clone().requires_grad_()
         losses = self.losses(policy, self.ref if self.kind.reference else torch.zeros_like(self.ref))
         self.check_finite(losses)
         self.check_gradient(losses, policy)
+        return policy, losses
+
+    def run(self) -> None:
+        policy, losses = self.run_alone()
         if not self.kind.reference and not torch.equal(losses, self.losses(policy, self.ref)):
             self.refuse("reads the reference's log-probs: declare it by @preference_kind(reference=True)")
         if not self.kind.coupled:
@@ -284,25 +302,32 @@ class _Trial:
         index = torch.tensor(rows, device="cpu")
         try:
             x = self.inputs(policy, ref, index, more, lengths or bool(self.kind.lengths))
-            return self.kind.function(x, self.loss)
+            given = {name: value.detach().clone() for name, value in vars(x).items() if isinstance(value, Tensor)}
+            losses = self.kind.function(x, self.loss)
         except _NoLoss:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             kind = "Lists" if self.kind.lists else "Pairs"
             raise ValueError(
                 f"kind: {self.name}: expected a function of ({kind}, LossOptions), and on {len(rows)} made-up "
-                f"row{'s' * (len(rows) > 1)} it raised {_said(error)}"
+                f"row{'s' * (len(rows) > 1)} in {str(self.dtype).removeprefix('torch.')} it raised {_said(error)}"
             ) from error
+        for name, value in given.items():
+            if not torch.allclose(getattr(x, name).detach(), value, rtol=0, atol=0, equal_nan=True):
+                self.refuse(
+                    f"writes into {name}, which others read too: compute a new tensor, without +=, mul_() or out="
+                )
+        return losses
 
     def inputs(self, policy: Tensor, ref: Tensor, index: Tensor, more: int, lengths: bool) -> Pairs | Lists:
         tokens = torch.tensor(_TOKENS, device="cpu")
         counts = tokens if lengths else None
         ranks = torch.nn.functional.pad(torch.tensor(_RANKS, dtype=torch.int32, device="cpu"), (0, more), value=-1)
         sequences = torch.arange(ranks.numel(), device="cpu").view(ranks.shape)
-        scores = torch.tensor(_SCORES, dtype=torch.float64, device="cpu")
+        scores = torch.tensor(_SCORES, dtype=self.dtype, device="cpu")
         columns = NO_COLUMNS
         if self.kind.margin:
-            columns = PreferenceColumns(margin=torch.tensor(_MARGIN, dtype=torch.float64, device="cpu")[index])
+            columns = PreferenceColumns(margin=torch.tensor(_MARGIN, dtype=self.dtype, device="cpu")[index])
         if self.kind.lists:
             wide = partial(torch.nn.functional.pad, pad=(0, more))
             columns = columns._replace(
@@ -367,5 +392,5 @@ def _close(one: Tensor, other: Tensor) -> bool:
     return torch.allclose(one.detach(), other.detach(), rtol=1e-9, atol=1e-12)
 
 
-def _said(error: Exception) -> str:
+def _said(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -10,6 +10,7 @@ from torch import Tensor
 from dpofast.losses.columns import PreferenceColumns
 from dpofast.losses.config import PreferenceLoss
 from dpofast.losses.kinds import KINDS
+from dpofast.losses.list_kinds import MOST_EXPONENT
 from dpofast.losses.own_kinds import kind_of
 from dpofast.losses.sequences import Tokens
 
@@ -70,18 +71,30 @@ def check_taken(columns: Collection[str], loss: PreferenceLoss) -> None:
         "margin": [name for name, kind in KINDS.items() if kind.margin],
         "label_smoothing": [name for name, kind in KINDS.items() if kind.smoothing],
         "token_weights": ["every kind without ld_alpha, which weights tokens itself"],
-        "lists": [f"{name} without ld_alpha" for name, kind in KINDS.items() if kind.lists],
+        "lists": [name for name, kind in KINDS.items() if kind.lists],
     }
     for name in columns:
         if name == "lists" and not loss.of_lists:
             raise ValueError(
                 f"lists: kind {loss.kind!r} is a loss of pairs: turn lists into pairs with list_pairs "
                 f"('all', 'best_worst' or 'adjacent'), or take a loss of lists: {', '.join(takes[name])}"
+                f"{'' if loss.ld_alpha is None else ', without ld_alpha'}"
             )
         if refused.get(name):
             raise ValueError(f"{name}: kind {loss.kind!r} does not take it; it is for {', '.join(takes[name])}")
     if "lists" in columns and "scores" not in columns and any(kind.scores for kind in kinds):
         raise ValueError(f"scores: kind {loss.kind!r} needs the scores of a list's responses, and there are only ranks")
+
+
+def check_takes_pairs(loss: PreferenceLoss) -> None:
+    """ValueError for a loss that cannot do without the scores of lists, which pairs have not."""
+    for name in loss.kinds:
+        kind = kind_of(name)
+        if kind.scores and not kind.hard_pairs:
+            raise ValueError(
+                f"scores: kind {name!r} needs scores, and the rows are pairs: give lists of responses with scores, or "
+                "declare the function without scores=True, if it does without them where Lists.scores is None"
+            )
 
 
 def check_columns(columns: PreferenceColumns, pairs: int, sequences: int, loss: PreferenceLoss) -> None:
@@ -95,6 +108,7 @@ def check_columns(columns: PreferenceColumns, pairs: int, sequences: int, loss: 
     if (lists is None) != (ranks is None) or (lists is None and scores is not None):
         raise ValueError("lists: expected beside ranks, and both beside scores")
     if lists is None or ranks is None:
+        check_takes_pairs(loss)
         return
     for name, value in (("lists", lists), ("ranks", ranks), ("scores", scores)):
         if value is not None and (value.dim() != 2 or value.shape != (pairs, lists.shape[1])):
@@ -107,6 +121,10 @@ def check_columns(columns: PreferenceColumns, pairs: int, sequences: int, loss: 
         raise ValueError(
             f"lists: expected sequence numbers in [0, {sequences}), two or more a list, filled with -1 where ranks are"
         )
+    if scores is not None and scores.is_cpu and "lipo_lambda" in loss.kinds:
+        highest = float(scores.max())
+        if highest / loss.score_temperature > MOST_EXPONENT:
+            raise ValueError(f"scores: {too_large(highest, loss)}, in list {int(scores.amax(1).argmax())}")
     for row, ranking in enumerate(ranks.tolist()):
         given = [rank for rank in ranking if rank >= 0]
         if ranking[: len(given)] != given or given != sorted(given) or set(given) != set(range(given[-1] + 1)):
@@ -114,6 +132,14 @@ def check_columns(columns: PreferenceColumns, pairs: int, sequences: int, loss: 
                 "ranks: expected those of a list from 0 up, without gaps, best first, equal where tied, then -1, got "
                 f"{ranking} in list {row}"
             )
+
+
+def too_large(score: float, loss: PreferenceLoss) -> str:
+    """What is said of a score whose gain in lipo_lambda is beyond what trains in float32."""
+    return (
+        f"lipo_lambda's gains are 2^(score/score_temperature): expected exponents of up to {MOST_EXPONENT:g}, got "
+        f"{score:g}/{loss.score_temperature:g}; raise --score_temperature to the scores' scale, such as {score:g}"
+    )
 
 
 def check_tokens(

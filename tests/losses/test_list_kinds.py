@@ -9,7 +9,7 @@ from bench.cost import Cost
 from dpofast import PreferenceLoss, linear_preference_loss, preference_loss, reference
 from dpofast.losses.functional import token_preference_loss
 from dpofast.losses.kinds import KINDS
-from dpofast.losses.list_kinds import MOST_TIED
+from dpofast.losses.list_kinds import MOST_EXPONENT, MOST_TIED
 from dpofast.losses.sequences import segment_sums
 from tests.support.list_cases import columns_of, dense, random_lists, random_logps
 from tests.support.losses_cases import plain_options
@@ -112,12 +112,26 @@ def test_extreme_rewards_stay_finite(kind, dtype):
 
 @pytest.mark.parametrize("kind", LISTS)
 def test_large_scores_and_temperatures_stay_finite(kind):
-    lists = [([1e4, 300.0, -1e4], [0, 1, 2])]
+    highest = MOST_EXPONENT if kind == "lipo_lambda" else 1e4
+    lists = [([highest, 20.0, -1e4], [0, 1, 2])]
     columns, pairs = columns_of(lists, scores=scored(kind))
     policy = torch.tensor([-3.0, -2.0, -4.0], requires_grad=True)
     output = preference_loss(policy, pairs, torch.zeros(3), loss=PreferenceLoss(kind=kind), columns=columns)
     output.loss.backward()
     assert output.loss.isfinite() and policy.grad.isfinite().all()
+
+
+def test_gains_that_do_not_train_are_refused():
+    columns, pairs = columns_of([([1.0, 0.0], [0, 1]), ([100.0, 90.0, 10.0, 1.0], [0, 1, 2, 3])])
+    policy, ref = random_logps(6)
+    message = r"scores: lipo_lambda's gains .* exponents of up to 30, got 100/1; raise --score_temperature .* in list 1"
+    with pytest.raises(ValueError, match=message):
+        preference_loss(policy, pairs, ref, loss=PreferenceLoss(kind="lipo_lambda"), columns=columns)
+    loss = PreferenceLoss(kind="lipo_lambda", score_temperature=100.0)
+    got = preference_loss(policy, pairs, ref, loss=loss, columns=columns).losses
+    by_hundredths = columns._replace(scores=columns.scores / 100)
+    expected = preference_loss(policy, pairs, ref, loss=PreferenceLoss(kind="lipo_lambda"), columns=by_hundredths)
+    torch.testing.assert_close(got, expected.losses)
 
 
 @pytest.mark.parametrize("kind", LISTS)

@@ -257,6 +257,7 @@ def test_a_function_that_cannot_be_imported(name, message):
     [
         ("import no_such_package", "its module cannot be imported: No module named 'no_such_package'"),
         ("1 / 0", "its module cannot be imported: ZeroDivisionError: division by zero"),
+        ("import sys; sys.exit(3)", "its module cannot be imported: SystemExit: 3"),
     ],
 )
 def test_a_module_that_cannot_be_imported(tmp_path, monkeypatch, body, message):
@@ -284,17 +285,42 @@ def hardest(lists: Lists, loss):
     return lists.rewards.amax(1) - lists.rewards[:, 0] + lists.rewards[:, 1]
 
 
+def double(pairs, loss):
+    """float64 whatever it is given."""
+    return margin_of(pairs, loss).double()
+
+
+def only_in_float64(pairs, loss):
+    return margin_of(pairs, loss) @ torch.eye(len(pairs.chosen), dtype=torch.float64)
+
+
+def in_place(pairs, loss):
+    with torch.no_grad():
+        pairs.policy_chosen.mul_(3)
+    return margin_of(pairs, loss)
+
+
+def in_place_of_the_reference(lists, loss):
+    lists.ref.neg_()
+    return -(lists.policy - lists.ref)[:, 0]
+
+
 REFUSED = {
     "raises": (
         lambda pairs, loss: pairs.odds,
         {},
-        r"a function of \(Pairs, LossOptions\), and on 4 made-up rows it rai",
+        r"a function of \(Pairs, LossOptions\), and on 4 made-up rows in float64 it rai",
     ),
     "takes one argument": (lambda pairs: -pairs.chosen, {}, "it raised TypeError: .*takes 1 positional argument"),
     "no tensor": (lambda pairs, loss: 1.0, {}, "expected a tensor of one loss a row, got float"),
     "a mean": (lambda pairs, loss: margin_of(pairs, loss).mean(), {}, r"shape \(4,\), got \(\): the mean over rows is"),
     "a column": (lambda pairs, loss: margin_of(pairs, loss)[:, None], {}, r"shape \(4,\), got \(4, 1\)"),
     "another dtype": (lambda pairs, loss: margin_of(pairs, loss).float(), {}, "log-probs' torch.float64, got torch.fl"),
+    "float64 always": (double, {}, "expected losses in the log-probs' torch.float32, got torch.float64"),
+    "float64 only": (only_in_float64, {}, "on 4 made-up rows in float32 it raised RuntimeError"),
+    "in place": (in_place, {}, "writes into policy_chosen, which others read too"),
+    "lists, in place": (in_place_of_the_reference, {"lists": True}, "writes into ref, which others read too"),
+    "exits": (lambda pairs, loss: sys.exit(2), {}, "made-up rows in float64 it raised SystemExit: 2"),
     "detached": (
         lambda pairs, loss: margin_of(pairs, loss).detach(),
         {},
@@ -318,7 +344,7 @@ REFUSED = {
     "a loss of lists raises": (
         lambda lists, loss: lists.chosen,
         {"lists": True},
-        r"a function of \(Lists, LossOptions\), and on 4 made-up rows it raised AttributeError",
+        r"a function of \(Lists, LossOptions\), and on 4 made-up rows in float64 it raised AttributeError",
     ),
     "a loss of lists, undeclared": (
         lambda lists, loss: -lists.rewards[:, 0],
@@ -386,6 +412,11 @@ def test_the_shape_is_checked_at_every_call():
         ({"options": ["gamma"]}, r"options: expected some of \['alpha_po_alpha', .*\], got \['gamma'\]"),
         ({"options": "simpo_gamma"}, "options: expected some of .*, got 'simpo_gamma'"),
         ({"scores": True}, "scores: belong to the responses of a list: declare lists=True too"),
+        ({"lists": True, "margin": True}, "margin=True: only Pairs have it, and with lists=True"),
+        (
+            {"lists": True, "divergence": True, "smoothing": "(0, 1)"},
+            r"divergence=True, smoothing='\(0, 1\)': only Pairs have it",
+        ),
     ],
 )
 def test_a_declaration_that_there_is_not(declared, message):
@@ -409,6 +440,26 @@ def test_a_declaration_that_there_is_not(declared, message):
 def test_options_that_it_has_not_declared(options, message):
     with pytest.raises(ValueError, match=message):
         PreferenceLoss(**options)
+
+
+def test_a_declaration_without_parentheses():
+    with pytest.raises(
+        TypeError, match=r"in parentheses: @preference_kind\(...\) or @preference_kind\(\), got <function"
+    ):
+        preference_kind(own_losses.dpo_by_hand)
+
+
+def test_a_loss_that_needs_scores_is_refused_on_pairs():
+    loss = PreferenceLoss(kind=["sigmoid", own_losses.gap_by_hand])
+    columns, pairs = columns_of([([0.75, 0.25], [0, 1])])
+    policy, ref = random_logps(2)
+    with pytest.raises(
+        ValueError, match="scores: kind 'tests.support.own_losses:gap_by_hand' needs scores, and the rows"
+    ):
+        preference_loss(policy, pairs, ref, loss=loss)
+    got = preference_loss(policy, pairs, ref, loss=loss, columns=columns).losses
+    margin = 0.1 * ((policy - ref)[0] - (policy - ref)[1])
+    torch.testing.assert_close(got, -(logsigmoid(margin) + logsigmoid(margin - 0.5))[None])
 
 
 def test_a_column_that_it_has_not_declared():

@@ -44,7 +44,7 @@ def kto_by_hand(pairs, loss):
     return chosen + (-pairs.beta * (divergence - pairs.rejected)).sigmoid()
 
 
-@preference_kind(lists=True, scores=True)
+@preference_kind(lists=True)
 def infonca_by_hand(lists, loss):
     """The kind infonca of scores, or of the best response alone."""
     logs = torch.where(lists.member, lists.rewards, -torch.inf).log_softmax(1)
@@ -52,6 +52,13 @@ def infonca_by_hand(lists, loss):
         return -logs[:, 0]
     targets = torch.where(lists.member, lists.scores, -torch.inf).softmax(1)
     return -(targets * torch.where(lists.member, logs, 0.0)).sum(1)
+
+
+@preference_kind(lists=True, scores=True)
+def gap_by_hand(lists, loss):
+    """The first two responses' reward margin against their gap of scores, which there must be."""
+    gap = lists.scores[:, 0] - lists.scores[:, 1]
+    return -logsigmoid(lists.rewards[:, 0] - lists.rewards[:, 1] - gap)
 
 
 not_a_function = 3

@@ -246,6 +246,18 @@ def test_lists_without_the_scores_that_a_loss_needs_are_refused():
     check_column_names(columns, PreferenceLoss(), "data", list_pairs="all")
 
 
+def test_pairs_for_a_loss_that_needs_scores_are_refused_before_the_model_is_read(tmp_path):
+    plain = {"output_dir": str(tmp_path / "out"), "use_cpu": True, "report_to": "none"}
+    loss = {"loss_type": "tests.support.own_losses:gap_by_hand"}
+    message = "train_dataset: scores: kind 'tests.support.own_losses:gap_by_hand' needs scores, and the rows are pairs"
+    with pytest.raises(ValueError, match=message):
+        DPOTrainer("no/such/model", args=DPOConfig(**loss, **plain), train_dataset=tiny_columns(4))
+    args = DPOConfig(list_pairs="all", **loss, **plain)
+    with pytest.raises(ValueError, match="are pairs.*which list_pairs='all' makes of lists"):
+        DPOTrainer("no/such/model", args=args, train_dataset=tiny_list_dataset(4))
+    check_column_names(["prompt", "chosen", "rejected"], PreferenceLoss(kind="infonca"), "data")
+
+
 def test_values_that_a_loss_does_not_take_are_refused_with_their_row(tmp_path):
     rows = tiny_columns(5, 0, "label_smoothing").to_list()
     rows[3]["label_smoothing"] = 0.5
@@ -256,6 +268,13 @@ def test_values_that_a_loss_does_not_take_are_refused_with_their_row(tmp_path):
         match=r"data, row 3 .*label_smoothing: expected a number in \[0, 0.5\) for loss_type 'robust', got 0.5",
     ):
         check_column_values(tokens, PreferenceLoss(kind="robust", label_smoothing=0.1), "data")
+    graded = tiny_lists(3)
+    graded[2] = {"prompt_ids": [1], "responses_ids": [[5, 6], [5, 7], [5, 8]], "scores": [-1e6, 100.0, 90.0]}
+    with pytest.raises(
+        ValueError, match=r"row 2 .*scores: lipo_lambda's gains .* got 100/1; raise --score_temperature"
+    ):
+        make_trainer(tmp_path, train=Dataset.from_list(graded), loss_type="lipo_lambda")
+    make_trainer(tmp_path, train=Dataset.from_list(graded), loss_type="lipo_lambda", score_temperature=100.0)
     tied = tiny_lists(3)
     tied[1] = {"prompt_ids": [1], "responses_ids": [[5, k] for k in range(10)], "scores": [1.0] * 9 + [0.0]}
     with pytest.raises(ValueError, match=r"row 1 .*plackett_luce takes up to 8 tied responses, got 9"):

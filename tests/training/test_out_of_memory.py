@@ -110,7 +110,7 @@ def test_no_graph_of_the_failed_attempt_is_alive_when_its_memory_is_given_back(t
 def test_one_pair_that_does_not_fit_stops(tmp_path):
     model = tiny_model()
     RunsOutOfMemory(model, most=0, rank=0)
-    with pytest.raises(RuntimeError, match=r"out of memory at step 1 with one pair.*: set gradient_checkpointing"):
+    with pytest.raises(RuntimeError, match=r"out of memory at step 1 with one row.*: set gradient_checkpointing"):
         make_trainer(tmp_path, model=model).train()
 
 

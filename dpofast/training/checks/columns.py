@@ -25,9 +25,9 @@ from dpofast.data.formats import (
 from dpofast.data.token_rows import has_lists
 from dpofast.losses.config import PreferenceLoss
 from dpofast.losses.kinds import SMOOTHING_RANGES
-from dpofast.losses.list_kinds import MOST_TIED
+from dpofast.losses.list_kinds import MOST_EXPONENT, MOST_TIED
 from dpofast.losses.own_kinds import kind_of
-from dpofast.losses.validate import check_taken
+from dpofast.losses.validate import check_taken, check_takes_pairs, too_large
 
 _ROWS = 4096
 
@@ -52,8 +52,8 @@ def check_column_names(
         list_pairs: as DPOConfig's: lists become pairs.
 
     Raises:
-        ValueError: a column that the loss does not take, lists for a loss of pairs, or lists without the scores that a
-            loss needs.
+        ValueError: a column that the loss does not take, lists for a loss of pairs, or lists without the scores, or
+            pairs in place of the lists with scores, that a loss needs.
     """
     try:
         used = set(used_columns(columns))
@@ -73,6 +73,12 @@ def check_column_names(
     if list_pairs is None and holds_list(used):
         fields = ["lists", *([SCORE_COLUMN] if SCORE_COLUMN in used else [])]
         _check(fields, loss, f"{name}: lists of responses", "on the command line: --list_pairs, --loss_type")
+    else:
+        try:
+            check_takes_pairs(loss)
+        except ValueError as error:
+            made = "" if list_pairs is None else f", which list_pairs={list_pairs!r} makes of lists"
+            raise ValueError(f"{name}: {error}{made}") from error
 
 
 def check_data_columns(args: Any, loss: PreferenceLoss, train_dataset: Any, eval_dataset: Any) -> None:
@@ -109,8 +115,8 @@ def check_column_values(tokens: Dataset, loss: PreferenceLoss, name: str, *, uni
         unit: of its row numbers, as DataReport's.
 
     Raises:
-        ValueError: a label_smoothing outside the range of a kind, or more tied responses than plackett_luce takes
-            (DataError).
+        ValueError: a label_smoothing outside the range of a kind, more tied responses than plackett_luce takes, or
+            scores too large for lipo_lambda (DataError).
     """
     columns = tokens.column_names
     if "label_smoothing" in columns:
@@ -137,6 +143,14 @@ def check_column_values(tokens: Dataset, loss: PreferenceLoss, name: str, *, uni
                     f"{name}, {place(unit, row)}: plackett_luce takes up to {MOST_TIED} tied responses, "
                     f"got {counts.max()}: rank them, leave some out, or turn lists into pairs by list_pairs"
                 )
+    if "lipo_lambda" in loss.kinds and has_lists(columns) and SCORE_COLUMN in columns:
+        for table in read_chunks(tokens, [SCORE_COLUMN, "row"], chunk_bounds(len(tokens), _ROWS)):
+            scores = table.column(SCORE_COLUMN).combine_chunks()
+            values = scores.flatten().to_numpy(zero_copy_only=False)
+            if len(values) and values.max() / loss.score_temperature > MOST_EXPONENT:
+                owner = pc.list_parent_indices(scores)[int(values.argmax())].as_py()
+                row = table.column("row")[owner].as_py()
+                raise DataError(f"{name}, {place(unit, row)}: scores: {too_large(float(values.max()), loss)}")
 
 
 def _values(tokens: Dataset, column: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
