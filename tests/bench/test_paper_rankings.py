@@ -88,6 +88,7 @@ def test_the_quick_version_shows_what_rankings_are_worth(tmp_path, capsys):
     most = str(max(rankings.QUICK.counts))
     for by_beta in found["betas"].values():
         kls = {method: counts[most]["kl"][0] for method, counts in by_beta["methods"].items()}
+        assert by_beta["pairs_over_rankings"][most][0] == pytest.approx(kls["pairs"] / kls["rankings"])
         assert kls["rankings"] < kls["pairs"] / 2.5 and kls["rankings"] < 1.2 * kls["all_pairs"]
         predicted = by_beta["predicted_kl_times_count"]["rankings"]
         assert kls["rankings"] * int(most) == pytest.approx(predicted, rel=0.6)
