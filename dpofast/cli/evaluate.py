@@ -61,14 +61,13 @@ class EvalArguments(ScoringArguments):
         """The loss to report for pairs or lists.
 
         Raises:
-            ValueError: --loss_type or --beta cannot be used, or the loss has a reference beside --no_reference.
+            ValueError: --loss_type cannot be used, or the loss has a reference beside --no_reference.
         """
         kind = self.loss_type or ("plackett_luce" if lists else "sigmoid")
         try:
             loss = PreferenceLoss(kind=kind, beta=self.beta)
         except ValueError as error:
-            option = "--beta" if str(error).startswith("beta:") else "--loss_type"
-            raise ValueError(f"{option}: {error}") from error
+            raise ValueError(f"--loss_type: {error}") from error  # beta's range was checked before
         if loss.needs_reference and self.no_reference:
             raise ValueError(
                 f"loss_type: {kind!r} has a reference; beside --no_reference name one that has none: simpo, "
