@@ -133,14 +133,17 @@ class PreferenceLoss(LossOptions):
         ranges = {kind: kind_of(kind).smoothing for kind in self.kinds}
         for kind, allowed in ranges.items():
             if allowed is not None and not SMOOTHING_RANGES[allowed](self.label_smoothing):
-                hint = (
-                    " (the EXO paper takes 1e-3; also beside a column label_smoothing, which takes its place)"
+                hint, column = (
+                    (
+                        " (the EXO paper takes 1e-3)",
+                        "; a column label_smoothing takes its place, but it must be in range",
+                    )
                     if kind == "exo_pair"
-                    else ""
+                    else ("", "")
                 )
                 raise ValueError(
                     f"label_smoothing: expected a number in {allowed} for kind {kind!r}{hint}, "
-                    f"got {self.label_smoothing}"
+                    f"got {self.label_smoothing}{column}"
                 )
         if self.label_smoothing != 0 and not any(ranges.values()):
             self._refuse("label_smoothing", [kind for kind in KINDS if KINDS[kind].smoothing])
