@@ -19,7 +19,9 @@ def check_ld_alpha(ld_alpha: float | None, *, is_list: bool, weighted: bool) -> 
     if ld_alpha is None:
         return
     if is_list:
-        raise ValueError("ld_alpha: weights the tokens of a pair by the shorter response, and these rows are lists")
+        raise ValueError(
+            "ld_alpha: weights the tokens of a pair by the shorter response, and these rows are lists: leave it out"
+        )
     if weighted:
         raise ValueError(
             "ld_alpha: weights tokens itself, and these rows have weights of tokens (chosen_weights, rejected_weights, "
