@@ -16,6 +16,7 @@ draws rankings.png, prints a table and appends to bench/results/paper.jsonl. Qui
 """
 
 import itertools
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -102,21 +103,33 @@ def _compute(world: World, size: Size, name: str) -> dict[str, Any]:
 def _summary(found: Mapping[str, Any], size: Size, beta: float) -> dict[str, Any]:
     """(mean, standard error) over seeds of every number, for each method and count, and what statistics predicts.
 
-    pairs_over_rankings, all_pairs_over_rankings: ratios of KL(π_θ‖π*), of runs of one seed; the latter has the same
-    rankings on both sides.
+    pairs_over_rankings: the ratio of the means of KL(π_θ‖π*), with its standard error; all_pairs_over_rankings: the
+    mean of the ratios, since a seed's rankings are the same on both sides.
     """
     methods: dict[str, Any] = {}
-    ratios: dict[str, Any] = {f"{method}_over_rankings": {} for method in METHODS if method != "rankings"}
+    worth: dict[str, tuple[float, float]] = {}
+    broken: dict[str, tuple[float, float]] = {}
     for count in size.counts:
         runs = {method: [found[f"{method}-{beta}-{count}-{seed}"] for seed in SEEDS] for method in METHODS}
         for method, of in runs.items():
             numbers = {name: mean_and_error([run[name] for run in of]) for name in of[0] if name != "seconds"}
             methods.setdefault(method, {})[str(count)] = numbers
-        for name in ratios:
-            pairs = zip(runs[name.removesuffix("_over_rankings")], runs["rankings"], strict=True)
-            ratios[name][str(count)] = mean_and_error([other["kl"] / ours["kl"] for other, ours in pairs])
+        worth[str(count)] = _ratio(*(methods[method][str(count)]["kl"] for method in ("pairs", "rankings")))
+        both = zip(runs["all_pairs"], runs["rankings"], strict=True)
+        broken[str(count)] = mean_and_error([theirs["kl"] / ours["kl"] for theirs, ours in both])
     predicted = {name: value for name, value in found[f"prediction-{beta}"].items() if name != "seconds"}
-    return {"methods": methods, **ratios, "predicted_kl_times_count": predicted}
+    return {
+        "methods": methods,
+        "pairs_over_rankings": worth,
+        "all_pairs_over_rankings": broken,
+        "predicted_kl_times_count": predicted,
+    }
+
+
+def _ratio(above: tuple[float, float], below: tuple[float, float]) -> tuple[float, float]:
+    """Ratio of two independent means, and its standard error to first order."""
+    ratio = above[0] / below[0]
+    return ratio, ratio * math.hypot(above[1] / above[0], below[1] / below[0])
 
 
 _COLOURS = (ORANGE, "#ca8a04", BLUE, "#7c3aed")
@@ -144,12 +157,14 @@ def _draw(png: Path, counts: Sequence[int], betas: Mapping[str, Any]) -> None:
     worth.plot([], [], color=GREY, linestyle=":", label="predicted by Fisher information")
     distance.set(xscale="log", yscale="log", xlabel="pairs or rankings a prompt, n", ylabel="KL(π_θ‖π*), nats")
     distance.set_title(f"Distance from the closed form: pairs, and rankings of {RESPONSES}", **_TITLE)
-    distance.set_ylim(top=distance.get_ylim()[1] * 300)  # room for the legend
+    distance.set_ylim(top=distance.get_ylim()[1] * 1000)  # room for the legend
     worth.set(xscale="log", xlabel="pairs or rankings a prompt, n", ylabel="KL of pairs / KL of rankings")
-    worth.set_ylim(bottom=0)
+    worth.set_ylim(0, 12)
     worth.set_title("What a ranking is worth in pairs", **_TITLE)
     for axes in (distance, worth):
         finish(axes)
+        axes.set_xticks(counts, [f"{count:,}" for count in counts])
+        axes.minorticks_off()
     figure.savefig(png, dpi=120)
 
 

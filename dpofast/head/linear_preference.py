@@ -73,7 +73,7 @@ def linear_preference_loss(
     hidden, weight, bias = autocast_inputs(hidden, weight, bias)
     check_head(hidden, weight, bias, targets)
     _check_pairs(targets, cu_targets, pairs, ref_logps, loss)
-    _check_columns(columns, targets, len(pairs), len(cu_targets) - 1, loss)
+    _check_columns(columns, targets, pairs, len(cu_targets) - 1, loss)
     chosen = choose_backend(backend, hidden.device, hidden.dtype)
     if chosen == "reference":
         raise ValueError("backend: expected auto, triton or torch; the reference is preference_loss of linear_logprobs")
@@ -123,7 +123,7 @@ def _check_pairs(
 
 
 def _check_columns(
-    columns: PreferenceColumns, targets: Tensor, pairs: int, sequences: int, loss: PreferenceLoss
+    columns: PreferenceColumns, targets: Tensor, pairs: Tensor, sequences: int, loss: PreferenceLoss
 ) -> None:
     """ValueError for columns of other shapes, on another device, or that the loss does not take."""
     check_columns(columns, pairs, sequences, loss)

@@ -17,7 +17,7 @@ from dpofast.losses.columns import NO_COLUMNS, PreferenceColumns
 from dpofast.losses.config import PreferenceLoss
 from dpofast.losses.own_kinds import kind_of
 from dpofast.losses.pairs import Lists, Pairs, StepTotals, make_lists
-from dpofast.losses.sequences import Tokens, pair_logprobs, segment_sums, side_indices, spread
+from dpofast.losses.sequences import Tokens, of_lists, pair_logprobs, segment_sums, side_indices, spread
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,8 @@ def rewards_of(ratios: Tensor, pairs: Tensor, loss: PreferenceLoss, columns: Pre
         return loss.beta * ratios
     rows = pairs if columns.lists is None else columns.lists
     if ratios.dim() == 1:
-        ratios = torch.where((rows >= 0).to(ratios.device), ratios[side_indices(rows.clamp(min=0), ratios.device)], 0.0)
-    return columns.beta.to(ratios.dtype)[:, None] * ratios
+        ratios = of_lists(ratios, rows)
+    return columns.beta.to(ratios.device, ratios.dtype)[:, None] * ratios
 
 
 def runs_fused(loss: PreferenceLoss, backend: str, columns: PreferenceColumns = NO_COLUMNS) -> bool:
@@ -144,13 +144,17 @@ def _fused_terms(
 
 
 def pair_losses(x: Pairs, lists: Lists | None, loss: PreferenceLoss) -> Tensor:
-    """(P,) losses: the weighted sum over the kinds, plus rpo_alpha's NLL term, times the pairs' weights."""
+    """(P,) losses: the weighted sum over the kinds, plus rpo_alpha's NLL term, times the pairs' weights.
+
+    Of a mix, only the kinds that take margins see the column.
+    """
     if len(x.policy_chosen) == 0:  # sequences that no row names; a kind is never asked for the losses of no rows
         return x.policy_chosen
     total = torch.zeros_like(x.policy_chosen)
     for name, weight in zip(loss.kinds, loss.kind_weights, strict=True):
         kind = kind_of(name)
-        total = total + weight * kind.function(lists if kind.lists else x, loss)
+        pairs = x if kind.margin or x.offset is None else replace(x, offset=None)
+        total = total + weight * kind.function(lists if kind.lists else pairs, loss)
     if loss.rpo_alpha is not None:
         total = total + loss.rpo_alpha * x.chosen_nll()
     return total if x.weights is None else total * x.weights

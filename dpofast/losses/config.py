@@ -62,7 +62,7 @@ class PreferenceLoss(LossOptions):
         cpo_alpha: "cpo"'s λ, ≥ 0.
         alpha_po_alpha: "alpha_po"'s α, finite; 0 makes it "simpo".
         dpop_lambda: "dpop"'s λ, ≥ 0; 0 makes it "sigmoid".
-        beta_dpo_alpha: "beta_dpo"'s α, ≥ 0; 0 makes it "sigmoid".
+        beta_dpo_alpha: "beta_dpo"'s α, ≥ 0; 0 makes it "sigmoid" (for a beta of 1e-3 or more).
         beta_dpo_threshold: "beta_dpo"'s M₀, finite: the mean margin of rewards at which beta is what it says.
         score_temperature: > 0; "infonca", "nca" and "lipo_lambda" divide the scores of responses by it.
 

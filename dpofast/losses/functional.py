@@ -18,7 +18,7 @@ from dpofast.losses.coefficients import inputs_of_tokens, pair_losses, pair_term
 from dpofast.losses.columns import NO_COLUMNS, PreferenceColumns
 from dpofast.losses.config import PreferenceLoss, checked_loss
 from dpofast.losses.pairs import Lists, Pairs, StepTotals, make_lists
-from dpofast.losses.sequences import Tokens, chosen_and_rejected, side_indices
+from dpofast.losses.sequences import Tokens, chosen_and_rejected, of_lists, side_indices
 from dpofast.losses.validate import check_pairs, check_tokens
 
 
@@ -48,15 +48,14 @@ class PreferenceOutput:
         if lists is None or values.dim() == 1:
             return chosen_and_rejected(values, pairs)
         last = (lists >= 0).sum(1, keepdim=True) - 1
-        return torch.cat([values[:, :1], values.gather(1, last.to(values.device))], dim=1)
+        return torch.cat([values[:, :1], values.gather(1, last.to(values.device, non_blocking=True))], dim=1)
 
     def of_lists(self, name: str, lists: Tensor) -> Tensor:
         """logps or rewards (`name`) of every list's responses: (P, K), 0 where a list has fewer."""
         values = getattr(self, name)
         if values.dim() == 2:
             return values[:, : lists.shape[1]]
-        member = (lists >= 0).to(values.device)
-        return torch.where(member, values[side_indices(lists.clamp(min=0), values.device)], 0.0)
+        return of_lists(values, lists)
 
 
 def preference_loss(

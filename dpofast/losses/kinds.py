@@ -237,7 +237,7 @@ class Kind:
         per_token: whether it compares the responses' log-probs per token.
         margin: whether it takes the column `margin`.
         lists: whether it is a loss of lists: function is then (Lists, LossOptions) -> (P,).
-        scores: of a loss of lists, whether lists of more than two responses need scores.
+        scores: of a loss of lists, whether lists need scores; pairs, which have none, do without.
     """
 
     function: Callable[[Any, Any], Tensor]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from functools import lru_cache
 from itertools import combinations, groupby
 from math import comb
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,38 +34,51 @@ def plackett_luce(x: Lists, loss: LossOptions) -> Tensor:
     # Without ties all rankings of one length are alike, so the choices of equal rankings are listed once.
     number_of = {ranking: number for number, ranking in enumerate(dict.fromkeys(rankings))}
     choices = [_choices(tuple(rank for rank in ranking if rank >= 0)) for ranking in number_of]
-    listed = [choice for of_ranking in choices for choice in of_ranking]
+    width = rewards.shape[1]
 
-    def members(sets: list[frozenset[int]]) -> Tensor:
-        return _beside(torch.tensor([[i in each for i in range(rewards.shape[1])] for each in sets]), rewards)
+    def joined(name: str) -> Tensor:
+        """`name` of all choices: (C, K), or (C,) shares."""
+        parts = [getattr(each, name) for each in choices]
+        parts = [F.pad(part, (0, width - part.shape[1])) if part.dim() == 2 else part for part in parts]
+        return _beside(torch.cat(parts), rewards)
 
     number = torch.tensor([number_of[ranking] for ranking in rankings])
-    counts = torch.tensor([len(of_ranking) for of_ranking in choices])
+    counts = torch.tensor([len(each.share) for each in choices])
     rows = torch.arange(len(rankings)).repeat_interleave(counts[number])
-    # Of each row, its choices in `listed`: the first one's number and those that follow.
+    # Of each row, its choices among all: the first one's number and those that follow.
     place = torch.arange(len(rows)) - (counts[number].cumsum(0) - counts[number])[rows]
     choice = _beside((counts.cumsum(0) - counts)[number[rows]] + place, rewards)
     owner = _beside(rows, rewards)
-    taken, left = members([taken for taken, _, _ in listed])[choice], members([left for _, left, _ in listed])[choice]
-    share = _beside(torch.tensor([share for _, _, share in listed], dtype=rewards.dtype), rewards)[choice]
-    mine = rewards[owner]
+    taken, left, share = joined("taken")[choice], joined("left")[choice], joined("share").to(rewards.dtype)[choice]
+    mine, alone = rewards[owner], taken.sum(1) == 1
     mean = torch.where(taken, mine, 0.0).sum(1, keepdim=True) / taken.sum(1, keepdim=True)
-    terms = share * torch.where(left, mine - mean, -torch.inf).logsumexp(1)
+    # log Σ e^(s − mean) over what is left. Of one response, whose addend is 1, log(1 + Σ of the others), which keeps
+    # the digits of a sum near 0.
+    summed = left & ~(taken & alone[:, None])
+    terms = torch.where(summed, mine - mean, -torch.inf).logsumexp(1)
+    terms = share * torch.where(alone, -F.logsigmoid(-terms), terms)
     # In float64, so that the order in which a device adds does not change the float32 result.
     sums = rewards.new_zeros(len(rewards), dtype=torch.float64).index_add(0, owner, terms.double())
     return sums.to(rewards.dtype)
 
 
+class _Choices(NamedTuple):
+    """The C choices that make up a ranking of K responses: from `left` one of `taken` is chosen, all alike, so often.
+
+    Attributes:
+        taken: (C, K) bool, the tied responses not chosen yet, which stand before all others that are left.
+        left: (C, K) bool.
+        share: (C,) float64, the part of the orders that the ties allow in which these are left.
+    """
+
+    taken: Tensor
+    left: Tensor
+    share: Tensor
+
+
 @lru_cache(4096)
-def _choices(ranking: tuple[int, ...]) -> list[tuple[frozenset[int], frozenset[int], float]]:
-    """The choices that make up a ranking: from `left` one of `taken` is chosen, all alike, so often.
-
-    Args:
-        ranking: ranks, non-decreasing.
-
-    Returns:
-        (taken, left, share): taken, the tied responses not chosen yet, stand before all others in left; share is the
-        part of the orders that the ties allow in which these are left. The last choice, of one, is left out.
+def _choices(ranking: tuple[int, ...]) -> _Choices:
+    """Those of non-decreasing ranks; the last choice, of one response alone, is left out.
 
     Raises:
         ValueError: more than MOST_TIED tied responses.
@@ -77,13 +91,20 @@ def _choices(ranking: tuple[int, ...]) -> list[tuple[frozenset[int], frozenset[i
                 f"ranks: plackett_luce takes up to {MOST_TIED} tied responses, got {len(tied)}: rank them, or leave "
                 "some out"
             )
-        after = frozenset(range(tied[-1] + 1, len(ranking)))
+        after = range(tied[-1] + 1, len(ranking))
         for count in range(1, len(tied) + 1):
             for taken in combinations(tied, count):
-                left = after.union(taken)
-                if len(left) > 1:
-                    choices.append((frozenset(taken), left, 1 / comb(len(tied), count)))
-    return choices
+                if count + len(after) > 1:
+                    choices.append((taken, (*taken, *after), 1 / comb(len(tied), count)))
+
+    def members(sets: list[tuple[int, ...]]) -> Tensor:
+        chosen = torch.zeros(len(sets), len(ranking), dtype=torch.bool)
+        for row, each in enumerate(sets):
+            chosen[row, list(each)] = True
+        return chosen
+
+    shares = torch.tensor([share for _, _, share in choices], dtype=torch.float64)
+    return _Choices(members([taken for taken, _, _ in choices]), members([left for _, left, _ in choices]), shares)
 
 
 def softmax_dpo(x: Lists, loss: LossOptions) -> Tensor:
@@ -103,8 +124,11 @@ def infonca(x: Lists, loss: LossOptions) -> Tensor:
 
     Of pairs t = (1, 0), which makes it DPO.
     """
-    logs = torch.where(x.member, x.rewards, -torch.inf).log_softmax(1)
-    return -(_targets(x, loss) * torch.where(x.member, logs, 0.0)).sum(1)
+    rewards, count = x.rewards, x.rewards.shape[1]
+    others = x.member[:, None, :] & ~torch.eye(count, dtype=torch.bool, device=rewards.device)
+    # log softmax as log σ of the distance to all others, which keeps the digits of a probability near 1
+    against = torch.where(others, rewards[:, None, :], -torch.inf).logsumexp(2)
+    return -(_targets(x, loss) * F.logsigmoid(rewards - against)).sum(1)
 
 
 def nca(x: Lists, loss: LossOptions) -> Tensor:

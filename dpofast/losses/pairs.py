@@ -11,7 +11,7 @@ from torch import Tensor
 from dpofast.losses.columns import PreferenceColumns
 from dpofast.losses.divergences import DIVERGENCES
 from dpofast.losses.options import LossOptions
-from dpofast.losses.sequences import at_least_one_token
+from dpofast.losses.sequences import at_least_one_token, of_lists, side_indices
 
 
 @dataclass(frozen=True)
@@ -190,8 +190,7 @@ def make_lists(
     """Return the Lists of columns.lists, or of the pairs where there are none.
 
     Args:
-        logps, ref: (S,) log-probs of every sequence under policy and reference, nats; with ld_alpha, which only pairs
-            have, (P, 2).
+        logps, ref: (S,) log-probs of every sequence under policy and reference, nats.
         lengths: (S,) token counts, or None; the loss then gets NaN.
         pairs: (P, 2) integer on the CPU, chosen and rejected sequence.
         loss: its beta is used where there is no column.
@@ -199,15 +198,10 @@ def make_lists(
     """
     lists = pairs if columns.lists is None else columns.lists
     ranks = torch.tensor([0, 1]).expand(len(lists), 2) if columns.ranks is None else columns.ranks.long()
-    index = lists.clamp(min=0).long().to(logps.device, non_blocking=True)
     member = (lists >= 0).to(logps.device, non_blocking=True)
-
-    def of_members(values: Tensor) -> Tensor:
-        if values.dim() == 2:
-            return values
-        return torch.where(member, values[index], 0.0)
-
     beta = loss.beta if columns.beta is None else columns.beta.to(logps.device, logps.dtype)[:, None]
-    tokens = torch.full((), torch.nan) if lengths is None else at_least_one_token(lengths.to(logps.dtype))[index]
+    tokens = torch.full((), torch.nan)
+    if lengths is not None:
+        tokens = at_least_one_token(lengths.to(logps.dtype))[side_indices(lists.clamp(min=0), logps.device)]
     scores = None if columns.scores is None else columns.scores.to(logps.device, logps.dtype)
-    return Lists(of_members(logps), of_members(ref), tokens, member, ranks, scores, beta)
+    return Lists(of_lists(logps, lists), of_lists(ref, lists), tokens, member, ranks, scores, beta)

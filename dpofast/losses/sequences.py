@@ -86,6 +86,12 @@ def side_indices(pairs: Tensor, device: torch.device) -> Tensor:
     return pairs.to(device=device, dtype=torch.int64, non_blocking=True)
 
 
+def of_lists(values: Tensor, lists: Tensor) -> Tensor:
+    """(P, K): values (S,) of every list's sequences, 0 where a list has fewer; lists (P, K) are filled with -1."""
+    member = (lists >= 0).to(values.device, non_blocking=True)
+    return torch.where(member, values[side_indices(lists.clamp(min=0), values.device)], 0.0)
+
+
 def chosen_and_rejected(values: Tensor, pairs: Tensor) -> Tensor:
     """(P, 2): values (S,) of every pair's chosen and rejected sequence; values that are (P, 2) already as they are."""
     return values if values.dim() == 2 else values[side_indices(pairs, values.device)]

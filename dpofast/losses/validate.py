@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import math
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor
 
 from dpofast.losses.columns import PreferenceColumns
 from dpofast.losses.config import PreferenceLoss
-from dpofast.losses.kinds import KINDS
+from dpofast.losses.kinds import KINDS, SMOOTHING_RANGES
 from dpofast.losses.own_kinds import kind_of
 from dpofast.losses.sequences import Tokens
 
@@ -22,7 +23,7 @@ def check_pairs(
         raise ValueError(f"logps: expected a float tensor (S,), got {logps.dtype} {tuple(logps.shape)}")
     check_pair_names(pairs, len(logps))
     check_reference(ref_logps, len(logps), len(pairs), loss)
-    check_columns(columns, len(pairs), len(logps), loss)
+    check_columns(columns, pairs, len(logps), loss)
     if columns.token_weights is not None and loss.needs_lengths:
         raise ValueError(
             f"token_weights: kind {loss.kind!r} divides by lengths, which must be sums of them: use "
@@ -84,26 +85,33 @@ def check_taken(columns: Collection[str], loss: PreferenceLoss) -> None:
         raise ValueError(f"scores: kind {loss.kind!r} needs the scores of a list's responses, and there are only ranks")
 
 
-def check_columns(columns: PreferenceColumns, pairs: int, sequences: int, loss: PreferenceLoss) -> None:
-    """ValueError for columns of other shapes, or that the loss does not take."""
+def check_columns(columns: PreferenceColumns, pairs: Tensor, sequences: int, loss: PreferenceLoss) -> None:
+    """ValueError for columns of other shapes, out of range, or that the loss does not take."""
+    count = len(pairs)
     for name in ("weight", "margin", "beta", "label_smoothing"):
         value = getattr(columns, name)
-        if value is not None and value.shape != (pairs,):
-            raise ValueError(f"{name}: expected shape ({pairs},), one a pair, got {tuple(value.shape)}")
+        if value is not None and value.shape != (count,):
+            raise ValueError(f"{name}: expected shape ({count},), one a pair, got {tuple(value.shape)}")
     check_taken(columns.given, loss)
+    _check_ranges(columns, loss)
     lists, ranks, scores = columns.lists, columns.ranks, columns.scores
     if (lists is None) != (ranks is None) or (lists is None and scores is not None):
         raise ValueError("lists: expected beside ranks, and both beside scores")
     if lists is None or ranks is None:
         return
     for name, value in (("lists", lists), ("ranks", ranks), ("scores", scores)):
-        if value is not None and (value.dim() != 2 or value.shape != (pairs, lists.shape[1])):
-            raise ValueError(f"{name}: expected shape ({pairs}, K), one row a pair, got {tuple(value.shape)}")
+        if value is not None and (value.dim() != 2 or value.shape != (count, lists.shape[1])):
+            raise ValueError(f"{name}: expected shape ({count}, K), one row a pair, got {tuple(value.shape)}")
     if torch.compiler.is_compiling():
         return
     if not lists.is_cpu or not ranks.is_cpu:
         raise ValueError(f"lists, ranks: expected on the CPU, got on {lists.device} and {ranks.device}")
-    if ((lists < 0) != (ranks < 0)).any() or int(lists.max()) >= sequences or (lists[:, :2] < 0).any():
+    if (
+        ((lists < 0) != (ranks < 0)).any()
+        or int(lists.max()) >= sequences
+        or lists.shape[1] < 2
+        or (lists[:, :2] < 0).any()
+    ):
         raise ValueError(
             f"lists: expected sequence numbers in [0, {sequences}), two or more a list, filled with -1 where ranks are"
         )
@@ -114,6 +122,30 @@ def check_columns(columns: PreferenceColumns, pairs: int, sequences: int, loss: 
                 "ranks: expected those of a list from 0 up, without gaps, best first, equal where tied, then -1, got "
                 f"{ranking} in list {row}"
             )
+    ends = torch.cat([lists[:, :1], lists.gather(1, (lists >= 0).sum(1, keepdim=True) - 1)], dim=1)
+    if pairs.is_cpu and not torch.equal(ends.long(), pairs.long()):
+        raise ValueError("pairs: expected the first and the last sequence of every list, its best and its worst")
+
+
+def _check_ranges(columns: PreferenceColumns, loss: PreferenceLoss) -> None:
+    """ValueError for numbers out of range, where they are on the CPU and not compiled: elsewhere it would be a sync."""
+    ranges: list[tuple[str, str, Callable[[float], bool]]] = [
+        ("weight", "0 or more", lambda value: 0 <= value < math.inf),
+        ("margin", "finite numbers", math.isfinite),
+        ("beta", "finite numbers above 0", lambda value: 0 < value < math.inf),
+        ("token_weights", "0 or more", lambda value: 0 <= value < math.inf),
+    ]
+    for kind in loss.kinds:
+        if (smoothing := kind_of(kind).smoothing) is not None:
+            ranges.append(("label_smoothing", f"numbers in {smoothing} for kind {kind!r}", SMOOTHING_RANGES[smoothing]))
+    for name, expected, holds in ranges:
+        value = getattr(columns, name)
+        if value is None or not value.is_cpu or torch.compiler.is_compiling() or not len(value):
+            continue
+        # The ranges are intervals, so the ends decide; they are NaN if any value is.
+        wrong = [end for end in (float(value.min()), float(value.max())) if not holds(end)]
+        if wrong:
+            raise ValueError(f"{name}: expected {expected}, got {wrong[0]}")
 
 
 def check_tokens(
@@ -123,7 +155,7 @@ def check_tokens(
     sequences = len(tokens.cu_targets) - 1
     check_pair_names(pairs, sequences)
     check_reference(ref_logps, sequences, len(pairs), loss)
-    check_columns(columns, len(pairs), sequences, loss)
+    check_columns(columns, pairs, sequences, loss)
     shapes = {"log_sum_sq_probs": tokens.log_sum_sq, "counted": tokens.counted, "token_weights": tokens.weights}
     for name, tensor in shapes.items():
         if tensor is not None and tensor.shape != tokens.logps.shape:
