@@ -19,7 +19,8 @@ from dpofast.cli.load_models import base_of, is_adapter
 from dpofast.cli.scored_pairs import ScoringArguments, load, prepare, scored
 from dpofast.common.locks import WriteLock
 from dpofast.common.printable import printable
-from dpofast.data.token_rows import has_lists
+from dpofast.data.token_rows import has_lists, weight_columns
+from dpofast.scoring.responses import check_ld_alpha
 from dpofast.scoring.score_file import PartialScores, source_rows, source_snapshot, weights_of, write_scored
 from dpofast.training.checks.columns import is_list_data
 
@@ -68,9 +69,11 @@ def main(argv: Sequence[str]) -> int:
     output = Path(arguments.output)
     snapshot = source_snapshot(arguments.data, arguments.split)
     dataset = load(arguments)
-    if arguments.ld_alpha is not None and is_list_data(dataset.column_names):
-        raise ValueError("ld_alpha: weights the tokens of a pair by the shorter response, and these rows are lists")
+    names = dataset.column_names
+    check_ld_alpha(arguments.ld_alpha, is_list=is_list_data(names), weighted=bool(weight_columns(names)))
     prepared = prepare(arguments, dataset)
+    weighted = bool(weight_columns(prepared.tokens.column_names))  # of turns that do not all count
+    check_ld_alpha(arguments.ld_alpha, is_list=False, weighted=weighted)
     unit = "lists" if has_lists(prepared.tokens.column_names) else "pairs"
     settings = {name: value for name, value in asdict(arguments).items() if name not in ("output", "overwrite")}
     # What decides the numbers: a partial file of other options, other weights or other data must not be gone on with.

@@ -34,7 +34,7 @@ from dpofast.data.formats import (
     DataError,
     holds_list,
 )
-from dpofast.data.report import DataReport, no_usable_row
+from dpofast.data.report import DataReport, NoUsableRow
 
 LIST_PAIRS = ("all", "best_worst", "adjacent")
 _ROWS = 256  # of a batch that is turned into pairs: K responses give K (K - 1) / 2 of them
@@ -133,7 +133,8 @@ def pairs_of(
         scores: or None; needed for min_score_gap.
         which: "all" pairs of different ranks, "best_worst": the first and the last response, or "adjacent": neighbours
             of different ranks.
-        min_score_gap: the least difference of a pair's scores.
+        min_score_gap: the least difference of a pair's scores. One that equals it but for the rounding of both scores
+            to float32 counts.
     """
     last = len(ranks) - 1
     found = {"all": combinations(range(last + 1), 2), "best_worst": [(0, last)], "adjacent": pairwise(range(last + 1))}
@@ -141,7 +142,12 @@ def pairs_of(
     if min_score_gap is None:
         return pairs
     assert scores is not None
-    return [(one, other) for one, other in pairs if scores[one] - scores[other] >= min_score_gap]
+    # Rounding moves a score by half a unit in the last place, 2^-24 of it at most; twice that is allowed.
+    return [
+        (one, other)
+        for one, other in pairs
+        if scores[one] - scores[other] >= min_score_gap - 2**-23 * (abs(scores[one]) + abs(scores[other]))
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,5 +241,5 @@ def lists_to_pairs(
     reason = f"no two responses of different ranks are min_score_gap={min_score_gap} apart"
     report = report.as_pairs(len(pairs), np.setdiff1d(own, found).tolist(), reason)
     if len(pairs) == 0:
-        raise no_usable_row(report)
+        raise NoUsableRow(report)
     return pairs.with_format(None), report

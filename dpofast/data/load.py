@@ -25,7 +25,7 @@ from dpofast.data import columns, files, formats, read_rows
 from dpofast.data.arrow import check_batch, check_values, mapped_files
 from dpofast.data.files import Snapshot, kind_of
 from dpofast.data.formats import LIST_WEIGHT_COLUMN, TEMPLATE_COLUMNS, WEIGHT_COLUMNS, BadRow, DataError
-from dpofast.data.report import DataReport, Skipped, bad_rows, no_usable_row
+from dpofast.data.report import DataReport, NoUsableRow, Skipped, bad_rows
 from dpofast.data.tokenize_pairs import DETAIL, ERROR, FILE, LINE, check_on_bad_row, tokenize_preferences
 
 __all__ = ["DataError", "DataReport", "Skipped", "load_preferences", "tokenize_preferences"]
@@ -289,7 +289,7 @@ def _first_kinds(path: Path, skip: bool) -> dict[str, str]:
         raise DataError(f"{path}: there are no rows")
     if not skip:
         raise bad_rows(str(path), len(details), details)
-    raise no_usable_row(DataReport.from_bad_rows(str(path), unit, sum(map(len, bad.values())), bad))
+    raise NoUsableRow(DataReport.from_bad_rows(str(path), unit, sum(map(len, bad.values())), bad))
 
 
 def _kinds(row: read_rows.Row | BadRow) -> dict[str, str]:

@@ -19,6 +19,10 @@ class Skipped(NamedTuple):
     total: int
     rows: tuple[int, ...]
 
+    def plus(self, later: Skipped) -> Skipped:
+        """Those of both, for the same reason."""
+        return Skipped(self.total + later.total, (self.rows + later.rows)[:_REPORTED_ROWS])
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataReport:
@@ -106,9 +110,17 @@ class DataReport:
         return printable("\n".join(lines))
 
 
-def no_usable_row(report: DataReport) -> DataError:
-    """Return the DataError for data without a usable row; its message lists the reasons with their counts."""
-    return DataError(f"{report.source}: no row can be used\n{report.summary()}")
+class NoUsableRow(DataError):
+    """Data without a usable row; the message lists the reasons with their counts.
+
+    Attributes:
+        report: of all rows.
+    """
+
+    def __init__(self, report: DataReport) -> None:
+        """Keep the report, which a stream adds to those of its other rows."""
+        super().__init__(f"{report.source}: no row can be used\n{report.summary()}")
+        self.report = report
 
 
 def bad_rows(source: str, rows: int, details: Sequence[str]) -> DataError:

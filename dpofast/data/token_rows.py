@@ -63,9 +63,9 @@ def token_columns(columns: Collection[str]) -> tuple[str, ...]:
 
 
 def weight_columns(columns: Collection[str]) -> tuple[str, ...]:
-    """Of these columns, those that weight tokens: one for each response column, or none."""
+    """Of these columns, those that weight tokens. Of a pair there may be one: the other response's weights are 1."""
     names = (LIST_WEIGHT_COLUMN,) if has_lists(columns) else WEIGHT_COLUMNS
-    return names if set(names) <= set(columns) else ()
+    return tuple(name for name in names if name in columns)
 
 
 def responses_of(row: Mapping[str, Any]) -> list[Any]:
@@ -104,7 +104,10 @@ class RowTokens:
         """Those of a table with the columns token_columns(), and weight_columns() where the rows have some."""
         prompt, *names = token_columns(table.column_names)
         responses = [table.column(name).combine_chunks() for name in names]
-        weights = [table.column(name).combine_chunks() for name in weight_columns(table.column_names)]
+        weights = [
+            table.column(name).combine_chunks() if name in table.column_names else pa.nulls(len(table))
+            for name in ((LIST_WEIGHT_COLUMN,) if len(names) == 1 else WEIGHT_COLUMNS)
+        ]
         if len(names) == 1:
             (lists,) = responses
             bounds = lists.offsets.to_numpy().astype(np.int64)

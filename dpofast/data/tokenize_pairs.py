@@ -44,7 +44,7 @@ from dpofast.data.formats import (
     DataError,
 )
 from dpofast.data.lists import check_list_options, check_pairs_can_be_made, lists_to_pairs
-from dpofast.data.report import DataReport, bad_rows, no_usable_row
+from dpofast.data.report import DataReport, NoUsableRow, bad_rows
 
 # Columns that load_preferences adds: the number of a row's line, its file where there are several, and why that row
 # cannot be used: the reason that rows are counted by, and the whole message.
@@ -216,7 +216,8 @@ def tokenize_preferences(
         list_pairs: what becomes of lists. None: they stay lists. "all": every two responses of different ranks become a
             pair; "best_worst": the first and the last; "adjacent": neighbours in the order from best to worst, where
             their ranks differ. A list that gives no pair is counted in the report.
-        min_score_gap: with list_pairs, the least difference of the scores of a pair.
+        min_score_gap: with list_pairs, the least difference of the scores of a pair, which are float32: one that equals
+            it but for their rounding counts.
         assistant_only_loss: in a response of several turns only the assistant's are trained. A turn's own key `train`,
             true or false, is stronger. Off: all turns without that key are.
         source: name of the data in messages; None: the name that load_preferences stored.
@@ -287,7 +288,7 @@ def tokenize_preferences(
         raise bad_rows(source, table.num_rows, table.column(DETAIL).drop_null().to_pylist()) from None
     report = _report(table, source, encoder.unit, "lists" if encoder.rows.is_list else "pairs")
     if report.kept == 0:
-        raise no_usable_row(report)
+        raise NoUsableRow(report)
     _check_repeated(table, source, report.kept, is_list=encoder.rows.is_list)
     if report.shortened_prompts:
         warnings.warn(

@@ -94,9 +94,9 @@ class PackedBatch:
         return int((self.segments.parents < 0).sum()) < self.num_sequences
 
     def to(self, device: torch.device | str | int, non_blocking: bool = True) -> PackedBatch:
-        """Return a copy with input_ids, position_ids, logit_rows, targets, ref_logps and media on `device`.
+        """Return a copy with input_ids, position_ids, logit_rows, targets, ref_logps, columns and media on `device`.
 
-        The other tensors (segments, cu_targets, pairs, pair_examples) stay on the CPU.
+        The other tensors (segments, cu_targets, pairs, pair_examples, lists and ranks of columns) stay on the CPU.
         """
         # A non-blocking copy to the CPU could be read before it is complete.
         non_blocking = non_blocking and torch.device(device).type != "cpu"

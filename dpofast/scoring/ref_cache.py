@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import warnings
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,7 @@ from dpofast.packing.batch import PackedBatch
 from dpofast.scoring.fingerprints import ResponseFingerprints, model_fingerprint
 from dpofast.scoring.order import prompt_order
 from dpofast.scoring.ref_store import Identity, ReferenceStore
-from dpofast.scoring.responses import ResponseLogps
+from dpofast.scoring.responses import ResponseLogps, check_ld_alpha
 from dpofast.scoring.score import WINDOW, Forward, response_logps
 
 # To be raised whenever log-probs may change (kernels, attention, numerics of the head), or which rows a shard has.
@@ -43,6 +44,7 @@ ENGINE_VERSION = 3
 
 # The folder inside output_dir that holds the caches unless ref_cache_dir names another.
 CACHE_FOLDER = "reference"
+_ROWS = 4096  # looked at together
 
 
 @torch.no_grad()
@@ -52,7 +54,12 @@ def reference_logps(
     """Sequence log-probs (S,) float32, nats, without gradient, of a batch on the model's device.
 
     They are weighted by the batch's token weights, where it has some; with ld_alpha as in LD-DPO, of each pair, (P, 2).
+
+    Raises:
+        ValueError: ld_alpha with lists or token weights.
     """
+    columns = batch.columns
+    check_ld_alpha(ld_alpha, is_list=columns.lists is not None, weighted=columns.token_weights is not None)
     output = model(packed=batch, max_logits_bytes=max_logits_bytes)
     if ld_alpha is None:
         return sequence_logprobs(output, batch)
@@ -95,9 +102,12 @@ def add_reference_columns(
         window: rows computed and stored together.
 
     Raises:
-        ValueError: cache_dir is a cache of something else.
+        ValueError: cache_dir is a cache of something else, lists that are not stored best first, or ld_alpha with lists
+            or weights of tokens.
     """
     ranks = ranks or Ranks.alone()
+    check_ld_alpha(ld_alpha, is_list=has_lists(dataset.column_names), weighted=False)
+    _check_best_first(dataset)
     fingerprints = ResponseFingerprints.of(dataset)
     store = None if cache_dir is None else ReferenceStore(cache_dir, _identity(fingerprints, model, forward))
     order = prompt_order(dataset)
@@ -126,6 +136,20 @@ def add_reference_columns(
     for name, column in zip(names, of_responses.reshape(-1, 2).T, strict=True):
         dataset = dataset.add_column(name, column)
     return dataset
+
+
+def _check_best_first(dataset: Dataset) -> None:
+    """Raise ValueError unless the rows are pairs, or lists whose ranks never fall: `pack` reads lists in that order."""
+    if not has_lists(dataset.column_names):
+        return
+    way = "tokenize_preferences puts lists in order"
+    if RANK_COLUMN not in dataset.column_names:
+        raise ValueError(f"{RANK_COLUMN}: expected beside responses_ids, and there is no such column: {way}")
+    bounds = chunk_bounds(len(dataset), _ROWS)
+    for (start, _), table in zip(bounds, read_chunks(dataset, [RANK_COLUMN], bounds), strict=True):
+        for row, ranking in enumerate(table.column(RANK_COLUMN).to_pylist(), start):
+            if ranking is None or any(one > other for one, other in pairwise(ranking)):
+                raise ValueError(f"row {row}: {RANK_COLUMN}: expected the best response first, got {ranking}: {way}")
 
 
 @dataclass

@@ -14,6 +14,21 @@ from torch import Tensor
 from dpofast.losses.sequences import pair_logprobs, segment_sums
 
 
+def check_ld_alpha(ld_alpha: float | None, *, is_list: bool, weighted: bool) -> None:
+    """Raise ValueError where ld_alpha, which weights the tokens of a pair, meets lists or tokens that have weights."""
+    if ld_alpha is None:
+        return
+    if is_list:
+        raise ValueError(
+            "ld_alpha: weights the tokens of a pair by the shorter response, and these rows are lists: leave it out"
+        )
+    if weighted:
+        raise ValueError(
+            "ld_alpha: weights tokens itself, and these rows have weights of tokens (chosen_weights, rejected_weights, "
+            "or made of turns that do not all count): leave out one of the two"
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class ResponseLogps:
     """Log-probs of every token of the S responses of P pairs or lists; equal ones of a micro-batch are stored once.
@@ -41,7 +56,11 @@ class ResponseLogps:
             ld_alpha: weights the tokens of pairs as LD-DPO does.
             weights: (sum of lengths,) of the tokens of every row's responses, row by row; sums are of
                 weight · log-prob. A weight of 1 changes no bit.
+
+        Raises:
+            ValueError: ld_alpha with weights, or with rows of more than two responses.
         """
+        check_ld_alpha(ld_alpha, is_list=self.rows.shape[1] != 2, weighted=weights is not None)
         if ld_alpha is not None:
             return pair_logprobs(self.logps, self.cu_targets, self.rows, ld_alpha=ld_alpha)
         if weights is None:

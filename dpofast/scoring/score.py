@@ -21,7 +21,7 @@ from dpofast.common.eval_mode import eval_mode
 from dpofast.data.formats import ORDER_COLUMN
 from dpofast.packing.arguments import at_least_one
 from dpofast.packing.pack import pack
-from dpofast.scoring.responses import ResponseLogps
+from dpofast.scoring.responses import ResponseLogps, check_ld_alpha
 from dpofast.scoring.windows import Window, windows
 
 # Rows packed and computed together: enough for full micro-batches, few enough to hold in memory for any dataset.
@@ -112,7 +112,7 @@ def score_rows(
         device: as in Forward.
         autocast: as in Forward.
         window: rows computed together.
-        ld_alpha: weights the log-probs as in PreferenceLoss.
+        ld_alpha: weights the log-probs as in PreferenceLoss; for pairs whose tokens have no weights.
 
     Returns:
         An iterator of dicts. Always: chosen_logps, rejected_logps (floats: nats, summed over the response),
@@ -123,7 +123,8 @@ def score_rows(
 
     Raises:
         ValueError: beta or window out of range; while iterating, a row that `pack` refuses, named by its place in its
-            window, and a column that stands beside some rows' ids only.
+            window, a beta that is not positive, a column that stands beside some rows' ids only, and ld_alpha with
+            lists or weights of tokens.
     """
     if not 0 < beta < float("inf"):
         raise ValueError(f"beta: expected a positive number, got {beta}")
@@ -147,6 +148,8 @@ def _scored(
     forward: Forward,
 ) -> Iterator[dict[str, Any]]:
     for window in scored_together:
+        check_ld_alpha(ld_alpha, is_list=window.is_list, weighted=window.weights is not None)
+        own = window.betas()
         policy = response_logps(window.examples, model, forward)
         columns = {"logps": policy.sums(ld_alpha, window.weights), "tokens": policy.lengths()}
         reference = None
@@ -156,8 +159,7 @@ def _scored(
             with model.disable_adapter():
                 reference = response_logps(window.examples, model, forward).sums(ld_alpha, window.weights)
         if reference is not None:
-            own = window.beside.get("beta")
-            factor = beta if own is None else torch.tensor(own, dtype=torch.float32)[:, None]
+            factor = beta if own is None else own[:, None]
             columns |= {"ref_logps": reference, "rewards": factor * (columns["logps"] - reference)}
         yield from _rows(window, columns, policy.member)
 

@@ -63,6 +63,16 @@ class Window:
         rows = [torch.tensor(row, dtype=torch.float32) for row in self.beside[names[0]]]
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
+    def betas(self) -> Tensor | None:
+        """(P,) float32: the rows' own betas, or None. Raises ValueError for one that is not a positive number."""
+        if (given := self.beside.get("beta")) is None:
+            return None
+        values = torch.tensor([float("nan") if each is None else float(each) for each in given], dtype=torch.float32)
+        for row, good in enumerate(((values > 0) & values.isfinite()).tolist()):
+            if not good:
+                raise ValueError(f"examples[{row}]: beta: expected a positive number, got {given[row]}")
+        return values
+
 
 def windows(dataset: Dataset | Iterable[Mapping[str, Any]], size: int) -> Iterator[Window]:
     """The rows of a Dataset or an iterable of mappings, `size` at a time.

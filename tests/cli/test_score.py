@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,8 +13,11 @@ from datasets import Dataset, load_from_disk
 
 from dpofast.cli import score as score_command
 from dpofast.cli.main import main
+from dpofast.data.load import tokenize_preferences
 from dpofast.scoring.score import WINDOW
 from dpofast.scoring.score_file import PartialScores
+from tests.support.byte_tokenizer import make_tokenizer
+from tests.support.chat_templates import CHATML, plain
 from tests.support.tiny import save_tiny
 
 pytestmark = pytest.mark.slow(20)
@@ -197,6 +201,29 @@ def test_refusals(folder, tmp_path, capsys, flags, message):
     assert main(["score", "--model", str(folder / "adapter"), "--data", str(data), *flags]) == 2
     assert message in capsys.readouterr().err
     assert (tmp_path / "exists.jsonl").read_text() == "mine" and len(lines(data)) == 30
+
+
+def test_ld_alpha_with_weights_of_tokens_is_refused_before_scoring(folder, tmp_path, capsys, monkeypatch):
+    """Of columns before models are loaded; of turns, whose weights tokenization makes, before a row is scored."""
+    model, data = folder / "adapter", tmp_path / "data.jsonl"
+    turns = [{"role": "assistant", "content": "6"}, {"role": "user", "content": "7"}]
+    masked = [*turns, {"role": "assistant", "content": "8"}]
+    prompt = [{"role": "user", "content": "3 4"}]
+    rows = {
+        "columns": {"prompt_ids": [3], "chosen_ids": [4, 5], "rejected_ids": [6], "chosen_weights": [1.0, 0.0]},
+        "turns": {"prompt": prompt, "chosen": masked, "rejected": turns[:1]},
+    }
+    monkeypatch.setattr(score_command, "scored", lambda *_, **__: pytest.fail("a row is scored"))
+    for name, row in rows.items():
+        if name == "columns":
+            monkeypatch.setattr(score_command, "prepare", lambda *_: pytest.fail("models are loaded"))
+        else:
+            tokens = tokenize_preferences(Dataset.from_list([row]), make_tokenizer(chat_template=plain(CHATML)))[0]
+            monkeypatch.setattr(score_command, "prepare", lambda *_, tokens=tokens: SimpleNamespace(tokens=tokens))
+        data.write_text(json.dumps(row) + "\n")
+        flags = ["--output", str(tmp_path / "scored.jsonl"), "--ld_alpha", "0.5"]
+        assert main(["score", "--model", str(model), "--data", str(data), *flags]) == 2
+        assert "ld_alpha: weights tokens itself, and these rows have weights of tokens" in capsys.readouterr().err
 
 
 def test_rows_that_have_no_place_in_parquet_are_refused(folder, tmp_path, capsys):

@@ -1,5 +1,6 @@
 """list_pairs: the pairs that lists are turned into, worked out by hand, with their columns, counts and cached files."""
 
+import itertools
 import json
 
 import numpy as np
@@ -50,6 +51,22 @@ RANKS, SCORES = [0, 1, 2, 2], [3.0, 2.5, 1.0, 1.0]
 )
 def test_pairs_of(which, gap, expected):
     assert pairs_of(RANKS, SCORES, which, gap) == expected
+
+
+def test_a_difference_that_equals_the_gap_counts():
+    """float32 makes 0.9 - 0.4 less than 0.5, and 0.7 - 0.4 less than 0.3 or more."""
+    row = {"prompt": "Q", "responses": ["a", "b", "c"], "scores": [0.9, 0.4, 0.1]}
+    pairs, _ = tokenize(row, list_pairs="all", min_score_gap=0.5)
+    assert [(pair["chosen_ids"], pair["rejected_ids"]) for pair in pairs] == [
+        (end("a"), end("b")),
+        (end("a"), end("c")),
+    ]
+    for tenths in itertools.product(range(-30, 31), range(1, 31)):
+        other, gap = (number / 10 for number in tenths)
+        score = sum(tenths) / 10
+        rounded = [float(np.float32(each)) for each in (score, other)]
+        assert pairs_of([0, 1], rounded, "all", gap) == [(0, 1)]
+        assert pairs_of([0, 1], rounded, "all", gap + 1e-5) == []
 
 
 def test_pairs_keep_the_columns_of_rows_and_responses():

@@ -8,11 +8,12 @@ import pytest
 import torch
 from datasets import Dataset
 
-from dpofast import attach_logprob_head, tokenize_preferences
+from dpofast import attach_logprob_head, reference, tokenize_preferences
 from dpofast.losses.config import PreferenceLoss
+from dpofast.packing.pack import pack
 from dpofast.scoring import ref_cache
 from dpofast.scoring.fingerprints import ResponseFingerprints
-from dpofast.scoring.ref_cache import add_reference_columns
+from dpofast.scoring.ref_cache import add_reference_columns, reference_logps
 from dpofast.scoring.score import Forward, score_rows
 from dpofast.scoring.score_table import score_table
 from tests.support.tiny import tiny_dataset, tiny_model
@@ -108,6 +109,64 @@ def test_lists_among_pairs_are_refused(models):
     with pytest.raises(ValueError, match="weights: expected 2 numbers, one a token of the response"):
         rows = [{"prompt_ids": [1], "chosen_ids": [2, 3], "rejected_ids": [3], "chosen_weights": [1.0]}]
         list(score_rows(rows, models[0], **OPTIONS))
+
+
+@pytest.mark.parametrize("side", ["chosen", "rejected"])
+def test_weights_of_one_response_alone_hold(models, side):
+    row = {"prompt_ids": [5, 6, 7], "chosen_ids": [8, 9, 10], "rejected_ids": [11, 12]}
+    weights = [2.0, *[0.0] * (len(row[f"{side}_ids"]) - 1)]
+    rows = [row | {f"{side}_weights": weights}, row | {f"{side}_weights": None}]
+    with torch.no_grad():
+        plain, first = (
+            [
+                float(reference.padded_logprobs(models[1], **reference.padded_rows([(row["prompt_ids"], ids)])).sum())
+                for ids in each
+            ]
+            for each in ((row["chosen_ids"], row["rejected_ids"]), ([row[f"{side}_ids"][0]],))
+        )
+    weighted = [2 * first[0], plain[1]] if side == "chosen" else [plain[0], 2 * first[0]]
+    dataset = Dataset.from_list(rows)
+    cached = add_reference_columns(dataset, models[1], FORWARD, cache_dir=None).to_list()
+    scored = [list(score_rows(form, models[1], **OPTIONS)) for form in (dataset, rows, list(dataset))]
+    for found, name in [(cached, "ref_{}_logps"), *((each, "{}_logps") for each in scored)]:
+        for own, expected in zip(found, (weighted, plain), strict=True):
+            assert [own[name.format(each)] for each in ("chosen", "rejected")] == pytest.approx(expected, abs=5e-5)
+    loss = PreferenceLoss(kind="simpo", beta=0.3)
+    numbered = dataset.add_column("row", [0, 1])
+    table = score_table(list(score_rows(numbered, models[1], **OPTIONS)), numbered, loss)
+    counts = [[3, 2], [3, 2]]
+    counts[0][side == "rejected"] = 2  # what the tokens count together
+    for index, (own, count) in enumerate(zip((weighted, plain), counts, strict=True)):
+        logit = 0.3 * (own[0] / count[0] - own[1] / count[1]) - loss.simpo_gamma
+        assert table.losses[index] == pytest.approx(float(np.log1p(np.exp(-logit))), abs=1e-4)
+
+
+@pytest.mark.parametrize("form", [list, Dataset.from_list])
+def test_ld_alpha_with_weights_or_lists_is_refused(models, form):
+    rows = tiny_columns(5, 0, "token_weights").to_list()
+    with pytest.raises(ValueError, match="ld_alpha: weights tokens itself, and these rows have weights"):
+        list(score_rows(form(rows), models[0], ld_alpha=0.5, **OPTIONS))
+    with pytest.raises(ValueError, match="ld_alpha: weights tokens itself, and these rows have weights"):
+        add_reference_columns(tokens_of(rows), models[0], FORWARD, cache_dir=None, ld_alpha=0.5)
+    with pytest.raises(ValueError, match="ld_alpha: weights tokens itself, and these rows have weights"):
+        (batch,) = pack(form(rows), None)
+        reference_logps(models[0], batch, None, ld_alpha=0.5)
+    for most in (2, 4):
+        rows = tiny_lists(5, most=most)
+        with pytest.raises(ValueError, match="ld_alpha: .* and these rows are lists"):
+            list(score_rows(form(rows), models[0], ld_alpha=0.5, **OPTIONS))
+        with pytest.raises(ValueError, match="ld_alpha: .* and these rows are lists"):
+            add_reference_columns(tokens_of(rows), models[0], FORWARD, cache_dir=None, ld_alpha=0.5)
+
+
+@pytest.mark.parametrize("form", [list, Dataset.from_list])
+@pytest.mark.parametrize("value", [-1.0, 0.0, float("nan"), float("inf")])
+def test_a_rows_beta_is_checked_like_the_argument(models, form, value):
+    pairs = tiny_columns(3, 0, "beta").to_list()
+    for rows in (pairs, [row | {"beta": 0.2} for row in tiny_lists(3)]):
+        rows[1]["beta"] = value
+        with pytest.raises(ValueError, match=r"examples\[1\]: beta: expected a positive number, got"):
+            list(score_rows(form(rows), *models, **OPTIONS))
 
 
 @pytest.mark.parametrize("lists", [True, False])
@@ -217,3 +276,17 @@ def test_ranks_share_the_windows_of_lists(tmp_path, models, computed):
     assert cached(rows, models[1], tmp_path, ranks=first) == whole
     assert cached(rows, models[1], tmp_path, ranks=second) == whole
     assert sum(computed) == 9
+
+
+def test_lists_that_are_not_stored_best_first_are_refused(models):
+    good = {"prompt_ids": [5, 6], "responses_ids": [[8, 9, 10], [11]], "ranks": [0, 1]}
+    bad = {"prompt_ids": [5, 6], "responses_ids": [[11], [8, 9, 10]], "ranks": [1, 0]}
+    with pytest.raises(ValueError, match=r"row 1: ranks: expected the best response first, got \[1, 0\]"):
+        add_reference_columns(Dataset.from_list([good, bad]), models[1], FORWARD, cache_dir=None)
+    with pytest.raises(ValueError, match="ranks: expected beside responses_ids"):
+        dataset = Dataset.from_list([good]).remove_columns("ranks")
+        add_reference_columns(dataset, models[1], FORWARD, cache_dir=None)
+    sums = [add_reference_columns(tokens_of([row]), models[1], FORWARD, cache_dir=None) for row in (good, bad)]
+    assert sums[0][0]["ref_responses_logps"] == sums[1][0]["ref_responses_logps"]
+    expected = truth(models[1], [good | {"scores": [1.0, 0.0]}])[0].tolist()
+    assert sums[0][0]["ref_responses_logps"] == pytest.approx(expected, abs=5e-5)

@@ -18,6 +18,7 @@ from datasets import Dataset, IterableDataset
 
 from dpofast.common.ranks import Ranks
 from dpofast.data.lists import with_best_and_worst
+from dpofast.data.report import NoUsableRow
 from dpofast.training.data.tokens import PreferenceData
 from dpofast.training.sampler import PairLengths, StepExamples, StepLoader, as_it_is, rank_shares
 
@@ -62,15 +63,25 @@ class StepStream(torch.utils.data.IterableDataset[Any]):
             yield self._step(waiting, lengths, len(waiting))
 
     def _examples(self) -> Iterator[tuple[list[Any], PairLengths]]:
-        """Yields the examples of further rows, and their lengths."""
+        """Yields the examples of further rows, and their lengths; rows none of which can be used count as skipped.
+
+        Raises:
+            DataError: bad rows, or no row of the whole stream that can be used.
+        """
         rows, first, self._report = iter(self.dataset), 0, None
         while part := list(islice(rows, max(_ROWS, self.pairs_per_step))):
             chunk = Dataset.from_list(part, features=self.dataset.features)
-            tokens = self.data.tokenized(chunk, "train", first_row=first)
-            self._report = _added(self._report, self.data.reports["train"])
-            numbered = ({**example, "row": example["row"] + first} for example in tokens.with_format("numpy"))
+            start, first = first, first + len(part)
+            try:
+                tokens = self.data.tokenized(chunk, "train", first_row=start)
+            except NoUsableRow as empty:
+                self._report = _added(self._report, empty.report, start)
+                continue
+            self._report = _added(self._report, self.data.reports["train"], start)
+            numbered = ({**example, "row": example["row"] + start} for example in tokens.with_format("numpy"))
             yield [with_best_and_worst(example) for example in numbered], PairLengths.of(tokens)
-            first += len(part)
+        if self._report is not None and not self._report.kept:
+            raise NoUsableRow(self._report)
 
     def _step(self, examples: list[Any], lengths: PairLengths, count: int) -> StepExamples:
         """This rank's share of a step of the first so many examples."""
@@ -91,13 +102,14 @@ def stream_loader(
     return StepLoader(steps, batch_size=None, collate_fn=as_it_is)
 
 
-def _added(former: Any, report: Any) -> Any:
-    """A DataReport over the rows of two."""
+def _added(former: Any, report: Any, first_row: int) -> Any:
+    """A DataReport over the rows of two; the second numbers its rows from first_row on."""
     if former is None:
         return report
     counts = [f.name for f in fields(report) if isinstance(getattr(report, f.name), int)]
     skipped = dict(former.skipped)
     for reason, found in report.skipped.items():
         known = skipped.get(reason)
-        skipped[reason] = found if known is None else known._replace(total=known.total + found.total)
+        found = found._replace(rows=tuple(row + first_row for row in found.rows))
+        skipped[reason] = found if known is None else known.plus(found)
     return replace(former, skipped=skipped, **{n: getattr(former, n) + getattr(report, n) for n in counts})

@@ -53,8 +53,7 @@ class PreferenceData:
 
         Raises:
             ValueError: no datasets.Dataset, rows that cannot be used (DataError), or columns that the loss does not
-                take; a stream, where precomputed
-                reference log-probs are asked for and not just the default.
+                take; a stream, where precomputed reference log-probs are asked for and not just the default.
         """
         if isinstance(dataset, IterableDataset):
             if self._precompute_is_asked and not streams_reference(dataset):
