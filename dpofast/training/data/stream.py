@@ -18,6 +18,7 @@ from datasets import Dataset, IterableDataset
 
 from dpofast.common.ranks import Ranks
 from dpofast.data.lists import with_best_and_worst
+from dpofast.data.token_rows import as_numpy
 from dpofast.training.data.tokens import PreferenceData
 from dpofast.training.sampler import PairLengths, StepExamples, StepLoader, as_it_is, rank_shares
 
@@ -68,7 +69,7 @@ class StepStream(torch.utils.data.IterableDataset[Any]):
             chunk = Dataset.from_list(part, features=self.dataset.features)
             tokens = self.data.tokenized(chunk, "train", first_row=first)
             self._report = _added(self._report, self.data.reports["train"])
-            numbered = ({**example, "row": example["row"] + first} for example in tokens.with_format("numpy"))
+            numbered = ({**example, "row": example["row"] + first} for example in as_numpy(tokens))
             yield [with_best_and_worst(example) for example in numbered], PairLengths.of(tokens)
             first += len(part)
 
