@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from datasets import Dataset
 
 from dpofast.data.formats import (
     ID_COLUMNS,
@@ -66,6 +67,12 @@ def weight_columns(columns: Collection[str]) -> tuple[str, ...]:
     """Of these columns, those that weight tokens. Of a pair there may be one: the other response's weights are 1."""
     names = (LIST_WEIGHT_COLUMN,) if has_lists(columns) else WEIGHT_COLUMNS
     return tuple(name for name in names if name in columns)
+
+
+def as_numpy(dataset: Dataset) -> Dataset:
+    """A token-level dataset whose rows are numpy arrays, but for token weights: lists, or None where all are 1."""
+    plain = [name for name in dataset.column_names if name not in (*WEIGHT_COLUMNS, LIST_WEIGHT_COLUMN)]
+    return dataset.with_format("numpy", columns=plain, output_all_columns=plain != dataset.column_names)
 
 
 def responses_of(row: Mapping[str, Any]) -> list[Any]:

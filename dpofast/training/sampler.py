@@ -26,6 +26,7 @@ from dpofast.data.lists import with_best_and_worst
 from dpofast.data.report import DataReport
 from dpofast.data.token_rows import (
     RowTokens,
+    as_numpy,
     best_weight,
     responses_of,
     token_columns,
@@ -274,7 +275,7 @@ def step_loader(
         num_ranks=ranks.size,
     )
     return StepLoader(
-        StepDataset(dataset.with_format("numpy"), lengths),
+        StepDataset(as_numpy(dataset), lengths),
         batch_sampler=sampler,
         collate_fn=as_it_is,
         num_workers=args.dataloader_num_workers,
@@ -295,7 +296,7 @@ def first_examples(dataset: Dataset, positions: int, share: str) -> StepExamples
         share: as in `pack`.
     """
     examples, tokens, enough = StepExamples(), 0, float(positions)
-    for example in dataset.with_format("numpy"):
+    for example in as_numpy(dataset):
         examples.append(with_best_and_worst(example))
         responses = responses_of(example)
         tokens += len(example["prompt_ids"]) * (len(responses) if share == "none" else 1) + sum(map(len, responses))

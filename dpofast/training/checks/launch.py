@@ -12,7 +12,7 @@ import torch.distributed as dist
 from datasets import Dataset, IterableDataset
 
 from dpofast.common.ranks import Ranks
-from dpofast.data.token_rows import has_lists, has_reference, reference_columns, without_reference
+from dpofast.data.token_rows import as_numpy, has_lists, has_reference, reference_columns, without_reference
 from dpofast.packing.pack import pack
 from dpofast.training.checks.arguments import as_dpo_config
 from dpofast.training.config import DPOConfig
@@ -164,7 +164,7 @@ def check_pairs(dataset: Dataset, args: DPOConfig, ranks: Ranks, share: str) -> 
     for row in np.argsort(-most, kind="stable"):
         if most[row] <= args.max_tokens:
             return
-        example = dataset.with_format("numpy")[int(row)]
+        example = as_numpy(dataset)[int(row)]
         positions = pack([without_reference(example)], share=share)[0].num_tokens
         if positions > args.max_tokens:
             break

@@ -19,6 +19,7 @@ from datasets import Dataset, IterableDataset
 from dpofast.common.ranks import Ranks
 from dpofast.data.lists import with_best_and_worst
 from dpofast.data.report import NoUsableRow
+from dpofast.data.token_rows import as_numpy
 from dpofast.training.data.tokens import PreferenceData
 from dpofast.training.sampler import PairLengths, StepExamples, StepLoader, as_it_is, rank_shares
 
@@ -78,7 +79,7 @@ class StepStream(torch.utils.data.IterableDataset[Any]):
                 self._report = _added(self._report, empty.report, start)
                 continue
             self._report = _added(self._report, self.data.reports["train"], start)
-            numbered = ({**example, "row": example["row"] + start} for example in tokens.with_format("numpy"))
+            numbered = ({**example, "row": example["row"] + start} for example in as_numpy(tokens))
             yield [with_best_and_worst(example) for example in numbered], PairLengths.of(tokens)
         if self._report is not None and not self._report.kept:
             raise NoUsableRow(self._report)
@@ -88,7 +89,9 @@ class StepStream(torch.utils.data.IterableDataset[Any]):
         own = np.arange(count)
         if self.ranks.size > 1:
             own = rank_shares(lengths, own, self.ranks.size)[self.ranks.rank]
-        share = StepExamples(examples[index] for index in own)
+        # Token weights that are made of turns are a column only of those chunks that have such turns.
+        names = dict.fromkeys(name for example in examples[:count] for name in example)
+        share = StepExamples({**names, **examples[index]} for index in own)
         share.num_pairs, share.num_chosen_tokens = count, lengths.chosen[:count].sum().item()
         share.report = self._report
         return share
