@@ -212,12 +212,23 @@ class _Share(list[int]):
         self.step = step
 
 
+def _arrays(weights: Any) -> Any:
+    """A row's weights of tokens as float32 arrays: of one response, of each of a list's, or None where it has none."""
+    if weights and isinstance(weights[0], list):
+        return [np.asarray(own, np.float32) for own in weights]
+    return None if weights is None else np.asarray(weights, np.float32)
+
+
 class StepDataset(torch.utils.data.Dataset[Any]):
     """A token-level dataset that returns a rank's examples of a step as StepExamples."""
 
     def __init__(self, dataset: Dataset, lengths: PairLengths | None = None) -> None:
         """Keep both; lengths are needed where a rank's share is not the whole step."""
-        self.dataset, self.lengths = dataset, lengths
+        self.dataset, self.lengths = dataset.with_format("numpy"), lengths
+        # Weights may be null in some rows, and numpy's format cannot put null beside arrays: they are read as lists.
+        names = list(weight_columns(dataset.column_names))
+        self._rest = self.dataset.remove_columns(names)
+        self._weights = dataset.select_columns(names).with_format(None) if names else None
 
     def __len__(self) -> int:
         """Pairs."""
@@ -229,7 +240,9 @@ class StepDataset(torch.utils.data.Dataset[Any]):
 
     def __getitems__(self, share: _Share) -> StepExamples:
         """A rank's examples of a step, each with its index in the dataset; lists also have chosen_ids, rejected_ids."""
-        columns = self.dataset[list(share)]
+        columns = self._rest[list(share)]
+        if self._weights is not None:
+            columns |= {name: list(map(_arrays, rows)) for name, rows in self._weights[list(share)].items()}
         rows = zip(share, *columns.values(), strict=True)
         examples = StepExamples(
             with_best_and_worst({**dict(zip(columns, row, strict=True)), "index": index}) for index, *row in rows
@@ -274,7 +287,7 @@ def step_loader(
         num_ranks=ranks.size,
     )
     return StepLoader(
-        StepDataset(dataset.with_format("numpy"), lengths),
+        StepDataset(dataset, lengths),
         batch_sampler=sampler,
         collate_fn=as_it_is,
         num_workers=args.dataloader_num_workers,
