@@ -125,11 +125,13 @@ def _kind_of_text(column: str, value: Any) -> str:
     if isinstance(value, list) and all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in value):
         return "messages"
     is_list = column == LIST_TEXT_COLUMN
+    from_and_value = isinstance(value, list) and any(isinstance(m, dict) and {"from", "value"} <= {*m} for m in value)
+    rename = "; rename the keys: from to role, value to content" if from_and_value else ""
     problem = "not a list of texts or conversations" if is_list else "neither text nor a conversation"
     raise BadRow(
         f"column '{column}' is {problem}",
         f"expected {'for each response ' if is_list else ''}a string or a list of "
-        f'{{"role": ..., "content": ...}} objects, got {got(value)}',
+        f'{{"role": ..., "content": ...}} objects, got {got(value)}{rename}',
     )
 
 
@@ -195,6 +197,8 @@ def token_weights(column: str, value: Any) -> list[float]:
     if array.ndim != 1 or (array.dtype.kind not in "biuf" and value != []):
         raise BadRow(f"column '{column}' is not a list of numbers", f"expected one for each token, got {got(value)}")
     weights = array.astype(np.float64).tolist()
+    if not weights:
+        raise BadRow(f"column '{column}' holds no weight", "expected one for each token, got []; null trains them all")
     wrong = next((weight for weight in weights if not 0 <= weight <= _FLOAT32_MAX), None)
     if wrong is not None:
         raise BadRow(f"column '{column}' holds a weight out of range", f"expected finite numbers >= 0, got {wrong!r}")

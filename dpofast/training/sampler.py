@@ -218,7 +218,7 @@ class StepDataset(torch.utils.data.Dataset[Any]):
 
     def __init__(self, dataset: Dataset, lengths: PairLengths | None = None) -> None:
         """Keep both; lengths are needed where a rank's share is not the whole step."""
-        self.dataset, self.lengths = dataset, lengths
+        self.dataset, self.lengths = as_numpy(dataset), lengths
 
     def __len__(self) -> int:
         """Pairs."""
@@ -275,7 +275,7 @@ def step_loader(
         num_ranks=ranks.size,
     )
     return StepLoader(
-        StepDataset(as_numpy(dataset), lengths),
+        StepDataset(dataset, lengths),
         batch_sampler=sampler,
         collate_fn=as_it_is,
         num_workers=args.dataloader_num_workers,

@@ -98,7 +98,7 @@ BAD_ROWS = [
         "column 'chosen_weights' gives every token weight 0: at least one token must co",
     ),
     ({"chosen_weights": [1e-60] * 4}, "column 'chosen_weights' gives every token weight 0"),
-    ({"chosen_weights": []}, "column 'chosen_weights' gives every token weight 0"),
+    ({"chosen_weights": []}, "column 'chosen_weights' holds no weight: expected one for each token"),
     ({"chosen_weights": [1, -1, 1, 1]}, "column 'chosen_weights' holds a weight out of range: .*>= 0, got -1.0"),
     ({"chosen_weights": [1, NAN, 1, 1]}, "column 'chosen_weights' holds a weight out of range: .*>= 0, got nan"),
     ({"chosen_weights": [1, 1e39, 1, 1]}, "column 'chosen_weights' holds a weight out of range"),

@@ -189,7 +189,7 @@ def test_lengths_of_lists_and_weights():
     dataset = Dataset.from_list(weighted)
     lengths = PairLengths.of(dataset)
     assert lengths.chosen.tolist() == [1.5, 1.0]
-    alone, shared = (StepDataset(dataset.with_format("numpy"), each) for each in (None, lengths))
+    alone, shared = (StepDataset(dataset, each) for each in (None, lengths))
     (share,) = StepSampler(2, 2, strategy="sequential")
     for steps in (alone, shared):
         step = steps.__getitems__(share)
@@ -293,3 +293,51 @@ def test_the_model_card_names_lists(tmp_path):
     trainer.save_model(str(tmp_path / "end"))
     text = (tmp_path / "end" / "README.md").read_text()
     assert "4 lists of" in text and "of 4 lists" in text and json.dumps("plackett_luce").strip('"') in text
+
+
+@pytest.mark.parametrize("kind", ["pairs", "lists", "list_pairs"])
+@pytest.mark.parametrize("null_first", [True, False])
+@pytest.mark.parametrize("share", [[0, 1], [1, 0], [0], [1]])
+def test_weights_that_are_null_in_one_row_are_read_as_they_are_stored(kind, null_first, share):
+    row = {"prompt_ids": [10, 11]}
+    if kind == "pairs":
+        row |= {"chosen_ids": [20, 21, 1], "rejected_ids": [30, 1]}
+        given = {"chosen_weights": [1.0, 0.0, 1.0], "rejected_weights": None}
+    else:
+        row |= {"responses_ids": [[20, 21, 1], [30, 1]], "ranks": [1, 2]}
+        given = {"responses_weights": [[1.0, 0.0, 1.0], [0.5, 1.0]]}
+    rows = [row | dict.fromkeys(given), row | given]
+    rows = rows if null_first else rows[::-1]
+    options = {"list_pairs": "all"} if kind == "list_pairs" else {}
+    dataset, _ = tokenize_preferences(Dataset.from_list(rows), None, **options)
+    (step_of_all,) = StepSampler(2, 2, strategy="sequential")
+    step_of_all[:] = share
+    step = StepDataset(dataset).__getitems__(step_of_all)
+    names = [name for name in dataset.column_names if name.endswith("_weights")]
+    assert names
+    for example, index in zip(step, share, strict=True):
+        for name in names:
+            stored, read = dataset[index][name], example[name]
+            assert (read is None) == (stored is None)
+            if stored is not None and kind == "lists":
+                assert [own.tolist() for own in read] == stored
+            elif stored is not None:
+                assert read.tolist() == stored
+
+
+@pytest.mark.parametrize("null_first", [True, False])
+@pytest.mark.parametrize("stream", [False, True])
+def test_training_takes_weights_that_are_null_in_one_row(tmp_path, null_first, stream):
+    row = {"prompt_ids": [10, 11], "chosen_ids": [20, 21, 1], "rejected_ids": [30, 1]}
+    rows = [row | {"chosen_weights": given, "rejected_weights": None} for given in (None, [1.0, 0.0, 1.0])]
+    rows = rows if null_first else rows[::-1]
+    ones = [
+        row | {"chosen_weights": each["chosen_weights"] or [1.0] * 3, "rejected_weights": [1.0] * 2} for each in rows
+    ]
+    both = []
+    for name, these in (("null", rows), ("ones", ones)):
+        data = Dataset.from_list(these)
+        data = IterableDataset.from_generator(data.__iter__, features=data.features) if stream else data
+        options = {"per_device_train_batch_size": 2, "max_steps": 2, "train_sampling_strategy": "sequential"}
+        both.append(weights_of(trained(tmp_path / name, data, **options)))
+    torch.testing.assert_close(*both, rtol=0, atol=0)
