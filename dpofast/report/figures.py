@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from dpofast.report.diagnosis import Run
-from dpofast.report.training_plot import BLUE, GREY, HELD_OUT, ORANGE, curve, finish
+from dpofast.report.training_plot import BLUE, GREY, HELD_OUT, ORANGE, curve, finish, of_lists
 
 _GREEN, _PURPLE = "#059669", "#7c3aed"
 _OF_SIZES = [BLUE, ORANGE, _GREEN, _PURPLE]
@@ -76,7 +76,7 @@ def _metric(
             curve(axes, run.history, name, f"{label} training", color=color, linewidth=1.4)
             curve(axes, run.history, f"{run.prefix}_{name}", f"{label} held-out", color=color, **HELD_OUT)
         if axes.lines:
-            if start is not None:
+            if start is not None and not (curves[0][0] == "loss" and of_lists(run.history)):
                 axes.axhline(start, color=GREY, linewidth=1, linestyle=":")
             if unit:
                 axes.set_ylim(-0.03, 1.03)
@@ -179,7 +179,7 @@ _PANELS: tuple[tuple[str, str, str, str, Any], ...] = (
     (
         _LEARNING,
         "Loss",
-        "Lower is better; held-out pairs decide. The dotted line is ln 2, DPO's loss before training.",
+        "Lower is better; held-out pairs decide. The dotted line is ln 2, DPO's loss of pairs before training.",
         "nats a pair",
         _metric(("loss", "", BLUE), start=math.log(2)),
     ),

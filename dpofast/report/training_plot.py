@@ -29,6 +29,11 @@ _PANELS: tuple[tuple[str, str, tuple[tuple[str, str, str], ...], float], ...] = 
 )
 
 
+def of_lists(entries: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether these are the logs of a run on lists, whose loss does not begin at ln 2."""
+    return any("rewards/kendall_tau" in entry for entry in entries)
+
+
 def plot_training(metrics: str | Path, png: str | Path) -> None:
     """Draw a run's training values as lines and its held-out values as dashed lines with dots.
 
@@ -45,7 +50,8 @@ def plot_training(metrics: str | Path, png: str | Path) -> None:
     # A Figure of its own draws without pyplot, so no display is needed and no global state is left behind.
     figure = Figure(figsize=(10, 6.4), layout="constrained")
     for axes, (title, label, curves, start) in zip(figure.subplots(2, 2, sharex=True).flat, _PANELS, strict=True):
-        axes.axhline(start, color=GREY, linewidth=1, linestyle=":")
+        if title != "Loss" or not of_lists(entries):
+            axes.axhline(start, color=GREY, linewidth=1, linestyle=":")
         for name, side, color in curves:
             curve(axes, entries, name, f"{side} training", color=color, linewidth=1.6)
             curve(axes, entries, f"eval_{name}", f"{side} held-out", color=color, **HELD_OUT)
