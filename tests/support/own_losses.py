@@ -47,7 +47,9 @@ def kto_by_hand(pairs, loss):
 @preference_kind(lists=True)
 def infonca_by_hand(lists, loss):
     """The kind infonca of scores, or of the best response alone."""
-    logs = torch.where(lists.member, lists.rewards, -torch.inf).log_softmax(1)
+    rewards = lists.rewards
+    others = lists.member[:, None, :] & ~torch.eye(rewards.shape[1], dtype=torch.bool)
+    logs = logsigmoid(rewards - torch.where(others, rewards[:, None, :], -torch.inf).logsumexp(2))
     if lists.scores is None:
         return -logs[:, 0]
     targets = torch.where(lists.member, lists.scores, -torch.inf).softmax(1)

@@ -121,12 +121,12 @@ def weights():
 
 
 LIST_CASES = {
-    "plackett_luce": {"dataset": lists, "loss_type": "plackett_luce", "max_tokens": 30},
+    "lists, plackett_luce": {"dataset": lists, "loss_type": "plackett_luce", "max_tokens": 30},
     "plackett_luce, live reference": {
         **{"dataset": weighted_lists, "loss_type": "plackett_luce", "max_tokens": 30},
         "precompute_ref_log_probs": False,
     },
-    "infonca": {"dataset": lists, "loss_type": "infonca", "max_tokens": 30},
+    "lists, infonca": {"dataset": lists, "loss_type": "infonca", "max_tokens": 30},
     "mix": {"dataset": weighted_lists, "loss_type": ["plackett_luce", "sigmoid", "sft"], "max_tokens": 30},
     "lists, accumulation": {"dataset": lists, "loss_type": "lipo_lambda", "accumulation": 2, "max_tokens": 30},
     "lists as pairs": {"dataset": lists, "list_pairs": "adjacent", "max_tokens": 30},
