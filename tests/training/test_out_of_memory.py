@@ -11,7 +11,7 @@ import weakref
 import pytest
 import torch
 
-from dpofast.head.engine import workspace
+from dpofast.head.engine import tiled_engine, workspace
 from dpofast.training.memory import out_of_memory
 from tests.support.ranks_cases import RunsOutOfMemory
 from tests.support.tiny import tiny_dataset, tiny_model
@@ -53,6 +53,9 @@ def test_a_scratch_buffer_that_cannot_be_mapped_halves_max_tokens(tmp_path, monk
 
     monkeypatch.setattr(workspace, "_LEAST_BYTES", 1)
     monkeypatch.setattr(mmap, "mmap", mapped)
+    for name, value in list(vars(tiled_engine).items()):
+        if isinstance(value, workspace.Scratch):  # earlier tests of this process left large blocks in them
+            monkeypatch.setattr(tiled_engine, name, workspace.Scratch())
     trainer.train()
     assert len(sizes) > 1 and trainer.max_tokens < expected.max_tokens
     torch.testing.assert_close(weights_of(trainer), weights_of(expected), atol=1e-5, rtol=1e-5)
