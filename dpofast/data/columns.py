@@ -32,8 +32,8 @@ _TINY = float(np.finfo(np.float32).smallest_subnormal)
 _LAST_BELOW_1 = float(np.nextafter(np.float32(1), np.float32(0)))
 
 
-class _Meaning(NamedTuple):
-    """What a number of the row is: its least and largest value, how a message says them, and what it does."""
+class RowNumber(NamedTuple):
+    """What a number of the row is: its least and largest value as float32, how a message says them, what it does."""
 
     least: float
     most: float
@@ -41,11 +41,11 @@ class _Meaning(NamedTuple):
     words: str
 
 
-_MEANINGS = {
-    "weight": _Meaning(0.0, _FLOAT32_MAX, "of 0 or more", "the factor of the row's loss"),
-    "margin": _Meaning(-_FLOAT32_MAX, _FLOAT32_MAX, "", "the offset in nats that is subtracted from the row's margin"),
-    "beta": _Meaning(_TINY, _FLOAT32_MAX, "above 0", "the row's beta, in place of the option"),
-    "label_smoothing": _Meaning(0.0, _LAST_BELOW_1, "in [0, 1)", "the row's label_smoothing, in place of the option"),
+ROW_NUMBERS = {
+    "weight": RowNumber(0.0, _FLOAT32_MAX, "of 0 or more", "the factor of the row's loss"),
+    "margin": RowNumber(-_FLOAT32_MAX, _FLOAT32_MAX, "", "the offset in nats that is subtracted from the row's margin"),
+    "beta": RowNumber(_TINY, _FLOAT32_MAX, "above 0", "the row's beta, in place of the option"),
+    "label_smoothing": RowNumber(0.0, _LAST_BELOW_1, "in [0, 1)", "the row's label_smoothing, in place of the option"),
 }
 
 
@@ -172,7 +172,7 @@ def _check_reference(column: str, value: Any) -> None:
 
 
 def _check_row_number(column: str, value: Any) -> None:
-    meaning = _MEANINGS[column]
+    meaning = ROW_NUMBERS[column]
     _check_finite(column, value, f"; {_meant(column)}")
     if not meaning.least <= float(np.float32(value)) <= meaning.most:
         raise BadRow(
@@ -181,7 +181,7 @@ def _check_row_number(column: str, value: Any) -> None:
 
 
 def _meant(column: str) -> str:
-    return f"it is {_MEANINGS[column].words}: rename the column if it means something else"
+    return f"it is {ROW_NUMBERS[column].words}: rename the column if it means something else"
 
 
 def token_weights(column: str, value: Any) -> list[float]:

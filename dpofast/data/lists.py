@@ -39,7 +39,7 @@ from dpofast.data.report import DataReport, NoUsableRow
 LIST_PAIRS = ("all", "best_worst", "adjacent")
 _ROWS = 256  # of a batch that is turned into pairs: K responses give K (K - 1) / 2 of them
 # The columns of a list that have a value for every response, and the two columns of a pair that they become.
-_OF_RESPONSES = {
+OF_RESPONSES = {
     LIST_ID_COLUMNS[1]: ID_COLUMNS[1:],
     LIST_REF_COLUMN: REF_COLUMNS,
     LIST_WEIGHT_COLUMN: WEIGHT_COLUMNS,
@@ -175,9 +175,9 @@ class _Pairs:
         columns: dict[str, Any] = {}
         for name in table.column_names:
             values = table.column(name)
-            if name in _OF_RESPONSES:
+            if name in OF_RESPONSES:
                 flat = _of_all_responses(values, ranks)
-                for target, places in zip(_OF_RESPONSES[name], (better, worse), strict=True):
+                for target, places in zip(OF_RESPONSES[name], (better, worse), strict=True):
                     columns[target] = flat.take(places)
             elif name not in (RANK_COLUMN, SCORE_COLUMN, ORDER_COLUMN):
                 columns[name] = values.take(rows)
@@ -225,8 +225,8 @@ def lists_to_pairs(
     """
     features: dict[str, Any] = {}
     for name, feature in lists.features.items():
-        if name in _OF_RESPONSES:
-            features |= dict.fromkeys(_OF_RESPONSES[name], feature.feature)
+        if name in OF_RESPONSES:
+            features |= dict.fromkeys(OF_RESPONSES[name], feature.feature)
         elif name not in (RANK_COLUMN, SCORE_COLUMN, ORDER_COLUMN):
             features[name] = feature
     pairs = lists.with_format("arrow").map(

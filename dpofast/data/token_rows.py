@@ -63,10 +63,14 @@ def token_columns(columns: Collection[str]) -> tuple[str, ...]:
     return LIST_ID_COLUMNS if has_lists(columns) else ID_COLUMNS
 
 
+def weight_names(*, lists: bool) -> tuple[str, ...]:
+    """The columns that weight the tokens of lists, or of pairs."""
+    return (LIST_WEIGHT_COLUMN,) if lists else WEIGHT_COLUMNS
+
+
 def weight_columns(columns: Collection[str]) -> tuple[str, ...]:
     """Of these columns, those that weight tokens. Of a pair there may be one: the other response's weights are 1."""
-    names = (LIST_WEIGHT_COLUMN,) if has_lists(columns) else WEIGHT_COLUMNS
-    return tuple(name for name in names if name in columns)
+    return tuple(name for name in weight_names(lists=has_lists(columns)) if name in columns)
 
 
 def as_numpy(dataset: Dataset) -> Dataset:
@@ -113,7 +117,7 @@ class RowTokens:
         responses = [table.column(name).combine_chunks() for name in names]
         weights = [
             table.column(name).combine_chunks() if name in table.column_names else pa.nulls(len(table))
-            for name in ((LIST_WEIGHT_COLUMN,) if len(names) == 1 else WEIGHT_COLUMNS)
+            for name in weight_names(lists=len(names) == 1)
         ]
         if len(names) == 1:
             (lists,) = responses

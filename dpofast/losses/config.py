@@ -133,14 +133,10 @@ class PreferenceLoss(LossOptions):
         ranges = {kind: kind_of(kind).smoothing for kind in self.kinds}
         for kind, allowed in ranges.items():
             if allowed is not None and not SMOOTHING_RANGES[allowed](self.label_smoothing):
-                hint, column = (
-                    (
-                        " (the EXO paper takes 1e-3)",
-                        "; a column label_smoothing takes its place, but it must be in range",
-                    )
-                    if kind == "exo_pair"
-                    else ("", "")
-                )
+                hint = column = ""
+                if kind == "exo_pair":
+                    hint = " (the EXO paper takes 1e-3)"
+                    column = "; a column label_smoothing takes its place, but it must be in range"
                 raise ValueError(
                     f"label_smoothing: expected a number in {allowed} for kind {kind!r}{hint}, "
                     f"got {self.label_smoothing}{column}"

@@ -66,19 +66,18 @@ def check_taken(columns: Collection[str], loss: PreferenceLoss) -> None:
         "margin": not any(kind.margin for kind in kinds),
         "label_smoothing": not any(kind.smoothing for kind in kinds),
         "token_weights": loss.ld_alpha is not None,
-        "lists": not loss.of_lists or loss.ld_alpha is not None,
     }
     takes = {
         "margin": [name for name, kind in KINDS.items() if kind.margin],
         "label_smoothing": [name for name, kind in KINDS.items() if kind.smoothing],
         "token_weights": ["every kind without ld_alpha, which weights tokens itself"],
-        "lists": [name for name, kind in KINDS.items() if kind.lists],
     }
     for name in columns:
         if name == "lists" and not loss.of_lists:
+            of_lists = [kind for kind, entry in KINDS.items() if entry.lists]
             raise ValueError(
                 f"lists: kind {loss.kind!r} is a loss of pairs: turn lists into pairs with list_pairs "
-                f"('all', 'best_worst' or 'adjacent'), or take a loss of lists: {', '.join(takes[name])}"
+                f"('all', 'best_worst' or 'adjacent'), or take a loss of lists: {', '.join(of_lists)}"
                 f"{'' if loss.ld_alpha is None else ', without ld_alpha'}"
             )
         if refused.get(name):

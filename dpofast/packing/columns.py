@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dpofast import _C
+from dpofast.data.columns import ROW_NUMBERS
 from dpofast.data.formats import (
     LIST_REF_COLUMN,
     LIST_WEIGHT_COLUMN,
@@ -23,6 +24,7 @@ from dpofast.data.formats import (
     SCORE_COLUMN,
     WEIGHT_COLUMNS,
 )
+from dpofast.data.token_rows import weight_names
 from dpofast.losses.columns import PreferenceColumns
 from dpofast.packing.sources import Ragged, Source, check_counts
 
@@ -31,13 +33,12 @@ _OF_PAIRS = {**dict.fromkeys(WEIGHT_COLUMNS, LIST_WEIGHT_COLUMN), **dict.fromkey
 PAIR_COLUMNS = (*ROW_COLUMNS, *WEIGHT_COLUMNS)
 LIST_COLUMNS = (*ROW_COLUMNS, RANK_COLUMN, SCORE_COLUMN, LIST_WEIGHT_COLUMN, LIST_REF_COLUMN, *_OF_PAIRS)
 
-# What a number of a row has to be, and what a null is.
-_Rule = tuple[str, Callable[[np.ndarray], np.ndarray], float | None]
-_ROW_RULES: dict[str, _Rule] = {
-    "weight": ("0 or more", lambda values: values >= 0, 1.0),
-    "margin": ("finite", np.isfinite, 0.0),
-    "beta": ("above 0", lambda values: values > 0, None),
-    "label_smoothing": ("in [0, 1)", lambda values: (values >= 0) & (values < 1), None),
+# How a message says what a number of a row has to be, and what a null is.
+_ROW_RULES: dict[str, tuple[str, float | None]] = {
+    "weight": ("0 or more", 1.0),
+    "margin": ("finite", 0.0),
+    "beta": ("above 0", None),
+    "label_smoothing": ("in [0, 1)", None),
 }
 
 
@@ -132,7 +133,7 @@ def read_row_columns(source: Source, count: int) -> dict[str, np.ndarray]:
     """
     columns = {}
     for name in ROW_COLUMNS:
-        expected, allowed, null = _ROW_RULES[name]
+        (expected, null), number = _ROW_RULES[name], ROW_NUMBERS[name]
         column = source.floats(name)
         if column is None:
             continue
@@ -141,8 +142,7 @@ def read_row_columns(source: Source, count: int) -> dict[str, np.ndarray]:
             raise ValueError(f"examples[{row}]: no {name}, unlike other examples; give it for every row or for none")
         values = np.full(count, null or 0, np.float32)
         values[column.given] = _float32(column.values)
-        with np.errstate(invalid="ignore"):
-            bad = ~(allowed(values) & np.isfinite(values))
+        bad = ~((values >= np.float32(number.least)) & (values <= np.float32(number.most)))
         if bad.any():
             row = int(bad.argmax())
             got = column.values[column.given[:row].sum()]
@@ -270,8 +270,7 @@ def read_token_weights(
         ValueError: a negative weight, one that is not finite, none above 0 in a response, or another number than the
             response has tokens.
     """
-    keys = (LIST_WEIGHT_COLUMN,) if lists else WEIGHT_COLUMNS
-    if not any(map(source.has, keys)):
+    if not any(map(source.has, weight_names(lists=lists))):
         return None
     lengths, prompts = ids.lengths(), (branch_counts + 1).cumsum() - branch_counts - 1
     weights = np.ones(lengths.sum(), np.float32)

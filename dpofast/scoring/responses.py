@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dpofast.losses.sequences import pair_logprobs, segment_sums
+from dpofast.losses.sequences import of_lists, pair_logprobs, segment_sums
 
 
 def check_ld_alpha(ld_alpha: float | None, *, is_list: bool, weighted: bool) -> None:
@@ -64,8 +64,7 @@ class ResponseLogps:
         if ld_alpha is not None:
             return pair_logprobs(self.logps, self.cu_targets, self.rows, ld_alpha=ld_alpha)
         if weights is None:
-            sums = segment_sums(self.logps, self.cu_targets)[self.rows.clamp(min=0).long()]
-            return torch.where(self.member, sums, 0.0)
+            return of_lists(segment_sums(self.logps, self.cu_targets), self.rows)
         # A response that several rows have in common may have other weights in each: every row gets a copy.
         responses = self.rows[self.member].long()
         lengths = self.cu_targets.diff().long()[responses]

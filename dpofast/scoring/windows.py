@@ -22,6 +22,7 @@ from dpofast.data.formats import (
     SCORE_COLUMN,
     WEIGHT_COLUMNS,
 )
+from dpofast.data.lists import OF_RESPONSES
 from dpofast.data.token_rows import (
     RESPONSES,
     RowTokens,
@@ -33,7 +34,7 @@ from dpofast.data.token_rows import (
 )
 
 # Of a list, what has a value for each response.
-_OF_RESPONSES = (RESPONSES, RANK_COLUMN, SCORE_COLUMN, LIST_REF_COLUMN, LIST_WEIGHT_COLUMN)
+_OF_RESPONSES = (*OF_RESPONSES, RANK_COLUMN, SCORE_COLUMN)
 
 
 @dataclass(frozen=True, eq=False)
