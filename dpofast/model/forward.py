@@ -30,7 +30,7 @@ from dpofast.model.rope import (
     padded_positions,
     split_by_table,
 )
-from dpofast.model.vision.merge import packed_with_images, padded_inputs
+from dpofast.model.vision.merge import idle_call, packed_with_images, padded_inputs
 from dpofast.model.vision.positions import has_own_positions, own_positions
 from dpofast.packing.batch import PackedBatch
 from dpofast.packing.split import split_by_kind
@@ -84,7 +84,7 @@ def _positions(model: Any, batch: PackedBatch, appended: int) -> Tensor:
     Raises:
         ValueError: images in a sequence beyond the length from which the rotary table depends on it.
     """
-    if batch.media is None or not has_own_positions(model):
+    if batch.media is None or batch.media.is_idle or not has_own_positions(model):
         return packed_positions(model, batch, appended=appended)
     longest = longest_sequence(batch) - appended
     if depends_on_length(model, longest):
@@ -175,7 +175,7 @@ def padded_hidden(model: Any, batch: PackedBatch) -> Tensor:
         index = torch.tensor(rows, device=device)
         positions = padded_positions(model, lengths[rows] + 1, longest, device)
         images = {} if paths is None else padded_inputs(model, batch, paths[index], longest)
-        with padded_noise(model, lengths[rows] + 1):
+        with padded_noise(model, lengths[rows] + 1), idle_call(model, batch.media):
             output = run(
                 input_ids=input_ids[index, :longest],
                 attention_mask=attended[index, :longest],

@@ -49,6 +49,15 @@ def whole_backbone(model: Any) -> Any:
     return backbone
 
 
+def beside_text(model: Any) -> list[torch.nn.Parameter]:
+    """Weights that text alone never reaches: those of a composite's encoders and their projectors."""
+    base = base_causal_lm(model)
+    if not is_composite(base):
+        return []
+    reached = {id(p) for part in (backbone_of(base), base.get_output_embeddings()) for p in part.parameters()}
+    return [parameter for parameter in base.parameters() if id(parameter) not in reached]
+
+
 def media_token_ids(model: Any) -> set[int]:
     """The token ids that stand for images, videos and sound in a composite model's input; no other model has any."""
     named = vars(model.config).items() if is_composite(model) else ()

@@ -58,7 +58,8 @@ class BatchMedia:
         shapes: those of inputs that have integers, on the CPU.
         counts: by name, rows of each of the M images in inputs.
         num_tokens: (M) placeholders of each image.
-        image_of_row: (T,) int64 on the CPU, the image whose placeholder a row has; −1 for other rows.
+        image_of_row: (T,) int64 on the CPU, the image whose placeholder a row has; −1 for other rows. Where all are −1,
+            the images are idle: the vision tower runs, and what it returns counts zero times.
     """
 
     token_id: int
@@ -67,6 +68,11 @@ class BatchMedia:
     counts: Mapping[str, tuple[int, ...]]
     num_tokens: tuple[int, ...]
     image_of_row: Tensor
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no row has an image."""
+        return bool((self.image_of_row < 0).all())
 
     def images_in(self, rows: Tensor) -> list[int]:
         """The images in the order in which placeholders stand in these rows (n,), one entry an occurrence."""

@@ -27,10 +27,14 @@ from dpofast.losses.functional import PreferenceOutput, token_preference_loss
 from dpofast.losses.pairs import StepTotals
 from dpofast.losses.sequences import Tokens
 from dpofast.model.attach import PackedPreference
+from dpofast.model.checks.images import images_refused
 from dpofast.model.moe import RoutingCounts, balancing_coefficient
+from dpofast.model.vision.idle import idle_image, with_idle_image
 from dpofast.packing.batch import PackedBatch
+from dpofast.packing.media import BatchMedia
 from dpofast.packing.pack import pack
 from dpofast.scoring.ref_cache import reference_logps
+from dpofast.training.checks.launch import choose_unused_search
 from dpofast.training.config import DPOConfig
 from dpofast.training.coupled import CoupledShare, coupled_shares, gathered
 from dpofast.training.fsdp import is_sharded, without_sync
@@ -56,6 +60,8 @@ class StepSettings:
         max_logits_bytes: the LM head's memory limit, or None for the default.
         token_statistics: also compute entropy, mean logits and accuracy per token, at the cost of more memory.
         balancing: weight of a mixture of experts' load-balancing loss, 0 for none.
+        idle_image: what micro-batches without images carry in steps with images, as calls of the vision tower are
+            collectives; None where they are not, or where the model takes no images.
     """
 
     loss: PreferenceLoss
@@ -66,6 +72,7 @@ class StepSettings:
     max_logits_bytes: int | None = None
     token_statistics: bool = False
     balancing: float = 0.0
+    idle_image: BatchMedia | None = None
 
 
 def step_settings(
@@ -74,14 +81,15 @@ def step_settings(
     """Returns the settings of a run.
 
     Raises:
-        ValueError: a load-balancing loss for padded rows, or for a model without one.
+        ValueError: a load-balancing loss for padded rows, or for a model without one; ddp_find_unused_parameters=False
+            where vision weights train.
     """
     text_config = model.config.get_text_config()
     balancing = balancing_coefficient(text_config, args.router_aux_loss_coef)
     if balancing and args.padded:
         raise ValueError("router_aux_loss_coef: padded rows give no load-balancing loss; set it to 0")
-    if args.ddp_find_unused_parameters is None and not hasattr(text_config, "num_experts_per_tok"):
-        args.ddp_find_unused_parameters = False  # a search in every step, and only experts can go unused
+    choose_unused_search(model, args, ranks)
+    sees = is_sharded(accelerator) and images_refused(model) is None
     return StepSettings(
         loss=loss,
         reference=reference,
@@ -91,6 +99,7 @@ def step_settings(
         max_logits_bytes=args.max_logits_bytes,
         token_statistics=args.token_statistics,
         balancing=balancing,
+        idle_image=idle_image(model).moved(lambda tensor: tensor.to(args.device)) if sees else None,
     )
 
 
@@ -135,7 +144,12 @@ class OptimizerStep:
         count = int(ranks.all_reduce_max(len(batches))) if self._is_sharded else max(len(batches), 1)
         self._num_batches = len(batches)
         self._balancing: Tensor | None = None
-        self.batches: list[PackedBatch | None] = [*batches, *[None] * (count - len(batches))]
+        self._idle_image = settings.idle_image
+        if self._idle_image is not None:
+            with_images = any(batch.media is not None for batch in batches)
+            if not ranks.all_reduce_max(with_images):
+                self._idle_image = None  # no rank calls the vision tower
+        self.batches: list[PackedBatch | None] = [*map(self._as_others, batches), *[None] * (count - len(batches))]
         self._is_split = count > 1 or ranks.size > 1
         self._is_joint = settings.loss.coupled and self._is_split
         self._options: dict[str, Any] = {
@@ -247,7 +261,7 @@ class OptimizerStep:
     def _own_routing(self) -> RoutingCounts:
         """The counts over this rank's micro-batches."""
         with self._beforehand():
-            idle = _idle_batch(self.settings.device)
+            idle = self._idle_batch()
             packed = [idle if batch is None else batch for batch in self.batches]
             counts = [self.model(packed=batch, count_routing=True) for batch in packed]
         own = slice(self._num_batches)  # those of None stand last
@@ -346,11 +360,19 @@ class OptimizerStep:
     def _idle(self, *, with_reference: bool = True) -> PreferenceOutput:
         """A differentiable zero from the forwards of a micro-batch: what a rank runs while others have pairs."""
         settings = self.settings
-        batch = _idle_batch(settings.device)
+        batch = self._idle_batch()
         with settings.accelerator.autocast():
             if with_reference and settings.reference is not None:
                 self.reference_logps(batch)
             return _empty_output(self.model(packed=batch, max_logits_bytes=settings.max_logits_bytes).logps.sum() * 0.0)
+
+    def _idle_batch(self) -> PackedBatch:
+        batch = pack([_IDLE_EXAMPLE], share="none")[0]  # NEFTune's noise takes no shared positions
+        return self._as_others(batch.to(self.settings.device))
+
+    def _as_others(self, batch: PackedBatch) -> PackedBatch:
+        """The batch; where other ranks call the vision tower and it has no images, with an idle one."""
+        return batch if self._idle_image is None else with_idle_image(batch, self._idle_image)
 
 
 def rows_not_finite(
@@ -372,10 +394,6 @@ def not_finite(rows: list[int], report: DataReport, step: int, output_dir: str) 
         f"{report.source}: the loss of the pairs in {report.unit}s {rows} is not finite at step {step}, which was not "
         f"taken; {where_to_go_on(output_dir)}. Look at these pairs, and at a learning rate that is too high"
     )
-
-
-def _idle_batch(device: torch.device) -> PackedBatch:
-    return pack([_IDLE_EXAMPLE], share="none")[0].to(device)  # NEFTune's noise takes no shared positions
 
 
 def _empty_output(zero: Tensor) -> PreferenceOutput:

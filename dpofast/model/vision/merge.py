@@ -6,8 +6,9 @@ model is called with other arguments: those of a packed row, which no other laye
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -37,18 +38,54 @@ def packed_with_images(model: Any, input_ids: Tensor, media: BatchMedia, **optio
         language_model.register_forward_hook(keep),
     )
     try:
-        whole_backbone(model)(
-            input_ids=input_ids,
-            attention_mask=options["attention_mask"],
-            position_ids=options["position_ids"],
-            use_cache=False,
-            **inputs,
-        )
+        with idle_call(model, media):
+            whole_backbone(model)(
+                input_ids=input_ids,
+                attention_mask=options["attention_mask"],
+                position_ids=options["position_ids"],
+                use_cache=False,
+                **inputs,
+            )
     finally:
         for handle in handles:
             handle.remove()
     (output,) = outputs
     return output
+
+
+@contextlib.contextmanager
+def idle_call(model: Any, media: BatchMedia | None) -> Iterator[None]:
+    """Inside, the composite's forward calls the vision tower on idle images too, where it calls it on others.
+
+    Between the embedding of token ids and the language model: sharded weights are gathered in one order on all ranks.
+    Features enter with the factor 0, so that all gradients are those without them, and those of the tower 0.
+    """
+    if media is None or not media.is_idle:
+        yield
+        return
+    thread = threading.get_ident()
+
+    def with_zero(module: Any, args: Any, given: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        if threading.get_ident() != thread:
+            return None
+        found = whole_backbone(model).get_image_features(**_forward_arguments(model, media.inputs), return_dict=True)
+        features = (found.pooler_output, getattr(found, "deepstack_features", None))
+        words = given["inputs_embeds"]
+        zero = torch.stack([(tensor * 0).sum() for tensor in _tensors(features)]).sum()
+        return args, {**given, "inputs_embeds": words + zero.to(words)}
+
+    handle = backbone_of(model).register_forward_pre_hook(with_zero, prepend=True, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _tensors(features: Any) -> list[Tensor]:
+    """The tensors in nested lists and tuples."""
+    if isinstance(features, Tensor):
+        return [features]
+    return [tensor for part in features or () for tensor in _tensors(part)]
 
 
 def padded_inputs(model: Any, batch: PackedBatch, rows: Tensor, width: int) -> Mapping[str, Any]:
@@ -72,11 +109,16 @@ def padded_inputs(model: Any, batch: PackedBatch, rows: Tensor, width: int) -> M
 
 def _arguments(model: Any, media: BatchMedia, rows: Tensor) -> dict[str, Any]:
     """The arguments of the forward that describe the images in these packed rows; {} where there are none."""
-    family, images = family_of(model.config), media.images_in(rows)
-    assert family is not None
+    images = media.images_in(rows)
     if not images:
         return {}
-    inputs = media.inputs_of(images)
+    return _forward_arguments(model, media.inputs_of(images))
+
+
+def _forward_arguments(model: Any, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The arguments of the forward, from the joined tensors of its images in order."""
+    family = family_of(model.config)
+    assert family is not None
     # some vision towers cast their pixels and some do not
     return family.arguments(
         {name: tensor.to(model.dtype) if tensor.is_floating_point() else tensor for name, tensor in inputs.items()}

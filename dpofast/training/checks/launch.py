@@ -13,6 +13,7 @@ from datasets import Dataset, IterableDataset
 
 from dpofast.common.ranks import Ranks
 from dpofast.data.token_rows import as_numpy, has_lists, has_reference, reference_columns, without_reference
+from dpofast.model.parts import beside_text
 from dpofast.packing.pack import pack
 from dpofast.training.checks.arguments import as_dpo_config
 from dpofast.training.config import DPOConfig
@@ -86,6 +87,24 @@ def check_topology(args: DPOConfig) -> None:
             "batch; set torch_compile, which compiles its layers"
         )
     check_sharding(args)
+
+
+def choose_unused_search(model: Any, args: DPOConfig, ranks: Ranks) -> None:
+    """Choose whether DDP searches in every step for weights without a gradient: experts, or vision weights.
+
+    Raises:
+        ValueError: ddp_find_unused_parameters=False, where a rank's share of a step may have no images.
+    """
+    if any(weight.requires_grad for weight in beside_text(model)):
+        if args.ddp_find_unused_parameters is False and ranks.size > 1:
+            raise ValueError(
+                "ddp_find_unused_parameters: expected True or nothing, as vision weights train and a process's pairs "
+                "may have no images, got False: leave it out, or train without them (freeze_vision_tower, or an "
+                "adapter of the language model alone)"
+            )
+        args.ddp_find_unused_parameters = True
+    elif args.ddp_find_unused_parameters is None and not hasattr(model.config.get_text_config(), "num_experts_per_tok"):
+        args.ddp_find_unused_parameters = False
 
 
 def check_options_of_sharded(args: DPOConfig) -> None:
