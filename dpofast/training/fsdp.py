@@ -102,6 +102,18 @@ def forward_dtype(accelerator: Any) -> torch.dtype | None:
     return policy.param_dtype
 
 
+def shard_layers_that_are_there(accelerator: Any, model: Any) -> None:
+    """Let FSDP2 shard those classes of layers that transformers names for this model and that it has, unless told.
+
+    Those of CLIP and SigLIP towers name layers of their text encoders too, which accelerate then looks for in vain.
+    """
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and plugin.transformer_cls_names_to_wrap is None:
+        named = set(getattr(model, "_no_split_modules", None) or ())
+        found = {type(module).__name__ for module in model.modules()} & named
+        plugin.transformer_cls_names_to_wrap = sorted(found) or None
+
+
 def cast_parameters(model: nn.Module, dtype: torch.dtype | None) -> None:
     """Convert a model's floating-point parameters, in place, to the dtype of forward_dtype(); buffers stay.
 

@@ -34,10 +34,10 @@ from dpofast.packing.batch import PackedBatch
 from dpofast.packing.media import BatchMedia
 from dpofast.packing.pack import pack
 from dpofast.scoring.ref_cache import reference_logps
-from dpofast.training.checks.launch import choose_unused_search
+from dpofast.training.checks.launch import find_unused_vision_weights
 from dpofast.training.config import DPOConfig
 from dpofast.training.coupled import CoupledShare, coupled_shares, gathered
-from dpofast.training.fsdp import is_sharded, without_sync
+from dpofast.training.fsdp import is_sharded, shard_layers_that_are_there, without_sync
 from dpofast.training.layers.compiled import explained_compile_errors
 from dpofast.training.memory.out_of_memory import unless_out_of_memory
 from dpofast.training.ref_model import ReferenceModel, unwrapped
@@ -88,7 +88,8 @@ def step_settings(
     balancing = balancing_coefficient(text_config, args.router_aux_loss_coef)
     if balancing and args.padded:
         raise ValueError("router_aux_loss_coef: padded rows give no load-balancing loss; set it to 0")
-    choose_unused_search(model, args, ranks)
+    find_unused_vision_weights(model, args, accelerator)
+    shard_layers_that_are_there(accelerator, model)
     sees = is_sharded(accelerator) and images_refused(model) is None
     return StepSettings(
         loss=loss,

@@ -89,22 +89,21 @@ def check_topology(args: DPOConfig) -> None:
     check_sharding(args)
 
 
-def choose_unused_search(model: Any, args: DPOConfig, ranks: Ranks) -> None:
-    """Choose whether DDP searches in every step for weights without a gradient: experts, or vision weights.
+def find_unused_vision_weights(model: Any, args: DPOConfig, accelerator: Any) -> None:
+    """Let DDP search in every step for weights without a gradient, where vision weights train: see docs/vision.md.
 
     Raises:
-        ValueError: ddp_find_unused_parameters=False, where a rank's share of a step may have no images.
+        ValueError: ddp_find_unused_parameters=False there, on several processes.
     """
-    if any(weight.requires_grad for weight in beside_text(model)):
-        if args.ddp_find_unused_parameters is False and ranks.size > 1:
-            raise ValueError(
-                "ddp_find_unused_parameters: expected True or nothing, as vision weights train and a process's pairs "
-                "may have no images, got False: leave it out, or train without them (freeze_vision_tower, or an "
-                "adapter of the language model alone)"
-            )
-        args.ddp_find_unused_parameters = True
-    elif args.ddp_find_unused_parameters is None and not hasattr(model.config.get_text_config(), "num_experts_per_tok"):
-        args.ddp_find_unused_parameters = False
+    if not any(weight.requires_grad for weight in beside_text(model)):
+        return
+    if args.ddp_find_unused_parameters is False and accelerator.num_processes > 1:
+        raise ValueError(
+            "ddp_find_unused_parameters: expected True or nothing, as vision weights train and a process's pairs may "
+            "have no images, got False: leave it out, or train an adapter of the language model alone"
+        )
+    if accelerator.ddp_handler is not None:
+        accelerator.ddp_handler.find_unused_parameters = True  # by default not with gradient checkpointing
 
 
 def check_options_of_sharded(args: DPOConfig) -> None:
