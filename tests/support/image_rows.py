@@ -32,7 +32,8 @@ def row_of(images, text, files, responses, number):
     tokenizer = images.tokenizer
     row = dict.fromkeys((IMAGES, IMAGE_KEYS, IMAGE_TOKENS, IMAGE_TOKEN_ID))
     if files:
-        ids, media = images.encode(images.placeholder * len(files) + text, files)
+        # Qwen2-VL's own positions take images without text between them for one
+        ids, media = images.encode(f"{images.placeholder}, " * len(files) + text, files)
         row = {
             IMAGES: [{"bytes": file, "path": None} for file in files],
             IMAGE_KEYS: [image.key for image in media.images],
