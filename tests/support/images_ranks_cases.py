@@ -4,7 +4,7 @@ import torch
 
 from dpofast import DPOConfig, DPOTrainer
 from tests.support.rank_processes import become_rank, free_port, run_ranks
-from tests.support.ranks_cases import COMPARED, FSDP, WORLD, processors_as_gpus
+from tests.support.ranks_cases import COMPARED, FSDP, WORLD, RunsOutOfMemory, processors_as_gpus
 from tests.support.vision_models import vision_model
 from tests.support.vision_processors import picture, processor_of
 from tests.support.vision_training import image_dataset
@@ -37,8 +37,12 @@ CASES = {
     "lora live": {"lora": True, "precompute_ref_log_probs": False},
     "padded": {"padded": True, "max_tokens": 120},
     "gemma3 padded": {"family": "gemma3", "padded": True},
+    "out of memory": {"fails": {"most": 60, "rank": 1}},
 }
-FSDP_CASES = {**CASES, "synchronized each time": {"max_tokens": 40, "accelerator_config": _EACH}}
+FSDP_CASES = {
+    **{name: case for name, case in CASES.items() if name != "out of memory"},
+    "synchronized each time": {"max_tokens": 40, "accelerator_config": _EACH},
+}
 MODES = {"ddp": (CASES, {}), "fsdp": (FSDP_CASES, FSDP)}
 
 
@@ -48,7 +52,7 @@ def pairs_of(family, images, seed=0):
     return image_dataset(family, len(images), images=drawn, seed=seed)
 
 
-def train(folder, ranks, *, family="qwen2_vl", pairs=4, lora=False, **options):
+def train(folder, ranks, *, family="qwen2_vl", pairs=4, lora=False, fails=None, **options):
     """Train over STEPS; return the values to compare."""
     peft_config = None
     if lora:
@@ -57,6 +61,8 @@ def train(folder, ranks, *, family="qwen2_vl", pairs=4, lora=False, **options):
         peft_config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
     defaults = {"optim": "sgd", "learning_rate": 0.05}
     model = vision_model(family)
+    if fails is not None:
+        RunsOutOfMemory(model, **fails)
     trainer = DPOTrainer(
         model,
         args=DPOConfig(
