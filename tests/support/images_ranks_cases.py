@@ -61,8 +61,6 @@ def train(folder, ranks, *, family="qwen2_vl", pairs=4, lora=False, fails=None, 
         peft_config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
     defaults = {"optim": "sgd", "learning_rate": 0.05}
     model = vision_model(family)
-    if fails is not None:
-        RunsOutOfMemory(model, **fails)
     trainer = DPOTrainer(
         model,
         args=DPOConfig(
@@ -83,6 +81,8 @@ def train(folder, ranks, *, family="qwen2_vl", pairs=4, lora=False, fails=None, 
         processing_class=processor_of(family),
         peft_config=peft_config,
     )
+    if fails is not None:
+        RunsOutOfMemory(model, **fails)
     trainer.train()
     wrapped = type(trainer.model_wrapped).__name__
     logs = [{k: v for k, v in log.items() if k in COMPARED} for log in trainer.state.log_history if "loss" in log]
