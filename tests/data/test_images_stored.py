@@ -135,10 +135,12 @@ def test_rows_of_select_shuffle_and_slices(tmp_path, one):
     layout = ONES if one else LISTS
     Dataset.from_dict(column(layout, FORMS["PIL"], one=one)).save_to_disk(tmp_path / "saved")
     saved = load_from_disk(str(tmp_path / "saved"))
+    before = sorted(os.listdir(tmp_path / "saved"))
     for rows in ([3, 0, 2], [1, 2, 3], [3]):
         images = stored_images(saved.select(rows))
         assert images._indices is None and images.features == Features({"images": STORED})
         assert all(map(same, images[:]["images"], [layout[row] for row in rows]))
+    assert sorted(os.listdir(tmp_path / "saved")) == before, "nothing may be written into folders of data"
     twice = concatenate_datasets([saved, saved.select(range(1, 3))])
     assert all(map(same, stored_images(twice)[:]["images"], layout + layout[1:3]))
 
