@@ -50,6 +50,7 @@ from dpofast.checkpointing.identity import (
     tokenizer_identity,
 )
 from dpofast.checkpointing.signals import Interruption, TrainingInterrupted
+from dpofast.checkpointing.weights import load_converted
 from dpofast.checkpointing.write_errors import as_os_errors, room
 from dpofast.common.locks import WriteLock
 from dpofast.common.output import lasting_output
@@ -92,8 +93,9 @@ class CheckpointedTrainer(Trainer):
         Called when training begins, before weights are loaded; a subclass adds its own.
         """
         identity = {**options_identity(self.args), **parameters_identity(self.model)}
-        if hasattr(self.processing_class, "get_vocab"):
-            identity["tokenizer"] = tokenizer_identity(self.processing_class)
+        tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)  # a processor's
+        if hasattr(tokenizer, "get_vocab"):
+            identity["tokenizer"] = tokenizer_identity(tokenizer)
         if hasattr(self.train_dataset, "__len__"):
             identity["train_dataset"] = dataset_identity(self.train_dataset, self.identity_columns)
         if self.eval_dataset is not None:  # it decides which model is the best, and when to stop
@@ -351,7 +353,7 @@ class CheckpointedTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if self.is_fsdp_enabled:
             load_weights(self.model, resume_from_checkpoint)
-        else:
+        elif not load_converted(self.model, resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
@@ -407,7 +409,7 @@ class CheckpointedTrainer(Trainer):
         self._together(lambda: verify(self.state.best_model_checkpoint) if self.args.should_save else None)
         if self.is_fsdp_enabled:
             load_weights(self.model, self.state.best_model_checkpoint)
-        else:
+        elif self.is_deepspeed_enabled or not load_converted(self.model, self.state.best_model_checkpoint):
             super()._load_best_model()
 
     # ---- ranks ------------------------------------------------------------------------------------------------------
