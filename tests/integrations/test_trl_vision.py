@@ -35,7 +35,7 @@ def unpatched():
 def pictures(row, count):
     """The images of a row."""
     numbers = {1: [1], 4: [1], 3: [7, 7]}.get(row, [10 * row + i for i in range(count)])
-    return [picture(number, *SIZES[number % len(SIZES)]) for number in numbers]
+    return [picture(number, *SIZES[number % len(SIZES)]) for number in numbers[:count]]
 
 
 def vision_pairs(counts=COUNTS):
@@ -120,14 +120,15 @@ def test_a_packed_run_is_trls(family, tmp_path):
         {"peft_config": LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)},
         {"gradient_checkpointing": False},
         {"dataloader_num_workers": 2},
-        {"max_length": 30, "data": vision_pairs([1] * 8)},  # cuts responses, and no image
+        {"max_length": 54, "data": vision_pairs([1] * 12)},  # cuts responses, and no image
         {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5], "ld_alpha": 0.5, "use_weighting": False},
     ],
     ids=["lora", "not checkpointed", "workers", "cut", "a mix of losses"],
 )
 def test_options_of_trl(options, tmp_path):
     _, text = assert_equal_runs(tmp_path, "qwen3_vl", **options)
-    assert "padded:" not in text
+    assert "padded:" not in text and "6 x packed" in text
+    assert ("rows without labels" in text) is ("max_length" in options)
 
 
 def test_the_balancing_loss_of_experts(tmp_path):
@@ -184,7 +185,9 @@ class TestWherePackingIsImpossible:
         trainer = build(
             tmp_path, model=vision_model("gemma3"), processor=processor_of("gemma3"), data=vision_pairs([1] * 4)
         )
-        with pytest.raises(ValueError, match="Gemma3ForConditionalGeneration: cannot run packed: packed rows with imag"):
+        with pytest.raises(
+            ValueError, match="Gemma3ForConditionalGeneration: cannot run packed: packed rows with imag"
+        ):
             trainer.train()
 
     def test_level_kernel(self, tmp_path):
@@ -224,7 +227,9 @@ class TestTheCollator:
         assert images[:3] == images[3:] and images[1] is None
         assert len(set(images[2])) == len(images[2]) // 2  # the same picture twice
         for moved in (ours.to("cpu"), pickle.loads(pickle.dumps(ours))):
-            assert [media and media.images[0].key for media in moved.rows.media] == [keys and keys[0] for keys in images]
+            assert [media and media.images[0].key for media in moved.rows.media] == [
+                keys and keys[0] for keys in images
+            ]
 
     def test_pixels_that_are_written_to_are_read_again(self):
         ours, _ = self.collated()
