@@ -305,3 +305,17 @@ def test_an_animated_picture_is_refused():
 def test_the_token_in_words_is_refused_in_every_family(family):
     row = conversation([], f"say {IMAGE_TOKEN[family]}")
     assert "another number of images than of image tokens" in refused([row], images_of(family))
+
+
+def test_rows_out_of_order_keep_their_images(tmp_path):
+    rows = [conversation([picture(k, 20, 20)], better=f"a {k}") for k in range(12)]
+    dataset_of(rows).save_to_disk(tmp_path / "saved")
+    saved = datasets.load_from_disk(str(tmp_path / "saved"))
+    expected = {tuple(row["chosen_ids"]): row["image_keys"] for row in tokens_of(saved)[0]}
+    shuffled = saved.shuffle(seed=1)
+    files = sorted(path.name for path in (tmp_path / "saved").iterdir())
+    tokens, _ = tokens_of(shuffled)
+    assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == files, "the user's folder stays as it is"
+    for row in tokens:
+        assert row["image_keys"] == expected[tuple(row["chosen_ids"])]
+        assert [image.key for image in LLAVA.media(row).images] == row["image_keys"]

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset, concatenate_datasets
 
-from dpofast.data.arrow import chunk_bounds, read_chunks
+from dpofast.data.arrow import cache_options, chunk_bounds, read_chunks
 from dpofast.data.images.columns import IMAGE_KEYS, IMAGE_TOKEN_ID, IMAGE_TOKENS, IMAGES, ROW_IMAGES
 from dpofast.data.images.stored import stored_images
 
@@ -34,9 +34,12 @@ def with_stored_images(dataset: Dataset) -> Dataset:
     given = [name for name in ROW_IMAGES if name in dataset.column_names]
     if not given:
         return dataset
-    images = stored_images(dataset)
-    rest = dataset.remove_columns(given)
-    return concatenate_datasets([rest, images], axis=1) if rest.column_names else images
+    images, rest = stored_images(dataset), dataset.remove_columns(given)
+    if not rest.column_names:
+        return images
+    if rest._indices is not None:  # scattered rows are put in order, and not beside the user's own files
+        rest = rest.flatten_indices(**cache_options(rest, "in order"))
+    return concatenate_datasets([rest, images], axis=1)
 
 
 def files_digest(dataset: Dataset) -> str:
@@ -68,5 +71,5 @@ def with_images(tokens: Dataset, source: Dataset) -> Dataset:
     )
     images = source.select_columns([IMAGES])
     if not np.array_equal(places, np.arange(len(source))):
-        images = images.select(places)
+        images = stored_images(images.select(places))
     return concatenate_datasets([tokens.remove_columns([PLACE]), images], axis=1)
