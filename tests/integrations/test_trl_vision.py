@@ -10,10 +10,13 @@ from datasets import Dataset
 from datasets import Image as ImageFeature
 from datasets import List as ListFeature
 from peft import LoraConfig
+from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 
+from dpofast.integrations._trl.forward import fuse
+from dpofast.integrations._trl.scores import FusedOptions
 from dpofast.integrations.trl import patch_trl, report, unpatch_trl
 from tests.support.trl_cases import Gradients, assert_same_run, build
-from tests.support.vision_models import vision_model
+from tests.support.vision_models import _SIGLIP, _TEXT, IMAGE, vision_model
 from tests.support.vision_processors import picture, processor_of
 
 pytestmark = pytest.mark.slow(60)
@@ -205,6 +208,27 @@ class TestWherePackingIsImpossible:
     def test_a_max_length_that_cuts_an_image_is_refused_in_trls_words(self, patched, tmp_path):
         with pytest.raises(ValueError, match=r"`max_length` \(8\) is too short and causes image placeholder"):
             run(tmp_path, "qwen3_vl", patched=patched, max_length=8, data=vision_pairs([1] * 4))
+
+
+def test_paligemmas_images_reach_its_padded_forward():
+    """It attends to the whole of its prompt: nothing of it can be packed."""
+    text = {**_TEXT, "model_type": "gemma"}
+    config = PaliGemmaConfig(text_config=text, vision_config=_SIGLIP, image_token_index=IMAGE, projection_dim=32)
+    torch.manual_seed(0)
+    model = PaliGemmaForConditionalGeneration(config).eval()
+    with pytest.warns(UserWarning, match="PaliGemmaForConditionalGeneration keeps trl's padded forward.*whole of its"):
+        assert "attends to the whole of its prompt" in fuse(model, FusedOptions("forward", "kernel"))
+    ids = torch.cat((torch.full((2, 4), IMAGE), torch.randint(5, 60, (2, 8))), 1)
+    types = (torch.arange(12) >= 7).long().repeat(2, 1)
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "pixel_values": torch.randn(2, 3, 8, 8),
+        "token_type_ids": types,
+    }
+    ours = model(**inputs, labels=ids.masked_fill(types == 0, -100), fused_lm_head=True, use_cache=False).log_probs
+    theirs = model(**inputs).logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0] * types[:, 1:]
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
 
 
 class TestTheCollator:
