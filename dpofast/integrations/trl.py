@@ -22,9 +22,9 @@ def patch_trl(*, level: str = "forward", on_unpackable: str = "kernel", max_logi
     """Make DPOTrainers that are built from now on compute their log-probs with dpofast. Call it before building one.
 
     Args:
-        level: "forward": batches are unpadded and packed, prompts are shared, and only rows that predict a response
-            token reach the head. "kernel": the padded forward stays, and only the head is replaced.
-        on_unpackable: what happens where a model or a batch cannot be packed (Mamba 1, images, NEFTune's
+        level: "forward": batches are unpadded and packed, prompts are shared with their images, and only rows that
+            predict a response token reach the head. "kernel": the padded forward stays, and only the head is replaced.
+        on_unpackable: what happens where a model or a batch cannot be packed (Mamba 1, Gemma 3's images, NEFTune's
             noise): "kernel" keeps trl's padded forward, with dpofast's head, and warns; "raise" refuses.
         max_logits_bytes: memory for logits, as in linear_logprobs.
 

@@ -10,10 +10,13 @@ from datasets import Dataset
 from datasets import Image as ImageFeature
 from datasets import List as ListFeature
 from peft import LoraConfig
+from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 
+from dpofast.integrations._trl.forward import fuse
+from dpofast.integrations._trl.scores import FusedOptions
 from dpofast.integrations.trl import patch_trl, report, unpatch_trl
 from tests.support.trl_cases import Gradients, assert_same_run, build
-from tests.support.vision_models import vision_model
+from tests.support.vision_models import _SIGLIP, _TEXT, IMAGE, vision_model
 from tests.support.vision_processors import picture, processor_of
 
 pytestmark = pytest.mark.slow(60)
@@ -120,7 +123,7 @@ def test_a_packed_run_is_trls(family, tmp_path):
         {"peft_config": LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)},
         {"gradient_checkpointing": False},
         {"dataloader_num_workers": 2},
-        {"max_length": 54, "data": vision_pairs([1] * 12)},  # cuts responses, and no image
+        {"max_length": 47, "data": vision_pairs([1] * 12)},  # cuts responses, and no image
         {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5], "ld_alpha": 0.5, "use_weighting": False},
     ],
     ids=["lora", "not checkpointed", "workers", "cut", "a mix of losses"],
@@ -128,7 +131,6 @@ def test_a_packed_run_is_trls(family, tmp_path):
 def test_options_of_trl(options, tmp_path):
     _, text = assert_equal_runs(tmp_path, "qwen3_vl", **options)
     assert "padded:" not in text and "6 x packed" in text
-    assert ("rows without labels" in text) is ("max_length" in options)
 
 
 def test_the_balancing_loss_of_experts(tmp_path):
@@ -206,6 +208,27 @@ class TestWherePackingIsImpossible:
     def test_a_max_length_that_cuts_an_image_is_refused_in_trls_words(self, patched, tmp_path):
         with pytest.raises(ValueError, match=r"`max_length` \(8\) is too short and causes image placeholder"):
             run(tmp_path, "qwen3_vl", patched=patched, max_length=8, data=vision_pairs([1] * 4))
+
+
+def test_paligemmas_images_reach_its_padded_forward():
+    """It attends to the whole of its prompt: nothing of it can be packed."""
+    text = {**_TEXT, "model_type": "gemma"}
+    config = PaliGemmaConfig(text_config=text, vision_config=_SIGLIP, image_token_index=IMAGE, projection_dim=32)
+    torch.manual_seed(0)
+    model = PaliGemmaForConditionalGeneration(config).eval()
+    with pytest.warns(UserWarning, match="PaliGemmaForConditionalGeneration keeps trl's padded forward.*whole of its"):
+        assert "attends to the whole of its prompt" in fuse(model, FusedOptions("forward", "kernel"))
+    ids = torch.cat((torch.full((2, 4), IMAGE), torch.randint(5, 60, (2, 8))), 1)
+    types = (torch.arange(12) >= 7).long().repeat(2, 1)
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "pixel_values": torch.randn(2, 3, 8, 8),
+        "token_type_ids": types,
+    }
+    ours = model(**inputs, labels=ids.masked_fill(types == 0, -100), fused_lm_head=True, use_cache=False).log_probs
+    theirs = model(**inputs).logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0] * types[:, 1:]
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
 
 
 class TestTheCollator:

@@ -122,9 +122,10 @@ class VisionInputs:
         if family.nested:
             pixels, rows = tensors["pixel_values"], len(names)
             if len(pixels) != rows:
+                prompts = "one prompt" if rows == 1 else f"{rows} prompts"
                 raise ValueError(
-                    f"{name}: expected the processor's output for {'one prompt' if rows == 1 else f'{rows} prompts'}, "
-                    f"pixel_values of shape ({rows}, images, ...), got {tuple(pixels.shape)}"
+                    f"{name}: expected the processor's output for {prompts}, pixel_values of shape ({rows}, images, "
+                    f"...), got {tuple(pixels.shape)}"
                 )
             # prompts with fewer images are padded by images of zeros
             real = (pixels != 0).flatten(2).any(-1) if rows > 1 else pixels.new_ones(pixels.shape[:2], dtype=torch.bool)
