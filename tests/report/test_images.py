@@ -12,6 +12,7 @@ from datasets import Dataset, Features, List, Value
 from PIL import Image
 
 from dpofast.data.images.columns import FEATURES, STORED
+from dpofast.evaluation.pair_records import PairTable
 from dpofast.report.page import _pairs_html
 from dpofast.report.thumbnails import MOST_BYTES, MOST_PICTURES, small_jpeg, thumbnails_html
 
@@ -132,9 +133,8 @@ def pairs_of(dataset, **changed):
         SimpleNamespace(place=i, margin=1.0, example={**{name: np.array(row[name]) for name in names}, "index": i})
         for i, row in enumerate(dataset)
     ]
-    table = SimpleNamespace(rows=range(10, 20), rewards=np.zeros((3, 2)), lengths=np.ones((3, 2), int), lists=None)
+    table = PairTable(np.arange(10, 13), np.zeros((3, 2)), np.zeros((3, 2)), np.ones((3, 2), int), np.zeros(3))
     records = SimpleNamespace(table=lambda: table, worst=lambda: kept, best=lambda: kept[::-1])
-    table.__class__ = type("Table", (SimpleNamespace,), {"__len__": lambda self: 3})
     trainer = SimpleNamespace(
         processing_class=SimpleNamespace(tokenizer=Letters()),
         data_reports={},
