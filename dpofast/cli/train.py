@@ -63,7 +63,8 @@ HELP_GROUPS = {
     ),
     "adapter and quantization": (
         *("lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora", "load_in_4bit"),
-        *("dtype", "attn_implementation", "disable_dropout", "neftune_noise_alpha", "trust_remote_code"),
+        *("dtype", "attn_implementation", "disable_dropout", "neftune_noise_alpha", "freeze_vision_tower"),
+        "trust_remote_code",
     ),
     "run and report": (
         *("config", "resume", "resume_from_checkpoint", "early_stopping_patience"),

@@ -147,12 +147,13 @@ def test_a_new_adapter_is_on_the_language_model_unless_layers_are_named(work, tm
     arguments = ["--model", work / "base", "--data", work / "pairs.jsonl", "--max_steps", "1", "--lora_r", "2"]
     assert trained(*arguments, "--output_dir", tmp_path / "again") == 0
     assert "the adapter is on the 14 linear layers of the language model" in capsys.readouterr().err
-    chosen = ["--lora_target_modules", "q_proj", "linear_1"]
-    assert trained(*arguments, *chosen, "--output_dir", tmp_path / "named") == 0
-    assert "linear layers of the language model" not in capsys.readouterr().err
-    model = PeftModel.from_pretrained(vision_model("llava"), tmp_path / "named")
-    adapted = {name.split(".lora_A")[0] for name, _ in model.named_parameters() if ".lora_A." in name}
-    assert any("vision_tower" in name for name in adapted) and any("multi_modal_projector" in name for name in adapted)
+    for chosen in (["q_proj", "linear_1"], ["all-linear"]):
+        output = tmp_path / chosen[0]
+        assert trained(*arguments, "--lora_target_modules", *chosen, "--output_dir", output) == 0
+        assert "linear layers of the language model" not in capsys.readouterr().err
+        model = PeftModel.from_pretrained(vision_model("llava"), output)
+        adapted = [name for name, _ in model.named_parameters() if ".lora_A." in name]
+        assert all(any(part in name for name in adapted) for part in ("vision_tower", "multi_modal_projector"))
 
 
 def test_a_text_model_gets_the_adapter_that_it_always_got(tmp_path, capsys):
