@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from dpofast.model.parts import backbone_of, is_composite
+
 
 @dataclass(kw_only=True)
 class LoraArguments:
@@ -19,7 +21,10 @@ class LoraArguments:
     )
     lora_target_modules: list[str] | None = field(
         default=None,
-        metadata={"help": "Names of the layers that get the adapter; default all-linear: every one but the LM head."},
+        metadata={
+            "help": "Names of the layers that get the adapter. Default: every linear one but the LM head; of a model "
+            "that also takes images or sound, those of its language model. all-linear: those of its other parts too."
+        },
     )
     use_rslora: bool = field(
         default=False, metadata={"help": "Scale the adapter by alpha/sqrt(r), not alpha/r (rsLoRA)."}
@@ -70,6 +75,22 @@ class LoraArguments:
             use_rslora=self.use_rslora,
             task_type="CAUSAL_LM",
         )
+
+
+def on_language_model(config: Any, model: Any) -> int:
+    """Let a LoraConfig on all linear layers leave out what a composite model has beside its language model.
+
+    Returns:
+        How many layers get the adapter; 0 where the model is no composite and the config stays as it is.
+    """
+    if not is_composite(model):
+        return 0
+    from torch import nn
+
+    inside = {id(module) for module in backbone_of(model).modules()} - {id(model.get_output_embeddings())}
+    named = model.named_modules()
+    config.target_modules = {name for name, part in named if isinstance(part, nn.Linear) and id(part) in inside}
+    return len(config.target_modules)
 
 
 def train_on(model: Any) -> Any:

@@ -63,7 +63,8 @@ def parse(
 
 DATA_HELP = (
     "Preference pairs: a .jsonl, .json, .csv or .tsv file (or .gz of one), a .parquet file, a folder of such files or "
-    "of save_to_disk, or a hub name (name:config)."
+    "of save_to_disk, or a hub name (name:config). Images of prompts stand in a column images (or image): paths, or "
+    "what datasets stores."
 )
 # Options of trl's scripts, and of earlier versions -> what they are here.
 _ALSO_CALLED = {

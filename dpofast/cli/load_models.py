@@ -1,4 +1,4 @@
-"""Load models and tokenizers for the commands: safetensors only, and no code of the model's own unless asked.
+"""Load models, tokenizers and processors for the commands: safetensors only, no code of the model's own unless asked.
 
 A folder that holds a LoRA adapter is its base model with the adapter on it.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,8 @@ from dpofast.common.hub import check_hub_name
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _ADAPTER = "adapter_config.json"
+_TOKENIZER = ("tokenizer_config.json", "tokenizer.json")
+_PROCESSOR = ("processor_config.json", "preprocessor_config.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,17 +50,104 @@ def load_tokenizer(name: str, *, trust_remote_code: bool) -> Any:
 
     from dpofast.model.load import check_depth
 
-    _refuse_special_files(name)
-    source = name
-    if is_adapter(name) and not any((Path(name) / f).exists() for f in ("tokenizer_config.json", "tokenizer.json")):
-        source = base_of(name)
-    check_name(source)
+    source = _with_files(name, _TOKENIZER)
     try:
         if not is_adapter(source):
             check_depth(source)  # the tokenizer's class is looked up in the model's config
         return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except Exception as error:  # JSON of another shape makes the libraries raise anything
         raise ValueError(f"{named(source)}: no tokenizer can be loaded from it: {one_line(error)}") from error
+
+
+def load_processing(name: str, tokenizer: Any, columns: Collection[str], *, trust_remote_code: bool) -> Any:
+    """Returns the processor of a model that takes images, where the data have some, else its tokenizer.
+
+    Text needs no processor, nor the packages that one needs.
+
+    Args:
+        name: of the model.
+        tokenizer: of load_tokenizer.
+        columns: of the data.
+        trust_remote_code: whether the model's own code may run.
+
+    Raises:
+        ValueError: it cannot be loaded, with the reason.
+    """
+    from dpofast.data.images.columns import ROW_IMAGES, has_images
+    from dpofast.model.vision.families import family_of
+
+    if not has_images(columns) and not set(ROW_IMAGES).intersection(columns):
+        return tokenizer
+    config = load_config(name, trust_remote_code=trust_remote_code)
+    return tokenizer if family_of(config) is None else load_processor(name, trust_remote_code=trust_remote_code)
+
+
+def load_processor(name: str, *, trust_remote_code: bool) -> Any:
+    """Returns the processor of a model that takes images; for an adapter's folder without one, that of its base model.
+
+    Raises:
+        ValueError: none can be loaded, with the reason.
+    """
+    from transformers import AutoProcessor, ProcessorMixin
+    from transformers.utils import is_torchvision_available
+
+    source = _with_files(name, _PROCESSOR)
+    if Path(source).is_dir() and not _has(source, _PROCESSOR):
+        raise ValueError(
+            f"{source}: the data have images, and it has no processor to read them: copy {' and '.join(_PROCESSOR)} "
+            "(those that there are) from the model that it was made from"
+        )
+    try:
+        processor = AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except Exception as error:  # as above
+        reason = one_line(error)
+        if "torchvision" in reason.lower() and not is_torchvision_available():
+            reason = (
+                "it needs torchvision, which is not installed: pip install torchvision (rows without images need none)"
+            )
+        raise ValueError(f"{named(source)}: no processor can be loaded from it: {reason}") from error
+    if not isinstance(processor, ProcessorMixin):  # what AutoProcessor finds where there is none
+        raise ValueError(
+            f"{named(source)}: expected a processor of text and images, got {type(processor).__name__}: it needs "
+            f"{' or '.join(_PROCESSOR)}"
+        )
+    return processor
+
+
+def load_config(name: str, *, trust_remote_code: bool) -> Any:
+    """Returns the config of a model; of an adapter's folder that of its base model.
+
+    Raises:
+        ValueError: none can be loaded, with the reason.
+    """
+    from transformers import AutoConfig
+
+    from dpofast.model.load import check_depth
+
+    source = _with_files(name, ())
+    try:
+        check_depth(source)
+        return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except Exception as error:  # as above
+        raise ValueError(f"{named(source)}: no config can be loaded from it: {one_line(error)}") from error
+
+
+def _with_files(name: str, files: tuple[str, ...]) -> str:
+    """The folder or hub name where one of the files is looked for: of an adapter without any of them, its base model's.
+
+    Raises:
+        ValueError: it has special files, or is neither a folder nor can be on the hub.
+    """
+    _refuse_special_files(name)
+    while is_adapter(name) and not _has(name, files):
+        name = base_of(name)
+        _refuse_special_files(name)
+    check_name(name)
+    return name
+
+
+def _has(folder: str, files: tuple[str, ...]) -> bool:
+    return any((Path(folder) / file).exists() for file in files)
 
 
 def load_model(name: str, loading: Loading) -> Any:

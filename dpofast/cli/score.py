@@ -21,7 +21,14 @@ from dpofast.common.locks import WriteLock
 from dpofast.common.printable import printable
 from dpofast.data.token_rows import has_lists, weight_columns
 from dpofast.scoring.responses import check_ld_alpha
-from dpofast.scoring.score_file import PartialScores, source_rows, source_snapshot, weights_of, write_scored
+from dpofast.scoring.score_file import (
+    PartialScores,
+    check_output,
+    source_rows,
+    source_snapshot,
+    weights_of,
+    write_scored,
+)
 from dpofast.training.checks.columns import is_list_data
 
 
@@ -69,6 +76,7 @@ def main(argv: Sequence[str]) -> int:
     output = Path(arguments.output)
     snapshot = source_snapshot(arguments.data, arguments.split)
     dataset = load(arguments)
+    check_output(output, source_rows(arguments.data, dataset, snapshot))
     names = dataset.column_names
     check_ld_alpha(arguments.ld_alpha, is_list=is_list_data(names), weighted=bool(weight_columns(names)))
     prepared = prepare(arguments, dataset)

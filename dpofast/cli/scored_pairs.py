@@ -23,17 +23,21 @@ from dpofast.cli.load_models import (
     is_adapter,
     load_adapter,
     load_model,
+    load_processing,
     load_tokenizer,
     named,
 )
 from dpofast.cli.run_options import first_adapter
 from dpofast.data.encode_pairs import TRUNCATION_MODES
 from dpofast.data.formats import LIST_REF_COLUMN, REF_COLUMNS, place
+from dpofast.data.images.prompt_images import PromptImages
 from dpofast.data.load import DataReport, load_preferences, tokenize_preferences
 from dpofast.data.token_rows import has_lists, has_reference
 from dpofast.model.attach import attach_logprob_head
 from dpofast.scoring.order import prompt_order
 from dpofast.scoring.score import WINDOW, score_rows
+from dpofast.training.checks.images import has_images
+from dpofast.training.processing import processing_of
 
 # On a CPU a pass without gradients is fastest where its activations stay in cache.
 _MAX_TOKENS_GPU, _MAX_TOKENS_CPU = 16384, 1024
@@ -107,7 +111,8 @@ class ScoringArguments:
 class Prepared:
     """Data as loaded and as tokens, the report on its rows; the policy, and the reference or None without a model.
 
-    order (n,) int64: the rows of tokens in the order in which they are scored.
+    order (n,) int64: the rows of tokens in the order in which they are scored. images: makes the pixels of prompts with
+    images; None where the data or the model have none.
     """
 
     dataset: Dataset
@@ -116,6 +121,7 @@ class Prepared:
     report: DataReport
     model: Any
     ref_model: Any
+    images: PromptImages | None
 
 
 def load(arguments: ScoringArguments) -> Dataset:
@@ -124,16 +130,17 @@ def load(arguments: ScoringArguments) -> Dataset:
 
 
 def prepare(arguments: ScoringArguments, dataset: Dataset) -> Prepared:
-    """Load tokenizer and models, and tokenize; what is cheap to check comes first.
+    """Load tokenizer, processor and models, and tokenize; what is cheap to check comes first.
 
     Args:
         arguments: the command's.
         dataset: of load().
 
     Raises:
-        ValueError: data, a tokenizer or a model that cannot be used, or no reference where one is needed.
+        ValueError: data, a tokenizer, a processor or a model that cannot be used, or no reference where one is needed.
     """
-    tokenizer = load_tokenizer(arguments.model, trust_remote_code=arguments.trust_remote_code)
+    access = {"trust_remote_code": arguments.trust_remote_code}
+    whole = load_processing(arguments.model, load_tokenizer(arguments.model, **access), dataset.column_names, **access)
     given = has_reference(dataset.column_names)
     if not (arguments.ref_model or arguments.no_reference or given or is_adapter(arguments.model)):
         raise ValueError(
@@ -146,17 +153,27 @@ def prepare(arguments: ScoringArguments, dataset: Dataset) -> Prepared:
             f"that adapter (--ref_model {shlex.quote(first)}), or the base model"
         )
     model, ref_model = _models(arguments, given=given)
+    processing = processing_of(whole, None, model, ref_model)
+    if processing.refused is not None and has_images(dataset):
+        raise ValueError(f"{arguments.data}: its rows have images, and {processing.refused}")
     tokens, report = tokenize_preferences(
         dataset,
-        tokenizer,
+        processing.tokenizer,
         vocab_size=model.get_input_embeddings().weight.shape[0],
+        images=processing.images,
         **arguments.data_options,
     )
     if arguments.no_reference:
         brought = [name for name in (*REF_COLUMNS, LIST_REF_COLUMN) if name in tokens.column_names]
         tokens = tokens.remove_columns(brought)
     return Prepared(
-        dataset=dataset, tokens=tokens, order=prompt_order(tokens), report=report, model=model, ref_model=ref_model
+        dataset=dataset,
+        tokens=tokens,
+        order=prompt_order(tokens),
+        report=report,
+        model=model,
+        ref_model=ref_model,
+        images=processing.images,
     )
 
 
@@ -223,6 +240,7 @@ def scored(
         autocast=autocast,
         window=WINDOW,
         ld_alpha=ld_alpha,
+        images=prepared.images,
     )
     with tqdm(total=total, initial=start, desc=f"scored {unit}", disable=None, leave=False, file=sys.stderr) as bar:
         for row in rows:

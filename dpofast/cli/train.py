@@ -13,9 +13,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dpofast.cli.adapters import LoraArguments, train_on
+from dpofast.cli.adapters import LoraArguments, on_language_model, train_on
 from dpofast.cli.arguments import DATA_HELP, parse, quiet
-from dpofast.cli.load_models import Loading, is_adapter, load_model, load_tokenizer, named, one_line
+from dpofast.cli.load_models import (
+    Loading,
+    is_adapter,
+    load_config,
+    load_model,
+    load_processing,
+    load_tokenizer,
+    named,
+    one_line,
+)
 from dpofast.cli.run_options import RUN_FILE, RunOptions, resume_command, with_run_options
 from dpofast.common.printable import printable
 from dpofast.losses.own_kinds import import_from
@@ -54,8 +63,8 @@ HELP_GROUPS = {
     ),
     "adapter and quantization": (
         *("lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora", "load_in_4bit"),
-        *("dtype", "attn_implementation", "disable_dropout", "freeze_vision_tower"),
-        *("neftune_noise_alpha", "trust_remote_code"),
+        *("dtype", "attn_implementation", "disable_dropout", "neftune_noise_alpha", "freeze_vision_tower"),
+        "trust_remote_code",
     ),
     "run and report": (
         *("config", "resume", "resume_from_checkpoint", "early_stopping_patience"),
@@ -79,8 +88,8 @@ class TrainArguments(LoraArguments):
 
     model: str = field(
         metadata={
-            "help": "A folder or hub name that AutoModelForCausalLM loads (safetensors only), or the folder of a LoRA "
-            "adapter, which is trained on."
+            "help": "A folder or hub name that AutoModelForCausalLM or AutoModelForImageTextToText loads (safetensors "
+            "only), or the folder of a LoRA adapter, which is trained on."
         }
     )
     data: str = field(metadata={"help": DATA_HELP})
@@ -168,7 +177,8 @@ def main(argv: Sequence[str]) -> int:
     from dpofast.data.load import load_preferences
 
     # What is cheap to check comes first; nothing is written before all input was accepted.
-    tokenizer = load_tokenizer(train.model, trust_remote_code=config.trust_remote_code)
+    access = {"trust_remote_code": config.trust_remote_code}
+    tokenizer = load_tokenizer(train.model, **access)
     train_data = load_preferences(train.data, split=train.split, on_bad_row=config.on_bad_row)
     eval_data = None
     if train.eval_data:
@@ -176,15 +186,24 @@ def main(argv: Sequence[str]) -> int:
     for name, data in ((train.data, train_data), (train.eval_data, eval_data)):
         if data is not None:
             check_column_names(data.column_names, config.preference_loss(), str(name), list_pairs=config.list_pairs)
+    columns = {*train_data.column_names, *(eval_data.column_names if eval_data is not None else ())}
+    processing = load_processing(train.model, tokenizer, columns, **access)
     try:
         model = load_model(train.model, loading)
+        layers = on_language_model(peft_config, model) if train.lora_r and not train.lora_target_modules else 0
+        if layers and config.process_index == 0:
+            print(
+                f"dpofast: the adapter is on the {layers} linear layers of the language model; its other parts, such "
+                "as a vision tower and its projector, stay as they are (--lora_target_modules names other layers)",
+                file=sys.stderr,
+            )
         trainer = DPOTrainer(
             model=train_on(model) if adapted else model,
             ref_model=load_model(train.ref_model, loading) if train.ref_model else None,
             args=config,
             train_dataset=train_data,
             eval_dataset=eval_data,
-            processing_class=tokenizer,
+            processing_class=processing,
             peft_config=peft_config,
             callbacks=callbacks,
         )
@@ -197,14 +216,22 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _preview(train: TrainArguments, config: DPOConfig) -> int:
+    from transformers import ProcessorMixin
+
+    from dpofast.data.images.prompt_images import PromptImages
     from dpofast.data.load import load_preferences
     from dpofast.data.preview import preview_preferences
+    from dpofast.model.vision.inputs import vision_inputs
 
-    tokenizer = load_tokenizer(train.model, trust_remote_code=config.trust_remote_code)
+    access = {"trust_remote_code": config.trust_remote_code}
+    tokenizer, images = load_tokenizer(train.model, **access), None
+    dataset = load_preferences(train.data, split=train.split, on_bad_row=config.on_bad_row)
+    processing = load_processing(train.model, tokenizer, dataset.column_names, **access)
+    if isinstance(processing, ProcessorMixin):
+        images = PromptImages(processing, vision_inputs(load_config(train.model, **access)))
     names = ("max_length", "truncation_mode", "on_bad_row", "list_pairs", "min_score_gap", "assistant_only_loss")
     options: Any = {name: getattr(config, name) for name in names}
-    dataset = load_preferences(train.data, split=train.split, on_bad_row=config.on_bad_row)
-    print(preview_preferences(dataset, tokenizer, train.preview, **options))
+    print(preview_preferences(dataset, tokenizer, train.preview, images=images, **options))
     return 0
 
 

@@ -23,6 +23,10 @@ from dpofast.data.formats import (
     WEIGHT_COLUMNS,
     place,
 )
+from dpofast.data.images.columns import IMAGE_TOKENS, IMAGES
+from dpofast.data.images.decode import opened
+from dpofast.data.images.prompt_images import PromptImages
+from dpofast.data.images.shown import text_of_prompt
 from dpofast.data.tokenize_pairs import FILE, LINE, tokenize_preferences
 
 _BREAK = "\n" + " " * 12
@@ -39,12 +43,14 @@ def preview_preferences(
     list_pairs: str | None = None,
     min_score_gap: float | None = None,
     assistant_only_loss: bool = True,
+    images: PromptImages | None = None,
 ) -> str:
     """Return the first rows of a dataset as text, decoded from the token ids that training reads.
 
     Special tokens are shown, and control characters are escaped; a line end is escaped and begins a line here too.
     Token ids without a tokenizer are shown as numbers. Tokens that do not count 1 stand as `[weight 0: ...]`; a list's
-    responses from best to worst, each with its rank from 0, its score and its place in the row of the source.
+    responses from best to worst, each with its rank from 0, its score and its place in the row of the source. An image
+    is `<image 1: 640x480, 300 tokens>` in place of its placeholders, a tile of one `<tile 1: 64 tokens>`.
 
     Args:
         dataset: as for tokenize_preferences, like every argument but `rows`.
@@ -56,6 +62,7 @@ def preview_preferences(
         list_pairs: as in training.
         min_score_gap: as in training.
         assistant_only_loss: as in training.
+        images: of a model that takes images, where rows may have some.
 
     Raises:
         ValueError: rows below 1, or what tokenize_preferences raises.
@@ -72,6 +79,7 @@ def preview_preferences(
         list_pairs=list_pairs,
         min_score_gap=min_score_gap,
         assistant_only_loss=assistant_only_loss,
+        images=images,
     )
     unit = "line" if LINE in dataset.column_names and FILE not in dataset.column_names else "row"
     parts = []
@@ -81,7 +89,10 @@ def preview_preferences(
         lines = [f"{place(unit, row['row'])}, tokens: {', '.join(f'{name} {len(ids):,}' for name, ids in sizes)}"]
         values = [f"{name} {row[name]:g}" for name in ROW_COLUMNS if name in row]
         lines += [f"  {', '.join(values)}"] if values else []
-        lines.append(f"  {'prompt':<10}{_visible(tokenizer, row[ID_COLUMNS[0]])}")
+        sizes_of_images = _sizes(row)
+        if len(sizes_of_images) != len(row.get(IMAGE_TOKENS) or ()):
+            lines.append(f"  {'images':<10}{', '.join(sizes_of_images)}")
+        lines.append(f"  {'prompt':<10}{_prompt(tokenizer, row, sizes_of_images)}")
         for name, said, ids, weights in responses:
             lines.append(f"  {name:<10}{said}{_weighted(tokenizer, ids, weights)}")
         parts.append("\n".join(lines))
@@ -104,6 +115,23 @@ def _list_of(row: Mapping[str, Any]) -> Iterator[_Shown]:
         said = [f"{name} {row[column][at]:g}" for column, name in numbers if column in row]
         weights = row.get(LIST_WEIGHT_COLUMN)
         yield f"[{row[ORDER_COLUMN][at]}]", f"({', '.join(said)}) ", ids, weights and weights[at]
+
+
+def _sizes(row: Mapping[str, Any]) -> list[str]:
+    """Width and height of a row's images, in pixels."""
+    return ["{}x{}".format(*opened(image).size) for image in row.get(IMAGES) or ()]
+
+
+def _prompt(tokenizer: PreTrainedTokenizerBase | None, row: Mapping[str, Any], sizes: Sequence[str]) -> str:
+    """The text of a row's prompt, with a mark for each of its images, or for each of their tiles."""
+    tiled = len(sizes) != len(row.get(IMAGE_TOKENS) or ())
+
+    def mark(image: int, tokens: int) -> str:
+        if tiled:
+            return f"<tile {image + 1}: {tokens:,} tokens>"
+        return f"<image {image + 1}: {sizes[image]}, {tokens:,} tokens>"
+
+    return text_of_prompt(row, row[ID_COLUMNS[0]], lambda ids: _visible(tokenizer, ids), mark)
 
 
 def _weighted(tokenizer: PreTrainedTokenizerBase | None, ids: Sequence[int], weights: Sequence[float] | None) -> str:

@@ -1,7 +1,8 @@
 """Write report.html: a self-contained page about a run.
 
 It has plots (figures.py), warnings (diagnosis.py), the held-out pairs with the largest and smallest margins, settings,
-data and throughput. Text that comes from data (prompts, responses, file names) is escaped.
+data and throughput. Text that comes from data (prompts, responses, file names) is escaped. Images of these prompts are
+shown small, for which the page grows by at most 350 kB.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -25,11 +26,14 @@ from transformers import TrainerCallback
 from dpofast._version import __version__
 from dpofast.common.memory import peak_memory
 from dpofast.data.formats import ID_COLUMNS, RANK_COLUMN
+from dpofast.data.images.columns import IMAGES
+from dpofast.data.images.shown import text_of_prompt
 from dpofast.evaluation.pair_records import KeptPair, ListTable, PairRecords, PairTable
 from dpofast.evaluation.statistics import Estimate, mean, share
 from dpofast.report.diagnosis import LEAST_PAIRS, Finding, Run, diagnose
 from dpofast.report.figures import Picture, pictures
 from dpofast.report.template import PAGE
+from dpofast.report.thumbnails import row_of, thumbnails_html
 
 # Characters of a prompt or response that are shown; the page must stay readable.
 _MOST_TEXT = 2000
@@ -230,7 +234,9 @@ def _lists_html(lists: ListTable) -> str:
 
 
 def _pair_html(pair: KeptPair, table: Any, trainer: Any, unit: str) -> str:
-    prompt, chosen, rejected = (_text(trainer.processing_class, pair.example[name]) for name in ID_COLUMNS)
+    example, decode, row = pair.example, _decoder(trainer.processing_class), row_of(trainer, pair.example)
+    prompt = _cut(text_of_prompt(row, example[ID_COLUMNS[0]], decode))
+    chosen, rejected = (_cut(decode([int(token) for token in example[name]])) for name in ID_COLUMNS[1:])
     sides = "".join(
         f'<div class="side {side}"><h4>{side} <span>reward {table.rewards[pair.place, column]:+.2f}, '
         f"{table.lengths[pair.place, column]} tokens</span></h4><p>{html.escape(text)}</p></div>"
@@ -238,13 +244,21 @@ def _pair_html(pair: KeptPair, table: Any, trainer: Any, unit: str) -> str:
     )
     return (
         f'<article class="pair"><header>{unit} {table.rows[pair.place]}: margin <b>{pair.margin:+.2f}</b></header>'
-        f'<p class="prompt">{html.escape(prompt)}</p><div class="sides">{sides}</div></article>'
+        f'{thumbnails_html(row.get(IMAGES))}<p class="prompt">{html.escape(prompt)}</p>'
+        f'<div class="sides">{sides}</div></article>'
     )
 
 
-def _text(tokenizer: Any, ids: Iterable[int]) -> str:
-    numbers = [int(token) for token in ids]
-    text = tokenizer.decode(numbers).strip() if tokenizer is not None else f"token ids {numbers}"
+def _decoder(processing: Any) -> Callable[[list[int]], str]:
+    """The text of token ids by a tokenizer, or by a processor's; without one, the ids."""
+    if processing is None:
+        return lambda ids: f"token ids {ids}"
+    tokenizer = getattr(processing, "tokenizer", processing)
+    return lambda ids: str(tokenizer.decode(ids))
+
+
+def _cut(text: str) -> str:
+    text = text.strip()
     return text if len(text) <= _MOST_TEXT else f"{text[:_MOST_TEXT]}… ({len(text):,} characters)"
 
 

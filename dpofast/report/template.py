@@ -28,6 +28,9 @@ figcaption { color: var(--soft); font-size: 13px; margin-top: 6px; }
 .pair { padding: 12px 16px; margin: 0 0 12px; } .pair header { color: var(--soft); font-size: 13px; }
 .pair header b { color: var(--ink); } .pair p { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; }
 .prompt { color: #374151; padding: 6px 0 10px; }
+.images { display: flex; flex-wrap: wrap; gap: 8px; align-items: center; padding: 8px 0 2px; color: var(--soft);
+  font-size: 13px; }
+.images img { border: 1px solid var(--line); border-radius: 4px; }
 .sides { display: grid; grid-template-columns: 1fr 1fr; gap: 12px; }
 .side { padding: 8px 12px; border-radius: 6px; background: #f9fafb; border-left: 3px solid var(--blue); }
 .side.rejected { border-left-color: var(--orange); }

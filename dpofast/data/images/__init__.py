@@ -4,4 +4,5 @@
 - decode: one image as it is given -> a PIL image, or why it cannot be used
 - stored: images of rows <-> their form in Arrow, encoded bytes or a path
 - prompt_images: PromptImages: the processor's token ids and pixels of a prompt
+- shown: token ids of a prompt with images as text, for people
 """
