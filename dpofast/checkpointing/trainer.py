@@ -92,8 +92,9 @@ class CheckpointedTrainer(Trainer):
         Called when training begins, before weights are loaded; a subclass adds its own.
         """
         identity = {**options_identity(self.args), **parameters_identity(self.model)}
-        if hasattr(self.processing_class, "get_vocab"):
-            identity["tokenizer"] = tokenizer_identity(self.processing_class)
+        tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)  # a processor's
+        if hasattr(tokenizer, "get_vocab"):
+            identity["tokenizer"] = tokenizer_identity(tokenizer)
         if hasattr(self.train_dataset, "__len__"):
             identity["train_dataset"] = dataset_identity(self.train_dataset, self.identity_columns)
         if self.eval_dataset is not None:  # it decides which model is the best, and when to stop

@@ -21,6 +21,7 @@ from dpofast.data.formats import (
     SCORE_COLUMN,
     WEIGHT_COLUMNS,
 )
+from dpofast.data.images.columns import IMAGES, OF_IMAGES
 
 PROMPT, RESPONSES = LIST_ID_COLUMNS
 # Every column that decides what a loss is, but for reference log-probs: what must be equal in a resumed run.
@@ -74,8 +75,9 @@ def weight_columns(columns: Collection[str]) -> tuple[str, ...]:
 
 
 def as_numpy(dataset: Dataset) -> Dataset:
-    """A token-level dataset whose rows are numpy arrays, but for token weights: lists, or None where all are 1."""
-    plain = [name for name in dataset.column_names if name not in (*WEIGHT_COLUMNS, LIST_WEIGHT_COLUMN)]
+    """A token-level dataset whose rows are numpy arrays, but for token weights and images: lists, or None."""
+    as_lists = (*WEIGHT_COLUMNS, LIST_WEIGHT_COLUMN, IMAGES, *OF_IMAGES)
+    plain = [name for name in dataset.column_names if name not in as_lists]
     return dataset.with_format("numpy", columns=plain, output_all_columns=plain != dataset.column_names)
 
 

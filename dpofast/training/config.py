@@ -224,6 +224,13 @@ class DPOConfig(TrainingArguments):
             "reference pass it is."
         },
     )
+    freeze_vision_tower: bool = field(
+        default=False,
+        metadata={
+            "help": "Of a model that sees images, train all but the vision tower: its projector is trained. The tower "
+            "then keeps no activations."
+        },
+    )
     disable_dropout: bool = field(default=True, metadata={"help": "Set every dropout of the models to 0."})
     on_bad_row: str = field(
         default="raise", metadata={"help": "A bad row of the data: raise (stop) or skip (count it)."}

@@ -11,6 +11,7 @@ from dpofast.common.ranks import Ranks
 from dpofast.evaluation.metrics import MetricSums
 from dpofast.evaluation.pair_records import PairRecords
 from dpofast.evaluation.statistics import length_statistics
+from dpofast.training.data.media import without_media
 from dpofast.training.sampler import StepExamples
 from dpofast.training.step import OptimizerStep
 
@@ -43,6 +44,7 @@ def evaluate_pairs(
     for examples in batches:
         step = step_of(examples, sums)
         step.count_routing()
+        kept = without_media(examples)
         for batch, share in zip(step.batches, step.shares(), strict=True):
             output = step.forward(batch, share)
             count = len(output.losses)
@@ -50,7 +52,7 @@ def evaluate_pairs(
             if output.aux_loss is not None:
                 sums.add("loss", step.settings.balancing * output.aux_loss * examples.num_pairs, 0)
             if batch is not None:
-                records.add(examples, batch, output)
+                records.add(kept, batch, output)
         num_pairs += examples.num_pairs
         after_each()
     records = records.joined(ranks)

@@ -7,37 +7,37 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoTokenizer
-from transformers.utils.hub import cached_file
 
 from dpofast.head.planning.plan import HeadPlan
 from dpofast.model.adapters import Wrapped, check_adapter, with_new_adapter
 from dpofast.model.attach import attach_logprob_head
 from dpofast.model.attention.flash import activate_flash_attention
+from dpofast.model.checks.images import images_refused
 from dpofast.model.dropout import disable_dropout
 from dpofast.model.load import load_causal_lm
 from dpofast.model.parts import backbone_of, base_causal_lm, is_composite
+from dpofast.model.vision.tower import tower_parameters
 from dpofast.model.wrappers import take_off_autocast
+from dpofast.training.checks.images import has_images
 from dpofast.training.config import DPOConfig
 from dpofast.training.fsdp import check_whole
 from dpofast.training.layers.choose import compile_chosen, fuse_layers
-
-# One of them lies beside every model that has a tokenizer.
-_TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+from dpofast.training.processing import WITHOUT_IMAGES, Processing, processing_beside, processing_of
 
 
 class Models(NamedTuple):
-    """The model to train, the reference that was passed, the policy's tokenizer, and what a new adapter did to it.
+    """The model to train, the reference that was passed, what reads their data, and what a new adapter did to it.
 
-    ref_model is None without one, tokenizer where there is none beside the model, wrapped without a peft_config. layers
-    says what was chosen for the decoder layers by default, or is None.
+    ref_model is None without one, wrapped without a peft_config. layers says what was chosen for the decoder layers by
+    default, or is None. with_images: prompts of the training data have some.
     """
 
     policy: Any
     ref_model: Any
-    tokenizer: Any
+    processing: Processing
     wrapped: Wrapped | None
     layers: str | None
+    with_images: bool
 
 
 def prepare_models(
@@ -47,10 +47,21 @@ def prepare_models(
     processing_class: Any,
     peft_config: Any,
     quantization_config: Any = None,
+    train_dataset: Any = None,
 ) -> Models:
     """Load the models where they are names, add the adapter, disable dropout, attach the log-prob head, compile layers.
 
-    All but loading and the adapter is done to ref_model too, in place.
+    All but loading and the adapter is done to ref_model too, in place. The weights of a composite model that training
+    does not reach are frozen: without images those of all its encoders, with freeze_vision_tower the vision tower's.
+
+    Args:
+        model: the policy, or its name.
+        ref_model: the reference, or its name, or None.
+        args: the trainer's.
+        processing_class: a tokenizer or processor; None for the one beside the model.
+        peft_config: of a new adapter, or None.
+        quantization_config: for models given by name.
+        train_dataset: the training data, or None.
 
     Raises:
         ValueError: a reference that does not fit the model or the loss, weights that are sharded already, a
@@ -65,8 +76,7 @@ def prepare_models(
     if args.flash_attention is not None:
         activate_flash_attention(args.flash_attention, args.device)
     options = _loading_options(model, args, quantization_config)
-    if processing_class is None:
-        processing_class = tokenizer_beside(model, args, options)
+    name_of_model = model if isinstance(model, str) else None
     if isinstance(model, str):
         model = load_causal_lm(model, **options)
     if isinstance(ref_model, str):
@@ -77,6 +87,9 @@ def prepare_models(
                 f"{name}: expected a causal language model of transformers (AutoModelForCausalLM), got "
                 f"{type(each).__name__}"
             )
+    failure, with_images = None, has_images(train_dataset)
+    if processing_class is None:
+        processing_class, failure = processing_beside(name_of_model, model, args, options)
     check_adapter(model, peft_config)
     wrapped = None if peft_config is None else with_new_adapter(model, peft_config)
     model = model if wrapped is None else wrapped.model
@@ -102,7 +115,7 @@ def prepare_models(
 
             fuse_lora(each)
         attach_logprob_head(each, padded=args.padded)
-        _freeze_what_text_never_reaches(base_causal_lm(each))
+        _freeze(base_causal_lm(each), args, with_images=with_images)
     if len({vocabulary(each) for each in models}) > 1:
         raise ValueError(
             f"ref_model: expected the model's vocabulary of {vocabulary(model)} tokens, got {vocabulary(ref_model)}"
@@ -111,21 +124,30 @@ def prepare_models(
         HeadPlan.make(1, model.get_output_embeddings().weight, args.max_logits_bytes, keep=True)
     layers = compile_chosen(models, args)
     args.torch_compile_backend = None  # done; accelerate would compile the whole model
-    return Models(model, ref_model, processing_class, wrapped, layers)
+    processing = processing_of(processing_class, failure, model, ref_model)
+    if with_images and processing.refused is not None:
+        raise ValueError(f"train_dataset: it has images: {processing.refused}. {WITHOUT_IMAGES}")
+    return Models(model, ref_model, processing, wrapped, layers, with_images)
 
 
 def check_where_it_runs(
-    model: Any, args: DPOConfig, autocast: Callable[[], contextlib.AbstractContextManager[Any]]
+    model: Any,
+    args: DPOConfig,
+    autocast: Callable[[], contextlib.AbstractContextManager[Any]],
+    *,
+    with_images: bool = False,
 ) -> None:
     """Compare an attached model's log-probs with its own again where it runs: on its device, in its precision.
 
     A model that was loaded by name was attached on the CPU, in float32, where another attention runs.
 
     Raises:
-        ValueError: as attach_logprob_head's.
+        ValueError: as attach_logprob_head's; with images, that the model takes none here.
     """
     with autocast():
         attach_logprob_head(model, padded=args.padded)
+    if with_images and (reason := images_refused(model)) is not None:
+        raise ValueError(reason)
 
 
 def _loading_options(model: Any, args: DPOConfig, quantization_config: Any) -> dict[str, Any]:
@@ -150,40 +172,31 @@ def _loading_options(model: Any, args: DPOConfig, quantization_config: Any) -> d
     return options
 
 
-def tokenizer_beside(model: Any, args: DPOConfig, options: dict[str, Any]) -> Any:
-    """The tokenizer that lies beside a model, or None: token ids need none.
-
-    transformers would make an empty one up for a folder without tokenizer files, and Trainer would save it and set the
-    model's special tokens by it.
-    """
-    name = model if isinstance(model, str) else model.config.name_or_path
-    hub = {key: options[key] for key in ("revision", "token", "cache_dir", "subfolder") if key in options}
-    found = bool(name) and any(
-        cached_file(
-            name,
-            file,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-            _raise_exceptions_for_gated_repo=False,
-            **hub,
-        )
-        for file in _TOKENIZER_FILES
-    )
-    return AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code, **hub) if found else None
-
-
 def vocabulary(model: Any) -> int:
     """Returns the number of rows of the input embedding."""
     return model.get_input_embeddings().weight.shape[0]
 
 
-def _freeze_what_text_never_reaches(model: Any) -> None:
-    """A composite's encoders get no gradient from text; DDP would wait for it, and the optimizer would hold them."""
-    if is_composite(model):
+def _freeze(model: Any, args: DPOConfig, *, with_images: bool) -> None:
+    """Freeze a composite's encoders where no image reaches them, and the vision tower where args say so.
+
+    They get no gradient from text; DDP would wait for it, and the optimizer would hold them.
+
+    Raises:
+        ValueError: freeze_vision_tower for a model without one.
+    """
+    if not is_composite(model):
+        if args.freeze_vision_tower:
+            raise ValueError(f"freeze_vision_tower: {type(model).__name__} has no vision tower: leave it out")
+        return
+    if not with_images or images_refused(model) is not None:
         reached = {id(p) for part in (backbone_of(model), model.get_output_embeddings()) for p in part.parameters()}
         for parameter in model.parameters():
             if id(parameter) not in reached:
                 parameter.requires_grad_(False)
+    elif args.freeze_vision_tower:
+        for parameter in tower_parameters(model):
+            parameter.requires_grad_(False)
 
 
 @contextlib.contextmanager

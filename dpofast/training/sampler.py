@@ -22,6 +22,7 @@ from transformers import TrainingArguments
 from dpofast.checkpointing.signals import outlive_signals
 from dpofast.common.ranks import Ranks
 from dpofast.data.arrow import chunk_bounds, read_chunks
+from dpofast.data.images.prompt_images import PromptImages
 from dpofast.data.lists import with_best_and_worst
 from dpofast.data.report import DataReport
 from dpofast.data.token_rows import (
@@ -36,6 +37,7 @@ from dpofast.data.token_rows import (
 from dpofast.packing.batch import PackedBatch
 from dpofast.packing.pack import pack
 from dpofast.packing.planner import plan
+from dpofast.training.data.media import with_media
 
 SAMPLING_STRATEGIES = ("random", "sequential")
 _ROWS = 1024  # of an Arrow table at a time
@@ -55,13 +57,23 @@ class StepExamples(list[Any]):
         num_pairs: pairs, or lists, of the step, on all ranks.
         num_chosen_tokens: tokens of their chosen (of lists: best) responses; with token weights the sum of these.
         packed: set where they were packed ahead.
+        problem: why the images of a row cannot be used, to be raised when the step is packed: an error in a loader's
+            worker would come with its traceback.
         report: of a stream, the DataReport on all rows up to this step.
     """
 
     num_pairs: int
     num_chosen_tokens: float
     packed: PackedShare | None = None
+    problem: str | None = None
     report: DataReport | None = None
+
+    def make_media(self, images: PromptImages | None) -> None:
+        """Put pixels in the place of encoded images; what is wrong with one becomes the problem."""
+        try:
+            with_media(self, images)
+        except ValueError as error:
+            self.problem = str(error)
 
 
 @dataclass(frozen=True)
@@ -216,9 +228,11 @@ class _Share(list[int]):
 class StepDataset(torch.utils.data.Dataset[Any]):
     """A token-level dataset that returns a rank's examples of a step as StepExamples."""
 
-    def __init__(self, dataset: Dataset, lengths: PairLengths | None = None) -> None:
-        """Keep both; lengths are needed where a rank's share is not the whole step."""
-        self.dataset, self.lengths = as_numpy(dataset), lengths
+    def __init__(
+        self, dataset: Dataset, lengths: PairLengths | None = None, images: PromptImages | None = None
+    ) -> None:
+        """Keep them; lengths are needed where a rank's share is not the whole step, images for rows that have some."""
+        self.dataset, self.lengths, self.images = as_numpy(dataset), lengths, images
 
     def __len__(self) -> int:
         """Pairs."""
@@ -226,7 +240,9 @@ class StepDataset(torch.utils.data.Dataset[Any]):
 
     def __getitem__(self, index: int) -> Any:
         """One example."""
-        return with_best_and_worst(self.dataset[index])
+        examples = [with_best_and_worst(self.dataset[index])]
+        with_media(examples, self.images)
+        return examples[0]
 
     def __getitems__(self, share: _Share) -> StepExamples:
         """A rank's examples of a step, each with its index in the dataset; lists also have chosen_ids, rejected_ids."""
@@ -240,6 +256,7 @@ class StepDataset(torch.utils.data.Dataset[Any]):
             examples.num_chosen_tokens = sum(map(best_weight, examples))
         else:
             examples.num_chosen_tokens = self.lengths.chosen[share.step].sum().item()
+        examples.make_media(self.images)
         return examples
 
 
@@ -258,10 +275,12 @@ def step_loader(
     args: TrainingArguments,
     *,
     training: bool,
+    images: PromptImages | None = None,
 ) -> StepLoader:
     """Returns a loader of StepExamples: this rank's share of each step of pairs_per_rank · ranks.size pairs.
 
     In training in the order and with the dataloader_drop_last of args, in evaluation all pairs in the dataset's order.
+    images makes the pixels of rows with images.
     """
     lengths = PairLengths.of(dataset) if ranks.size > 1 else None
     sampler = StepSampler(
@@ -275,7 +294,7 @@ def step_loader(
         num_ranks=ranks.size,
     )
     return StepLoader(
-        StepDataset(dataset, lengths),
+        StepDataset(dataset, lengths, images),
         batch_sampler=sampler,
         collate_fn=as_it_is,
         num_workers=args.dataloader_num_workers,
@@ -287,17 +306,20 @@ def step_loader(
     )
 
 
-def first_examples(dataset: Dataset, positions: int, share: str) -> StepExamples:
+def first_examples(dataset: Dataset, positions: int, share: str, images: PromptImages | None = None) -> StepExamples:
     """Returns the first pairs that fill at least so many positions of one micro-batch, as a step of their own.
 
     Args:
         dataset: token-level pairs or lists; all of them where they fill fewer.
         positions: packed positions.
         share: as in `pack`.
+        images: makes the pixels of rows with images.
     """
     examples, tokens, enough = StepExamples(), 0, float(positions)
     for example in as_numpy(dataset):
-        examples.append(with_best_and_worst(example))
+        row = [with_best_and_worst(example)]
+        with_media(row, images)
+        examples += row
         responses = responses_of(example)
         tokens += len(example["prompt_ids"]) * (len(responses) if share == "none" else 1) + sum(map(len, responses))
         if tokens >= enough:

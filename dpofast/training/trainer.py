@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import fields, replace
@@ -27,6 +26,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from dpofast.checkpointing.identity import reference_identity
 from dpofast.checkpointing.trainer import CheckpointedTrainer
 from dpofast.data.arrow import mapped_files, release_pages
+from dpofast.data.images.columns import OF_IMAGES
 from dpofast.data.token_rows import DECIDING_COLUMNS, has_reference, optional_columns
 from dpofast.evaluation.metrics import MetricSums, check_best_metric
 from dpofast.evaluation.pair_records import PairRecords
@@ -38,7 +38,7 @@ from dpofast.packing.batch import PackedBatch
 from dpofast.scoring.score import Forward
 from dpofast.training.checks.arguments import check_arguments
 from dpofast.training.checks.columns import check_data_columns
-from dpofast.training.checks.device import check_kernels, device_notes
+from dpofast.training.checks.device import check_kernels, device_notes, print_notes
 from dpofast.training.checks.launch import check_options_of_sharded, check_pairs, check_reference_used, own_arguments
 from dpofast.training.checks.methods import check_methods
 from dpofast.training.coupled import RunningRewards
@@ -80,7 +80,7 @@ class DPOTrainer(CheckpointedTrainer):
             columns of a row (weight, margin, beta ...) that the loss takes. Of an IterableDataset,
             which is read and tokenized as training goes, the reference is computed in the step.
         eval_dataset: the same, held out, read whole; a dict of them is evaluated one by one, each under its name.
-        processing_class: the tokenizer; None loads the one that lies beside the model, if there is one.
+        processing_class: the tokenizer, or for images the model's processor; None loads what lies beside the model.
         compute_metrics: None; TRL's argument, refused.
         callbacks: further TrainerCallbacks.
         optimizers: an optimizer and a scheduler of your own.
@@ -101,7 +101,7 @@ class DPOTrainer(CheckpointedTrainer):
 
     train_dataset: Any
     eval_dataset: Any
-    identity_columns = DECIDING_COLUMNS
+    identity_columns = (*DECIDING_COLUMNS, *OF_IMAGES)
 
     def __init__(
         self,
@@ -126,11 +126,13 @@ class DPOTrainer(CheckpointedTrainer):
         self.loss = args.preference_loss()
         check_data_columns(args, self.loss, train_dataset, eval_dataset)
         torch.manual_seed(args.seed)
-        models = prepare_models(model, ref_model, args, processing_class, peft_config, quantization_config)
+        models = prepare_models(
+            model, ref_model, args, processing_class, peft_config, quantization_config, train_dataset
+        )
         ref_model = models.ref_model
         if train_dataset is not None:
             check_trainable(models.policy)
-        self._data = PreferenceData(args, models.tokenizer, vocabulary(models.policy))
+        self._data = PreferenceData(args, models.processing, vocabulary(models.policy))
         self.data_reports = self._data.reports
         self.pair_records: dict[str, PairRecords] = {}
         if optimizers[0] is None:
@@ -142,7 +144,7 @@ class DPOTrainer(CheckpointedTrainer):
                 data_collator=list,
                 train_dataset=self._train_tokens(train_dataset),
                 eval_dataset=each_eval_dataset(self._data.tokenized, eval_dataset),
-                processing_class=models.tokenizer,
+                processing_class=models.processing.whole,
                 callbacks=callbacks,
                 optimizers=optimizers,
             )
@@ -152,15 +154,14 @@ class DPOTrainer(CheckpointedTrainer):
         self._training_packer = replace(self._packer, share="none") if args.neftune_noise_alpha else self._packer
         self._check_data_and_launch(ref_model)
         if self.is_world_process_zero():
-            for note in device_notes(args, models.policy, models.layers):
-                print(f"dpofast: {note}", file=sys.stderr)
+            print_notes(device_notes(args, models.policy, models.layers, with_images=models.with_images))
         self._ahead: Ahead[StepExamples] | None = None
         self.neftune_noise_alpha = None  # Trainer's own noise, scaled by the width of a packed row
         self.max_tokens, self.max_forward_tokens = token_limits(args.max_tokens, args.device)
         self._forward_dtype = forward_dtype(self.accelerator)
         self._reference = make_reference(self.model, ref_model, args, self._forward_dtype, wrapped=models.wrapped)
         for each in filter(None, (self.model, self._reference.model)):
-            check_where_it_runs(each, args, self.accelerator.autocast)
+            check_where_it_runs(each, args, self.accelerator.autocast, with_images=models.with_images)
         self._reference_identity = self._identity_of_reference(ref_model)  # before training changes the policy
         live = self.loss.needs_reference and not args.precompute_ref_log_probs
         self._settings = step_settings(
@@ -175,7 +176,7 @@ class DPOTrainer(CheckpointedTrainer):
             self._reference.release()
         if args.max_tokens == "auto":
             self.max_tokens = auto_max_tokens(
-                self.model, self.train_dataset, self._training_packer, self._settings, self._totals
+                self.model, self.train_dataset, self._training_packer, self._settings, self._totals, self._data.images
             )
 
     # ---- what the constructor prepares ------------------------------------------------------------------------------
@@ -218,14 +219,17 @@ class DPOTrainer(CheckpointedTrainer):
         if isinstance(self.train_dataset, IterableDataset):
             size, drop_last = self._train_batch_size, self.args.dataloader_drop_last
             return stream_loader(self.train_dataset, self._data, size, self.ranks, drop_last=drop_last)
-        return step_loader(self.train_dataset, self._train_batch_size, self.ranks, self.args, training=True)
+        return self._loader(self.train_dataset, self._train_batch_size, training=True)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> StepLoader:
         """This rank's share of every evaluation batch."""
         if isinstance(eval_dataset, str):
             eval_dataset = self.eval_dataset[eval_dataset]
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        return step_loader(dataset, self.args.eval_batch_size, self.ranks, self.args, training=False)
+        return self._loader(dataset, self.args.eval_batch_size, training=False)
+
+    def _loader(self, dataset: Dataset, pairs_per_rank: int, *, training: bool) -> StepLoader:
+        return step_loader(dataset, pairs_per_rank, self.ranks, self.args, training=training, images=self._data.images)
 
     def get_test_dataloader(self, test_dataset: Any) -> StepLoader:
         """This rank's share of every batch of further data, for predict()."""

@@ -38,7 +38,12 @@ class StepPacker:
             examples: with token ids, the optional columns of pairs and lists, and reference log-probs where they were
                 computed.
             max_tokens: most packed positions of a micro-batch; None packs all into one.
+
+        Raises:
+            ValueError: an image that cannot be used, with its row.
         """
+        if (problem := getattr(examples, "problem", None)) is not None:
+            raise ValueError(problem)
         by_pair = self.ref_logps_by_pair and len(examples) > 0 and REF_COLUMNS[0] in examples[0]
         rows = [without_reference(example) for example in examples] if by_pair else examples
         batches = pack(rows, max_tokens, share=self.share)

@@ -94,6 +94,7 @@ class StepStream(torch.utils.data.IterableDataset[Any]):
         share = StepExamples({**names, **examples[index]} for index in own)
         share.num_pairs, share.num_chosen_tokens = count, lengths.chosen[:count].sum().item()
         share.report = self._report
+        share.make_media(self.data.images)
         return share
 
 

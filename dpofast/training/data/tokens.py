@@ -10,7 +10,9 @@ from datasets import Dataset, IterableDataset
 from dpofast.data.load import tokenize_preferences
 from dpofast.data.token_rows import has_reference
 from dpofast.training.checks.columns import check_column_names, check_column_values, is_list_data
+from dpofast.training.checks.images import has_images, image_columns
 from dpofast.training.config import DPOConfig
+from dpofast.training.processing import WITHOUT_IMAGES, Processing
 
 
 class PreferenceData:
@@ -18,21 +20,23 @@ class PreferenceData:
 
     Args:
         args: the trainer's.
-        tokenizer: of the policy, or None for data that is token ids.
+        processing: what rows are read with.
         vocab_size: of the policy, an upper bound of token ids.
 
     Attributes:
         reports: the DataReport of every dataset by its name ("train", "eval").
+        images: makes the pixels of rows with images; None where the run can use none.
     """
 
-    def __init__(self, args: DPOConfig, tokenizer: Any, vocab_size: int) -> None:
+    def __init__(self, args: DPOConfig, processing: Processing, vocab_size: int) -> None:
         """Keep the options of tokenize_preferences."""
         self.reports: dict[str, Any] = {}
+        self.images, self._refused = processing.images, processing.refused
         asked = args.precompute_ref_log_probs and not args.chose_precompute
         self._loss = args.preference_loss()
         self._precompute_is_asked = asked and self._loss.needs_reference
         self._options = {
-            "tokenizer": tokenizer,
+            "tokenizer": processing.tokenizer,
             "max_length": args.max_length,
             "truncation_mode": args.truncation_mode,
             "on_bad_row": args.on_bad_row,
@@ -52,8 +56,9 @@ class PreferenceData:
             first_row: the number of its first row in a stream, for messages.
 
         Raises:
-            ValueError: no datasets.Dataset, rows that cannot be used (DataError), or columns that the loss does not
-                take; a stream, where precomputed reference log-probs are asked for and not just the default.
+            ValueError: no datasets.Dataset, rows that cannot be used (DataError), images that the run cannot use, or
+                columns that the loss does not take; a stream, where precomputed reference log-probs are asked for and
+                not just the default.
         """
         if isinstance(dataset, IterableDataset):
             if self._precompute_is_asked and not streams_reference(dataset):
@@ -64,7 +69,7 @@ class PreferenceData:
         source = dataset.info.dataset_name or f"{name} data"
         source += f" from row {first_row} on" if first_row else ""
         check_column_names(dataset.column_names, self._loss, source, list_pairs=self._options["list_pairs"])
-        options = self._options
+        options = self._options | self._image_options(dataset, source)
         if name != "train" and not is_list_data(dataset.column_names):  # pairs may be held out of lists that train
             options = {**options, "list_pairs": None, "min_score_gap": None}
         tokens, report = tokenize_preferences(dataset, source=source, **options)
@@ -72,6 +77,13 @@ class PreferenceData:
         check_column_values(tokens, self._loss, source, unit=report.unit)
         self.reports[name] = report
         return tokens
+
+    def _image_options(self, dataset: Dataset, source: str) -> dict[str, Any]:
+        """Of tokenize_preferences, for data with columns of images."""
+        columns = image_columns(dataset.column_names)
+        if columns and self._refused is not None and has_images(dataset):
+            raise ValueError(f"{source}: it has images: {self._refused}. {WITHOUT_IMAGES}")
+        return {"images": self.images} if columns and self.images is not None else {}
 
 
 def streams_reference(dataset: IterableDataset) -> bool:

@@ -9,6 +9,7 @@ from datasets import Dataset
 from torch import nn
 
 from dpofast.common.ranks import Ranks
+from dpofast.data.images.prompt_images import PromptImages
 from dpofast.losses.pairs import StepTotals
 from dpofast.packing.batch import PackedBatch
 from dpofast.training.data.micro_batches import StepPacker
@@ -61,6 +62,7 @@ def auto_max_tokens(
     packer: StepPacker,
     settings: StepSettings,
     totals: Callable[[StepExamples], StepTotals],
+    images: PromptImages | None = None,
 ) -> int:
     """What fits on every rank, measured with the first rows of the data; all that is allowed without data.
 
@@ -70,6 +72,7 @@ def auto_max_tokens(
         packer: how steps are packed.
         settings: of the run.
         totals: the counts of a step.
+        images: makes the pixels of rows with images.
     """
     device = settings.device
     cap = largest_auto(device)
@@ -79,7 +82,7 @@ def auto_max_tokens(
 
     def probe(positions: int) -> int:
         """Forward and backward of a micro-batch of the first rows; returns its positions and restores all state."""
-        examples = first_examples(dataset, positions, packer.share)
+        examples = first_examples(dataset, positions, packer.share, images)
         (batch,) = packer.on_device(examples, None)
         draws = random_states(device)
         model.train()
