@@ -12,14 +12,15 @@ import mmap
 import os
 import sys
 from collections.abc import Collection, Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
+import datasets
 import pyarrow as pa
+from datasets import Dataset
+from datasets.fingerprint import Hasher
 
 from dpofast.data.formats import DataError
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 _GATHERED = 32  # rows that are copied before their pages are released
 _LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
@@ -103,3 +104,28 @@ def check_batch(batch: pa.RecordBatch, start: int, source: str) -> None:
     except pa.ArrowException as error:
         rows, reason = f"rows {start} to {start + len(batch) - 1}", " ".join(str(error).split())
         raise DataError(f"{source}: damaged Arrow data in {rows}: {reason}") from error
+
+
+def is_cached(dataset: Dataset) -> bool:
+    """Whether a dataset lies in memory, or in files that datasets or load_preferences wrote as a cache."""
+    cache = Path(datasets.config.HF_DATASETS_CACHE).resolve()
+    folders = {Path(file).parent for file in mapped_files(dataset)}
+    return all(
+        folder.is_relative_to(cache)
+        or folder.name == "dpofast-parquet"
+        or ((folder / "dataset_info.json").exists() and not (folder / "state.json").exists())
+        for folder in folders
+    )
+
+
+def cache_options(dataset: Dataset, function: Any) -> dict[str, Any]:
+    """Options of Dataset.map that keep its result out of folders that are the user's own, which may be read-only.
+
+    datasets writes it beside the files that it came from.
+    """
+    if is_cached(dataset):
+        return {}
+    key = Hasher.hash((dataset._fingerprint, function))
+    folder = Path(datasets.config.HF_DATASETS_CACHE, "dpofast-tokens")
+    folder.mkdir(parents=True, exist_ok=True)
+    return {"cache_file_name": str(folder / f"{key}.arrow"), "new_fingerprint": key}

@@ -34,6 +34,9 @@ from dpofast.data.formats import (
     BadRow,
     excerpt,
 )
+from dpofast.data.images.columns import IMAGES
+from dpofast.data.images.prompt_images import PromptImages
+from dpofast.data.images.turns import check_no_image, with_image_parts
 from dpofast.data.lists import Ranking, ranking
 
 TRUNCATION_MODES = ("keep_start", "keep_end")
@@ -55,6 +58,7 @@ class EncodedRow(NamedTuple):
         cut_prompt: 1 where the prompt was cut at its start, else 0.
         dropped: the text at the prompt's end that a response displaces, or None.
         repeated: where all text responses begin with the prompt, what they and it say; else None.
+        media: the prompt's images as the model takes them, a PromptMedia, or None without images.
     """
 
     prompt: list[int]
@@ -65,6 +69,7 @@ class EncodedRow(NamedTuple):
     cut_prompt: int = 0
     dropped: str | None = None
     repeated: str | None = None
+    media: Any = None
 
 
 class _Names(NamedTuple):
@@ -96,7 +101,7 @@ class RowEncoder:
     Attributes:
         tokenizer: or None, for token ids.
         columns: as formats.used_columns returns them.
-        max_length, truncation_mode, assistant_only_loss, vocab_size: as in tokenize_preferences.
+        max_length, truncation_mode, assistant_only_loss, vocab_size, images: as in tokenize_preferences.
     """
 
     tokenizer: PreTrainedTokenizerBase | None
@@ -105,6 +110,7 @@ class RowEncoder:
     truncation_mode: str
     assistant_only_loss: bool
     vocab_size: int | None
+    images: PromptImages | None = None
 
     @property
     def is_list(self) -> bool:
@@ -114,6 +120,12 @@ class RowEncoder:
     def encode(self, row: Mapping[str, Any]) -> EncodedRow:
         """Return the pair or list. Raises BadRow."""
         kinds = columns.row_kinds(row, self.columns)
+        if self.images is None and _images(row):
+            raise BadRow(
+                "images cannot be used without a processor",
+                "train a vision-language model with its processor, or remove the column to train on the text alone",
+                fatal=True,
+            )
         names = _Names(self.is_list)
         ranked = None
         grades: list[Any] = [0, 1]
@@ -126,10 +138,12 @@ class RowEncoder:
             ranked = ranking(count, row.get(RANK_COLUMN), row.get(SCORE_COLUMN))
             grades = [(ranked.ranks[at], ranked.scores and ranked.scores[at]) for at in _inverse(ranked.order)]
         if "prompt_ids" in kinds:
+            prompt = columns.token_ids(ID_COLUMNS[0], row[ID_COLUMNS[0]])
             encoded = EncodedRow(
-                columns.token_ids(ID_COLUMNS[0], row[ID_COLUMNS[0]]),
+                prompt,
                 [columns.token_ids("responses", ids) for ids in _responses(row)],
                 self._given_weights(row, len(grades)),
+                media=None if self.images is None else self.images.of_ids(prompt, _images(row)),
             )
         else:
             encoded = self._tokenized(row, kinds, names)
@@ -143,6 +157,10 @@ class RowEncoder:
         largest = max(map(max, (prompt, *responses)))
         if self.vocab_size is not None and largest >= self.vocab_size:
             raise BadRow(f"a token id is outside the vocabulary of {self.vocab_size}", f"got {largest}")
+        if self.images is not None:
+            for place, ids in enumerate(responses):
+                if self.images.count(ids):
+                    raise names.bad(place, "holds an image token", "images stand in the prompt only")
         for place, (ids, own) in enumerate(zip(responses, weights, strict=True)):
             if own is not None and len(own) != len(ids):
                 raise names.bad(
@@ -167,6 +185,12 @@ class RowEncoder:
         if self.truncation_mode == "keep_end":
             longest = max(map(len, responses))
             room = self.max_length - longest
+            if encoded.media is not None and room < len(prompt):
+                raise BadRow(
+                    f"a prompt with images does not fit max_length={self.max_length}",
+                    f"its {len(prompt)} tokens and {longest} of a response are more, and keep_end would cut it: raise "
+                    "max_length or use keep_start",
+                )
             if room <= 0:
                 raise BadRow(
                     f"a response fills max_length={self.max_length}",
@@ -224,13 +248,18 @@ class RowEncoder:
         weights = self._given_weights(row, len(responses))
         if is_text:
             self._check_context(row, prompt)
-            return self._split(_text_ids(self.tokenizer, prompt, responses), weights)._replace(repeated=repeated)
+            ids = _text_ids(self.tokenizer, prompt, responses)
+            encoded = self._split(ids, weights)._replace(repeated=repeated)
+            return self._with_images(encoded, row, prompt, ids[0], special_tokens=True)
         if not prompt:
             raise BadRow("the prompt is empty", "a conversation needs a turn in front of the response")
         words = "\n".join(formats.strings([turn.get("content") for turn in prompt]))
         self._check_context(row, words)
         if not has_prompt and beside is not None:
             _check_beside(beside, prompt)
+        prompt = with_image_parts(prompt, len(_images(row)), None if self.images is None else self.images.token)
+        for place, response in enumerate(responses):
+            check_no_image(response, names.of(place))
         tools = columns.template_value("tools", row.get("tools"))
         template = Template(self.tokenizer, tools, row.get("chat_template_kwargs") or {})
         rendered = template.render(prompt, responses, [names.of(place) for place in range(len(responses))])
@@ -249,7 +278,25 @@ class RowEncoder:
                 )
             elif any(flag is not None for flag in own):
                 raise names.bad(place, "has `train` flags and token weights", "leave one of them out")
-        return encoded
+        return self._with_images(encoded, row, rendered.alone, rendered.ids[0], special_tokens=False)
+
+    def _with_images(
+        self, encoded: EncodedRow, row: Mapping[str, Any], text: str, alone: Sequence[int], *, special_tokens: bool
+    ) -> EncodedRow:
+        """The same with the processor's placeholders in the prompt; `text` and `alone` are the whole prompt's."""
+        if self.images is None:
+            return encoded
+        images, dropped = _images(row), len(alone) - len(encoded.prompt)
+        self.images.check_count(encoded.prompt, images)
+        if not images:
+            return encoded
+        ids, media = self.images.encode(text, images, special_tokens=special_tokens)
+        if dropped and ids[-dropped:] != list(alone[-dropped:]):
+            raise BadRow(
+                "the processor writes the prompt's end differently beside images",
+                f"{dropped} tokens of it are displaced by a response: end prompts at a word",
+            )
+        return encoded._replace(prompt=ids[: len(ids) - dropped], media=media)
 
     def _split(self, ids: Sequence[list[int]], weights: list[Weights]) -> EncodedRow:
         """Split token ids of the prompt alone, and with each response, where the first of these parts from it."""
@@ -282,6 +329,10 @@ def _responses(row: Mapping[str, Any]) -> Sequence[Any]:
             return row[column]
     names = ID_COLUMNS[1:] if ID_COLUMNS[1] in row else PAIR_TEXT_COLUMNS
     return [row[name] for name in names]
+
+
+def _images(row: Mapping[str, Any]) -> Sequence[Any]:
+    return row.get(IMAGES) or ()
 
 
 def _inverse(order: Sequence[int]) -> list[int]:

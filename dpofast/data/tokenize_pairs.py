@@ -15,18 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pyarrow as pa
 import pyarrow.compute as pc
 import transformers
 from datasets import Dataset, Features, List, Value
-from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
 from dpofast.common.printable import printable
 from dpofast.data import columns as row_columns
 from dpofast.data import encode_pairs, formats, lists
-from dpofast.data.arrow import check_values, mapped_files, release_pages
+from dpofast.data.arrow import cache_options, check_values, is_cached, mapped_files, release_pages
 from dpofast.data.chat import render, train_tokens
 from dpofast.data.encode_pairs import TRUNCATION_MODES, EncodedRow, RowEncoder
 from dpofast.data.formats import (
@@ -43,6 +41,12 @@ from dpofast.data.formats import (
     BadRow,
     DataError,
 )
+from dpofast.data.images import prompt_images, turns
+from dpofast.data.images import tokens as image_tokens
+from dpofast.data.images.columns import FEATURES, IMAGES, ROW_IMAGES, STORED
+from dpofast.data.images.prompt_images import PromptImages
+from dpofast.data.images.stored import stored as stored_row
+from dpofast.data.images.tokens import PLACE, files_digest, media_columns, with_images, with_stored_images
 from dpofast.data.lists import check_list_options, check_pairs_can_be_made, lists_to_pairs
 from dpofast.data.report import DataReport, NoUsableRow, bad_rows
 
@@ -52,6 +56,7 @@ LINE, FILE, ERROR, DETAIL = "_line", "_file", "_error", "_detail"
 _ADDED = (LINE, FILE, ERROR, DETAIL)
 _TRUNCATED, _CUT, _DROPPED, _REPEATED = "_truncated", "_cut", "_dropped", "_repeated"
 _WORKING_COLUMNS = [ERROR, DETAIL, _TRUNCATED, _CUT, _DROPPED, _REPEATED]
+_WITH_IMAGES = 64  # rows encoded together where images may stand beside them
 # Formats in which a dataset shows the values that are stored, and no others.
 _PLAIN_FORMATS = {None, "python", "arrow", "numpy", "torch", "tensorflow", "jax", "pandas", "polars"}
 # datasets caches the result of map by a fingerprint of the encoder; this hash makes it change with the code.
@@ -59,6 +64,7 @@ _CODE = hashlib.sha256(
     b"".join(
         Path(str(module.__file__)).read_bytes()
         for module in (formats, row_columns, lists, encode_pairs, render, train_tokens)
+        + (prompt_images, turns, image_tokens)
     )
     + Path(__file__).read_bytes()
     + transformers.__version__.encode()
@@ -70,7 +76,7 @@ class _Encoder:
     """The function given to datasets.map, which hashes its fields into the fingerprint of the cached result.
 
     Bad rows become rows of nulls with the reason. `exact` names the columns whose nulls are the data's own, not
-    Arrow's; `transform` is the dataset's (Dataset.set_transform).
+    Arrow's; `transform` is the dataset's (Dataset.set_transform); `image_files` is a hash of their stamps.
     """
 
     rows: RowEncoder
@@ -78,7 +84,13 @@ class _Encoder:
     exact: tuple[str, ...]
     unit: str
     files: tuple[str, ...]
+    image_files: str
     code: str = _CODE
+
+    @property
+    def has_images(self) -> bool:
+        """Whether rows may have images."""
+        return IMAGES in self.rows.columns
 
     @property
     def features(self) -> Features:
@@ -94,6 +106,8 @@ class _Encoder:
             kinds |= {column: number for column in REF_COLUMNS if column in given}
             kinds |= dict.fromkeys(WEIGHT_COLUMNS, weights)
         kinds |= {column: number for column in ROW_COLUMNS if column in given}
+        if self.has_images:
+            kinds |= {**FEATURES, PLACE: Value("int64")} | ({IMAGES: STORED} if self.transform else {})
         kinds |= {"row": Value("int64"), ERROR: Value("string"), DETAIL: Value("string")}
         kinds |= {_TRUNCATED: Value("int32"), _CUT: Value("int8")}
         return Features(kinds | {_DROPPED: Value("string"), _REPEATED: Value("string")})
@@ -111,24 +125,36 @@ class _Encoder:
                 if ERROR in batch and batch[ERROR][i] is not None:
                     detail = batch[DETAIL][i].removeprefix(batch[ERROR][i]).removeprefix(": ")
                     raise BadRow(batch[ERROR][i], detail)
-                example = self._encode({column: shown[column][i] for column in self.rows.columns})
+                example = self._encode({column: _of_row(shown, column, i) for column in self.rows.columns})
             except BadRow as problem:
                 if problem.fatal:
                     raise DataError(f"{where}: {problem}") from None
                 example = {ERROR: problem.reason, DETAIL: f"{where}: {problem}"}
-            example["row"] = number
+            example |= {"row": number, PLACE: indices[i]}
             for name, values in encoded.items():
                 values.append(example.get(name))
         release_pages(self.files)
         return encoded
 
     def _encode(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        row = {name: value if name in self.exact else formats.without_nulls(value) for name, value in row.items()}
+        row = {
+            name: value if name in (*self.exact, IMAGES) else formats.without_nulls(value)
+            for name, value in row.items()
+        }
         encoded = self.rows.encode(row)
         example = _of_list(encoded, row) if self.rows.is_list else _of_pair(encoded, row)
         example |= {column: row[column] for column in ROW_COLUMNS if column in self.rows.columns}
+        example |= media_columns(encoded.media) | {IMAGES: row.get(IMAGES)}
         example |= {_TRUNCATED: encoded.truncated, _CUT: encoded.cut_prompt}
         return example | {_DROPPED: encoded.dropped, _REPEATED: encoded.repeated}
+
+
+def _of_row(shown: Mapping[str, Sequence[Any]], column: str, index: int) -> Any:
+    """A value of a row; of images, in the form that is stored, whichever of its columns they are in."""
+    if column != IMAGES:
+        return shown[column][index]
+    found = next(name for name in ROW_IMAGES if name in shown)
+    return stored_row(shown[found][index])
 
 
 def _of_pair(encoded: EncodedRow, row: Mapping[str, Any]) -> dict[str, Any]:
@@ -194,6 +220,7 @@ def tokenize_preferences(
     assistant_only_loss: bool = True,
     source: str | None = None,
     vocab_size: int | None = None,
+    images: PromptImages | None = None,
     num_proc: int | None = None,
 ) -> tuple[Dataset, DataReport]:
     """Turn preference data (the formats of dpofast.data.formats) into token ids.
@@ -222,13 +249,16 @@ def tokenize_preferences(
             true or false, is stronger. Off: all turns without that key are.
         source: name of the data in messages; None: the name that load_preferences stored.
         vocab_size: if given, token ids must be below it.
+        images: of a vision-language model, PromptImages(processor, vision_inputs(model)): with it rows may have images,
+            and conversations are written by the processor's chat template; tokenizer is then the processor's.
         num_proc: number of worker processes.
 
     Returns:
         A Dataset and a DataReport. Of pairs, the dataset has prompt_ids, chosen_ids, rejected_ids (lists of int32), row
         (int64: the row's number in the source) and, where they are given, ref_chosen_logps and ref_rejected_logps
         (float32, nats), weight, margin, beta, label_smoothing (float32), and, where they are given or made of turns,
-        chosen_weights and rejected_weights (lists of float32, one for each token; null: all 1). Of lists, in place of
+        chosen_weights and rejected_weights (lists of float32, one for each token; null: all 1); where rows have images,
+        the columns of dpofast.data.images.columns. Of lists, in place of
         chosen_ids and rejected_ids: responses_ids (K lists, from best to worst), ranks (K int32 from 0, dense, equal
         where tied), order (K int32: places in the row of the source), and, where they are given, scores and
         ref_responses_logps (K float32) and responses_weights.
@@ -246,39 +276,45 @@ def tokenize_preferences(
     source = source or dataset.info.dataset_name or "<dataset>"
     if len(dataset) == 0:
         raise DataError(f"{source}: there are no rows")
-    if not _is_cached(dataset):
+    if not is_cached(dataset):
         check_values(dataset, source)
     try:
         stored, transform = _view(dataset)
+        stored = stored if transform else with_stored_images(stored)
         names = transformed(transform, stored[:1]) if transform else stored.column_names
         columns = formats.used_columns([name for name in names if name not in _ADDED])
         check_pairs_can_be_made(columns, list_pairs, min_score_gap)
     except (BadRow, DataError) as problem:
         raise DataError(f"{source}: {problem}") from None
+    columns = tuple(IMAGES if name in ROW_IMAGES else name for name in columns)
+    has_images = IMAGES in columns
     encoder = _Encoder(
         rows=RowEncoder(
-            tokenizer=tokenizer,
+            tokenizer=tokenizer if images is None else images.tokenizer,
             columns=columns,
             max_length=max_length,
             truncation_mode=truncation_mode,
             assistant_only_loss=assistant_only_loss,
             vocab_size=vocab_size,
+            images=images,
         ),
         transform=transform,
         exact=tuple(name for name, feature in stored.features.items() if "Json" in str(feature)),
         unit="line" if LINE in stored.column_names and FILE not in stored.column_names else "row",
         files=mapped_files(dataset),
+        image_files="" if transform or not has_images else files_digest(stored),
     )
     try:
         encoded = stored.map(
             encoder,
             batched=True,
             with_indices=True,
+            batch_size=_WITH_IMAGES if has_images else 1000,
             remove_columns=stored.column_names,
             features=encoder.features,
             num_proc=num_proc,
             desc=printable(f"Tokenizing {source}"),
-            **_cache_of(stored, encoder),
+            **cache_options(stored, encoder),
         )
     except DataError as error:
         raise DataError(f"{source}, {error}") from None
@@ -315,7 +351,11 @@ def tokenize_preferences(
             desc=printable(f"Leaving out bad rows of {source}"),
         )
         good = good.with_format(None)
-    return (good, report) if list_pairs is None else lists_to_pairs(good, list_pairs, min_score_gap, report)
+    if list_pairs is not None:
+        good, report = lists_to_pairs(good, list_pairs, min_score_gap, report)
+    if has_images:
+        good = good.remove_columns([PLACE]) if transform else with_images(good, stored)
+    return good, report
 
 
 def _check_repeated(table: pa.Table, source: str, kept: int, *, is_list: bool) -> None:
@@ -349,31 +389,6 @@ def _view(dataset: Dataset) -> tuple[Dataset, Callable[[dict[str, Any]], Any] | 
     hidden = [name for name in hidden if name not in _ADDED]
     stored = dataset.with_format(None)
     return stored.remove_columns(hidden) if hidden else stored, transform
-
-
-def _is_cached(dataset: Dataset) -> bool:
-    """Whether a dataset lies in memory, or in files that datasets or load_preferences wrote as a cache."""
-    cache = Path(datasets.config.HF_DATASETS_CACHE).resolve()
-    folders = {Path(file).parent for file in mapped_files(dataset)}
-    return all(
-        folder.is_relative_to(cache)
-        or folder.name == "dpofast-parquet"
-        or ((folder / "dataset_info.json").exists() and not (folder / "state.json").exists())
-        for folder in folders
-    )
-
-
-def _cache_of(dataset: Dataset, encoder: _Encoder) -> dict[str, Any]:
-    """Options of Dataset.map that keep its result out of folders that are the user's own, which may be read-only.
-
-    datasets writes it beside the files that it came from.
-    """
-    if _is_cached(dataset):
-        return {}
-    key = Hasher.hash((dataset._fingerprint, encoder))
-    folder = Path(datasets.config.HF_DATASETS_CACHE, "dpofast-tokens")
-    folder.mkdir(parents=True, exist_ok=True)
-    return {"cache_file_name": str(folder / f"{key}.arrow"), "new_fingerprint": key}
 
 
 def _check_options(

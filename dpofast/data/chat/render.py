@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from dpofast.data.formats import BadRow, excerpt
+from dpofast.data.images.turns import is_image
 
 Turn = Mapping[str, Any]
 Turns = list[Any]
@@ -239,14 +240,14 @@ def _texts(turn: Turn) -> list[str]:
     elif isinstance(content, str):
         found = [content]
     elif isinstance(content, list) and all(isinstance(part, Mapping) for part in content):
-        other = next((part for part in content if not isinstance(part.get("text"), str)), None)
+        parts = [part for part in content if not is_image(part)]
+        other = next((part for part in parts if not isinstance(part.get("text"), str)), None)
         if other is not None:
-            kind = other.get("type")
             raise BadRow(
-                "content holds a part that is no text",
-                f'expected {{"type": "text", "text": ...}}, got a part of type {kind!r}; images are not supported',
+                "content holds a part that is neither text nor an image",
+                f'expected {{"type": "text", "text": ...}} or {{"type": "image"}}, got type {other.get("type")!r}',
             )
-        found = [part["text"] for part in content]
+        found = [part["text"] for part in parts]
     else:
         raise BadRow(
             "content is neither text nor a list of parts",
@@ -271,6 +272,8 @@ def _as_given(turn: Turn) -> Turn:
 def _as_text(turn: Turn) -> Turn:
     content = turn.get("content")
     if content is None or (isinstance(content, list) and all(isinstance(part, Mapping) for part in content)):
+        if any(map(is_image, content or [])):  # which text cannot hold
+            return turn
         return {**turn, "content": "".join(_all_texts(content or []))}
     return turn
 
@@ -290,4 +293,4 @@ def _altered(turn: Turn) -> Turn:
     content = turn["content"]
     if isinstance(content, str):
         return {**turn, "content": content + " #"}
-    return {**turn, "content": [{**part, "text": part["text"] + " #"} for part in content]}
+    return {**turn, "content": [part if is_image(part) else {**part, "text": part["text"] + " #"} for part in content]}

@@ -18,6 +18,7 @@ from typing import Any
 
 from dpofast.data.chat.render import Rendered, Template
 from dpofast.data.formats import BadRow, got
+from dpofast.data.images.turns import is_image
 
 TRAIN = "train"  # the key of a turn
 TurnFlags = list[bool | None]
@@ -172,8 +173,10 @@ def _alterations(turn: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
             yield {**turn, "content": content + _ALTERATION}
             yield {**turn, "content": content.rstrip() + _ALTERATION}
         else:
-            *others, last = content
-            yield {**turn, "content": [*others, {**last, "text": last["text"] + _ALTERATION}]}
+            last = max((at for at, part in enumerate(content) if not is_image(part)), default=None)
+            if last is not None:
+                altered = {**content[last], "text": content[last]["text"] + _ALTERATION}
+                yield {**turn, "content": [*content[:last], altered, *content[last + 1 :]]}
     elif isinstance(calls, list) and calls and isinstance(calls[-1], Mapping):
         *others, last = calls
         called = last.get("function", last)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from transformers import ProcessorMixin
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from dpofast.data.formats import BadRow
 from dpofast.data.images.columns import IMAGE_KEYS, IMAGE_TOKENS, IMAGES
@@ -15,10 +16,16 @@ from dpofast.data.images.decode import opened
 class ModelInputs(Protocol):
     """What vision_inputs(model) returns."""
 
-    token_id: int
+    @property
+    def config(self) -> Any:
+        """The composite model's."""
+
+    @property
+    def token_id(self) -> int:
+        """Of a placeholder."""
 
     def of_prompt(self, prompt_ids: Any, processed: Mapping[str, Any], name: str = "prompt") -> Any:
-        """The media of one prompt, a PromptMedia."""
+        """The media of one prompt: a PromptMedia, or None without images."""
 
 
 class PromptImages:
@@ -27,36 +34,76 @@ class PromptImages:
     Args:
         processor: the model's (AutoProcessor).
         inputs: vision_inputs(model).
+
+    Attributes:
+        tokenizer: the processor's, with the processor's chat template.
+        token: the text that the processor replaces by an image's placeholders.
     """
 
     def __init__(self, processor: ProcessorMixin, inputs: ModelInputs) -> None:
-        """Keep both."""
+        """Look up which tokens stand for images."""
+        if not isinstance(processor, ProcessorMixin):
+            raise ValueError(
+                f"processor: expected a transformers processor (AutoProcessor), got {type(processor).__name__}"
+            )
         self.processor, self.inputs = processor, inputs
+        self.tokenizer: PreTrainedTokenizerBase = _with_template(processor)
+        self.token = str(getattr(processor, "boi_token", None) or processor.image_token)  # the former of Gemma 3
+        self._token_id = self.tokenizer.convert_tokens_to_ids(self.token)
+        video = getattr(inputs.config, "video_token_id", None)
+        self._reserved = {self._token_id, inputs.token_id} | ({video} if video is not None else set())
 
-    @property
-    def tokenizer(self) -> Any:
-        """The processor's."""
-        return self.processor.tokenizer
+    def __getstate__(self) -> dict[str, Any]:
+        """What it was made from; the rest follows."""
+        return {"processor": self.processor, "inputs": self.inputs}
 
-    def encode(self, text: str, images: Sequence[Any]) -> tuple[list[int], Any]:
-        """Token ids of a rendered prompt, with an image's placeholders where the text has one, and its PromptMedia.
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Make it again."""
+        PromptImages.__init__(self, **state)
+
+    def count(self, ids: Sequence[int]) -> int:
+        """How many tokens of images, or videos, there are among token ids."""
+        return sum(token in self._reserved for token in ids)
+
+    def check_count(self, ids: Sequence[int], images: Sequence[Any]) -> None:
+        """Raise BadRow unless a prompt, not yet expanded, has one image token for each image and none of videos."""
+        found, others = list(ids).count(self._token_id), self.count(ids)
+        if found != len(images) or others != found:
+            raise BadRow(
+                "another number of images than of image tokens",
+                f"{len(images)} images for {others} tokens such as {self.token} in the prompt: a template or text "
+                "writes one for each image, and words must not contain it",
+            )
+
+    def encode(self, text: str, images: Sequence[Any], *, special_tokens: bool = False) -> tuple[list[int], Any]:
+        """Token ids of a prompt, with an image's placeholders where the text has its token, and its PromptMedia.
 
         Args:
-            text: with one image token of the processor for each image.
+            text: with `token` once for each image.
             images: in the order of the text, in any form that decode.opened takes; 1 or more.
+            special_tokens: whether the tokenizer adds BOS and the like; a template has written them.
 
         Raises:
-            BadRow: an image that cannot be read, another number of images than image tokens, or what the processor
-                or the model refuses.
+            BadRow: an image that cannot be read, or what the processor or the model refuses.
         """
-        pictures = [opened(image) for image in images]
-        try:
-            # the template has written special tokens
-            processed = self.processor(text=[text], images=[pictures], add_special_tokens=False, return_tensors="pt")
-            ids = processed["input_ids"][0].tolist()
-            return ids, self.inputs.of_prompt(ids, processed)
-        except Exception as error:  # processors raise anything
-            raise BadRow("the processor refused the images", " ".join(str(error).split())[:300]) from error
+        processed = self._processed(text, images, special_tokens=special_tokens)
+        ids = processed["input_ids"][0].tolist()
+        bos = self.tokenizer.bos_token
+        if special_tokens and bos and text.startswith(bos) and ids[:2] == [self.tokenizer.bos_token_id] * 2:
+            ids = ids[1:]
+        return ids, self._media(ids, processed)
+
+    def of_ids(self, prompt_ids: Sequence[int], images: Sequence[Any]) -> Any:
+        """The PromptMedia of a prompt that has its placeholders already, or None without images.
+
+        Raises:
+            BadRow: as encode; another number of placeholders than the images have.
+        """
+        if not images:
+            if self.count(prompt_ids):
+                raise BadRow("image tokens without images", f"the prompt has {self.count(prompt_ids)}")
+            return None
+        return self._media(prompt_ids, self._processed(self.token * len(images), images, special_tokens=False))
 
     def media(self, row: Mapping[str, Any]) -> Any:
         """The PromptMedia of a row of a token-level dataset, or None where it has no images.
@@ -67,21 +114,43 @@ class PromptImages:
         images = row.get(IMAGES)
         if images is None or not len(images):
             return None
-        where = f"row {row['row']}" if "row" in row else "a row"
+        where = f"row {row['row']}" if row.get("row") is not None else "a row"
         try:
-            _, media = self.encode(self.placeholder * len(images), images)
+            _, media = self.encode(self.token * len(images), images)
         except BadRow as problem:
             raise ValueError(f"{where}: {problem}") from problem
         keys, tokens = [image.key for image in media.images], [image.num_tokens for image in media.images]
         if keys != [bytes(key) for key in row[IMAGE_KEYS]] or tokens != list(row[IMAGE_TOKENS]):
             raise ValueError(
                 f"{where}: its images are others than when it was tokenized: leave image files as they are during a "
-                "run, or tokenize again"
+                "run, and start it anew where they have changed"
             )
         return media
 
-    @property
-    def placeholder(self) -> str:
-        """The text that the processor replaces by an image's placeholders."""
-        boi = getattr(self.processor, "boi_token", None)  # Gemma 3
-        return str(boi or self.processor.image_token)
+    def _processed(self, text: str, images: Sequence[Any], *, special_tokens: bool) -> Mapping[str, Any]:
+        pictures = [opened(image) for image in images]
+        try:
+            return self.processor(
+                text=[text], images=[pictures], add_special_tokens=special_tokens, return_tensors="pt"
+            )
+        # processors raise what their steps meet: ValueError, ZeroDivisionError, IndexError ...
+        except Exception as error:
+            sizes = ", ".join(f"{picture.width} x {picture.height}" for picture in pictures)
+            detail = f"images of {sizes} pixels: {' '.join(str(error).split())[:300] or type(error).__name__}"
+            raise BadRow("the processor refused the images", detail) from error
+
+    def _media(self, ids: Sequence[int], processed: Mapping[str, Any]) -> Any:
+        try:
+            return self.inputs.of_prompt(ids, processed)
+        except ValueError as error:
+            raise BadRow("images and placeholders do not fit", str(error)) from error
+
+
+def _with_template(processor: Any) -> Any:
+    """The processor's tokenizer with the processor's chat template, where it has one."""
+    tokenizer, template = processor.tokenizer, getattr(processor, "chat_template", None)
+    if template is None or template == tokenizer.chat_template:
+        return tokenizer
+    own = copy.copy(tokenizer)
+    own.chat_template = template
+    return own

@@ -1,0 +1,72 @@
+"""The image columns of a token-level dataset: what a row's media add to it, and the images themselves, not copied."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset, concatenate_datasets
+
+from dpofast.data.arrow import chunk_bounds, read_chunks
+from dpofast.data.images.columns import IMAGE_KEYS, IMAGE_TOKEN_ID, IMAGE_TOKENS, IMAGES, ROW_IMAGES
+from dpofast.data.images.stored import stored_images
+
+PLACE = "_place"  # of a row in the dataset that it was made from
+_ROWS = 1024
+
+
+def media_columns(media: Any) -> dict[str, Any]:
+    """The values of a row's OF_IMAGES, from its PromptMedia or None."""
+    if media is None:
+        return {IMAGE_KEYS: [], IMAGE_TOKENS: []}
+    return {
+        IMAGE_KEYS: [image.key for image in media.images],
+        IMAGE_TOKENS: [image.num_tokens for image in media.images],
+        IMAGE_TOKEN_ID: media.token_id,
+    }
+
+
+def with_stored_images(dataset: Dataset) -> Dataset:
+    """The dataset with its images as `images` in the form STORED; nothing is decoded or copied."""
+    given = [name for name in ROW_IMAGES if name in dataset.column_names]
+    if not given:
+        return dataset
+    images = stored_images(dataset)
+    rest = dataset.remove_columns(given)
+    return concatenate_datasets([rest, images], axis=1) if rest.column_names else images
+
+
+def files_digest(dataset: Dataset) -> str:
+    """A hash of the stamps of the image files that a dataset with STORED images names: a changed file changes it."""
+    digest = hashlib.sha256()
+    for table in read_chunks(dataset, [IMAGES], chunk_bounds(len(dataset), _ROWS)):
+        structs = pa.concat_arrays([chunk.flatten() for chunk in table.column(IMAGES).chunks])
+        paths = structs.field("path").filter(structs.field("bytes").is_null()).drop_null()
+        for path in paths.to_pylist():
+            try:
+                found = os.stat(path)
+                stamp = f"{found.st_size} {found.st_mtime_ns}"
+            except OSError as error:
+                stamp = str(error.errno)
+            digest.update(f"{path}\0{stamp}\0".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
+
+
+def with_images(tokens: Dataset, source: Dataset) -> Dataset:
+    """Tokens with a column PLACE, which is left out, beside the STORED images of these rows of their source."""
+    places = np.concatenate(
+        [
+            np.empty(0, np.int64),
+            *(
+                table.column(PLACE).to_numpy()
+                for table in read_chunks(tokens, [PLACE], chunk_bounds(len(tokens), _ROWS))
+            ),
+        ]
+    )
+    images = source.select_columns([IMAGES])
+    if not np.array_equal(places, np.arange(len(source))):
+        images = images.select(places)
+    return concatenate_datasets([tokens.remove_columns([PLACE]), images], axis=1)
