@@ -50,6 +50,7 @@ from dpofast.checkpointing.identity import (
     tokenizer_identity,
 )
 from dpofast.checkpointing.signals import Interruption, TrainingInterrupted
+from dpofast.checkpointing.weights import load_converted
 from dpofast.checkpointing.write_errors import as_os_errors, room
 from dpofast.common.locks import WriteLock
 from dpofast.common.output import lasting_output
@@ -352,7 +353,7 @@ class CheckpointedTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if self.is_fsdp_enabled:
             load_weights(self.model, resume_from_checkpoint)
-        else:
+        elif not load_converted(self.model, resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
@@ -408,7 +409,7 @@ class CheckpointedTrainer(Trainer):
         self._together(lambda: verify(self.state.best_model_checkpoint) if self.args.should_save else None)
         if self.is_fsdp_enabled:
             load_weights(self.model, self.state.best_model_checkpoint)
-        else:
+        elif self.is_deepspeed_enabled or not load_converted(self.model, self.state.best_model_checkpoint):
             super()._load_best_model()
 
     # ---- ranks ------------------------------------------------------------------------------------------------------

@@ -5,11 +5,11 @@ import random
 from dataclasses import dataclass
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, Features, Image, List, Value
 
-from dpofast import DPOConfig, DPOTrainer, reference
+from dpofast import DPOConfig, DPOTrainer
 from tests.support.vision_models import IMAGE, vision_model
-from tests.support.vision_processors import processor_of, tokenizer_of
+from tests.support.vision_processors import picture, processor_of
 
 PATCHES = ("qwen2_vl", "qwen3_vl", "glm4v")  # of pixel_values a row a patch
 _TOWERS = ("visual", "vision_tower", "vision_model")
@@ -18,8 +18,6 @@ _TOKEN_TYPES = {"gemma3": "token_type_ids", **dict.fromkeys(PATCHES, "mm_token_t
 
 def pictures():
     """Pictures of several sizes, of which some pairs have none, one or three, and some the same."""
-    from tests.support.vision_processors import picture
-
     sizes = ((16, 16), (20, 36), (30, 12), (16, 24))
     drawn = [picture(seed, *sizes[seed % 4]) for seed in range(6)]
     return [[drawn[0]], [], drawn[:3], [drawn[0]], [drawn[3]], [drawn[0]], [drawn[4], drawn[0]], [], [drawn[5]]]
@@ -46,13 +44,13 @@ def encoded(processor, text, images):
     return processor(text=[text], **given, add_special_tokens=False, return_tensors="pt")
 
 
-def image_dataset(family, count=9, **options):
-    """image_pairs as a Dataset."""
-    from datasets import Features, Image, List, Value
+def image_dataset(family, count=9, *, rows=None, **options):
+    """image_pairs, or such rows, as a Dataset."""
 
     ids = List(Value("int32"))
     features = {"prompt_ids": ids, "chosen_ids": ids, "rejected_ids": ids, "images": List(Image())}
-    return Dataset.from_list(image_pairs(family, count, **options), features=Features(features))
+    rows = image_pairs(family, count, **options) if rows is None else rows
+    return Dataset.from_list(rows, features=Features(features))
 
 
 def image_trainer(output_dir, family, *, model=None, train=None, **options):
