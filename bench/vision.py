@@ -68,7 +68,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.epochs < 1 or args.steps % args.epochs:
         parser.error(f"--epochs must divide --steps, got {args.epochs} and {args.steps}")
     if args.pairs_per_image < 1 or args.pairs_per_step < 1:
-        parser.error("--pairs-per-image and --pairs-per-step must be at least 1")
+        parser.error(
+            "--pairs-per-image and --pairs-per-step must be at least 1, got "
+            f"{args.pairs_per_image} and {args.pairs_per_step}"
+        )
     return args
 
 

@@ -66,7 +66,7 @@ class VisionProfile:
     question: tuple[int, int] = (12, 24)
     response: tuple[int, int] = (45, 74)
     hidden_size: int = 256
-    layers: int = 6
+    layers: int = 7
     tower_size: int = 128
     tower_layers: int = 2
 
@@ -81,9 +81,9 @@ VISION_PROFILES = {
     # Qwen3-VL's vocabulary: beside so narrow a backbone the head has a larger share than a real model's
     "qwen-vocab": VisionProfile(vocab_size=151_936),
     "32k": VisionProfile(vocab_size=32_000),
-    # A position of the backbone, an image token's part of the tower, a row of the head cost 1 : 1.14 : 0.21, attention
-    # included; of Qwen3-VL-2B, at these lengths, 1 : 1.16 : 0.21.
-    "proportions": VisionProfile(vocab_size=4_800),
+    # A position of the backbone, an image token's part of the tower, a row of the head cost 1 : 1.26 : 0.21, attention
+    # included; of Qwen3-VL-2B, at these lengths, 1 : 1.23 : 0.21.
+    "proportions": VisionProfile(vocab_size=5_600),
     "quick": VisionProfile(
         vocab_size=300, image_tokens=(3, 4), question=(3, 5), response=(4, 9), hidden_size=64, layers=1, tower_size=64
     ),

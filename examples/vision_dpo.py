@@ -126,7 +126,7 @@ def make_model():
 
 @torch.no_grad()
 def accuracy(model, processor, rows, pictures=None):
-    """Part of the rows whose chosen response has a higher log-prob than the rejected one, pictures in place of theirs."""
+    """Part of the rows whose chosen response has the higher log-prob; with `pictures` in place of their own."""
     inputs, examples = vision_inputs(model), []
     for index, row in enumerate(rows):
         picture = row["images"][0] if pictures is None else pictures[index]
