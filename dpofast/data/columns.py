@@ -24,6 +24,9 @@ from dpofast.data.formats import (
     BadRow,
     got,
 )
+from dpofast.data.images.columns import ROW_IMAGES
+from dpofast.data.images.decode import source_of
+from dpofast.data.images.stored import images_of
 
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 _ROUNDING = 1e-3  # of a sum of log-probs that are all nearly 0, nats
@@ -52,8 +55,8 @@ ROW_NUMBERS = {
 def row_kinds(row: Mapping[str, Any], columns: Collection[str]) -> dict[str, str]:
     """Return the kind of value in each of the row's columns.
 
-    "text", "messages", "ids", "number", "numbers" or "json"; of lists "texts", "conversations", "lists of ids" or
-    "lists of numbers".
+    "text", "messages", "ids", "number", "numbers", "json", "images" or "image"; of lists "texts", "conversations",
+    "lists of ids" or "lists of numbers".
 
     Raises:
         BadRow: a value is missing or of the wrong type, or text and conversations are mixed.
@@ -72,12 +75,24 @@ def row_kinds(row: Mapping[str, Any], columns: Collection[str]) -> dict[str, str
     return kinds
 
 
+def _check_images(column: str, value: Any) -> None:
+    """Raise BadRow for what is no image by its type. None is opened."""
+    images = images_of(value)
+    for image in images:
+        source_of(image)
+    if column == "image" and len(images) > 1:
+        raise BadRow("column 'image' holds several images", f"got {len(images)}: it is for one, name it 'images'")
+
+
 _OF_ONE = {"texts": "text", "conversations": "messages"}
 
 
 def _kind(column: str, value: Any) -> str:
     if formats.is_context(column):
         return "json"
+    if column in ROW_IMAGES:
+        _check_images(column, value)
+        return column
     if column in (*ID_COLUMNS, LIST_ID_COLUMNS[1]):
         each = _each(column, value) if column == LIST_ID_COLUMNS[1] else [value]
         for ids in each:

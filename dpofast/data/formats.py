@@ -6,7 +6,8 @@
     lists           `responses` (`responses_ids`), K >= 2 of them, in place of chosen and rejected; with ranks or scores
     with any        ref_chosen_logps, ref_rejected_logps (ref_responses_logps): the reference model's summed log-probs,
                     in nats; weight, margin, beta, label_smoothing: a number for the row; chosen_weights,
-                    rejected_weights (responses_weights): a number for each token of a response
+                    rejected_weights (responses_weights): a number for each token of a response; images (a list) or
+                    image (one): what the prompt's image placeholders stand for
 
 Invalid rows raise BadRow. Its reason is the same text for every row with that error, since skipped rows are counted by
 reason. columns.py checks the values.
@@ -19,6 +20,7 @@ from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 from dpofast.common.printable import printable
+from dpofast.data.images.columns import ROW_IMAGES
 
 ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 REF_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
@@ -93,14 +95,15 @@ def used_columns(columns: Collection[str]) -> tuple[str, ...]:
     """Return those of `columns` that make up a pair or a list. If both token ids and text are present, ids are used.
 
     Raises:
-        BadRow: a required column is missing, the columns are those of a pair and of a list, or there are images or
-            unpaired preferences.
+        BadRow: a required column is missing, the columns are those of a pair and of a list, or there are videos,
+            unpaired preferences, or two columns of images.
     """
     check_once(columns)
     found = set(columns)
-    for column in ("image", "images"):
+    for column in ("video", "videos"):
         if column in found:
-            raise BadRow("images are not supported", f"remove column '{column}' to train on the text alone")
+            raise BadRow("videos are not supported", f"remove column '{column}', or take frames of it as images")
+    images = image_column(found)
     responses = {*ID_COLUMNS, *PAIR_TEXT_COLUMNS, LIST_TEXT_COLUMN, LIST_ID_COLUMNS[1]}
     unpaired = sorted(found & {"completion", "label"})
     if unpaired and not found & responses:
@@ -123,10 +126,19 @@ def used_columns(columns: Collection[str]) -> tuple[str, ...]:
     names = CONTEXT_COLUMNS if "prompt" in found else context_columns()
     context = [name for name in sorted(found) if name.lower() in names]
     optional = () if is_ids else ("prompt", *TEMPLATE_COLUMNS, *context)
+    optional += () if images is None else (images,)
     for column in needed:
         if column not in found:
             raise BadRow(f"column '{column}' is missing", f"{_EXPECTED}; found {', '.join(sorted(found)) or 'none'}")
     return tuple(column for column in (*needed, *optional) if column in found)
+
+
+def image_column(columns: Collection[str]) -> str | None:
+    """Return the column that holds the images, None where there is none. Raises BadRow where there are two."""
+    found = [column for column in ROW_IMAGES if column in columns]
+    if len(found) > 1:
+        raise BadRow("both 'images' and 'image' are there", "only one can hold a row's images: remove the other")
+    return found[0] if found else None
 
 
 def holds_list(columns: Collection[str]) -> bool:
@@ -187,7 +199,7 @@ def context_columns() -> frozenset[str]:
 
 def is_optional(column: str) -> bool:
     """Whether a row may hold null in a column that the dataset has."""
-    return column in (*TEMPLATE_COLUMNS, *WEIGHT_COLUMNS, LIST_WEIGHT_COLUMN) or is_context(column)
+    return column in (*TEMPLATE_COLUMNS, *WEIGHT_COLUMNS, LIST_WEIGHT_COLUMN, *ROW_IMAGES) or is_context(column)
 
 
 def got(value: Any) -> str:

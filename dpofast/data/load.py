@@ -6,10 +6,12 @@ that is memory-mapped.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import uuid
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,14 +19,16 @@ from typing import Any
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import Dataset, DatasetDict, Features, Json, List, Value
+from datasets import Dataset, DatasetDict, Features, Image, Json, List, Value
 
 from dpofast.common.atomic_files import put
 from dpofast.common.hub import check_hub_name, nearest_path
 from dpofast.data import columns, files, formats, read_rows
 from dpofast.data.arrow import check_batch, check_values, mapped_files
-from dpofast.data.files import Snapshot, kind_of
+from dpofast.data.files import Snapshot, kind_of, open_source
 from dpofast.data.formats import LIST_WEIGHT_COLUMN, TEMPLATE_COLUMNS, WEIGHT_COLUMNS, BadRow, DataError
+from dpofast.data.images import decode, stored
+from dpofast.data.images.columns import IMAGES, ROW_IMAGES
 from dpofast.data.report import DataReport, NoUsableRow, Skipped, bad_rows
 from dpofast.data.tokenize_pairs import DETAIL, ERROR, FILE, LINE, check_on_bad_row, tokenize_preferences
 
@@ -42,12 +46,15 @@ _FEATURES = {
     "conversations": List(List(Json())),
     "lists of ids": List(List(Value("int64"))),
     "lists of numbers": List(List(Value("float64"))),
+    "images": List(Image()),
+    "image": Image(),
 }
-_PARQUET_ROWS, _BUFFER_BYTES = 1000, 1 << 20
+_PARQUET_ROWS, _BATCH_BYTES, _BUFFER_BYTES = 1000, 1 << 26, 1 << 20
 _HUB_NAME = re.compile(r"([\w-][\w.-]*(?:/[\w-][\w.-]*)?)(?::([\w.-]+))?")
 _FILE_SUFFIX = re.compile(r"\.[a-zA-Z]+$")
+_IMAGE_NAME = re.compile(rb"image|\\u00[67]")
 _CODE = (
-    b"".join(Path(str(module.__file__)).read_bytes() for module in (columns, files, formats, read_rows))
+    b"".join(Path(str(module.__file__)).read_bytes() for module in (columns, files, formats, read_rows, decode, stored))
     + Path(__file__).read_bytes()
 )
 
@@ -212,7 +219,7 @@ def _load_parquet(path: Path, cache_dir: str | None) -> Dataset:
             if file.metadata.num_rows == 0:
                 return Dataset.from_dict({})
             folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE, "dpofast-parquet")
-            rows = folder / f"{snapshot.digest}.arrow"
+            rows = folder / f"{_digest(file.schema_arrow, snapshot)}.arrow"
             if not rows.exists():
                 folder.mkdir(parents=True, exist_ok=True)
                 _copy_rows(file, rows, snapshot)
@@ -225,6 +232,14 @@ def _load_parquet(path: Path, cache_dir: str | None) -> Dataset:
         raise DataError(f"{path}: not a readable Parquet file: {_first_line(error)}") from error
 
 
+def _digest(schema: pa.Schema, snapshot: Snapshot) -> str:
+    """A hash of a Parquet file's content and, where it has images, of the folder that their paths are relative to."""
+    if not {*schema.names} & {*ROW_IMAGES}:
+        return snapshot.digest
+    folder = os.fsencode(snapshot.paths[0].parent.absolute())
+    return hashlib.sha256(snapshot.digest.encode() + folder).hexdigest()[:32]
+
+
 def _copy_rows(file: pq.ParquetFile, target: Path, snapshot: Snapshot) -> None:
     """Write a Parquet file's rows to an Arrow file atomically."""
     aside = target.with_name(f".tmp-{uuid.uuid4().hex}")
@@ -232,9 +247,12 @@ def _copy_rows(file: pq.ParquetFile, target: Path, snapshot: Snapshot) -> None:
         with open(aside, "wb") as sink:
             with pa.ipc.new_stream(sink, file.schema_arrow) as stream:
                 start = 0
-                for batch in file.iter_batches(batch_size=_PARQUET_ROWS):
+                groups = [file.metadata.row_group(at) for at in range(file.metadata.num_row_groups)]
+                row_bytes = sum(group.total_byte_size for group in groups) // file.metadata.num_rows
+                rows = max(1, min(_PARQUET_ROWS, _BATCH_BYTES // max(row_bytes, 1)))
+                for batch in file.iter_batches(batch_size=rows):
                     check_batch(batch, start, str(snapshot.paths[0]))
-                    stream.write_batch(batch)
+                    stream.write_batch(_with_folder(batch, snapshot.paths[0].parent))
                     start += len(batch)
         snapshot.check()
         put(aside, target)
@@ -242,16 +260,27 @@ def _copy_rows(file: pq.ParquetFile, target: Path, snapshot: Snapshot) -> None:
         aside.unlink(missing_ok=True)
 
 
+def _with_folder(batch: pa.RecordBatch, folder: Path) -> pa.RecordBatch:
+    """Rows whose images have no relative paths."""
+    arrays = [
+        stored.with_folder(array, folder) if name in ROW_IMAGES else array
+        for name, array in zip(batch.schema.names, batch.columns, strict=True)
+    ]
+    return pa.RecordBatch.from_arrays(arrays, schema=batch.schema)
+
+
 def _first_line(error: BaseException) -> str:
     return str(error).strip().split("\n", 1)[0]
 
 
 def _load_text(path: Path, skip: bool, cache_dir: str | None) -> Dataset:
-    snapshot = Snapshot.of([path], _CODE + bytes([skip]))
+    folder = os.fsencode(path.parent.absolute()) if _may_hold_images(path) else b""
+    snapshot = Snapshot.of([path], _CODE + bytes([skip]) + folder)
     kinds = _first_kinds(path, skip)
     # These columns may first appear after the first row.
     is_list, texts = formats.holds_list(kinds), kinds.get("chosen", kinds.get("responses"))
     late = dict.fromkeys(TEMPLATE_COLUMNS, "json") if texts in ("messages", "conversations") else {}
+    late |= {column: column for column in ROW_IMAGES if folder}
     if texts is not None:
         late |= dict.fromkeys(sorted(formats.context_columns()), "json")
     late |= {LIST_WEIGHT_COLUMN: "lists of numbers"} if is_list else dict.fromkeys(WEIGHT_COLUMNS, "numbers")
@@ -272,6 +301,20 @@ def _load_text(path: Path, skip: bool, cache_dir: str | None) -> Dataset:
     if read_rows.unit_of(path) == "row":
         unused.append(LINE)
     return dataset.remove_columns(unused)
+
+
+def _may_hold_images(path: Path) -> bool:
+    """Whether the name of a column of images stands anywhere in a file, perhaps with escaped letters."""
+    end = b""
+    try:
+        with open_source(path) as file:
+            while block := file.read(1 << 20):
+                if _IMAGE_NAME.search(end + block):
+                    return True
+                end = block[-4:]
+    except (OSError, EOFError, zlib.error):
+        pass  # said by whoever reads it
+    return False
 
 
 def _first_kinds(path: Path, skip: bool) -> dict[str, str]:
@@ -306,7 +349,7 @@ def _rows(
     details: list[str] = []
     for number, row in read_rows.read_rows(path):
         total += 1
-        stored: dict[str, Any] = {**dict.fromkeys(columns), LINE: number, ERROR: None, DETAIL: None}
+        values: dict[str, Any] = {**dict.fromkeys(columns), LINE: number, ERROR: None, DETAIL: None}
         try:
             found = _kinds(row)
             for column in (*kinds, *found):
@@ -316,20 +359,27 @@ def _rows(
                         f"expected {kinds.get(column, 'no such column')}, got {found.get(column, 'no such column')}",
                     )
             assert isinstance(row, dict)
-            stored |= {column: _storable(column, row[column], found[column]) for column in columns if column in found}
+            values |= {
+                column: _storable(column, row[column], found[column], path.parent)
+                for column in columns
+                if column in found
+            }
         except BadRow as problem:
             if not skip:
                 details.append(f"{formats.place(unit, number)}: {problem}")
                 continue
-            stored |= {ERROR: problem.reason, DETAIL: str(problem)}
+            values |= {ERROR: problem.reason, DETAIL: str(problem)}
         if not details:
-            yield stored
+            yield values
     if details:
         raise bad_rows(str(path), total, details)
     snapshot.check()
 
 
-def _storable(column: str, value: Any, kind: str) -> Any:
+def _storable(column: str, value: Any, kind: str, folder: Path) -> Any:
+    if kind in ROW_IMAGES:
+        images = stored.stored(value, folder)
+        return images if kind == IMAGES else images[0] if images else None
     # Json columns accept JSON text; datasets' own encoder would round numbers to ten digits.
     try:
         if kind == "messages":

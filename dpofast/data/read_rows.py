@@ -20,6 +20,7 @@ from typing import IO, Any
 from dpofast.data import formats
 from dpofast.data.files import check_regular, kind_of, open_source
 from dpofast.data.formats import BadRow, DataError
+from dpofast.data.images.columns import IMAGES, ROW_IMAGES
 
 Row = dict[str, Any]
 
@@ -196,7 +197,7 @@ def _decoded(file: IO[bytes]) -> Iterator[str]:
 
 def _spelled_columns(header: list[str]) -> frozenset[str]:
     """The columns that are used and hold numbers or lists, which are written as JSON."""
-    spelled = {*formats.ID_COLUMNS, *formats.REF_COLUMNS, *formats.TEMPLATE_COLUMNS}
+    spelled = {*formats.ID_COLUMNS, *formats.REF_COLUMNS, *formats.TEMPLATE_COLUMNS, IMAGES}
     try:
         used = formats.used_columns(header)
     except BadRow:  # said of the rows
@@ -215,7 +216,7 @@ def _csv_row(header: list[str], fields: list[str], spelled: frozenset[str]) -> R
     for name, text in row.items():
         if not _is_utf8(text):
             raise BadRow("not UTF-8", f"column '{name}'")
-        if not text and name in spelled and name not in formats.ID_COLUMNS:
+        if not text and name in (*spelled, *ROW_IMAGES) and name not in formats.ID_COLUMNS:
             row[name] = None
         elif name in spelled or _is_json_turns(text):
             try:

@@ -41,7 +41,7 @@ from dpofast.data.formats import (
     BadRow,
     DataError,
 )
-from dpofast.data.images import prompt_images, turns
+from dpofast.data.images import decode, prompt_images, turns
 from dpofast.data.images import tokens as image_tokens
 from dpofast.data.images.columns import FEATURES, IMAGES, ROW_IMAGES, STORED
 from dpofast.data.images.prompt_images import PromptImages
@@ -64,7 +64,7 @@ _CODE = hashlib.sha256(
     b"".join(
         Path(str(module.__file__)).read_bytes()
         for module in (formats, row_columns, lists, encode_pairs, render, train_tokens)
-        + (prompt_images, turns, image_tokens)
+        + (decode, prompt_images, turns, image_tokens)
     )
     + Path(__file__).read_bytes()
     + transformers.__version__.encode()

@@ -106,7 +106,7 @@ BAD_LINES = {
     "text and conversations are mixed": b'{"prompt": "a", "chosen": "b", "rejected": [{"role": "x", "content": "c"}]}',
     "column 'chosen' differs from the first row's: expected text, got messages": lines(TURNS | {"prompt": "a"}),
     "column 'ref_chosen_logps' differs": lines(ROW | {"ref_chosen_logps": -1, "ref_rejected_logps": -2}),
-    "images are not supported": lines(ROW | {"images": []}),
+    "videos are not supported: remove column 'video', or take frames": lines(ROW | {"video": "x.mp4"}),
 }
 
 

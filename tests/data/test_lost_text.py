@@ -248,9 +248,17 @@ def test_content_is_written_in_the_form_that_the_template_takes(template, form):
     assert row_texts(row, template) == ("[u]it's|[a]", "yes|", "no|")
 
 
-def test_parts_that_are_no_text_are_refused():
-    row = TURNS | {"prompt": [user([{"type": "image", "url": "x"}, {"type": "text", "text": "what?"}])]}
-    assert "content holds a part that is no text" in refused(row) and "images are not supported" in refused(row)
+@pytest.mark.parametrize(
+    "part, problem",
+    [
+        ({"type": "image", "url": "x"}, "an image part holds the image itself: its key 'url'"),
+        ({"type": "image"}, "another number of images than of image parts: 0 images for 1 parts"),
+        ({"type": "audio", "audio": "x"}, "content holds a part that is neither text nor an image"),
+    ],
+)
+def test_parts_that_are_no_text_are_refused(part, problem):
+    row = TURNS | {"prompt": [user([part, {"type": "text", "text": "what?"}])]}
+    assert problem in refused(row)
 
 
 @pytest.mark.parametrize("content", [5, ["a", "b"], {"text": "a"}])

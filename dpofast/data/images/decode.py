@@ -22,6 +22,7 @@ from dpofast.data.formats import BadRow, excerpt, got
 EXPECTED = 'expected a PIL image, a path, encoded bytes (PNG, JPEG ...) or {"bytes": ..., "path": ...}'
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _DATA_URI = re.compile("data:", re.IGNORECASE)
+_BYTES = (bytes, bytearray, memoryview)
 # Formats of which the first of several pictures is the whole one: photos of cameras that hold a preview, and layers.
 _WHOLE_FIRST = ("MPO", "PSD")
 # Formats that PIL opens in mode "I" though their pixels have 16 bits.
@@ -46,25 +47,32 @@ def opened(image: Any) -> Image.Image:
         if not source:
             raise BadRow("an image is empty", "its bytes are of length 0")
         return _decoded(io.BytesIO(source), f"{len(source)} bytes")
-    check_file(source)
+    _check_file(source)
     return _decoded(source, source)
 
 
 def source_of(image: Any) -> Image.Image | bytes | str:
     """Return what an image is read from: itself, its bytes, or its path. Raises BadRow where it is none of these."""
     if isinstance(image, dict) and image and {*image} <= {"bytes", "path"}:
-        image = image.get("path") if image.get("bytes") is None else image["bytes"]
-        if image is None:
+        encoded, path = image.get("bytes"), image.get("path")
+        if encoded is None and path is None:
             raise BadRow("an image has neither bytes nor a path", f"both are null: {EXPECTED}")
-        if not isinstance(image, (bytes, bytearray, memoryview, str)):
-            raise BadRow("not an image", f"{EXPECTED}, got {_short(image)} in it")
-    if isinstance(image, (bytearray, memoryview)):
-        return bytes(image)
-    if isinstance(image, (bytes, Image.Image)):
+        if encoded is not None and not isinstance(encoded, _BYTES):
+            raise BadRow(
+                "not an image", f'expected encoded bytes (not base64) or null in "bytes", got {_short(encoded)}'
+            )
+        image = path if encoded is None else encoded
+        if encoded is None and not isinstance(path, (str, Path)):
+            raise BadRow("not an image", f'expected a path in "path", got {_short(path)}')
+    if isinstance(image, Image.Image):
         return image
+    if isinstance(image, _BYTES):
+        return bytes(image)
     if not isinstance(image, (str, Path)):
         raise BadRow("not an image", f"{EXPECTED}, got {_short(image)}")
     path = str(image)
+    if not path:
+        raise BadRow("an image's path is empty", "leave `image` out, or give null, where a row has no image")
     if _DATA_URI.match(path):
         raise BadRow("an image is a data: URI", f"decode it and give the bytes: {excerpt(path, 0, 40)}")
     if _URL.match(path):
@@ -81,7 +89,7 @@ def _short(value: Any) -> str:
     return " ".join(got(value).split())
 
 
-def check_file(path: str) -> None:
+def _check_file(path: str) -> None:
     """Raise BadRow unless a path is that of a regular file: reading a pipe or a device may never end."""
     try:
         mode = os.stat(path).st_mode

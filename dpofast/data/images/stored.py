@@ -6,17 +6,19 @@ stored already: the Arrow arrays of bytes are used again. decode.opened is the w
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import io
 import os
-from collections.abc import Collection
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from datasets import Dataset, DatasetInfo, Features
+from datasets import Dataset, DatasetInfo, Features, LargeList, List
+from datasets import Image as ImageFeature
 from PIL import Image
 
-from dpofast.data.formats import BadRow, DataError
+from dpofast.data.formats import DataError, image_column
 from dpofast.data.images.columns import IMAGES, ROW_IMAGES, STORED
 from dpofast.data.images.decode import is_relative, opened, source_of
 
@@ -32,14 +34,6 @@ def images_of(value: Any) -> list[Any]:
     if value is None:
         return []
     return list(value) if isinstance(value, (list, tuple)) else [value]
-
-
-def image_column(columns: Collection[str]) -> str | None:
-    """Return which column holds the images, None where none does. Raises BadRow where both names are there."""
-    found = [column for column in ROW_IMAGES if column in columns]
-    if len(found) > 1:
-        raise BadRow("both 'images' and 'image' are there", "only one can hold the images: remove the other")
-    return found[0] if found else None
 
 
 def stored(value: Any, folder: str | os.PathLike[str] = "") -> list[dict[str, Any]]:
@@ -111,28 +105,82 @@ def stored_images(dataset: Dataset) -> Dataset:
     return Dataset(table, info=DatasetInfo(features=_FEATURES), fingerprint=f"{rows._fingerprint}-images")
 
 
+def with_folder(array: pa.Array, folder: str | os.PathLike[str] = "") -> pa.Array:
+    """Return an array of images with `folder` before relative paths that have no bytes beside them.
+
+    Args:
+        array: images or lists of them, as paths or structs; of another type it is returned as it is.
+        folder: "": the working folder.
+
+    Returns:
+        An array of the same type, or `array` itself where no path is relative.
+    """
+    kind = array.type
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        inner = array.values
+        new = with_folder(inner, folder)
+        if new is inner:
+            return array
+        return type(array).from_arrays(_starts(array), new, type=kind, mask=array.is_null())
+    if pa.types.is_fixed_size_list(kind):
+        inner = array.values.slice(array.offset * kind.list_size, len(array) * kind.list_size)
+        new = with_folder(inner, folder)
+        return array if new is inner else type(array).from_arrays(new, type=kind, mask=array.is_null())
+    if pa.types.is_struct(kind) and kind.get_field_index("path") >= 0:
+        fields = {field.name: array.field(field.name) for field in kind}
+        paths = _absolute(fields["path"], folder, fields.get("bytes"))
+        if paths is fields["path"]:
+            return array
+        parts = list((fields | {"path": paths}).values())
+        return pa.StructArray.from_arrays(parts, fields=list(kind), mask=array.is_null())
+    return _absolute(array, folder) if pa.types.is_string(kind) or pa.types.is_large_string(kind) else array
+
+
+def _absolute(paths: pa.Array, folder: str | os.PathLike[str], encoded: pa.Array | None = None) -> pa.Array:
+    """Paths with the folder before relative ones without bytes; itself if there is none."""
+    if paths.null_count == len(paths) or (encoded is not None and not encoded.null_count):
+        return paths
+    given = paths.to_pylist()
+    alone = [True] * len(given) if encoded is None else encoded.is_null().to_pylist()
+    rows = [row for row, path in enumerate(given) if path and alone[row] and is_relative(path)]
+    for row in rows:
+        given[row] = os.path.join(os.path.abspath(folder), given[row])
+    return pa.array(given, paths.type) if rows else paths
+
+
+def _starts(array: pa.Array) -> pa.Array:
+    """The offsets of an array of lists, in a buffer that begins with them: from_arrays takes no other beside a mask."""
+    return pa.array(array.offsets.to_numpy())
+
+
 def _lists(column: str, array: pa.Array) -> pa.Array:
     """An array of a column of images as lists of {"bytes", "path"}; itself where it is that already."""
-    kind = array.type
+    given, kind = array, array.type
+    array = with_folder(array)
+    if kind == _LIST:
+        return array
     if pa.types.is_null(kind):
         return pa.nulls(len(array), _LIST)
-    if pa.types.is_fixed_size_list(kind):
-        array, kind = array.cast(pa.list_(kind.value_type)), pa.list_(kind.value_type)
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        offsets, inner = array.offsets, array.values
-        values = _structs(column, inner)
-        if values is inner and kind == _LIST:
-            return array
-    else:
-        offsets, values = pa.array(np.arange(len(array) + 1, dtype=np.int32)), _structs(column, array)
-    # A sliced array's offsets begin inside their buffer, which from_arrays does not take beside a mask.
-    starts = pa.array(offsets.to_numpy().astype(np.int32, copy=False))
+    try:
+        if pa.types.is_fixed_size_list(kind):
+            array = array.cast(pa.list_(kind.value_type))
+        if pa.types.is_nested(kind) and not pa.types.is_struct(kind):
+            starts, values = _starts(array).cast(pa.int32()), _structs(array.values)
+        else:
+            starts, values = pa.array(np.arange(len(array) + 1, dtype=np.int32)), _structs(array)
+    except (pa.ArrowException, TypeError) as error:
+        raise DataError(
+            f"column '{column}' holds no images: expected datasets' Image feature, structs of bytes and path, paths or "
+            f"bytes, or lists of them, got Arrow's type {given.type} ({error})"
+        ) from None
     return pa.ListArray.from_arrays(starts, values, type=_LIST, mask=array.is_null())
 
 
-def _structs(column: str, array: pa.Array) -> pa.Array:
-    """An array of images, each null, a struct, a path or bytes, as structs of bytes and path."""
+def _structs(array: pa.Array) -> pa.Array:
+    """An array of images, each null, a struct, a path or bytes, as structs of bytes and path. Raises TypeError."""
     kind, length = array.type, len(array)
+    if kind == _STRUCT:
+        return array
     encoded, paths = pa.nulls(length, pa.binary()), pa.nulls(length, pa.string())
     if pa.types.is_struct(kind) and {field.name for field in kind} & {"bytes", "path"}:
         encoded = array.field("bytes") if kind.get_field_index("bytes") >= 0 else encoded
@@ -142,32 +190,28 @@ def _structs(column: str, array: pa.Array) -> pa.Array:
     elif pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
         encoded = array
     elif not pa.types.is_null(kind):
-        raise DataError(
-            f"column '{column}' holds no images: expected datasets' Image feature, structs of bytes and path, paths or "
-            f"bytes, got Arrow's type {kind}"
-        )
-    found = absolute(encoded, paths)
-    if found is paths and kind == _STRUCT:
-        return array
-    try:
-        parts = [encoded.cast(pa.binary()), found.cast(pa.string())]
-    except pa.ArrowException as error:
-        raise DataError(f"column '{column}': {error}") from None
+        raise TypeError(f"{kind} is no image")
+    parts = [encoded.cast(pa.binary()), paths.cast(pa.string())]
     return pa.StructArray.from_arrays(parts, fields=list(_STRUCT), mask=array.is_null())
 
 
-def absolute(encoded: pa.Array, paths: pa.Array, folder: str | os.PathLike[str] = "") -> pa.Array:
-    """Return paths with `folder` before those that are relative and have no bytes beside them; itself if none is."""
-    if not encoded.null_count or paths.null_count == len(paths):
-        return paths
-    given = paths.to_pylist()
-    relative = [
-        row
-        for row, (path, has_bytes) in enumerate(zip(given, encoded.is_valid().to_pylist(), strict=True))
-        if path is not None and not has_bytes and is_relative(path)
-    ]
-    if not relative:
-        return paths
-    for row in relative:
-        given[row] = os.path.join(os.path.abspath(folder), given[row])
-    return pa.array(given, paths.type)
+def undecoded(dataset: Dataset) -> Dataset:
+    """Return a dataset whose columns of images are shown as {"bytes", "path"} instead of decoded by datasets.
+
+    Nothing is copied. What datasets raises of an image that cannot be read does not say which row it is in.
+    """
+    shown = {name: _undecoded(feature) for name, feature in dataset.features.items() if name in ROW_IMAGES}
+    features = Features({**dataset.features, **shown})
+    if features == dataset.features:
+        return dataset
+    view = copy.deepcopy(dataset)  # not of its table
+    view._info.features = features
+    view._data = view._data.cast(features.arrow_schema)
+    view._fingerprint = f"{dataset._fingerprint}-undecoded"
+    return view
+
+
+def _undecoded(feature: Any) -> Any:
+    if isinstance(feature, (List, LargeList)):
+        return dataclasses.replace(feature, feature=_undecoded(feature.feature))
+    return dataclasses.replace(feature, decode=False) if isinstance(feature, ImageFeature) else feature

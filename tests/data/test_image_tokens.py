@@ -1,0 +1,307 @@
+"""tokenize_preferences with images: token ids, keys and counts beside them, and what cannot be used."""
+
+import io
+import pickle
+
+import datasets
+import pytest
+import torch
+from datasets import Dataset, Features, List, Value
+from PIL import Image
+from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
+
+from dpofast import DataError, tokenize_preferences, vision_inputs
+from dpofast.data.images.prompt_images import PromptImages
+from tests.support.vision_models import IMAGE, vision_model
+from tests.support.vision_processors import CHARACTERS, FAMILIES, FIRST, IMAGE_TOKEN, picture, processor_of
+
+WIDE, TALL, SQUARE = picture(0, 20, 30), picture(1, 33, 9), picture(2, 16, 16)
+TURNS = [{"role": Value("string"), "content": Value("string")}]
+
+
+def images_of(family):
+    return PromptImages(processor_of(family), vision_inputs(vision_model(family)))
+
+
+LLAVA = images_of("llava")
+
+
+def user(content):
+    return {"role": "user", "content": content}
+
+
+def assistant(content):
+    return {"role": "assistant", "content": content}
+
+
+def conversation(pictures, question="what is it?", better="a cat", worse="a dog"):
+    return {
+        "images": pictures,
+        "prompt": [user(question)],
+        "chosen": [assistant(better)],
+        "rejected": [assistant(worse)],
+    }
+
+
+def dataset_of(rows):
+    features = {"images": List(datasets.Image()), **dict.fromkeys(("prompt", "chosen", "rejected"), TURNS)}
+    return Dataset.from_list(rows, features=Features(features))
+
+
+def tokens_of(rows, images=LLAVA, **options):
+    data = rows if isinstance(rows, Dataset) else Dataset.from_list(rows)
+    return tokenize_preferences(data, None, images=images, **options)
+
+
+def refused(rows, images=LLAVA, **options):
+    with pytest.raises(DataError) as raised:
+        tokens_of(rows, images, **options)
+    return str(raised.value)
+
+
+def encoded(image, kind="PNG"):
+    buffer = io.BytesIO()
+    image.save(buffer, kind)
+    return buffer.getvalue()
+
+
+def ids(text):
+    return [FIRST + CHARACTERS.index(character) for character in text]
+
+
+# ---- token ids ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ids_and_pixels_are_those_of_trl(family):
+    processor, images = processor_of(family), images_of(family)
+    rows = [
+        conversation([WIDE]),
+        conversation([TALL, SQUARE, WIDE], "which is larger?", "the first", "none"),
+        conversation([], "say hi", "hi", "no"),
+    ]
+    tokens, report = tokens_of(dataset_of(rows), images)
+    assert report.kept == 3
+    for row, mine in zip(rows, tokens, strict=True):
+        theirs = DataCollatorForVisionPreference(processor)([pickle.loads(pickle.dumps(row))])
+        for side, response in enumerate(("chosen_ids", "rejected_ids")):
+            own = theirs["input_ids"][side][theirs["attention_mask"][side] == 1].tolist()
+            assert mine["prompt_ids"] + mine[response] == own
+        assert sum(mine["image_tokens"]) == mine["prompt_ids"].count(IMAGE)
+        assert mine["image_token_id"] == (IMAGE if row["images"] else None)
+        media = images.media(mine)
+        if not row["images"]:
+            assert media is None
+            continue
+        joined = torch.cat([image.tensors["pixel_values"].reshape(-1) for image in media.images])
+        # of chosen and rejected; both are given the same pixels, and some padded
+        pixels = theirs["pixel_values"].reshape(-1)
+        assert joined.sum().item() == pytest.approx(pixels[: len(pixels) // 2].sum().item(), abs=1e-2)
+
+
+def test_an_image_part_says_where_an_image_stands():
+    parts = [{"type": "text", "text": "a"}, {"type": "image"}, {"type": "text", "text": "b"}, {"type": "image"}]
+    rows = [
+        conversation([]) | {"images": [encoded(WIDE), encoded(SQUARE)], "prompt": [user(parts)]},
+    ]
+    tokens, _ = tokens_of(rows)
+    four = [IMAGE] * 4
+    assert tokens[0]["prompt_ids"] == ids("user: a") + four + ids("b") + four + ids("\nassistant: ")
+
+
+def test_images_stand_where_the_text_names_them():
+    row = {"images": [encoded(WIDE)], "prompt": "look: <image> and say", "chosen": " yes", "rejected": " no"}
+    tokens, _ = tokens_of([row])
+    assert tokens[0]["prompt_ids"] == ids("look: ") + [IMAGE] * 4 + ids(" and say")
+    assert tokens[0]["chosen_ids"] == ids(" yes") + [2]
+    turns = conversation([encoded(WIDE)], "<image>\nwhat?")
+    assert tokens_of([turns])[0][0]["prompt_ids"] == ids("user: ") + [IMAGE] * 4 + ids("\nwhat?\nassistant: ")
+
+
+def test_one_image_may_stand_in_a_column_image():
+    row = {"image": encoded(WIDE), "prompt": "<image>?", "chosen": " yes", "rejected": " no"}
+    (mine,) = tokens_of([row])[0]
+    texts = {name: row[name] for name in ("prompt", "chosen", "rejected")}
+    (theirs,) = tokens_of([{"images": [row["image"]], **texts}])[0]
+    assert mine == theirs
+
+
+def test_token_ids_may_have_their_placeholders():
+    row = {"images": [encoded(WIDE)], "prompt_ids": [5, *[IMAGE] * 4, 6], "chosen_ids": [7], "rejected_ids": [8, 9]}
+    tokens, _ = tokens_of([row])
+    assert tokens[0]["prompt_ids"] == row["prompt_ids"] and tokens[0]["image_tokens"] == [4]
+    assert "images and placeholders do not fit" in refused([row | {"prompt_ids": [5, *[IMAGE] * 3, 6]}])
+    assert "image tokens without images" in refused([row | {"images": []}])
+
+
+def test_rows_of_a_transform_have_their_images():
+    stored = Dataset.from_dict({"number": [0, 1]})
+    stored.set_transform(lambda batch: _columns([conversation([(WIDE, TALL)[n]]) for n in batch["number"]]))
+    tokens, _ = tokens_of(stored)
+    expected, _ = tokens_of(dataset_of([conversation([WIDE]), conversation([TALL])]))
+    assert tokens["image_keys"][:] == expected["image_keys"][:] and tokens["prompt_ids"][:] == expected["prompt_ids"][:]
+    assert [image.key for image in LLAVA.media(tokens[1]).images] == expected[1]["image_keys"]
+
+
+def _columns(rows):
+    return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+# ---- which images go with a row -------------------------------------------------------------------------------------
+
+
+def test_images_follow_their_rows_where_others_are_skipped():
+    rows = [conversation([SQUARE], better="same", worse="same"), conversation([WIDE]), conversation([TALL, WIDE])]
+    tokens, report = tokens_of(dataset_of(rows), on_bad_row="skip")
+    assert report.kept == 2 and tokens["row"][:] == [1, 2]
+    alone = [tokens_of(dataset_of([row]))[0][0]["image_keys"] for row in rows[1:]]
+    assert tokens["image_keys"][:] == alone
+    for row in tokens:
+        assert [image.key for image in LLAVA.media(row).images] == row["image_keys"]
+
+
+def test_images_follow_the_pairs_of_a_list():
+    rows = [
+        {"images": [encoded(image)], "prompt": "<image>?", "responses": ["a", "b", "c"], "ranks": [2, 0, 1]}
+        for image in (WIDE, TALL)
+    ]
+    lists, _ = tokens_of(rows)
+    assert lists["image_tokens"][:] == [[4], [4]] and LLAVA.media(lists[1]) is not None
+    pairs, _ = tokens_of(rows, list_pairs="all")
+    assert len(pairs) == 6
+    assert pairs["image_keys"][:] == [lists[0]["image_keys"]] * 3 + [lists[1]["image_keys"]] * 3
+    assert all(LLAVA.media(row) is not None for row in pairs)
+
+
+def test_the_images_themselves_are_not_copied(tmp_path):
+    dataset_of([conversation([picture(k, 200, 200)]) for k in range(20)]).save_to_disk(tmp_path / "saved")
+    saved = datasets.load_from_disk(str(tmp_path / "saved"))
+    tokens, _ = tokens_of(saved)
+    bytes_of = {file["filename"]: (tmp_path / file["filename"]).stat().st_size for file in tokens.cache_files}
+    own = [size for name, size in bytes_of.items() if not name.startswith(str(tmp_path))]
+    assert max(bytes_of.values()) > 20 * 100_000 and sum(own) < 100_000
+
+
+def test_an_image_file_that_changes_is_another_image(tmp_path):
+    file = tmp_path / "picture.png"
+    WIDE.save(file)
+    row = {"images": [str(file)], "prompt": "<image>?", "chosen": " yes", "rejected": " no"}
+    data = Dataset.from_list([row])
+    before, _ = tokens_of(data)
+    again, _ = tokens_of(data)
+    assert again["image_keys"][:] == before["image_keys"][:]
+    TALL.save(file)
+    with pytest.raises(ValueError, match="row 0: its images are others than when it was tokenized"):
+        LLAVA.media(before[0])
+    after, _ = tokens_of(data)
+    assert after["image_keys"][:] != before["image_keys"][:]
+    file.unlink()
+    with pytest.raises(ValueError, match="row 0: .*picture.png"):
+        LLAVA.media(after[0])
+
+
+def test_it_pickles_for_loader_processes():
+    (row,) = tokens_of(dataset_of([conversation([WIDE])]))[0]
+    copy = pickle.loads(pickle.dumps(LLAVA))
+    assert [image.key for image in copy.media(row).images] == row["image_keys"]
+
+
+# ---- what cannot be used --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "row, problem",
+    [
+        (conversation([encoded(WIDE)], "is <image> or <image>?"), "1 images for 2 tokens such as <image>"),
+        (conversation([], "is <image> a token?"), "0 images for 1 tokens such as <image>"),
+        (conversation([encoded(WIDE)], better="an <image>"), "the chosen response holds an image token"),
+        (
+            conversation([encoded(WIDE)]) | {"prompt": [user([{"type": "text", "text": "what?"}])]},
+            "no place for the images",
+        ),
+        (
+            conversation([encoded(WIDE)]) | {"prompt": [user([{"type": "image"}, {"type": "image"}])]},
+            "1 images for 2 parts",
+        ),
+        (
+            conversation([encoded(WIDE)]) | {"chosen": [assistant([{"type": "image"}, {"type": "text", "text": "a"}])]},
+            "images in responses are not supported: the chosen response",
+        ),
+        (conversation([b"no image"]), "row 0"),
+        (conversation([encoded(picture(0, 50, 50), "JPEG")[:700]]), "row 0"),
+        (conversation(["no/such/file.png"]), "no/such/file.png"),
+    ],
+)
+def test_a_row_that_cannot_be_used_is_named(row, problem):
+    message = refused([row])
+    assert problem in message and "row 0" in message
+
+
+def test_a_broken_image_is_counted_where_bad_rows_are_skipped():
+    rows = [conversation([encoded(WIDE)]), conversation([b"nothing"]), conversation([encoded(TALL)[:100]])]
+    tokens, report = tokens_of(rows, on_bad_row="skip")
+    assert report.kept == 1 and sum(len(found.rows) for found in report.skipped.values()) == 2
+    assert len(tokens) == 1
+
+
+@pytest.mark.parametrize("size", [(1, 1), (10_000, 3), (3, 10_000)])
+@pytest.mark.parametrize("family", ["qwen3_vl", "llava", "llava_next", "idefics3"])
+def test_images_of_odd_sizes_are_right_or_refused_by_their_row(family, size):
+    """Qwen's processor refuses sides of more than 1 to 200; the others scale."""
+    images, model = images_of(family), vision_model(family)
+    width, height = size
+    row = conversation([encoded(picture(0, height, width))])
+    if family == "qwen3_vl" and max(size) > 1:
+        assert f"row 0 (counted from 0): the processor refused the images: images of {width} x {height}" in refused(
+            [row], images
+        )
+        return
+    (tokens,) = tokens_of([row], images)[0]
+    media = images.media(tokens)
+    tensors = {name: torch.cat([image.tensors[name] for image in media.images]) for name in media.images[0].tensors}
+    arguments = images.inputs.family.arguments(tensors)
+    features = model.model.get_image_features(**arguments, return_dict=True).pooler_output
+    count = sum(part.shape[0] if part.ndim == 2 else part.shape[0] * part.shape[1] for part in features)
+    assert count == sum(tokens["image_tokens"]) == tokens["prompt_ids"].count(IMAGE)
+
+
+def test_a_prompt_with_images_is_not_cut():
+    row = conversation([encoded(WIDE)], better="a cat that is long", worse="a dog")
+    (whole,) = tokens_of([row])[0]
+    length = len(whole["prompt_ids"])
+    (cut,) = tokens_of([row], max_length=length + 3)[0]
+    assert cut["prompt_ids"] == whole["prompt_ids"] and cut["chosen_ids"] == whole["chosen_ids"][:3]
+    message = refused([row], max_length=length + 3, truncation_mode="keep_end")
+    assert f"a prompt with images does not fit max_length={length + 3}" in message
+    assert tokens_of([row], max_length=None, truncation_mode="keep_end")[0][0] == whole
+
+
+def test_images_without_a_processor_are_refused():
+    with pytest.raises(DataError, match="images cannot be used without a processor"):
+        tokenize_preferences(Dataset.from_list([conversation([encoded(WIDE)])]), LLAVA.tokenizer)
+    with pytest.raises(ValueError, match="processor: expected a transformers processor .*, got PreTrainedTokenizer"):
+        PromptImages(LLAVA.tokenizer, LLAVA.inputs)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen3_vl"])
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "CMYK", "LA"])
+def test_pictures_of_every_mode_are_those_in_rgb(family, mode):
+    images = images_of(family)
+    picture_in_mode = SQUARE.convert(mode)
+    (row,) = tokens_of(dataset_of([conversation([picture_in_mode])]), images)[0]
+    (expected,) = tokens_of(dataset_of([conversation([picture_in_mode.convert("RGB")])]), images)[0]
+    assert row["image_keys"] == expected["image_keys"]
+
+
+def test_an_animated_picture_is_refused():
+    buffer = io.BytesIO()
+    WIDE.save(buffer, "GIF", save_all=True, append_images=[Image.new("RGB", WIDE.size)])
+    assert "frames" in refused([conversation([buffer.getvalue()])])
+    (row,) = tokens_of([conversation([encoded(WIDE, "GIF")])])[0]
+    assert row["image_tokens"] == [4]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_token_in_words_is_refused_in_every_family(family):
+    row = conversation([], f"say {IMAGE_TOKEN[family]}")
+    assert "another number of images than of image tokens" in refused([row], images_of(family))
