@@ -89,6 +89,6 @@ def vision_summary(results: Path = RESULTS) -> str:
     image = found[0]["figures"]["mean_tokens"]["image"]
     return (
         f"**Prompts with an image** of {image} tokens: a step of a small random Qwen3-VL was {min(times):.1f} to "
-        f"{max(times):.1f} times faster than\nTRL 1.16's and took {min(memory):.0%} to {max(memory):.0%} of the memory, "
-        f"by size of the vocabulary and pairs an image\n({page})."
+        f"{max(times):.1f} times faster than\nTRL 1.16's and took {min(memory):.0%} to {max(memory):.0%} of its "
+        f"memory, by size of the vocabulary and pairs an image\n({page})."
     )

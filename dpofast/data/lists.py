@@ -34,10 +34,12 @@ from dpofast.data.formats import (
     DataError,
     holds_list,
 )
+from dpofast.data.images.columns import IMAGES
 from dpofast.data.report import DataReport, NoUsableRow
 
 LIST_PAIRS = ("all", "best_worst", "adjacent")
-_ROWS = 256  # of a batch that is turned into pairs: K responses give K (K - 1) / 2 of them
+# Of a batch that is turned into pairs: K responses give K (K - 1) / 2 of them, each with its row's images.
+_ROWS, _ROWS_WITH_IMAGES = 256, 16
 # The columns of a list that have a value for every response, and the two columns of a pair that they become.
 OF_RESPONSES = {
     LIST_ID_COLUMNS[1]: ID_COLUMNS[1:],
@@ -232,7 +234,7 @@ def lists_to_pairs(
     pairs = lists.with_format("arrow").map(
         _Pairs(list_pairs=list_pairs, min_score_gap=min_score_gap, files=mapped_files(lists)),
         batched=True,
-        batch_size=_ROWS,
+        batch_size=_ROWS_WITH_IMAGES if IMAGES in lists.column_names else _ROWS,
         remove_columns=lists.column_names,
         features=Features(features),
         desc=printable(f"Pairs of {report.source}"),

@@ -84,7 +84,9 @@ def group_by_prompt(
     holds. Deterministic given the seed.
 
     Args:
-        prompts: the prompt of every example: token ids (a 1-D array or list), or any hashable value (text, a number).
+        prompts: the prompt of every example: token ids (a 1-D array or list), or any hashable value (text, a number);
+            or a tuple of these, all of which must be equal. With images token ids do not tell prompts apart: give
+            (prompt_ids, *(image.key for image in media.images)).
         pairs_per_step: examples in a step, 1 or more.
         seed: seed of the shuffle; change it every epoch.
         drop_last: drop steps that are not full. These come last; if every prompt has one example, there is at most one.
@@ -127,6 +129,8 @@ def group_by_prompt(
 def _key(prompt: Any) -> Any:
     if isinstance(prompt, (str, bytes, int)):
         return prompt
+    if isinstance(prompt, tuple) and not all(isinstance(part, (int, np.integer)) for part in prompt):
+        return tuple(map(_key, prompt))
     if isinstance(prompt, (list, tuple, np.ndarray)) or hasattr(prompt, "__array__"):
         return np.asarray(prompt, np.int64).tobytes()
     return prompt

@@ -1,4 +1,4 @@
-"""Fingerprints (BLAKE2b) of what log-probs depend on: the model's weights and settings, and the token ids."""
+"""Fingerprints (BLAKE2b) of what log-probs depend on: the model's weights and settings, token ids and images."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from dpofast.data.arrow import chunk_bounds, read_chunks
-from dpofast.data.token_rows import RowTokens, has_lists, token_columns, weight_columns
+from dpofast.data.token_rows import RowTokens, has_lists, image_columns, token_columns, weight_columns
 from dpofast.model.parts import base_causal_lm
 
 # blake2b hashes 1 GB/s a thread, outside of Python's lock. The digest depends on this size: keep it.
@@ -109,7 +109,7 @@ class ResponseFingerprints:
 
     Attributes:
         bounds: (n + 1,) int64; row i has the responses bounds[i] to bounds[i + 1] − 1.
-        tokens: (R, 2) uint64, 128 bits of each response with its prompt.
+        tokens: (R, 2) uint64, 128 bits of each response with its prompt and the prompt's images.
         weights: (R,) uint64 of the weights of its tokens; None where the rows bring none.
         lists: the rows are lists, not pairs.
     """
@@ -122,7 +122,8 @@ class ResponseFingerprints:
     @classmethod
     def of(cls, dataset: Dataset) -> ResponseFingerprints:
         """Computes them for a token-level dataset."""
-        names = (*token_columns(dataset.column_names), *weight_columns(dataset.column_names))
+        columns = dataset.column_names
+        names = (*token_columns(columns), *image_columns(columns), *weight_columns(columns))
         counts, digests, weights = [np.zeros(1, np.int64)], [b""], list[np.ndarray]()
         for table in read_chunks(dataset, names, chunk_bounds(len(dataset), _ROWS)):
             rows = RowTokens.of(table)
@@ -135,27 +136,31 @@ class ResponseFingerprints:
         return cls(np.concatenate(counts).cumsum(), tokens, of_weights, has_lists(names))
 
     def digest(self) -> str:
-        """64 hex digits over the tokens of all rows, whatever is said of them beside (weights, ranks, beta)."""
+        """64 hex digits over the tokens and images of all rows, whatever stands beside them (weights, ranks, beta)."""
         total = hashlib.blake2b(self.tokens.tobytes(), digest_size=32)
         if self.lists:  # which responses belong together
             total.update(b"lists" + self.bounds.tobytes())
         return total.hexdigest()
 
     def first_equal(self) -> np.ndarray:
-        """(R,) int64, the first response that equals each in its prompt, its tokens and their weights."""
+        """(R,) int64, the first response that equals each in its prompt and images, its tokens and their weights."""
         parts = [self.tokens] if self.weights is None else [self.tokens, self.weights[:, None]]
         return first_equal(np.concatenate(parts, axis=1))
 
 
 def _token_digests(rows: RowTokens) -> Iterator[bytes]:
-    """16 bytes of each response with its prompt."""
-    prompts, starts = rows.prompts
+    """16 bytes of each response with its prompt and the prompt's images."""
+    (prompts, starts), images = rows.prompts, rows.images
     responses = rows.responses()
     for index, count in enumerate(np.diff(rows.bounds).tolist()):
         prompt = prompts[starts[index] : starts[index + 1]]
         # The length in front marks where the prompt ends.
         common = hashlib.blake2b(len(prompt).to_bytes(8, "little"), digest_size=16)
         common.update(prompt.data)
+        if images is not None and images.token_ids[index] >= 0:  # virtual ids are 30 bits of a key alone
+            own = slice(images.bounds[index], images.bounds[index + 1])
+            common.update(len(images.keys[own]).to_bytes(8, "little") + images.keys[own].tobytes())
+            common.update(images.num_tokens[own].tobytes())
         for tokens in islice(responses, count):
             digest = common.copy()
             digest.update(tokens.data)

@@ -38,6 +38,7 @@ from dpofast.scoring.order import prompt_order
 from dpofast.scoring.ref_store import Identity, ReferenceStore
 from dpofast.scoring.responses import ResponseLogps, check_ld_alpha
 from dpofast.scoring.score import WINDOW, Forward, response_logps
+from dpofast.scoring.windows import stored_images
 
 # To be raised whenever log-probs may change (kernels, attention, numerics of the head), or which rows a shard has.
 ENGINE_VERSION = 3
@@ -83,15 +84,17 @@ def add_reference_columns(
     holds what every token has without them, so that other weights, ranks or betas compute nothing again.
 
     What the cache holds is read, what it lacks is computed and stored, a window of rows at a time. It takes 64 bytes of
-    memory a row while it runs, and 8 afterwards. Equal responses to equal prompts get the same number in every row.
+    memory a row while it runs, and 8 afterwards. Equal responses to equal prompts (of equal images, where they have
+    some) get the same number in every row.
 
     A cache that cannot be written (a full disk, a read-only folder) is a warning: the results stay in memory and the
     run goes on, but a later run computes again what could not be stored.
 
     Args:
-        dataset: with the columns prompt_ids, chosen_ids, rejected_ids, or prompt_ids, responses_ids, ranks.
+        dataset: with the columns prompt_ids, chosen_ids, rejected_ids, or prompt_ids, responses_ids, ranks; and those
+            of images, where prompts have some.
         model: the reference with its log-prob head; a PEFT model inside disable_adapter() counts as its base model.
-        forward: how it is run.
+        forward: how it is run; its images make the pixels of what the cache lacks.
         cache_dir: a folder of caches that runs may share; or one cache, which must then belong to these tokens, this
             model, dtype and version. None stores nothing.
         ld_alpha: weights the sums as LD-DPO does; the columns are then of this ld_alpha alone.
@@ -102,8 +105,8 @@ def add_reference_columns(
         window: rows computed and stored together.
 
     Raises:
-        ValueError: cache_dir is a cache of something else, lists that are not stored best first, or ld_alpha with lists
-            or weights of tokens.
+        ValueError: cache_dir is a cache of something else, lists that are not stored best first, ld_alpha with lists or
+            weights of tokens, or the errors of images in response_logps.
     """
     ranks = ranks or Ranks.alone()
     check_ld_alpha(ld_alpha, is_list=has_lists(dataset.column_names), weighted=False)
@@ -195,7 +198,7 @@ class _Columns:
     def compute(self, parts: list[tuple[int, int]], model: Any, forward: Forward, description: str | None) -> None:
         """Run the model on these rows, fill them in and store them."""
         ordered, names = self.ordered, self.ordered.column_names
-        read = (*token_columns(names), *((RANK_COLUMN,) if has_lists(names) else ()))
+        read = (*token_columns(names), *((RANK_COLUMN,) if has_lists(names) else ()), *stored_images(names))
         done = len(ordered) - sum(stop - start for start, stop in parts)
         with tqdm(
             total=len(ordered), initial=done, desc=description, disable=description is None or not parts, leave=False

@@ -2,12 +2,13 @@
 
 Rows are read, packed like a training step, and run WINDOW at a time, so that memory does not grow with the dataset.
 Log-probs are kept token by token: every sum of them (whole responses, LD-DPO's weighted ones) follows from one pass.
+Of rows with images, the pixels of a few are made by a background thread while the model runs on those before.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -19,8 +20,13 @@ from torch import Tensor
 
 from dpofast.common.eval_mode import eval_mode
 from dpofast.data.formats import ORDER_COLUMN
+from dpofast.data.images.columns import IMAGE_KEYS, has_images
+from dpofast.data.images.prompt_images import PromptImages
 from dpofast.packing.arguments import at_least_one
+from dpofast.packing.batch import PackedBatch
 from dpofast.packing.pack import pack
+from dpofast.scoring.ahead import Ahead
+from dpofast.scoring.pixels import PixelGroup, needs_pixels, pixel_groups
 from dpofast.scoring.responses import ResponseLogps, check_ld_alpha
 from dpofast.scoring.windows import Window, windows
 
@@ -38,6 +44,7 @@ class Forward:
         max_logits_bytes: room for logits, None for the default.
         device: where the model is.
         autocast: returns the context manager that the model runs in.
+        images: makes the pixels of rows with images; None: rows have none, or bring media.
     """
 
     max_tokens: int | None
@@ -45,6 +52,7 @@ class Forward:
     max_logits_bytes: int | None = None
     device: torch.device
     autocast: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
+    images: PromptImages | None = None
 
 
 @torch.no_grad()
@@ -52,18 +60,23 @@ def response_logps(examples: Any, model: Any, forward: Forward) -> ResponseLogps
     """Token log-probs of the responses of pairs or lists, in the order of the examples; of lists best first.
 
     Args:
-        examples: pairs or lists, in any form that `pack` takes.
+        examples: pairs or lists, in any form that `pack` takes; or rows of a token-level dataset with images, a
+            Dataset, an Arrow table or mappings.
         model: with the log-prob head attached, on forward.device. It is in eval mode during the call.
         forward: how it is run.
+
+    Raises:
+        ValueError: examples that `pack` refuses, rows with images without forward.images, or an image that can no
+            longer be read or is another one than when the row was tokenized.
     """
     logps, lengths, examples_of, rows, responses = [], [], [], [], 0
-    with eval_mode(model):
-        for batch in pack(examples, forward.max_tokens, share=forward.share):
+    with eval_mode(model), contextlib.closing(_micro_batches(examples, forward)) as micro_batches:
+        for batch, of_examples in micro_batches:
             with forward.autocast():
                 output = model(packed=batch.to(forward.device), max_logits_bytes=forward.max_logits_bytes)
             logps.append(output.logps.float().cpu())
             lengths.append(batch.cu_targets.diff())
-            examples_of.append(batch.pair_examples)
+            examples_of.append(of_examples)
             own = batch.pairs if batch.columns.lists is None else batch.columns.lists
             rows.append(torch.where(own < 0, -1, own + responses).to(torch.int32))
             responses += batch.num_sequences
@@ -76,6 +89,32 @@ def response_logps(examples: Any, model: Any, forward: Forward) -> ResponseLogps
     in_order = torch.empty_like(of_micro_batches)
     in_order[torch.cat(examples_of)] = of_micro_batches
     return ResponseLogps(torch.cat(logps), cu_targets, in_order)
+
+
+def _micro_batches(examples: Any, forward: Forward) -> Generator[tuple[PackedBatch, Tensor], None, None]:
+    """Micro-batches on the CPU, each with the places of its pairs or lists among the examples."""
+
+    def packed(group: PixelGroup) -> list[tuple[PackedBatch, Tensor]]:
+        try:
+            batches = pack(group.examples, forward.max_tokens, share=forward.share)
+        except ValueError as error:
+            raise group.renamed(error) from error
+        return [(batch, group.rows[batch.pair_examples]) for batch in batches]
+
+    if isinstance(examples, Dataset) and has_images(examples.column_names):
+        examples = examples.with_format("arrow")[:]
+    if not needs_pixels(examples):
+        for batch in pack(examples, forward.max_tokens, share=forward.share):
+            yield batch, batch.pair_examples
+        return
+    if forward.images is None:
+        raise ValueError(
+            f"images: expected what makes the pixels of rows with {IMAGE_KEYS}, got None: give "
+            "images=PromptImages(processor, vision_inputs(model))"
+        )
+    with Ahead(pixel_groups(examples, forward.images), packed) as groups:
+        for group in groups:
+            yield from group
 
 
 def score_rows(
@@ -91,6 +130,7 @@ def score_rows(
     autocast: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
     window: int = WINDOW,
     ld_alpha: float | None = None,
+    images: PromptImages | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Score preference pairs or lists, row by row in input order; memory does not grow with their number.
 
@@ -100,7 +140,8 @@ def score_rows(
     Args:
         dataset: tokenize_preferences' dataset, or an iterable of mappings with prompt_ids, chosen_ids, rejected_ids,
             or of lists with prompt_ids, responses_ids and ranks or scores. Their weights of tokens are factors of the
-            log-probs; a column beta replaces beta.
+            log-probs; a column beta replaces beta. Mappings may have media, as for `pack`, or the columns of a
+            tokenized dataset with images.
         model: the policy, with the log-prob head attached, on `device`. It is in eval mode while a window is computed,
             and between windows in the mode that it was in.
         ref_model: the reference, likewise. None: the rows' own ref_chosen_logps and ref_rejected_logps (of lists
@@ -113,6 +154,7 @@ def score_rows(
         autocast: as in Forward.
         window: rows computed together.
         ld_alpha: weights the log-probs as in PreferenceLoss; for pairs whose tokens have no weights.
+        images: as in Forward.
 
     Returns:
         An iterator of dicts. Always: chosen_logps, rejected_logps (floats: nats, summed over the response),
@@ -123,8 +165,8 @@ def score_rows(
 
     Raises:
         ValueError: beta or window out of range; while iterating, a row that `pack` refuses, named by its place in its
-            window, a beta that is not positive, a column that stands beside some rows' ids only, and ld_alpha with
-            lists or weights of tokens.
+            window, a beta that is not positive, a column that stands beside some rows' ids only, ld_alpha with lists
+            or weights of tokens, and the errors of images in response_logps.
     """
     if not 0 < beta < float("inf"):
         raise ValueError(f"beta: expected a positive number, got {beta}")
@@ -135,6 +177,7 @@ def score_rows(
         max_logits_bytes=max_logits_bytes,
         device=device,
         autocast=autocast,
+        images=images,
     )
     return _scored(windows(dataset, window), model, ref_model, beta, ld_alpha, forward)
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from dpofast.data.formats import (
     SCORE_COLUMN,
     WEIGHT_COLUMNS,
 )
+from dpofast.data.images.columns import has_images
 from dpofast.data.lists import OF_RESPONSES
 from dpofast.data.token_rows import (
     RESPONSES,
@@ -32,6 +32,7 @@ from dpofast.data.token_rows import (
     token_columns,
     weight_columns,
 )
+from dpofast.scoring.pixels import MEDIA, PIXEL_BYTES, STORED_COLUMNS, pixel_bytes
 
 # Of a list, what has a value for each response.
 _OF_RESPONSES = (*OF_RESPONSES, RANK_COLUMN, SCORE_COLUMN)
@@ -42,7 +43,8 @@ class Window:
     """Rows that are scored together.
 
     Attributes:
-        examples: pairs or lists (these best first), in a form that `pack` takes, without what changes no log-prob.
+        examples: pairs or lists (these best first), in a form that response_logps takes, without what changes no
+            log-prob.
         is_list: whether they are lists.
         weights: (sum of lengths,) float32 of the tokens of every row's responses, row by row; None without any.
         beside: columns that stand beside the token ids, a list each: reference log-probs, row numbers, betas, and of
@@ -76,7 +78,7 @@ class Window:
 
 
 def windows(dataset: Dataset | Iterable[Mapping[str, Any]], size: int) -> Iterator[Window]:
-    """The rows of a Dataset or an iterable of mappings, `size` at a time.
+    """The rows of a Dataset or an iterable of mappings, `size` at a time; fewer where mappings bring much media.
 
     Raises:
         ValueError: a column that only some of the rows have, or lists among pairs.
@@ -84,20 +86,38 @@ def windows(dataset: Dataset | Iterable[Mapping[str, Any]], size: int) -> Iterat
     columns = dataset.column_names if isinstance(dataset, Dataset) else ()
     # lists that tokenize_preferences has not put in order are read row by row
     if not isinstance(dataset, Dataset) or (has_lists(columns) and ORDER_COLUMN not in columns):
-        rows = iter(dataset)
-        while part := list(islice(rows, size)):
-            yield _of_mappings(part)
+        yield from map(_of_mappings, _parts(dataset, size))
         return
     is_list, ids = has_lists(columns), token_columns(columns)
-    packed = [*ids, *([RANK_COLUMN] if is_list else [])]
+    packed = [*ids, *([RANK_COLUMN] if is_list else []), *stored_images(columns)]
     weights, given = weight_columns(columns), [name for name in _beside(is_list) if name in columns]
-    for table in read_chunks(dataset, [*packed, *weights, *given], chunk_bounds(len(dataset), size)):
+    names = dict.fromkeys((*packed, *weights, *given))  # row may be in two of them
+    for table in read_chunks(dataset, names, chunk_bounds(len(dataset), size)):
         yield Window(
             table.select(packed),
             is_list,
             _tensor(RowTokens.of(table).weights()) if weights else None,
             {name: table.column(name).to_pylist() for name in given},
         )
+
+
+def stored_images(columns: Collection[str]) -> tuple[str, ...]:
+    """Of a token-level dataset's columns, those from which the pixels of its images are made; none without images."""
+    return tuple(name for name in STORED_COLUMNS if name in columns) if has_images(columns) else ()
+
+
+def _parts(rows: Iterable[Mapping[str, Any]], size: int) -> Iterator[list[Mapping[str, Any]]]:
+    """Up to `size` rows at a time, fewer where their media fill PIXEL_BYTES."""
+    part, media = list[Mapping[str, Any]](), dict[int, int]()
+    for row in rows:
+        part.append(row)
+        if (own := row.get(MEDIA)) is not None:
+            media[id(own)] = pixel_bytes(own)
+        if len(part) == size or sum(media.values()) >= PIXEL_BYTES:
+            yield part
+            part, media = [], {}
+    if part:
+        yield part
 
 
 def _beside(is_list: bool) -> tuple[str, ...]:
@@ -120,6 +140,8 @@ def _of_mappings(rows: list[Mapping[str, Any]]) -> Window:
     if present and missing:
         raise ValueError(f"{missing[0]}: expected it beside {present[0]}, and there is none")
     packed = (*token_columns(rows[0]), *((RANK_COLUMN, SCORE_COLUMN) if is_list else ()))
+    columns = {name for row in rows for name in row}
+    packed += (*((MEDIA,) if MEDIA in columns else ()), *stored_images(columns))
     # pack checks the weights of tokens where it is given them, and would keep equal responses of others apart
     examples = [{name: row.get(name) for name in packed} for row in rows]
     return Window(examples, is_list, _weights(rows), {name: [row[name] for row in rows] for name in given})

@@ -29,6 +29,7 @@ from dpofast.data.token_rows import (
     RowTokens,
     as_numpy,
     best_weight,
+    image_columns,
     responses_of,
     token_columns,
     weight_columns,
@@ -87,7 +88,7 @@ class PairLengths:
         responses: (n,) int64, how many responses each has.
         chosen: (n,) tokens of each one's chosen (of lists: best) response, int64; with token weights, the sums of
             these, float64.
-        prompt_keys: (n,) uint64, equal where the prompts are.
+        prompt_keys: (n,) uint64, equal where the prompts are, with their images.
     """
 
     positions: np.ndarray
@@ -100,7 +101,7 @@ class PairLengths:
     def of(cls, dataset: Dataset) -> PairLengths:
         """Reads them from a token-level dataset, 1024 rows at a time."""
         columns = dataset.column_names
-        names = (*token_columns(columns), *weight_columns(columns))
+        names = (*token_columns(columns), *image_columns(columns), *weight_columns(columns))
         return cls.joined(map(_lengths, read_chunks(dataset, names, chunk_bounds(len(dataset), _ROWS))))
 
     @classmethod

@@ -35,6 +35,7 @@ from dpofast.model.adapters import check_trainable
 from dpofast.model.neftune import noisy_embeddings
 from dpofast.packing.arguments import sharing
 from dpofast.packing.batch import PackedBatch
+from dpofast.scoring.ahead import Ahead
 from dpofast.scoring.score import Forward
 from dpofast.training.checks.arguments import check_arguments
 from dpofast.training.checks.columns import check_data_columns
@@ -42,7 +43,6 @@ from dpofast.training.checks.device import check_kernels, device_notes, print_no
 from dpofast.training.checks.launch import check_options_of_sharded, check_pairs, check_reference_used, own_arguments
 from dpofast.training.checks.methods import check_methods
 from dpofast.training.coupled import RunningRewards
-from dpofast.training.data.ahead import Ahead
 from dpofast.training.data.micro_batches import StepPacker
 from dpofast.training.data.stream import stream_loader
 from dpofast.training.data.tokens import PreferenceData, each_eval_dataset

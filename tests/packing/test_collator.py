@@ -76,6 +76,13 @@ def test_prompts_may_be_token_ids(make):
     assert sorted(step.tolist() for step in steps) == [[0, 2], [1, 3], [4]]
 
 
+def test_prompts_with_images_are_equal_where_text_and_images_are():
+    ids, keys = [[1, 90], np.array([1, 90]), [1, 90], [2, 90]], [b"a", b"a", b"b", b"a"]
+    prompts = [(one, key) for one, key in zip(ids, keys, strict=True)] + [([1, 90], b"b")]
+    assert sorted(step.tolist() for step in group_by_prompt(prompts, 2)) == [[0, 1], [2, 4], [3]]
+    assert sorted(PromptGroupSampler(prompts, 2)) == [[0, 1], [2, 4], [3]]
+
+
 def test_sampler_changes_with_the_epoch_alone():
     prompts = [[i // 2] for i in range(12)]
     sampler = PromptGroupSampler(prompts, 4, seed=3)

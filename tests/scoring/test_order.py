@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from dpofast import attach_logprob_head
 from dpofast.data.arrow import mapped_files
 from dpofast.data.formats import REF_COLUMNS
+from dpofast.data.images.columns import FEATURES
 from dpofast.scoring import order, ref_cache, score
 from dpofast.scoring.order import prompt_order
 from dpofast.scoring.ref_cache import add_reference_columns
@@ -61,6 +62,24 @@ def test_long_data_are_ordered_in_stretches(monkeypatch):
     found = prompt_order(of_prompts(prompts)).tolist()
     stretches = [range(0, 8), range(8, 16), range(16, 21)]  # as soon as 4, 8, ... rows have 20 tokens
     assert found == [row for part in stretches for row in sorted(part, key=lambda row: prompts[row])]
+
+
+def test_prompts_with_one_image_stand_together():
+    """And with them those that begin with it; an image is compared as its virtual id."""
+    keys = {"a": b"\x09" * 16, "b": b"\x02" * 16}
+    rows = [("a", [5, 90, 90, 6]), ("b", [5, 90, 90, 6]), ("", [5, 7]), ("a", [5, 90, 90, 6]), ("b", [5, 90, 90])]
+    dataset = of_prompts([prompt for _, prompt in rows] + [[5, 90, 90, 1, 90]]).select(range(6))
+    names = [*(names for names, _ in rows), "ab"]
+    images = {
+        "image_keys": [[keys[name] for name in each] for each in names],
+        "image_tokens": [[2, 1][: len(each)] for each in names],
+        "image_token_id": [90] * 6,
+    }
+    for name, values in images.items():
+        dataset = dataset.add_column(name, values, feature=FEATURES[name])
+    assert prompt_order(dataset).tolist() == [2, 4, 1, 5, 0, 3]
+    shuffled = dataset.select([3, 1, 5, 0])
+    assert prompt_order(shuffled).tolist() == [1, 2, 0, 3]
 
 
 def test_mapped_rows_are_released_stretch_by_stretch(tmp_path, monkeypatch):

@@ -10,8 +10,8 @@ from datasets import Dataset, IterableDataset
 from peft import LoraConfig
 
 from dpofast.packing.batch import PackedBatch
-from dpofast.training.data import ahead as ahead_module
-from dpofast.training.data.ahead import Ahead
+from dpofast.scoring import ahead as ahead_module
+from dpofast.scoring.ahead import Ahead
 from dpofast.training.data.micro_batches import StepPacker
 from tests.support.ranks_cases import RunsOutOfMemory
 from tests.support.tiny import tiny_dataset, tiny_model, tiny_pairs

@@ -12,7 +12,7 @@ from dpofast.data.formats import REF_COLUMNS
 from dpofast.data.token_rows import without_reference
 from dpofast.packing.batch import PackedBatch
 from dpofast.packing.pack import pack
-from dpofast.training.data.ahead import Ahead
+from dpofast.scoring.ahead import Ahead
 from dpofast.training.sampler import PackedShare, StepExamples
 
 
