@@ -273,6 +273,7 @@ class DPOTrainer(CheckpointedTrainer):
             max_logits_bytes=self.args.max_logits_bytes,
             device=self.args.device,
             autocast=self.accelerator.autocast,
+            images=self._data.images,
         )
         return with_reference_columns(
             dataset,
