@@ -25,6 +25,7 @@ from transformers import (
     LlavaConfig,
     LlavaProcessor,
     PreTrainedTokenizerFast,
+    PrinterCallback,
 )
 
 from dpofast import DPOConfig, DPOTrainer, attach_logprob_head, pack, sequence_logprobs, vision_inputs
@@ -162,6 +163,7 @@ def train(model, processor, pairs, folder, *, epochs):
         disable_tqdm=True,
     )
     trainer = DPOTrainer(model, args=args, train_dataset=Dataset.from_list(pairs), processing_class=processor)
+    trainer.remove_callback(PrinterCallback)
     trainer.train()
     return [log["loss"] for log in trainer.state.log_history if "loss" in log]
 
@@ -182,7 +184,7 @@ def main(argv=None):
     parser.add_argument("--quick", action="store_true", help="fewer pairs, which differ in colour alone: seconds")
     parser.add_argument("--output", type=Path, help="folder for the held-out pictures, their pairs and the results")
     args = parser.parse_args(argv)
-    count, epochs, differ_in = (128, 6, (1,)) if args.quick else (512, 12, (0, 1, 2))
+    count, epochs, differ_in = (128, 4, (1,)) if args.quick else (512, 12, (0, 1, 2))
     pairs, held_out = (make_pairs(number, seed, differ_in=differ_in) for seed, number in enumerate((count, count // 2)))
     model, processor = make_model(), make_processor()
     attach_logprob_head(model)
