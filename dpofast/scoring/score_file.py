@@ -4,6 +4,8 @@ The partial file is JSON lines: a header with what decides the scores (model, da
 pair, in the order in which pairs are scored. After a kill, scoring resumes at a multiple of WINDOW pairs, so that the
 scores are bitwise those of an uninterrupted run. The final file has them in the order of the data; it is written under
 a temporary name, flushed, and renamed.
+
+Rows come back as the source has them: paths of images as they are given, encoded images in .parquet files alone.
 """
 
 from __future__ import annotations
@@ -110,11 +112,13 @@ class SourceRows:
     Attributes:
         windows: iterates over lists of (number, row), where number is the score's "row".
         schema: their Arrow schema, or None for rows of text files, which have none.
+        tables: iterates over these columns by windows, those that a file has; None for rows of text files.
         snapshot: the files as they were before the rows were loaded.
     """
 
     windows: Callable[[], Iterator[list[tuple[int, Row]]]]
     schema: pa.Schema | None
+    tables: Callable[[Sequence[str]], Iterator[Any]] | None
     snapshot: Snapshot
 
 
@@ -135,18 +139,24 @@ def source_rows(source: str, dataset: Dataset, snapshot: Snapshot) -> SourceRows
     path, files = Path(source), snapshot.paths
     if not files or is_saved(path):
         parts = chunk_bounds(len(dataset), WINDOW)
-
-        def numbered() -> Iterator[list[tuple[int, Row]]]:
-            for (start, _), table in zip(parts, read_chunks(dataset, dataset.column_names, parts), strict=True):
-                yield list(enumerate(table.to_pylist(), start))
-
-        return SourceRows(numbered, dataset.features.arrow_schema.remove_metadata(), snapshot)
+        schema = dataset.features.arrow_schema.remove_metadata()
+        return _of_tables(schema, lambda names: read_chunks(dataset, names, parts), snapshot)
     if kind_of(files[0]) == ".parquet":
         schemas = [pq.read_schema(file).remove_metadata() for file in files]
         schema = schemas[0] if len(schemas) == 1 else pa.unify_schemas(schemas, promote_options="permissive")
-        return SourceRows(lambda: _parquet_windows(files), schema, snapshot)
+        return _of_tables(schema, lambda names: _parquet_tables(files, names), snapshot)
     by_line = path.is_file() and unit_of(path) == "line"
-    return SourceRows(lambda: _text_windows(files, by_line=by_line), None, snapshot)
+    return SourceRows(lambda: _text_windows(files, by_line=by_line), None, None, snapshot)
+
+
+def _of_tables(schema: pa.Schema, tables: Callable[[Sequence[str]], Iterator[Any]], snapshot: Snapshot) -> SourceRows:
+    def windows() -> Iterator[list[tuple[int, Row]]]:
+        start = 0
+        for table in tables(schema.names):
+            yield list(enumerate(table.to_pylist(), start))
+            start += len(table)
+
+    return SourceRows(windows, schema, tables, snapshot)
 
 
 def _text_windows(files: Sequence[Path], *, by_line: bool) -> Iterator[list[tuple[int, Row]]]:
@@ -158,12 +168,45 @@ def _text_windows(files: Sequence[Path], *, by_line: bool) -> Iterator[list[tupl
         yield [(number, row) for number, row in window if isinstance(row, dict)]
 
 
-def _parquet_windows(files: Sequence[Path]) -> Iterator[list[tuple[int, Row]]]:
-    start = 0
+def _parquet_tables(files: Sequence[Path], names: Sequence[str]) -> Iterator[pa.RecordBatch]:
     for file in files:
-        for batch in pq.ParquetFile(file).iter_batches(WINDOW):
-            yield list(enumerate(batch.to_pylist(), start))
-            start += len(batch)
+        with pq.ParquetFile(file) as parquet:
+            own = [name for name in names if name in parquet.schema_arrow.names]
+            yield from parquet.iter_batches(WINDOW, columns=own)
+
+
+def check_output(output: Path, source: SourceRows) -> None:
+    """Refuse a .jsonl file for rows that hold bytes, as encoded images are. Reads such columns up to the first bytes.
+
+    Raises:
+        ValueError: with the column.
+    """
+    if output.suffix == ".parquet" or source.schema is None or source.tables is None:
+        return
+    names = [field.name for field in source.schema if field.name not in SCORES and "binary" in str(field.type)]
+    for table in source.tables(names) if names else ():
+        for name in table.schema.names:
+            column = table.column(name)
+            if any(map(_holds_bytes, column.chunks if isinstance(column, pa.ChunkedArray) else [column])):
+                raise _bytes_in_json(f"column '{name}'")
+
+
+def _holds_bytes(array: pa.Array) -> bool:
+    """Whether an array, or what is nested in it, has bytes that are not null."""
+    kind = array.type
+    if pa.types.is_struct(kind):
+        return any(map(_holds_bytes, array.flatten()))
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        return _holds_bytes(array.flatten())
+    is_bytes = pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind)
+    return is_bytes and array.null_count < len(array)
+
+
+def _bytes_in_json(what: str) -> ValueError:
+    return ValueError(
+        f"output: {what} holds bytes, such as encoded images, which JSON has no form for: name a file that ends in "
+        ".parquet, in which they stay as they are"
+    )
 
 
 def write_scored(output: Path, source: SourceRows, partial: PartialScores) -> None:
@@ -175,9 +218,10 @@ def write_scored(output: Path, source: SourceRows, partial: PartialScores) -> No
         partial: the scores of the rows that could be used.
 
     Raises:
-        ValueError: rows that cannot be stored as Parquet, with the reason, or files that changed since they were loaded
-            (DataError): their rows are not those of the scores. The partial file stays.
+        ValueError: rows that cannot be stored as Parquet, with the reason, or as JSON (bytes); or files that changed
+            since they were loaded (DataError): their rows are not those of the scores. The partial file stays.
     """
+    source.snapshot.check()
     # Hidden, and without a suffix that readers look for.
     aside = output.with_name(f".{output.name}.writing")
     write = _write_parquet if output.suffix == ".parquet" else _write_jsonl
@@ -217,11 +261,17 @@ def _finite(value: Any) -> Any:
 
 
 def _json_line(row: Row) -> str:
-    # Values that JSON has no type for (dates, from Parquet) are written as text.
     try:
-        return json.dumps(row, ensure_ascii=False, default=str, allow_nan=False) + "\n"
+        return json.dumps(row, ensure_ascii=False, default=_as_text, allow_nan=False) + "\n"
     except ValueError:
-        return json.dumps(_finite(row), ensure_ascii=False, default=str) + "\n"
+        return json.dumps(_finite(row), ensure_ascii=False, default=_as_text) + "\n"
+
+
+def _as_text(value: Any) -> str:
+    """A value that JSON has no type for (a date, from Parquet)."""
+    if isinstance(value, (bytes, bytearray)):
+        raise _bytes_in_json("a row")
+    return str(value)
 
 
 def _write_jsonl(path: Path, source: SourceRows, partial: PartialScores) -> None:

@@ -1,5 +1,6 @@
 """Log-probs without gradient of prompts with images: those of each sequence alone, pixels a few rows at a time."""
 
+import io
 import threading
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from dpofast import attach_logprob_head
 from dpofast.data.formats import LIST_REF_COLUMN, REF_COLUMNS
 from dpofast.data.images.columns import IMAGE_KEYS, IMAGE_TOKENS, IMAGES, OF_IMAGES
 from dpofast.scoring import pixels, ref_cache
+from dpofast.scoring.fingerprints import ResponseFingerprints
 from dpofast.scoring.ref_cache import add_reference_columns
 from dpofast.scoring.score import Forward, response_logps, score_rows
 from tests.support.image_rows import image_dataset, mixed_rows, png, prompt_images
@@ -42,8 +44,8 @@ def truth(family, dataset):
     for row in dataset:
         processed = {}
         if row[IMAGES]:
-            pictures = [Image.open(as_file(image["bytes"])).convert("RGB") for image in row[IMAGES]]
-            text = images.placeholder * len(pictures)
+            pictures = [Image.open(io.BytesIO(image["bytes"])).convert("RGB") for image in row[IMAGES]]
+            text = images.token * len(pictures)
             made = images.processor(text=[text], images=[pictures], return_tensors="pt")
             processed = {name: made[name] for name in TENSORS if name in made}
         prompt = Prompt(row["prompt_ids"], processed)
@@ -51,12 +53,6 @@ def truth(family, dataset):
         with torch.no_grad():
             rows.append([float(alone(model, family, [(prompt, response)]).sum()) for response in responses])
     return rows
-
-
-def as_file(content):
-    import io
-
-    return io.BytesIO(content)
 
 
 def head(family, padded=False):
@@ -205,7 +201,7 @@ def test_an_image_that_is_another_one_or_missing_or_broken(qwen):
 
 def test_a_row_that_pack_refuses_is_named_by_its_place(qwen, monkeypatch):
     monkeypatch.setattr(pixels, "PIXEL_BYTES", 1)
-    for number in (6, 1):
+    for number in (6, 5):
         rows = changed(qwen.dataset, number, chosen_ids=[3, 90])
         with pytest.raises(ValueError, match=rf"examples\[{number}\]: .*image placeholders in prompts"):
             response_logps(rows, head("qwen2_vl"), forward(qwen.images))
@@ -276,6 +272,20 @@ def test_equal_text_with_different_images_keeps_its_own_numbers(qwen):
     sums = columns_of(dataset, head("qwen2_vl"), images, None, window=1)
     np.testing.assert_allclose(sums, truth("qwen2_vl", dataset), atol=2e-5)
     assert np.array_equal(sums[0], sums[2]) and (abs(sums[0] - sums[1]) > 1e-3).all()
+
+
+def test_equal_prompts_with_different_images_are_different_responses():
+    """By whole keys: the first four bytes, of which virtual ids are made, may be equal."""
+    keys = [b"a" * 16, b"b" * 16, b"a" * 16, b"a" * 4 + b"c" * 12, None]
+    row = {"prompt_ids": [5, 90, 6], "chosen_ids": [1], "rejected_ids": [2]}
+    rows = [
+        {**row, "image_keys": key and [key], "image_tokens": key and [1], "image_token_id": 90 if key else None}
+        for key in keys
+    ]
+    fingerprints = ResponseFingerprints.of(Dataset.from_list(rows))
+    assert fingerprints.first_equal().tolist() == [0, 1, 2, 3, 0, 1, 6, 7, 8, 9]
+    text = ResponseFingerprints.of(Dataset.from_list([row]))
+    assert np.array_equal(fingerprints.tokens[8:], text.tokens)  # as before there were images
 
 
 def test_ranks_share_the_windows(qwen, tmp_path, computed):

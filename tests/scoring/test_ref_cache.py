@@ -125,20 +125,6 @@ def test_first_equal():
     assert ResponseFingerprints.of(dataset).first_equal().tolist() == [0, 1, 2, 3, 1, 0]
 
 
-def test_equal_prompts_with_different_images_are_different_responses():
-    """By whole keys: the first four bytes, of which virtual ids are made, may be equal."""
-    keys = [b"a" * 16, b"b" * 16, b"a" * 16, b"a" * 4 + b"c" * 12, None]
-    row = {"prompt_ids": [5, 90, 6], "chosen_ids": [1], "rejected_ids": [2]}
-    rows = [
-        {**row, "image_keys": key and [key], "image_tokens": key and [1], "image_token_id": 90 if key else None}
-        for key in keys
-    ]
-    fingerprints = ResponseFingerprints.of(Dataset.from_list(rows))
-    assert fingerprints.first_equal().tolist() == [0, 1, 2, 3, 0, 1, 6, 7, 8, 9]
-    text = ResponseFingerprints.of(Dataset.from_list([row]))
-    assert np.array_equal(fingerprints.tokens[8:], text.tokens)  # as before there were images
-
-
 def changes():
     def weights(model):
         model.model.norm.weight.data[3] += 1e-3

@@ -33,7 +33,7 @@ def row_of(images, text, files, responses, number):
     row = dict.fromkeys((IMAGES, IMAGE_KEYS, IMAGE_TOKENS, IMAGE_TOKEN_ID))
     if files:
         # Qwen2-VL's own positions take images without text between them for one
-        ids, media = images.encode(f"{images.placeholder}, " * len(files) + text, files)
+        ids, media = images.encode(f"{images.token}, " * len(files) + text, files)
         row = {
             IMAGES: [{"bytes": file, "path": None} for file in files],
             IMAGE_KEYS: [image.key for image in media.images],

@@ -127,8 +127,10 @@ def processor_of(family):
     found = (getattr(transformers, f"{image_name}ImageProcessor{kind}", None) for kind in ("Pil", ""))
     image_processor = next(cls for cls in found if cls is not None)(**image_settings)
     plain = getattr(transformers, f"{name}Processor")
-    cls = type(plain.__name__, (_WithoutVideo, plain), {"__module__": __name__})
-    globals()[f"{name}Processor"] = cls  # for pickle, which finds it here
+    # kept where pickle finds it
+    cls = globals().setdefault(
+        f"{name}Processor", type(plain.__name__, (_WithoutVideo, plain), {"__module__": __name__})
+    )
     parts = {"image_processor": image_processor, "tokenizer": tokenizer_of(family)}
     return cls(**parts, **settings, chat_template=template_of(family))
 
