@@ -79,6 +79,10 @@ class BatchMedia:
             for _ in range(count // self.num_tokens[image])
         ]
 
+    def num_seen(self) -> int:
+        """How many images the vision tower sees for the packed row: distinct ones, once for each place."""
+        return len(self.images_in(torch.arange(len(self.image_of_row))))
+
     def inputs_of(self, images: Sequence[int]) -> dict[str, Tensor]:
         """The tensors of these images joined in this order."""
         return self._of(images, self.inputs)

@@ -8,10 +8,10 @@ Of rows with images, the pixels of a few are made by a background thread while t
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -55,7 +55,13 @@ class Forward:
     images: PromptImages | None = None
 
 
-@torch.no_grad()
+class Run(NamedTuple):
+    """A model, and what makes the context that it runs in (PEFT's disable_adapter)."""
+
+    model: Any
+    inside: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
+
+
 def response_logps(examples: Any, model: Any, forward: Forward) -> ResponseLogps:
     """Token log-probs of the responses of pairs or lists, in the order of the examples; of lists best first.
 
@@ -69,12 +75,25 @@ def response_logps(examples: Any, model: Any, forward: Forward) -> ResponseLogps
         ValueError: examples that `pack` refuses, rows with images without forward.images, or an image that can no
             longer be read or is another one than when the row was tokenized.
     """
-    logps, lengths, examples_of, rows, responses = [], [], [], [], 0
-    with eval_mode(model), contextlib.closing(_micro_batches(examples, forward)) as micro_batches:
+    (found,) = _responses_logps(examples, [Run(model)], forward)
+    return found
+
+
+@torch.no_grad()
+def _responses_logps(examples: Any, runs: Sequence[Run], forward: Forward) -> list[ResponseLogps]:
+    """response_logps of several models, which get the same micro-batches: their pixels are made once."""
+    logps: list[list[Tensor]] = [[] for _ in runs]
+    lengths, examples_of, rows, responses = [], [], [], 0
+    with contextlib.ExitStack() as stack:
+        for model in {id(run.model): run.model for run in runs}.values():
+            stack.enter_context(eval_mode(model))
+        micro_batches = stack.enter_context(contextlib.closing(_micro_batches(examples, forward)))
         for batch, of_examples in micro_batches:
-            with forward.autocast():
-                output = model(packed=batch.to(forward.device), max_logits_bytes=forward.max_logits_bytes)
-            logps.append(output.logps.float().cpu())
+            on_device = batch.to(forward.device)
+            for found, run in zip(logps, runs, strict=True):
+                with run.inside(), forward.autocast():
+                    output = run.model(packed=on_device, max_logits_bytes=forward.max_logits_bytes)
+                found.append(output.logps.float().cpu())
             lengths.append(batch.cu_targets.diff())
             examples_of.append(of_examples)
             own = batch.pairs if batch.columns.lists is None else batch.columns.lists
@@ -82,13 +101,13 @@ def response_logps(examples: Any, model: Any, forward: Forward) -> ResponseLogps
             responses += batch.num_sequences
     cu_targets = torch.zeros(responses + 1, dtype=torch.int32)
     if not responses:
-        return ResponseLogps(torch.empty(0), cu_targets, torch.empty(0, 2, dtype=torch.int32))
+        return [ResponseLogps(torch.empty(0), cu_targets, torch.empty(0, 2, dtype=torch.int32)) for _ in runs]
     torch.cumsum(torch.cat(lengths), 0, dtype=torch.int32, out=cu_targets[1:])
     most = max(part.shape[1] for part in rows)
     of_micro_batches = torch.cat([torch.nn.functional.pad(part, (0, most - part.shape[1]), value=-1) for part in rows])
     in_order = torch.empty_like(of_micro_batches)
     in_order[torch.cat(examples_of)] = of_micro_batches
-    return ResponseLogps(torch.cat(logps), cu_targets, in_order)
+    return [ResponseLogps(torch.cat(found), cu_targets, in_order) for found in logps]
 
 
 def _micro_batches(examples: Any, forward: Forward) -> Generator[tuple[PackedBatch, Tensor], None, None]:
@@ -193,14 +212,15 @@ def _scored(
     for window in scored_together:
         check_ld_alpha(ld_alpha, is_list=window.is_list, weighted=window.weights is not None)
         own = window.betas()
-        policy = response_logps(window.examples, model, forward)
-        columns = {"logps": policy.sums(ld_alpha, window.weights), "tokens": policy.lengths()}
-        reference = None
+        runs, reference = [Run(model)], None
         if ref_model is not None:
-            reference = response_logps(window.examples, ref_model, forward).sums(ld_alpha, window.weights)
+            runs.append(Run(ref_model))
         elif (reference := window.reference()) is None and hasattr(model, "disable_adapter"):
-            with model.disable_adapter():
-                reference = response_logps(window.examples, model, forward).sums(ld_alpha, window.weights)
+            runs.append(Run(model, model.disable_adapter))
+        policy, *others = _responses_logps(window.examples, runs, forward)
+        columns = {"logps": policy.sums(ld_alpha, window.weights), "tokens": policy.lengths()}
+        if others:
+            reference = others[0].sums(ld_alpha, window.weights)
         if reference is not None:
             factor = beta if own is None else own[:, None]
             columns |= {"ref_logps": reference, "rewards": factor * (columns["logps"] - reference)}

@@ -274,7 +274,8 @@ MISSING_COLUMNS = [
     ({"prompt": "a", "chosen": "b"}, "column 'rejected' is missing: .*found chosen, prompt"),
     ({"prompt_ids": [1], "chosen_ids": [2]}, "column 'rejected_ids' is missing"),
     (TOKENS | {"ref_chosen_logps": -1.0}, "column 'ref_rejected_logps' is missing"),
-    (TEXT | {"images": [1]}, "images are not supported: remove column 'images'"),
+    (TEXT | {"videos": [1]}, "videos are not supported"),
+    (TEXT | {"images": [1]}, "column 'images' holds no images: expected .*int64 is no image"),
 ]
 
 

@@ -159,7 +159,9 @@ def test_under_peft_the_base_model_is_the_reference(qwen):
             if "lora_B" in name:
                 weight.normal_(std=0.5)
     attach_logprob_head(policy)
-    rows = list(score_rows(qwen.dataset, policy, images=qwen.images, **OPTIONS))
+    counting = Counting(qwen.images)
+    rows = list(score_rows(qwen.dataset, policy, images=counting, **OPTIONS))
+    assert sorted(counting.made) == [0, 2, 3, 6, 7]  # once for both models
     found = np.array([(row["ref_chosen_logps"], row["ref_rejected_logps"]) for row in rows])
     np.testing.assert_allclose(found, qwen.truth, atol=1e-5)
     assert (abs(pairs_of(rows) - qwen.truth) > 1e-4).all()

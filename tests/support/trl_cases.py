@@ -96,7 +96,19 @@ def config(folder, **options):
     )
 
 
-def build(folder, *, model=None, ref_model=None, data=None, callbacks=(), peft_config=None, eval_data=None, **options):
+def build(
+    folder,
+    *,
+    model=None,
+    ref_model=None,
+    data=None,
+    callbacks=(),
+    peft_config=None,
+    eval_data=None,
+    processor=None,
+    data_collator=None,
+    **options,
+):
     """A trl.DPOTrainer on a tiny Llama; the reference is a copy of the model unless PEFT gives one."""
     model = tiny_model() if model is None else model
     if ref_model is None and peft_config is None and not hasattr(model, "peft_config"):
@@ -109,7 +121,8 @@ def build(folder, *, model=None, ref_model=None, data=None, callbacks=(), peft_c
         args=config(folder, **options),
         train_dataset=text_pairs() if data is None else data,
         eval_dataset=eval_data,
-        processing_class=word_tokenizer(),
+        processing_class=word_tokenizer() if processor is None else processor,
+        data_collator=data_collator,
         callbacks=list(callbacks),
         peft_config=peft_config,
     )

@@ -18,6 +18,7 @@ from datasets import Dataset, DatasetInfo, Features, LargeList, List
 from datasets import Image as ImageFeature
 from PIL import Image
 
+from dpofast.data.arrow import cache_options, mapped_files, release_pages
 from dpofast.data.formats import DataError, image_column
 from dpofast.data.images.columns import IMAGES, ROW_IMAGES, STORED
 from dpofast.data.images.decode import is_relative, opened, source_of
@@ -26,7 +27,7 @@ _FEATURES = Features({IMAGES: STORED})
 _LIST = _FEATURES.arrow_schema.field(IMAGES).type
 _STRUCT = _LIST.value_type
 _GREY = ("1", "L", "LA", "I;16")
-_GATHERED = 16  # rows whose images are in memory at a time while scattered rows are written in order
+_GATHERED = 64  # rows whose images are in memory at a time while scattered rows are written in order
 
 
 def images_of(value: Any) -> list[Any]:
@@ -83,7 +84,7 @@ def stored_images(dataset: Dataset) -> Dataset:
 
     The column may hold lists or single images: datasets' Image feature with or without decoding, structs of bytes or
     path, strings (paths) or bytes. A row of null has null or []. Relative paths are made absolute from the working
-    folder. Rows that are scattered (of shuffle or select) are written to datasets' cache in their order.
+    folder. Rows that are scattered (of shuffle or select) are copied into datasets' cache, a few at a time.
 
     Raises:
         DataError: there is no such column, or it is of another type.
@@ -94,7 +95,11 @@ def stored_images(dataset: Dataset) -> Dataset:
         raise DataError(f"expected a column 'images' or 'image', got {', '.join(dataset.column_names) or 'none'}")
     rows = dataset.select_columns([column]).with_format("arrow")
     if rows._indices is not None:
-        rows = rows.map(batched=True, batch_size=_GATHERED, writer_batch_size=_GATHERED, desc="Images in order")
+        read = _Gathered(files=mapped_files(rows))
+        options = cache_options(rows, read)
+        rows = rows.map(
+            read, batched=True, batch_size=_GATHERED, writer_batch_size=_GATHERED, desc="Images in order", **options
+        )
     data = rows.data
     given = data.column(column).chunks
     chunks = [_lists(column, chunk) for chunk in given]
@@ -151,6 +156,17 @@ def _absolute(paths: pa.Array, folder: str | os.PathLike[str], encoded: pa.Array
 def _starts(array: pa.Array) -> pa.Array:
     """The offsets of an array of lists, in a buffer that begins with them: from_arrays takes no other beside a mask."""
     return pa.array(array.offsets.to_numpy())
+
+
+@dataclasses.dataclass(frozen=True)
+class _Gathered:
+    """The function given to datasets.map that writes scattered rows in order: their copy as it is."""
+
+    files: tuple[str, ...]
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        release_pages(self.files)
+        return table
 
 
 def _lists(column: str, array: pa.Array) -> pa.Array:

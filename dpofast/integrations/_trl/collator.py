@@ -1,20 +1,22 @@
-"""trl's collator for preference pairs, which also reads the padded rows (PaddedRows) while they are on the CPU.
+"""trl's collators for preference pairs, which also read the padded rows (PaddedRows) while they are on the CPU.
 
-Reading them later from tensors on a device would be a sync at every step. The classes have a module of their own, so
-that data-loading workers can unpickle them.
+Reading them later, and the pixels of images, from tensors on a device would be a sync at every step. The classes have a
+module of their own, so that data-loading workers can unpickle them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Callable, Mapping
 from typing import Any, TypeGuard
 
 from torch import Tensor
-from trl.trainer.dpo_trainer import DataCollatorForPreference
+from trl.trainer.dpo_trainer import DataCollatorForPreference, DataCollatorForVisionPreference
 
 from dpofast.integrations._trl.rows import ROWS_KEY, PaddedRows
+from dpofast.model.vision.inputs import VisionInputs
 
-# What PaddedRows are read from.
+# What PaddedRows are read from, beside the tensors of images.
 _SOURCES = ("input_ids", "attention_mask", "completion_mask")
 
 
@@ -27,6 +29,8 @@ class RowsBatch(dict[str, Any]):
     def __init__(self, tensors: Mapping[str, Any], rows: PaddedRows | None = None) -> None:
         """Keep trl's tensors, and the rows that were read from them."""
         super().__init__(tensors)
+        images = () if rows is None or rows.media is None else sorted(self.keys() - set(_SOURCES))
+        self._sources = (*_SOURCES, *images)
         self._rows, self._read = rows, self._state()
 
     @property
@@ -40,16 +44,19 @@ class RowsBatch(dict[str, Any]):
 
         Inference tensors do not say that, nor what accelerate puts in a tensor's place: they never equal themselves.
         """
-        return [(value, value._version if _counts(value) else object()) for value in map(self.get, _SOURCES)]
+        return [(value, value._version if _counts(value) else object()) for value in map(self.get, self._sources)]
 
     def to(self, device: Any, non_blocking: bool = False) -> RowsBatch:
         """The batch with its tensors on the device."""
-        moved = {name: value.to(device, non_blocking=non_blocking) for name, value in self.items()}
-        return RowsBatch(moved, self.rows)
+        return self._moved(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> RowsBatch:
         """The batch in page-locked memory, for torch's DataLoader."""
-        return RowsBatch({name: value.pin_memory() for name, value in self.items()}, self.rows)
+        return self._moved(Tensor.pin_memory)
+
+    def _moved(self, move: Callable[[Tensor], Tensor]) -> RowsBatch:
+        moved = {name: move(value) if isinstance(value, Tensor) else value for name, value in self.items()}
+        return RowsBatch(moved, self.rows)
 
     def __missing__(self, name: str) -> Any:
         if name == ROWS_KEY:
@@ -71,4 +78,23 @@ class RowsCollator(DataCollatorForPreference):  # type: ignore[misc]
         """The padded batch."""
         batch = super().torch_call(examples)
         rows = PaddedRows.from_tensors(batch["input_ids"], batch["attention_mask"], batch["completion_mask"] != 0)
+        return RowsBatch(batch, rows)
+
+
+class VisionRowsCollator(DataCollatorForVisionPreference):  # type: ignore[misc]
+    """DataCollatorForVisionPreference whose batches know their rows, and their images.
+
+    Attributes:
+        inputs: what the model takes, set once its trainer is built; None where its images are not packed.
+    """
+
+    inputs: VisionInputs | None = None
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """The padded batch."""
+        batch = super().torch_call(examples)
+        rows = PaddedRows.from_tensors(batch["input_ids"], batch["attention_mask"], batch["completion_mask"] != 0)
+        if self.inputs is not None:
+            with contextlib.suppress(ValueError):  # the model's call raises it, where trl says why
+                rows = rows.with_media(self.inputs, batch)
         return RowsBatch(batch, rows)

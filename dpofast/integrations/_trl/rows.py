@@ -7,14 +7,17 @@ fills max_length) is not computed. Everything here runs on the CPU.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dpofast.model.vision.inputs import VisionInputs
 from dpofast.packing.batch import PackedBatch
+from dpofast.packing.media import PromptMedia
 from dpofast.packing.pack import pack
 from dpofast.packing.split import split_by_kind
 
@@ -66,11 +69,13 @@ class PaddedRows:
         shape: rows and width of the padded batch.
         ids: the tokens of each row, without padding.
         labels: the positions of each row's labelled tokens, ascending, 1 or more: nothing predicts position 0.
+        media: the images of each row, None for a row without; None where no images were read.
     """
 
     shape: tuple[int, int]
     ids: list[np.ndarray]
     labels: list[np.ndarray]
+    media: list[PromptMedia | None] | None = None
     _made: dict[tuple[bool, torch.device], PackedRows | None] = field(default_factory=dict)
 
     @staticmethod
@@ -101,6 +106,14 @@ class PaddedRows:
             labels=[np.flatnonzero(row) for row in labels],
         )
 
+    def with_media(self, inputs: VisionInputs, processed: Mapping[str, Any]) -> PaddedRows:
+        """A copy with the images that the processor's tensors for these rows have.
+
+        Raises:
+            ValueError: a row whose placeholders are not those of whole images.
+        """
+        return replace(self, media=inputs.of_batch(self.ids, processed), _made={})
+
     @property
     def num_labels(self) -> int:
         """Labelled tokens of all rows, M."""
@@ -116,7 +129,7 @@ class PaddedRows:
         half = len(self.ids) // 2
         pairs = zip(range(half), range(half, 2 * half), strict=True)
         return sum(
-            bool(len(self.labels[i]) and len(self.labels[j])) and self._prompt(i).tobytes() != self._prompt(j).tobytes()
+            bool(len(self.labels[i]) and len(self.labels[j])) and self._prompt_key(i) != self._prompt_key(j)
             for i, j in pairs
         )
 
@@ -142,15 +155,23 @@ class PaddedRows:
         labels = self.labels[row]
         return self.ids[row][: labels[0] if len(labels) else None]
 
+    def _media(self, row: int) -> PromptMedia | None:
+        return None if self.media is None else self.media[row]
+
+    def _prompt_key(self, row: int) -> tuple[bytes, ...]:
+        """Equal for rows whose prompts have equal tokens and equal images."""
+        media = self._media(row)
+        return self._prompt(row).tobytes(), *(() if media is None else (image.key for image in media.images))
+
     def _pack(self, every_token: bool, kinds: Callable[[Tensor], Tensor] | None) -> PackedRows | None:
         if self.num_labels == 0:
             return None
         # prompt -> response -> rows, by content
-        groups: dict[bytes, dict[bytes, list[int]]] = {}
+        groups: dict[tuple[bytes, ...], dict[bytes, list[int]]] = {}
         rows = [row for row, labels in enumerate(self.labels) if every_token or len(labels)]
         for row in rows:
-            prompt = self._prompt(row)
-            groups.setdefault(prompt.tobytes(), {}).setdefault(self.ids[row][len(prompt) :].tobytes(), []).append(row)
+            response = self.ids[row][len(self._prompt(row)) :].tobytes()
+            groups.setdefault(self._prompt_key(row), {}).setdefault(response, []).append(row)
         examples = [self._example(list(responses.values()), every_token) for responses in groups.values()]
         (batch,) = pack(examples)
         if kinds is not None:
@@ -188,7 +209,12 @@ class PaddedRows:
             branches = [np.append(branch, 0) for branch in branches]
         if len(branches) == 1:  # pack needs pairs of different branches; one of a single token takes no position
             branches.append(np.array([int(np.array_equal(branches[0], [0]))]))
-        return {"prompt_ids": prompt, "branches": branches, "pairs": [(0, k) for k in range(1, len(branches))]}
+        return {
+            "prompt_ids": prompt,
+            "branches": branches,
+            "pairs": [(0, k) for k in range(1, len(branches))],
+            "media": self._media(members[0][0]),
+        }
 
     def _attended(self, batch: PackedBatch, begins: np.ndarray) -> np.ndarray:
         """PackedRows.attended; begins (rows,) is each row's first target in the batch."""

@@ -21,6 +21,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from dpofast.common.constants import IGNORE_INDEX
 from dpofast.head.linear_logprobs import linear_logprobs
 from dpofast.head.options import LogprobOutput
+from dpofast.integrations._trl.images import unpackable_arguments, with_images
 from dpofast.integrations._trl.rows import PackedRows, PaddedRows
 from dpofast.model.attach import PackedForward
 from dpofast.model.forward import packed_backbone
@@ -140,7 +141,7 @@ def score_labels(
     call = _Call(args, inputs, labels, rows, stats, balance)
     reason = _unpackable(model, call)
     if reason is None:
-        rows = _rows_of(call)
+        rows = with_images(model, _rows_of(call), call.kwargs)
         longest = max(map(len, rows.ids))
         kinds: Callable[[Tensor], Tensor] | None = None
         if not shares_rows(model):
@@ -149,7 +150,7 @@ def score_labels(
             kinds = partial(table_lengths, model)
         packed = rows.packed(call.input_ids.device, every_token=balance, kinds=kinds)
         if packed is not None:
-            _count(options, rows)
+            _count(options, rows, packed)
             return _score_packed(model, call, packed, rows.shape)
         reason = "no row has a label"
         call = replace(call, rows=rows)
@@ -169,7 +170,7 @@ def _rows_of(call: _Call) -> PaddedRows:
     return PaddedRows.from_tensors(call.input_ids, call.kwargs.get("attention_mask"), call.labels != IGNORE_INDEX)
 
 
-def _count(options: FusedOptions, rows: PaddedRows) -> None:
+def _count(options: FusedOptions, rows: PaddedRows, packed: PackedRows) -> None:
     options.calls["packed"] += 1
     unshared = rows.unshared_pairs()
     empty = sum(not len(labels) for labels in rows.labels)
@@ -177,6 +178,9 @@ def _count(options: FusedOptions, rows: PaddedRows) -> None:
         options.calls["pairs packed without sharing, because their prompts differ"] += unshared
     if empty:
         options.calls["rows without labels, left out"] += empty
+    if packed.batch.media is not None:
+        options.calls["images of padded rows"] += sum(len(one.images) for one in rows.media or () if one is not None)
+        options.calls["images that the vision tower saw for them"] += packed.batch.media.num_seen()
 
 
 def _unpackable(model: Any, call: _Call) -> str | None:
@@ -184,11 +188,12 @@ def _unpackable(model: Any, call: _Call) -> str | None:
     options: FusedOptions = model._dpofast_fused
     if not isinstance(model, PackedForward):
         return 'level "kernel" was asked for' if options.level == "kernel" else "the model cannot be packed"
-    given = call.kwargs.keys() - _NEUTRAL - {"input_ids", "attention_mask"}
     tokens = call.input_ids
-    if given or len(call.args) > 1 or tokens is None or tokens.shape != call.labels.shape:
-        what = ", ".join(sorted(given)) or "inputs of another shape than the labels"
-        reason = f"it was given {what} (images, prompt-learning adapters)"
+    reason = unpackable_arguments(model, call.kwargs.keys() - _NEUTRAL - {"input_ids", "attention_mask"})
+    if reason is not None:
+        pass
+    elif len(call.args) > 1 or tokens is None or tokens.shape != call.labels.shape:
+        reason = "it was given inputs of another shape than the labels (prompt-learning adapters)"
     elif _draws_noise(model):
         reason = NOISE
     else:

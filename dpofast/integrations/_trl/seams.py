@@ -7,8 +7,9 @@
 |                      |              | return ScoredLogits (logits.py); the functions that read log-probs          |
 | concatenated_forward | 0.19 to 0.28 | DPOTrainer.concatenated_forward, the same way                               |
 
-From 0.29 on the rows travel from the collator to the model: DataCollatorForPreference makes a RowsBatch of trl's keys,
-DPOTrainer._prepare_inputs keeps it one, and _compute_loss and compute_ref_log_probs give the rows to the model.
+From 0.29 on the rows travel from the collator to the model: DataCollatorForPreference, and the one for images, make a
+RowsBatch of trl's keys, DPOTrainer._prepare_inputs keeps it one, and _compute_loss and compute_ref_log_probs give the
+rows to the model.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from torch import Tensor
 
 from dpofast.head.options import STATS
 from dpofast.integrations._trl.forward import SCORING, FusedForward, Scoring, fuse
+from dpofast.integrations._trl.images import reader_of, refusal
 from dpofast.integrations._trl.logits import ScoredLogits
 from dpofast.integrations._trl.rows import ROWS_KEY
 from dpofast.integrations._trl.scores import NOISE, FusedOptions
@@ -97,7 +99,9 @@ class Patch:
             self.level, self.on_unpackable, max_logits_bytes=self.max_logits_bytes, calls=self.calls, **options
         )
         reason = fuse(model, shared)
-        self.models.append(f"{name}: packed" if reason is None else f"{name}: padded, because {reason}")
+        line = f"{name}: packed" if reason is None else f"{name}: padded, because {reason}"
+        of_images = refusal(model) if reason is None else None
+        self.models.append(line if of_images is None else f"{line}; batches with images padded, because {of_images}")
 
 
 def trl_version() -> str:
@@ -205,9 +209,15 @@ def _model_inputs(inputs: Any) -> Any:
 
 def _install_rows(module: Any, patch: Patch) -> None:
     """Read the padded rows in the collator, and keep them with the batch as it becomes the model's inputs."""
-    from dpofast.integrations._trl.collator import RowsBatch, RowsCollator
+    from dpofast.integrations._trl.collator import RowsBatch, RowsCollator, VisionRowsCollator
 
-    prepare = module.DPOTrainer._prepare_inputs
+    construct, prepare = module.DPOTrainer.__init__, module.DPOTrainer._prepare_inputs
+
+    @functools.wraps(construct)
+    def constructed(self: Any, *args: Any, **kwargs: Any) -> None:
+        construct(self, *args, **kwargs)
+        if isinstance(self.data_collator, VisionRowsCollator):
+            self.data_collator.inputs = reader_of(self.accelerator.unwrap_model(self.model))
 
     @functools.wraps(prepare)
     def prepared(self: Any, inputs: Any) -> Any:
@@ -216,6 +226,8 @@ def _install_rows(module: Any, patch: Patch) -> None:
         return outputs if rows is None else RowsBatch(outputs, rows)
 
     patch.replace(module, "DataCollatorForPreference", RowsCollator)
+    patch.replace(module, "DataCollatorForVisionPreference", VisionRowsCollator)
+    patch.replace(module.DPOTrainer, "__init__", constructed)
     patch.replace(module.DPOTrainer, "_prepare_inputs", prepared)
 
 
@@ -257,8 +269,8 @@ def _install_compute_loss(module: Any, patch: Patch) -> None:
 
     patch.replace(trainer_class, "_compute_loss", scored_loss)
     patch.replace(trainer_class, "compute_ref_log_probs", scored_reference)
-    _install_rows(module, patch)
     _install_readers(module, patch, stats)
+    _install_rows(module, patch)
 
 
 def _install_concatenated_forward(module: Any, patch: Patch) -> None:
