@@ -29,10 +29,18 @@ from bench.record import command_line, write_record
 from bench.step import PACKAGES, compare, table
 from bench.step_run import BASE, train
 from bench.timing import load_at_start
-from bench.vision_case import VISION_PROFILES, VisionCase, expected_counts, sequences, write_model, write_pairs
+from bench.vision_case import (
+    VISION_PROFILES,
+    VisionCase,
+    VisionProfile,
+    expected_counts,
+    sequences,
+    write_model,
+    write_pairs,
+)
 
 ENGINES = ("dpofast", BASE, "dpofast-live", "trl-checkpointing")
-SETTINGS = ("profile", "pairs_per_image", "pairs_per_step", "steps", "epochs", "rounds")
+SETTINGS = ("profile", "pairs_per_image", "pairs_per_step", "steps", "epochs", "rounds", "max_tokens")
 
 
 def check_counts(counted: Mapping[str, float], expected: Mapping[str, float], *, models: int) -> None:
@@ -45,6 +53,16 @@ def check_counts(counted: Mapping[str, float], expected: Mapping[str, float], *,
             )
 
 
+def check_one_micro_batch(
+    rows: Sequence[dict[str, Any]], profile: VisionProfile, pairs_per_step: int, max_tokens: int
+) -> None:
+    """ValueError unless every step fits one micro-batch of dpofast, which the formula is of."""
+    steps = (rows[start : start + pairs_per_step] for start in range(0, len(rows), pairs_per_step))
+    most = int(max(expected_counts(step, profile, pairs_per_step)["positions"] for step in steps))
+    if most > max_tokens:
+        raise ValueError(f"--max-tokens: expected at least {most}, the positions of a step, got {max_tokens}")
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="dpofast's step on images against trl's, on the CPU.")
@@ -54,6 +72,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=5, help="optimizer steps of a run, the first reported apart")
     parser.add_argument("--epochs", type=int, default=1, help="passes over the pairs that the steps make up")
     parser.add_argument("--rounds", type=int, default=1, help="runs of every engine")
+    parser.add_argument("--max-tokens", type=int, default=4096, help="of dpofast's micro-batches: a step in one")
     parser.add_argument("--learning-rate", type=float, default=1e-5)
     for engine in ENGINES[2:]:
         parser.add_argument(f"--{engine}", action="store_true", help=f"also run {engine}")
@@ -92,10 +111,12 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         pairs_per_step=args.pairs_per_step,
         steps=args.steps,
         learning_rate=args.learning_rate,
+        max_tokens=args.max_tokens,
         profile=args.profile,
     )
     rows = case.rows()
     expected = expected_counts(rows, profile, args.pairs_per_step)
+    check_one_micro_batch(rows, profile, args.pairs_per_step, args.max_tokens)
     engines = [*ENGINES[:2], *(name for name in ENGINES[2:] if getattr(args, name.replace("-", "_")))]
     load = load_at_start()
     figures = compare(case, engines, args.rounds, count=args.count, module="bench.vision")

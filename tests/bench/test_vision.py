@@ -105,6 +105,14 @@ def test_counts_other_than_the_formula_s_are_refused():
         vision.check_counts({**expected, "images": 3}, expected, models=1)
 
 
+def test_a_step_of_several_micro_batches_is_refused(case):
+    rows = case.rows()
+    positions = int(expected_counts(rows, QUICK, 4)["positions"])
+    vision.check_one_micro_batch(rows, QUICK, 4, positions)
+    with pytest.raises(ValueError, match=f"--max-tokens: expected at least {positions}, .* got {positions - 1}"):
+        vision.check_one_micro_batch(rows, QUICK, 4, positions - 1)
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
