@@ -65,7 +65,7 @@ def check_losses(runs: dict[str, list[dict[str, Any]]], tolerance: float) -> flo
 
 
 def summarize(repeats: list[dict[str, Any]]) -> dict[str, Any]:
-    """One engine's figures over its runs: the time of a step counts its share of the reference pass."""
+    """One engine's figures over its runs: a step's time counts its share of the reference pass, but in step_alone_s."""
 
     def steps(clock: str) -> dict[str, float]:
         ran = [(run[f"steps_{clock}"], run[f"reference_{clock}"]) for run in repeats]
@@ -74,12 +74,14 @@ def summarize(repeats: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "step_s": steps("s"),
         "step_cpu_s": steps("cpu_s"),
+        "step_alone_s": spread([seconds for run in repeats for seconds in run["steps_s"][1:]]),
         "first_step_s": median(run["steps_s"][0] for run in repeats),
         "reference_s": median(run["reference_s"] for run in repeats),
         "imports_bytes": repeats[0]["imports_bytes"],
         "peak_bytes": max(run["peak_bytes"] for run in repeats),
         "losses": repeats[0]["losses"],
         "grad_norms": repeats[0]["grad_norms"],
+        **{name: repeats[0][name] for name in ("step_counts", "reference_counts") if repeats[0].get(name)},
     }
 
 
@@ -96,8 +98,10 @@ def table(figures: dict[str, dict[str, Any]], base: str) -> str:
     return "\n".join(lines)
 
 
-def compare(case: StepCase, engines: list[str], rounds: int, *, count: bool) -> dict[str, Any]:
-    """Run the engines in turn and return the figures of each.
+def compare(
+    case: StepCase, engines: list[str], rounds: int, *, count: bool, module: str = "bench.step"
+) -> dict[str, Any]:
+    """Run the engines in turn, each as a child of the module, and return the figures of each.
 
     Raises:
         ValueError: the losses of a run differ from the first's; no further run is started.
@@ -105,7 +109,7 @@ def compare(case: StepCase, engines: list[str], rounds: int, *, count: bool) -> 
     """
     runs: dict[str, list[dict[str, Any]]] = {engine: [] for engine in engines}
     for engine in interleave(engines, rounds):
-        run = run_child("bench.step", ["--child", engine, "--case", json.dumps(asdict(case))], ENVIRONMENT)
+        run = run_child(module, ["--child", engine, "--case", json.dumps(asdict(case))], ENVIRONMENT)
         runs[engine].append(run)
         worst = check_losses(runs, LOSS_TOLERANCE)
         seconds = " ".join(f"{step:.2f}" for step in run["steps_s"])
@@ -113,7 +117,7 @@ def compare(case: StepCase, engines: list[str], rounds: int, *, count: bool) -> 
     figures = {engine: summarize(repeats) for engine, repeats in runs.items()}
     for engine in engines if count else ():
         arguments = ["--child", engine, "--count", "--case", json.dumps(asdict(case))]
-        figures[engine]["work"] = run_child("bench.step", arguments, ENVIRONMENT)
+        figures[engine]["work"] = run_child(module, arguments, ENVIRONMENT)
     return {"loss_difference": worst, "engines": figures}
 
 

@@ -6,6 +6,7 @@ import itertools
 import json
 import tempfile
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,29 @@ class StepCase:
         """The pairs or lists."""
         return [json.loads(line) for line in Path(self.pairs_file).read_text(encoding="utf-8").splitlines()]
 
+    def load_model(self) -> Any:
+        """The model, float32."""
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.float32)
+
+    def load_processing(self) -> Any:
+        """The trainers' processing_class."""
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.model)
+
+    def dataset(self) -> Any:
+        """The rows as the trainers get them. In memory: trl would find an earlier run's reference beside a file."""
+        from datasets import Dataset
+
+        return Dataset.from_list(self.rows())
+
+    def watch(self, model: Any) -> Any:
+        """What counts a timed run of the model at no cost: a context manager with `counts` by name, or None."""
+        return None
+
 
 def train(engine: str, case: StepCase, *, count: bool = False) -> dict[str, Any]:
     """Train in this process and return its measurements: seconds, bytes and nats.
@@ -82,10 +106,11 @@ def train(engine: str, case: StepCase, *, count: bool = False) -> dict[str, Any]
         imports_bytes: memory after the imports.
         peak_bytes: peak memory above that.
         losses, grad_norms: one value for each step.
+        step_counts: what case.watch counted in the steps, means of a step; {} where it counts nothing.
+        reference_counts: what it counted in the reference pass before training.
     """
-    import torch
-    from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    import datasets  # noqa: F401, before memory is measured
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback  # noqa: F401
 
     from dpofast.integrations.trl import patch_trl
 
@@ -112,22 +137,25 @@ def train(engine: str, case: StepCase, *, count: bool = False) -> dict[str, Any]
                 self.logs.append(logs)
 
     reference_s = reference_cpu_s = 0.0
+    reference_counts: Counter[str] = Counter()
     if settings["precompute_ref_log_probs"]:
         compute_reference = getattr(trainer_class, REFERENCE_PASS[name])
 
         def timed_reference(*args: Any) -> Any:
             nonlocal reference_s, reference_cpu_s
             start, cpu = time.perf_counter(), time.process_time()
+            counted = Counter(counts)
             result = compute_reference(*args)
             reference_s += time.perf_counter() - start
             reference_cpu_s += time.process_time() - cpu
+            reference_counts.update(Counter(counts) - counted)
             return result
 
         setattr(trainer_class, REFERENCE_PASS[name], timed_reference)
 
     memory = PeakMemory()
     recorder = Recorder()
-    model = AutoModelForCausalLM.from_pretrained(case.model, dtype=torch.float32)
+    model = case.load_model()
     if name == "dpofast":
         library.attach_logprob_head(model)  # the trainer would, and checks a few tokens: no part of a step
     adapter = None
@@ -136,7 +164,9 @@ def train(engine: str, case: StepCase, *, count: bool = False) -> dict[str, Any]
 
         adapter = LoraConfig(r=case.lora, target_modules="all-linear", task_type="CAUSAL_LM")
     work = Work(model) if count else None
-    with tempfile.TemporaryDirectory() as folder, work or contextlib.nullcontext():
+    watch = None if count else case.watch(model)
+    counts = {} if watch is None else watch.counts
+    with tempfile.TemporaryDirectory() as folder, work or watch or contextlib.nullcontext():
         config: dict[str, Any] = {
             "output_dir": folder,
             "per_device_train_batch_size": case.pairs_per_step,
@@ -163,9 +193,8 @@ def train(engine: str, case: StepCase, *, count: bool = False) -> dict[str, Any]
         trainer = trainer_class(
             model=model,
             args=config_class(**{**config, **settings}),
-            # In memory: a dataset from a file would let trl find an earlier run's reference in its cache.
-            train_dataset=Dataset.from_list(case.rows()),
-            processing_class=AutoTokenizer.from_pretrained(case.model),
+            train_dataset=case.dataset(),
+            processing_class=case.load_processing(),
             callbacks=[recorder],
             peft_config=adapter,
         )
@@ -181,6 +210,8 @@ def train(engine: str, case: StepCase, *, count: bool = False) -> dict[str, Any]
         "peak_bytes": memory.increase(),
         "losses": [log["loss"] for log in recorder.logs],
         "grad_norms": [log["grad_norm"] for log in recorder.logs],
+        "reference_counts": dict(reference_counts),
+        "step_counts": {name: (counts[name] - reference_counts[name]) / case.steps for name in counts},
     }
 
 

@@ -23,7 +23,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
 
 import figures  # noqa: E402
 
-from bench import markdown  # noqa: E402
+from bench import markdown, vision_table  # noqa: E402
 
 _BLOCK = re.compile(r"^<!-- generated: (\w+) -->\n.*?^<!-- end of generated -->$", re.DOTALL | re.MULTILINE)
 
@@ -257,6 +257,8 @@ TEXTS: dict[str, Callable[[], str]] = {
     "packing": markdown.packing_table,
     "sharing": markdown.sharing_table,
     "lists": markdown.lists_table,
+    "vision": vision_table.vision_table,
+    "vision_summary": vision_table.vision_summary,
     "memory": markdown.memory_table,
     "real_run": markdown.real_run_table,
     "gpu": markdown.gpu_table,

@@ -4,18 +4,22 @@ Each also runs alone, as `python examples/<name>.py`.
 """
 
 import ast
+import json
 import math
 import os
+import random
 import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
 import trl
 from datasets import Dataset
+from PIL import Image
 
 from dpofast import DPOConfig, DPOTrainer, reference
 from dpofast.integrations.trl import unpatch_trl
@@ -27,6 +31,7 @@ from examples import (
     tensor_parallel_loop,
     transformers_trainer,
     trl_trainer,
+    vision_dpo,
 )
 from examples.tiny import trainer_options
 from tests.support.rank_processes import free_port, run_ranks
@@ -39,7 +44,7 @@ PAIRS_PER_STEP, EOS = 4, 1
 FOLDER = Path(pytorch_loop.__file__).parent
 # Starts processes, which look for its functions in the main module.
 SPAWNS = "tensor_parallel_loop"
-ALONE = sorted({path.stem for path in FOLDER.glob("*.py")} - {"tiny", SPAWNS})
+ALONE = sorted({path.stem for path in FOLDER.glob("*.py")} - {"tiny", "vision_dpo", SPAWNS})
 
 
 def examples():
@@ -158,3 +163,33 @@ def test_the_tensor_parallel_example_runs_alone():
     )
     assert run.returncode == 0, run.stderr
     assert losses_of(run.stdout)[0] == pytest.approx(math.log(2), abs=1e-5)
+
+
+def test_pairs_of_pictures_come_in_twins_with_exchanged_roles():
+    rows = vision_dpo.make_pairs(60, 3)
+    for one, other in zip(rows[::2], rows[1::2], strict=True):
+        assert (one["chosen"], one["rejected"]) == (other["rejected"], other["chosen"])
+        right, wrong = (one[side][0]["content"].split() for side in ("chosen", "rejected"))
+        # a plural follows its number
+        differ = [a.removesuffix("s") != b.removesuffix("s") for a, b in zip(right, wrong, strict=True)]
+        assert sum(differ) == 1
+
+
+def test_a_drawing_has_as_many_pixels_of_its_colour_as_its_shapes():
+    for number, count in (("one", 1), ("three", 3)):
+        pixels = np.asarray(vision_dpo.draw_picture(number, "blue", "square", random.Random(1)))
+        sizes = (pixels == vision_dpo.COLOURS["blue"]).all(-1).sum()
+        assert count * 11**2 <= sizes <= count * 15**2
+
+
+def test_the_vision_example_learns_from_pictures_alone(tmp_path, capsys):
+    results = vision_dpo.main(["--quick", "--output", str(tmp_path)])
+    assert results["accuracy_before"] < 0.75 and results["accuracy_after"] > 0.9
+    assert results["accuracy_blank"] == 0.5 and results["accuracy_exchanged"] < 0.1
+    assert results["losses"][0] > results["losses"][-1]
+    assert "with blank pictures 0.50" in capsys.readouterr().out
+    assert json.loads((tmp_path / "results.json").read_text()) == results
+    rows = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
+    for row, drawn in zip(rows, vision_dpo.make_pairs(64, 1, differ_in=(1,)), strict=True):
+        with Image.open(tmp_path / row["images"][0]) as picture:
+            assert picture.tobytes() == drawn["images"][0].tobytes()
