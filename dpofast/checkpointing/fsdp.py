@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from dpofast.checkpointing.weights import converted_weights
+
 
 def first_shard(model: nn.Module) -> tuple[str, Any] | None:
     """Returns the name and the value of the first sharded parameter (a DTensor), or None where all are whole."""
@@ -49,8 +51,9 @@ def load_weights(model: Any, folder: str) -> None:
 
         adapter = model.active_adapter
         names = get_peft_model_state_dict(model, names, adapter_name=adapter, save_embedding_layers=False)
-    found: dict[str, Tensor] = {}
-    for path in [*Path(folder).glob("model*.safetensors"), *Path(folder).glob("adapter_model.safetensors")]:
+    found = saved_once(model, converted_weights(model, folder) or {})
+    files = [*Path(folder).glob("model*.safetensors"), *Path(folder).glob("adapter_model.safetensors")]
+    for path in [] if found else files:
         found.update(load_file(path))
     missing, unknown = sorted(names.keys() - found.keys()), sorted(found.keys() - names.keys())
     if missing or unknown:

@@ -13,27 +13,39 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 
 def load_converted(model: Any, folder: str) -> bool:
-    """Load the weights of a checkpoint into a model, in place, where their files name others than the model has.
+    """Load converted_weights() into a model that is whole on this rank, in place. Returns whether there were any."""
+    state = converted_weights(model, folder)
+    if state is not None:
+        model.load_state_dict(state)
+    return state is not None
+
+
+def converted_weights(model: Any, folder: str) -> dict[str, Tensor] | None:
+    """The whole weights of a checkpoint by the model's own names, where its files have other names.
 
     Args:
-        model: of transformers, whole on this rank.
+        model: of transformers, whole or sharded by FSDP2.
         folder: a checkpoint.
 
     Returns:
-        Whether it was such a checkpoint; nothing was loaded from any other, nor from an adapter's.
+        None for any other checkpoint, and for an adapter's.
 
     Raises:
         ValueError: the files lack weights of the model, or have others.
     """
     own = model.state_dict()
     if hasattr(model, "peft_config") or names_in(folder) <= own.keys():
-        return False
+        return None
     # a cast to the widest dtype and back to the weight's own loses nothing
     floating = [tensor.dtype for tensor in own.values() if tensor.is_floating_point()]
-    loaded, found = type(model).from_pretrained(
+    # fully_shard puts classes of its own in front
+    plain: Any = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
+    loaded, found = plain.from_pretrained(
         folder, dtype=reduce(torch.promote_types, floating), use_safetensors=True, output_loading_info=True
     )
     wrong = sorted({*found["missing_keys"], *found["unexpected_keys"]})
@@ -42,8 +54,7 @@ def load_converted(model: Any, folder: str) -> bool:
             f"{folder}: expected the weights of {type(model).__name__} in its safetensors, {len(wrong)} are missing or "
             f"unknown: {', '.join(wrong[:3])}"
         )
-    model.load_state_dict(loaded.state_dict())
-    return True
+    return dict(loaded.state_dict())
 
 
 def names_in(folder: str) -> set[str]:

@@ -2,13 +2,32 @@
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
+from dpofast import attach_logprob_head
+from dpofast.checkpointing.fsdp import load_weights
 from dpofast.checkpointing.weights import load_converted, names_in
 from tests.support.tiny import tiny_dataset, tiny_model
 from tests.support.tiny_training import SAVING, losses_of, make_trainer, weights_of
 from tests.support.vision_models import vision_model
 
 MODELS = {"mixtral": lambda: tiny_model("mixtral"), "llava": lambda: vision_model("llava")}
+
+
+def zeroed(model):
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    return model
+
+
+@pytest.fixture
+def mesh(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -49,10 +68,7 @@ def test_weights_of_several_dtypes_keep_every_bit(tmp_path):
     model.save_pretrained(tmp_path)
     other = vision_model("gemma3")
     other.model.language_model.to(torch.bfloat16)
-    with torch.no_grad():
-        for parameter in other.parameters():
-            parameter.zero_()
-    assert load_converted(other, str(tmp_path))
+    assert load_converted(zeroed(other), str(tmp_path))
     for ours, theirs in zip(other.parameters(), model.parameters(), strict=True):
         assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
 
@@ -67,3 +83,21 @@ def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path):
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match="expected the weights of Llava.* 1 are missing or unknown: lm_head.weight"):
         load_converted(model, str(tmp_path))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_shards_are_loaded(tmp_path, mesh, name):
+    model, sharded = MODELS[name](), attach_logprob_head(zeroed(MODELS[name]()))
+    model.save_pretrained(tmp_path)
+    fully_shard(sharded, mesh=mesh)
+    load_weights(sharded, str(tmp_path))
+    for (own, ours), (_, theirs) in zip(sharded.named_parameters(), model.named_parameters(), strict=True):
+        assert torch.equal(ours.full_tensor(), theirs), own
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused_by_shards(tmp_path, mesh):
+    tiny_model("mixtral", num_hidden_layers=1).save_pretrained(tmp_path)
+    sharded = tiny_model("mixtral", num_hidden_layers=2)
+    fully_shard(sharded, mesh=mesh)
+    with pytest.raises(ValueError, match="expected the weights of .*Mixtral.* are missing or unknown: "):
+        load_weights(sharded, str(tmp_path))
