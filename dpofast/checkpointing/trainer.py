@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import EarlyStoppingCallback, Trainer
+from transformers import EarlyStoppingCallback, ProcessorMixin, Trainer
 
 from dpofast.checkpointing.callback_state import callback_states, restore_callback_states
 from dpofast.checkpointing.folder import (
@@ -93,7 +93,9 @@ class CheckpointedTrainer(Trainer):
         Called when training begins, before weights are loaded; a subclass adds its own.
         """
         identity = {**options_identity(self.args), **parameters_identity(self.model)}
-        tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)  # a processor's
+        tokenizer = self.processing_class
+        if isinstance(tokenizer, ProcessorMixin):
+            tokenizer = tokenizer.tokenizer
         if hasattr(tokenizer, "get_vocab"):
             identity["tokenizer"] = tokenizer_identity(tokenizer)
         if hasattr(self.train_dataset, "__len__"):

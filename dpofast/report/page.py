@@ -250,11 +250,10 @@ def _pair_html(pair: KeptPair, table: Any, trainer: Any, unit: str) -> str:
 
 
 def _decoder(processing: Any) -> Callable[[list[int]], str]:
-    """The text of token ids by a tokenizer, or by a processor's; without one, the ids."""
+    """The text of token ids by a tokenizer or processor; without one, the ids."""
     if processing is None:
         return lambda ids: f"token ids {ids}"
-    tokenizer = getattr(processing, "tokenizer", processing)
-    return lambda ids: str(tokenizer.decode(ids))
+    return lambda ids: str(processing.decode(ids))
 
 
 def _cut(text: str) -> str:

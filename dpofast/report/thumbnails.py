@@ -15,7 +15,7 @@ from PIL import Image
 
 from dpofast.common.printable import printable
 from dpofast.data.formats import ID_COLUMNS, BadRow
-from dpofast.data.images.columns import has_images
+from dpofast.data.images.columns import IMAGE_KEYS, has_images
 from dpofast.data.images.decode import opened
 
 # Of one pair: at most so many pictures, none of more bytes. As text in the page they take at most 35 kB.
@@ -43,7 +43,8 @@ def row_of(trainer: Any, example: Mapping[str, Any]) -> Mapping[str, Any]:
             continue
         if example["index"] < len(dataset):
             row = dataset.with_format(None)[int(example["index"])]
-            if all(np.array_equal(row[name], example[name]) for name in ID_COLUMNS if name in row):
+            compared = [name for name in (*ID_COLUMNS, IMAGE_KEYS) if name in row and name in example]
+            if all(np.array_equal(row[name], example[name]) for name in compared):
                 return row
     return example
 

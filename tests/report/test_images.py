@@ -136,7 +136,7 @@ def pairs_of(dataset, **changed):
     table = PairTable(np.arange(10, 13), np.zeros((3, 2)), np.zeros((3, 2)), np.ones((3, 2), int), np.zeros(3))
     records = SimpleNamespace(table=lambda: table, worst=lambda: kept, best=lambda: kept[::-1])
     trainer = SimpleNamespace(
-        processing_class=SimpleNamespace(tokenizer=Letters()),
+        processing_class=Letters(),
         data_reports={},
         eval_dataset=dataset,
         callback_handler=SimpleNamespace(eval_dataloader=None),
@@ -179,3 +179,15 @@ def test_images_are_looked_for_in_every_held_out_set_and_taken_of_an_equal_row_a
     trainer, records = pairs_of(held_out, eval_dataset=other)
     html = _pairs_html(trainer, records)
     assert "<img" not in html and html.count("&lt;image&gt;") == 2 * 7, "other data: no images are made up"
+
+
+def test_pairs_of_equal_text_show_their_own_images(held_out):
+    """A held-out set beside the same one with other images."""
+    rows = held_out.to_list()
+    for row in rows[:2]:
+        row["images"], row["image_keys"] = row["images"][::-1], row["image_keys"][::-1]
+    exchanged = Dataset.from_list(rows, features=held_out.features)
+    trainer, records = pairs_of(exchanged, eval_dataset={"own": held_out, "exchanged": exchanged})
+    for pair in records.worst():
+        pair.example["image_keys"] = rows[pair.place]["image_keys"]
+    assert _pairs_html(trainer, records) == _pairs_html(*pairs_of(exchanged)) != _pairs_html(*pairs_of(held_out))

@@ -9,8 +9,8 @@ from typing import Any
 
 from dpofast.data.images.columns import IMAGE_KEYS, IMAGES, OF_IMAGES
 from dpofast.data.images.prompt_images import PromptImages
+from dpofast.scoring.pixels import MEDIA
 
-MEDIA = "media"  # of an example, as `pack` reads it
 _MADE_OF = (IMAGES, *OF_IMAGES)
 
 
@@ -40,5 +40,10 @@ def with_media(examples: list[Any], images: PromptImages | None) -> None:
 
 
 def without_media(examples: list[Any]) -> list[Any]:
-    """The examples without pixels: what may be kept of them after their step."""
-    return [{name: value for name, value in each.items() if name != MEDIA} for each in examples]
+    """The examples with their images' keys in place of pixels: what may be kept of them after their step."""
+    return [_without_media(each) if MEDIA in each else each for each in examples]
+
+
+def _without_media(example: Any) -> dict[str, Any]:
+    keys = [] if example[MEDIA] is None else [image.key for image in example[MEDIA].images]
+    return {**{name: value for name, value in example.items() if name != MEDIA}, IMAGE_KEYS: keys}
