@@ -203,6 +203,7 @@ class TestWherePackingIsImpossible:
         )  # fmt: skip
         trainer.train()
         assert_same_run((plain, gradients), (trainer, ours.first))
+        assert trainer.data_collator.inputs is None  # nothing is read that nothing uses
 
     @pytest.mark.parametrize("patched", [False, True], ids=["trl", "patched"])
     def test_a_max_length_that_cuts_an_image_is_refused_in_trls_words(self, patched, tmp_path):

@@ -77,8 +77,7 @@ class RowsCollator(DataCollatorForPreference):  # type: ignore[misc]
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """The padded batch."""
         batch = super().torch_call(examples)
-        rows = PaddedRows.from_tensors(batch["input_ids"], batch["attention_mask"], batch["completion_mask"] != 0)
-        return RowsBatch(batch, rows)
+        return RowsBatch(batch, _rows_of(batch))
 
 
 class VisionRowsCollator(DataCollatorForVisionPreference):  # type: ignore[misc]
@@ -93,8 +92,12 @@ class VisionRowsCollator(DataCollatorForVisionPreference):  # type: ignore[misc]
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """The padded batch."""
         batch = super().torch_call(examples)
-        rows = PaddedRows.from_tensors(batch["input_ids"], batch["attention_mask"], batch["completion_mask"] != 0)
+        rows = _rows_of(batch)
         if self.inputs is not None:
             with contextlib.suppress(ValueError):  # the model's call raises it, where trl says why
                 rows = rows.with_media(self.inputs, batch)
         return RowsBatch(batch, rows)
+
+
+def _rows_of(batch: Mapping[str, Any]) -> PaddedRows:
+    return PaddedRows.from_tensors(batch["input_ids"], batch["attention_mask"], batch["completion_mask"] != 0)

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from dpofast.integrations._trl.rows import PaddedRows
+from dpofast.model.attach import PackedForward
 from dpofast.model.checks.images import images_refused
 from dpofast.model.parts import base_causal_lm, is_composite
 from dpofast.model.vision.families import family_of
@@ -20,7 +21,7 @@ _ADVICE = "; padded rows are: "  # of a refusal, for other callers
 def reader_of(model: Any) -> VisionInputs | None:
     """What divides a processor's output among rows for a fused model; None where it takes no packed images."""
     base = base_causal_lm(model)
-    if not is_composite(base) or family_of(base.config) is None or refusal(base) is not None:
+    if not isinstance(base, PackedForward) or not is_composite(base) or refusal(base) is not None:
         return None
     return vision_inputs(base)
 
