@@ -8,6 +8,7 @@ from typing import Any
 
 from dpofast.common.ranks import Ranks
 from dpofast.evaluation.metrics import MetricSums, work_avoided
+from dpofast.model.parts import beside_text
 from dpofast.packing.batch import PackedBatch
 
 
@@ -85,9 +86,13 @@ class LogWindow:
 
 
 def step_flops(model: Any, tokens: int, targets: int) -> float:
-    """6·parameters·positions of a step: `tokens` through the backbone, `targets` through the LM head."""
+    """6·parameters·positions of a step: `tokens` through the backbone, `targets` through the LM head.
+
+    Of a composite model the language model counts; its encoders see pixels.
+    """
     embeddings, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     backbone = sum(p.numel() for p in model.parameters()) - embeddings.numel()
+    backbone -= sum(p.numel() for p in beside_text(model))
     if embeddings is not head:
         backbone -= head.numel()
     return 6.0 * (backbone * tokens + head.numel() * targets)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from transformers import AutoProcessor, AutoTokenizer, ProcessorMixin
 from transformers.utils.hub import cached_file
 
-from dpofast.data.images.prompt_images import PromptImages
+from dpofast.data.images.prompt_images import PromptImages, with_template
 from dpofast.model.checks.images import images_refused
 from dpofast.model.parts import base_causal_lm
 from dpofast.model.vision.families import family_of
@@ -45,7 +45,7 @@ def processing_of(whole: Any, failure: str | None, model: Any, ref_model: Any) -
         ref_model: a separate reference, likewise, or None.
     """
     processor = whole if isinstance(whole, ProcessorMixin) else None
-    tokenizer = whole if processor is None else processor.tokenizer
+    tokenizer = whole if processor is None else with_template(processor)
     refused = images_refused(model)
     if refused is None and processor is None:
         found = "no processor" if whole is None else f"a tokenizer alone ({type(whole).__name__})"
@@ -89,9 +89,7 @@ def processing_beside(name: str | None, model: Any, args: DPOConfig, options: di
     name = config.name_or_path if name is None else name
     if not name:
         return None, None
-    hub: dict[str, Any] = {
-        key: options[key] for key in ("revision", "token", "cache_dir", "subfolder") if key in options
-    }
+    hub: dict[str, Any] = {key: options[key] for key in _OF_THE_HUB if key in options}
     access: dict[str, Any] = {"trust_remote_code": args.trust_remote_code, **hub}
     failure = None
     if family_of(config) is not None and _is_beside(name, _PROCESSOR_FILES, hub):

@@ -127,7 +127,7 @@ def test_arguments_of_trls_trainer_are_all_known(tmp_path):
     cases = [
         ({"data_collator": tiny_dataset()}, "data_collator: expected None.*got Dataset: pass train_dataset"),
         ({"compute_metrics": print}, "compute_metrics: expected None.*trainer.pair_records"),
-        ({"processing_class": args}, "processing_class: expected a tokenizer or None, got DPOConfig"),
+        ({"processing_class": args}, "processing_class: expected a tokenizer, a processor or None, got DPOConfig"),
         ({"peft_config": tiny_tokenizer()}, "peft_config: expected a config of peft"),
         ({"quantization_config": {}}, "quantization_config: the model is loaded already"),
     ]

@@ -11,10 +11,11 @@ from transformers import AutoProcessor
 
 from dpofast.data.token_rows import as_numpy
 from dpofast.training.data.media import with_media
+from dpofast.training.log_window import step_flops
 from tests.support.tiny import tiny_dataset, tiny_model, tiny_tokenizer
 from tests.support.tiny_training import losses_of, weights_of
 from tests.support.vision_models import vision_model
-from tests.support.vision_processors import processor_of, tokenizer_of
+from tests.support.vision_processors import tokenizer_of
 from tests.support.vision_training import (
     image_dataset,
     image_pairs,
@@ -244,6 +245,8 @@ def test_evaluation_keeps_no_pixels(tmp_path):
     records = trainer.pair_records["eval"]
     kept = [*records.best(), *records.worst()]
     assert kept and all("media" not in pair.example for pair in kept)
+    for pair in kept:
+        assert pair.example["image_keys"] == trainer.eval_dataset[pair.example["index"]]["image_keys"]
     assert trainer.predict(image_dataset("llava", 3)).metrics["test_loss"] == pytest.approx(0.693147, abs=1e-5)
 
 
@@ -333,37 +336,28 @@ def test_what_is_refused(tmp_path):
         )  # fmt: skip
 
 
-def test_a_processor_serves_a_text_model_as_its_tokenizer_does(tmp_path):
-    rows = Dataset.from_list([{"prompt": "ask ", "chosen": "yes", "rejected": "no"}] * 4)
-    trainers = [
-        image_trainer(tmp_path, "llava", model=tiny_model(), train=rows, processing_class=each)
-        for each in (processor_of("llava"), tokenizer_of("llava"))
-    ]
-    tokens = [trainer.train_dataset.to_list() for trainer in trainers]
-    assert tokens[0] == tokens[1]
+def test_work_is_counted_of_the_language_model():
+    model = vision_model("llava")
+    embeddings, head = model.model.language_model.embed_tokens.weight.numel(), model.lm_head.weight.numel()
+    backbone = sum(p.numel() for p in model.model.language_model.parameters()) - embeddings
+    assert step_flops(model, 100, 7) == 6 * (100 * backbone + 7 * head)
 
 
-def test_the_processor_beside_a_model_is_loaded(tmp_path):
-    folder = str(tmp_path / "model")
-    vision_model("llava").save_pretrained(folder)
-    processor_of("llava").save_pretrained(folder)
-    trainer = image_trainer(
-        tmp_path / "run", "llava", model=folder, processing_class=None, precompute_ref_log_probs=False
+def test_a_projector_that_trains_beside_an_adapter(tmp_path):
+    from peft import LoraConfig
+
+    runs = []
+    for live in (True, False):
+        config = LoraConfig(
+            r=4, target_modules=r".*language_model.*\.(q|v)_proj", modules_to_save=["multi_modal_projector"]
+        )
+        trainer = image_trainer(tmp_path / str(live), "llava", peft_config=config, precompute_ref_log_probs=not live)
+        trainer.train()
+        runs.append(losses_of(trainer))
+    assert runs[0][0] == pytest.approx(0.693147, abs=1e-5)
+    assert runs[0] == pytest.approx(runs[1], abs=1e-5)
+    saved, original = (
+        dict(trainer.model.named_parameters())[f"base_model.model.model.multi_modal_projector.{place}linear_1.weight"]
+        for place in ("modules_to_save.default.", "original_module.")
     )
-    assert type(trainer.processing_class).__name__ == "LlavaProcessor"
-    expected = image_trainer(tmp_path / "own", "llava", precompute_ref_log_probs=False)
-    for each in (trainer, expected):
-        each.train()
-    assert losses_of(trainer) == losses_of(expected)
-
-
-def test_text_goes_on_where_the_processor_cannot_be_loaded(tmp_path):
-    folder = str(tmp_path / "model")
-    vision_model("qwen2_vl").save_pretrained(folder)
-    processor = processor_of("qwen2_vl")
-    processor.image_processor.save_pretrained(folder)  # with the tokenizer, the parts that need no torchvision
-    processor.tokenizer.save_pretrained(folder)
-    rows = Dataset.from_list([{"prompt": "ask ", "chosen": "yes", "rejected": "no"}] * 4)
-    image_trainer(tmp_path / "run", "qwen2_vl", model=folder, train=rows, processing_class=None).train()
-    with pytest.raises(ValueError, match="the one beside the model could not be loaded: .*Torchvision"):
-        image_trainer(tmp_path / "run", "qwen2_vl", model=folder, processing_class=None)
+    assert not torch.equal(saved, original)

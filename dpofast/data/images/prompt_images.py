@@ -47,7 +47,7 @@ class PromptImages:
                 f"processor: expected a transformers processor (AutoProcessor), got {type(processor).__name__}"
             )
         self.processor, self.inputs = processor, inputs
-        self.tokenizer: PreTrainedTokenizerBase = _with_template(processor)
+        self.tokenizer: PreTrainedTokenizerBase = with_template(processor)
         self.token = str(getattr(processor, "boi_token", None) or processor.image_token)  # the former of Gemma 3
         self._token_id = self.tokenizer.convert_tokens_to_ids(self.token)
         video = getattr(inputs.config, "video_token_id", None)
@@ -146,7 +146,7 @@ class PromptImages:
             raise BadRow("images and placeholders do not fit", str(error)) from error
 
 
-def _with_template(processor: Any) -> Any:
+def with_template(processor: Any) -> Any:
     """The processor's tokenizer with the processor's chat template, where it has one."""
     tokenizer, template = processor.tokenizer, getattr(processor, "chat_template", None)
     if template is None or template == tokenizer.chat_template:

@@ -56,8 +56,8 @@ def check_arguments(data_collator: Any, compute_metrics: Any, processing_class: 
         )
     if isinstance(processing_class, TrainingArguments) or hasattr(processing_class, "column_names"):
         raise ValueError(
-            f"processing_class: expected a tokenizer or None, got {type(processing_class).__name__}: pass arguments by "
-            "name"
+            f"processing_class: expected a tokenizer, a processor or None, got {type(processing_class).__name__}: pass "
+            "arguments by name"
         )
     if peft_config is not None and not hasattr(peft_config, "peft_type"):
         raise ValueError(

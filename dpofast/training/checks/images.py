@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pyarrow as pa
@@ -20,13 +21,30 @@ def image_columns(columns: Any) -> list[str]:
 
 
 def has_images(dataset: Any) -> bool:
-    """Whether a row of a dataset has an image; of a stream, or of what is no dataset, whether its first row has."""
+    """Whether a row of a dataset has an image.
+
+    Of a stream, and of a dataset whose columns a transform makes, whether it has columns of images.
+    """
     if isinstance(dataset, Dataset):
+        if _is_transformed(dataset):
+            return bool(image_columns(shown_columns(dataset)))
         return any(_any_image(dataset, name) for name in image_columns(dataset.column_names))
     if isinstance(dataset, IterableDataset):
         columns = dataset.column_names
         return bool(image_columns(next(iter(dataset.take(1)), ()) if columns is None else columns))
     return False
+
+
+def shown_columns(dataset: Dataset) -> list[str]:
+    """The columns of a dataset's rows, those that its transform (Dataset.set_transform) makes of them."""
+    if _is_transformed(dataset):
+        with contextlib.suppress(Exception):  # tokenize_preferences says what is wrong with a transform
+            return list(dataset[:1])
+    return dataset.column_names
+
+
+def _is_transformed(dataset: Dataset) -> bool:
+    return dataset.format["type"] == "custom" and len(dataset) > 0
 
 
 def _any_image(dataset: Dataset, name: str) -> bool:
