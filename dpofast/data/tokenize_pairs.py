@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from dpofast.common.printable import printable
 from dpofast.data import columns as row_columns
 from dpofast.data import encode_pairs, formats, lists
-from dpofast.data.arrow import cache_options, check_values, is_cached, mapped_files, release_pages
+from dpofast.data.arrow import cache_options, check_values, is_cached, mapped_files, release_pages, uncached_options
 from dpofast.data.chat import render, train_tokens
 from dpofast.data.encode_pairs import TRUNCATION_MODES, EncodedRow, RowEncoder
 from dpofast.data.formats import (
@@ -43,7 +43,7 @@ from dpofast.data.formats import (
 )
 from dpofast.data.images import decode, prompt_images, turns
 from dpofast.data.images import tokens as image_tokens
-from dpofast.data.images.columns import FEATURES, IMAGES, ROW_IMAGES, STORED
+from dpofast.data.images.columns import FEATURES, IMAGES, OF_IMAGES, ROW_IMAGES, STORED
 from dpofast.data.images.prompt_images import PromptImages
 from dpofast.data.images.stored import stored as stored_row
 from dpofast.data.images.tokens import PLACE, files_digest, media_columns, with_images, with_stored_images
@@ -76,7 +76,7 @@ class _Encoder:
     """The function given to datasets.map, which hashes its fields into the fingerprint of the cached result.
 
     Bad rows become rows of nulls with the reason. `exact` names the columns whose nulls are the data's own, not
-    Arrow's; `transform` is the dataset's (Dataset.set_transform); `image_files` is a hash of their stamps.
+    Arrow's; `transform` is the dataset's (Dataset.set_transform); `image_files` is a hash of the image files' stamps.
     """
 
     rows: RowEncoder
@@ -257,11 +257,11 @@ def tokenize_preferences(
         A Dataset and a DataReport. Of pairs, the dataset has prompt_ids, chosen_ids, rejected_ids (lists of int32), row
         (int64: the row's number in the source) and, where they are given, ref_chosen_logps and ref_rejected_logps
         (float32, nats), weight, margin, beta, label_smoothing (float32), and, where they are given or made of turns,
-        chosen_weights and rejected_weights (lists of float32, one for each token; null: all 1); where rows have images,
-        the columns of dpofast.data.images.columns. Of lists, in place of
-        chosen_ids and rejected_ids: responses_ids (K lists, from best to worst), ranks (K int32 from 0, dense, equal
-        where tied), order (K int32: places in the row of the source), and, where they are given, scores and
-        ref_responses_logps (K float32) and responses_weights.
+        chosen_weights and rejected_weights (lists of float32, one for each token; null: all 1); with `images`,
+        where rows may have some, the columns of dpofast.data.images.columns. Of lists, in place of chosen_ids and
+        rejected_ids: responses_ids (K lists, from best to worst), ranks (K int32 from 0, dense, equal where tied),
+        order (K int32: places in the row of the source), and, where they are given, scores and ref_responses_logps (K
+        float32) and responses_weights.
 
     Raises:
         DataError: bad rows with on_bad_row="raise", no usable row, a missing column, a transform that fails, damaged
@@ -304,17 +304,21 @@ def tokenize_preferences(
         files=mapped_files(dataset),
         image_files="" if transform or not has_images else files_digest(stored),
     )
+    rows_together = _WITH_IMAGES if has_images else 1000
+    # which files the images of a transform are in is not known before, nor whether these have changed
+    options = uncached_options(stored) if transform and has_images else cache_options(stored, encoder)
     try:
         encoded = stored.map(
             encoder,
             batched=True,
             with_indices=True,
-            batch_size=_WITH_IMAGES if has_images else 1000,
+            batch_size=rows_together,
+            writer_batch_size=rows_together if transform else 1000,
             remove_columns=stored.column_names,
             features=encoder.features,
             num_proc=num_proc,
             desc=printable(f"Tokenizing {source}"),
-            **cache_options(stored, encoder),
+            **options,
         )
     except DataError as error:
         raise DataError(f"{source}, {error}") from None
@@ -347,13 +351,16 @@ def tokenize_preferences(
         good = encoded.with_format("arrow").map(
             _GoodRows(files=files, dropped=tuple(dropped)),
             batched=True,
+            batch_size=rows_together if transform else 1000,
             features=Features(kept),
             desc=printable(f"Leaving out bad rows of {source}"),
         )
         good = good.with_format(None)
     if list_pairs is not None:
         good, report = lists_to_pairs(good, list_pairs, min_score_gap, report)
-    if has_images:
+    if has_images and images is None:  # a row with some would have been refused
+        good = good.remove_columns([name for name in (PLACE, IMAGES, *OF_IMAGES) if name in good.column_names])
+    elif has_images:
         good = good.remove_columns([PLACE]) if transform else with_images(good, stored)
     return good, report
 
