@@ -12,7 +12,7 @@ from PIL import Image
 from tokenizers.processors import TemplateProcessing
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
-from dpofast import DataError, PromptImages, tokenize_preferences, vision_inputs
+from dpofast import DataError, PromptImages, pack, tokenize_preferences, vision_inputs
 from dpofast.data.images.columns import STORED
 from dpofast.data.images.tokens import files_digest
 from tests.support.image_rows import arrow_pool
@@ -283,6 +283,13 @@ def test_a_transform_whose_files_change_is_tokenized_anew(tmp_path):
         data.set_transform(lambda batch: _columns([conversation([str(file)]) for _ in batch["number"]]))
         tokens, _ = tokens_of(data)
         assert [each.key for each in LLAVA.media(tokens[1]).images] == tokens[1]["image_keys"]
+
+
+def test_rows_and_their_media_can_be_packed():
+    tokens, _ = tokens_of(dataset_of([conversation([WIDE]), conversation([WIDE, TALL]), conversation([])]))
+    (batch,) = pack([{**row, "media": LLAVA.media(row)} for row in tokens], max_tokens=1000)
+    # the first image of the second prompt has another place only if its prompt begins otherwise
+    assert batch.media.num_seen() == 2 and batch.num_pairs == 3
 
 
 # ---- what cannot be used --------------------------------------------------------------------------------------------

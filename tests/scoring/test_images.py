@@ -139,9 +139,8 @@ def test_pixels_are_made_once_for_equal_images_and_a_few_rows_at_a_time(qwen, mo
 def test_encoded_images_are_read_one_row_at_a_time(qwen):
     """Rows in another order than they are stored in: Arrow would copy those of a whole window."""
     text, (file,), responses = mixed_rows()[0]
-    rows = [
-        (f"{text}{19 - k}", [file + bytes(1 << 20)], responses) for k in range(10)
-    ]  # what follows a PNG is not read
+    large = file + bytes(1 << 20)  # what follows a PNG is not read
+    rows = [(f"{text}{19 - k}", [large], responses) for k in range(10)]
     dataset, model = image_dataset(qwen.images, rows), head("qwen2_vl")
     plain = [(text, [file], responses) for text, _, responses in rows]
     expected = np.array(truth("qwen2_vl", image_dataset(qwen.images, plain)))
