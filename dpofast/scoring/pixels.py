@@ -22,7 +22,7 @@ from dpofast.data.token_rows import PROMPT, prompts_of
 
 # Pixels of a group, unless one prompt has more.
 PIXEL_BYTES = 1 << 28
-MEDIA = "media"
+MEDIA = "media"  # of an example, as `pack` reads it
 # What PromptImages.media reads of a row.
 STORED_COLUMNS = (IMAGES, *OF_IMAGES, "row")
 

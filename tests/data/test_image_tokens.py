@@ -12,7 +12,7 @@ from PIL import Image
 from tokenizers.processors import TemplateProcessing
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
-from dpofast import DataError, PromptImages, pack, tokenize_preferences, vision_inputs
+from dpofast import DataError, PromptImages, pack, preview_preferences, tokenize_preferences, vision_inputs
 from dpofast.data.images.columns import STORED
 from dpofast.data.images.tokens import files_digest
 from tests.support.image_rows import arrow_pool
@@ -283,6 +283,12 @@ def test_a_transform_whose_files_change_is_tokenized_anew(tmp_path):
         data.set_transform(lambda batch: _columns([conversation([str(file)]) for _ in batch["number"]]))
         tokens, _ = tokens_of(data)
         assert [each.key for each in LLAVA.media(tokens[1]).images] == tokens[1]["image_keys"]
+
+
+def test_a_preview_shows_images_and_text():
+    shown = preview_preferences(dataset_of([conversation([WIDE, TALL]), conversation([], "why?")]), None, images=LLAVA)
+    assert "prompt    user: <image 1: 30x20, 4 tokens><image 2: 9x33, 4 tokens>what is it?" in shown
+    assert "prompt    user: why?" in shown and "chosen    a cat</s>" in shown
 
 
 def test_rows_and_their_media_can_be_packed():

@@ -9,8 +9,8 @@ from typing import Any
 
 from dpofast.data.images.columns import IMAGE_KEYS, IMAGES, OF_IMAGES
 from dpofast.data.images.prompt_images import PromptImages
+from dpofast.scoring.pixels import MEDIA
 
-MEDIA = "media"  # of an example, as `pack` reads it
 _MADE_OF = (IMAGES, *OF_IMAGES)
 
 
