@@ -114,7 +114,7 @@ class _Encoder:
 
     def __call__(self, batch: Mapping[str, Sequence[Any]], indices: Sequence[int]) -> dict[str, list[Any]]:
         numbers = batch[LINE] if self.unit == "line" else indices
-        shown = transformed(self.transform, batch) if self.transform else batch
+        shown = transformed(self.transform, lambda: batch) if self.transform else batch
         encoded: dict[str, list[Any]] = {name: [] for name in self.features}
         for i, number in enumerate(numbers):
             where = formats.place(self.unit, number)
@@ -176,13 +176,22 @@ def _of_list(encoded: EncodedRow, row: Mapping[str, Any]) -> dict[str, Any]:
     return example
 
 
-def transformed(transform: Callable[[dict[str, Any]], Any], batch: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
-    """Return what a dataset's transform shows of a batch of stored rows.
+def transformed(
+    transform: Callable[[dict[str, Any]], Any], read: Callable[[], Mapping[str, Sequence[Any]]]
+) -> dict[str, Any]:
+    """Return what a dataset's transform shows of the batch of stored rows that `read` returns.
 
     Raises:
-        DataError: it raises, or returns no columns of as many rows.
+        DataError: they cannot be read (datasets decodes images); it raises, or returns no columns of as many rows.
     """
-    stored = {name: list(batch[name]) for name in batch if name not in _ADDED}
+    try:
+        batch = read()
+        stored = {name: list(batch[name]) for name in batch if name not in _ADDED}
+    except Exception as error:
+        raise DataError(
+            f"rows cannot be read for the dataset's transform: {type(error).__name__}: {error}; where that is an image, "
+            "cast its column to datasets.Image(decode=False) and open it in the transform"
+        ) from error
     count = len(next(iter(stored.values())))
     try:
         shown = dict(transform(stored))
@@ -281,7 +290,7 @@ def tokenize_preferences(
     try:
         stored, transform = _view(dataset)
         stored = stored if transform else with_stored_images(stored)
-        names = transformed(transform, stored[:1]) if transform else stored.column_names
+        names = transformed(transform, lambda: stored[:1]) if transform else stored.column_names
         columns = formats.used_columns([name for name in names if name not in _ADDED])
         check_pairs_can_be_made(columns, list_pairs, min_score_gap)
     except (BadRow, DataError) as problem:

@@ -381,6 +381,22 @@ def test_no_row_has_an_image(transform):
     assert found.to_list() == expected.to_list() and found.features == expected.features
 
 
+@pytest.mark.parametrize("place", [0, 2])
+def test_a_broken_image_that_a_transform_is_given(place):
+    """datasets decodes it before the transform sees it; without decoding it is a bad row."""
+    rows = [conversation([encoded(WIDE)]) for _ in range(3)]
+    rows[place]["images"] = [b"no image"]
+    data = dataset_of(rows)
+    data.set_transform(dict)
+    message = r"rows cannot be read for the dataset's transform: UnidentifiedImageError.*Image\(decode=False\)"
+    with pytest.raises(DataError, match=message):
+        tokens_of(data)
+    data = data.with_format(None).cast_column("images", List(datasets.Image(decode=False)))
+    data.set_transform(dict)
+    tokens, _ = tokens_of(data, on_bad_row="skip")
+    assert tokens["row"][:] == [row for row in range(3) if row != place]
+
+
 def test_images_without_a_processor_are_refused():
     with pytest.raises(DataError, match="images cannot be used without a processor"):
         tokenize_preferences(Dataset.from_list([conversation([encoded(WIDE)])]), LLAVA.tokenizer)
