@@ -153,8 +153,7 @@ def _of_row(shown: Mapping[str, Sequence[Any]], column: str, index: int) -> Any:
     """A value of a row; of images, in the form that is stored, whichever of its columns they are in."""
     if column != IMAGES:
         return shown[column][index]
-    found = next(name for name in ROW_IMAGES if name in shown)
-    return stored_row(shown[found][index])
+    return stored_row(next(shown[name] for name in ROW_IMAGES if name in shown)[index])
 
 
 def _of_pair(encoded: EncodedRow, row: Mapping[str, Any]) -> dict[str, Any]:
@@ -176,9 +175,7 @@ def _of_list(encoded: EncodedRow, row: Mapping[str, Any]) -> dict[str, Any]:
     return example
 
 
-def transformed(
-    transform: Callable[[dict[str, Any]], Any], read: Callable[[], Mapping[str, Sequence[Any]]]
-) -> dict[str, Any]:
+def transformed(transform: Callable[[dict[str, Any]], Any], read: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
     """Return what a dataset's transform shows of the batch of stored rows that `read` returns.
 
     Raises:
@@ -189,8 +186,8 @@ def transformed(
         stored = {name: list(batch[name]) for name in batch if name not in _ADDED}
     except Exception as error:
         raise DataError(
-            f"rows cannot be read for the dataset's transform: {type(error).__name__}: {error}; where that is an image, "
-            "cast its column to datasets.Image(decode=False) and open it in the transform"
+            f"rows cannot be read for the dataset's transform: {type(error).__name__}: {error}; where that is of an "
+            "image, cast its column to datasets.Image(decode=False) and open it in the transform"
         ) from error
     count = len(next(iter(stored.values())))
     try:
