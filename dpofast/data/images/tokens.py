@@ -60,7 +60,7 @@ def files_digest(dataset: Dataset) -> str:
 
 def _paths(images: pa.ChunkedArray) -> Iterator[str]:
     """The paths of images without bytes, which are not read."""
-    for chunk in images.chunks:
+    for chunk in filter(len, images.chunks):
         start, stop = chunk.offsets[0].as_py(), chunk.offsets[-1].as_py()
         structs = chunk.values.slice(start, stop - start)  # flatten() would copy where a row is null
         yield from structs.field("path").filter(structs.field("bytes").is_null()).drop_null().to_pylist()
