@@ -20,6 +20,7 @@ _MODULES = {
     "PreferenceLoss": "dpofast.losses.config",
     "PreferenceOutput": "dpofast.losses.functional",
     "PromptGroupSampler": "dpofast.packing.collator",
+    "PromptImages": "dpofast.data.images.prompt_images",
     "ReportCallback": "dpofast.report.page",
     "attach_logprob_head": "dpofast.model.attach",
     "detach_logprob_head": "dpofast.model.attach",
@@ -43,6 +44,7 @@ __all__ = ["__version__", *_MODULES]
 
 # What a type checker sees of the table above, and what runs.
 if TYPE_CHECKING:
+    from dpofast.data.images.prompt_images import PromptImages as PromptImages
     from dpofast.data.load import DataError as DataError
     from dpofast.data.load import load_preferences as load_preferences
     from dpofast.data.load import tokenize_preferences as tokenize_preferences

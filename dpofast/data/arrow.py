@@ -11,6 +11,7 @@ import ctypes
 import mmap
 import os
 import sys
+import uuid
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 import datasets
 import pyarrow as pa
 from datasets import Dataset
-from datasets.fingerprint import Hasher
+from datasets.fingerprint import Hasher, get_temporary_cache_files_directory
 
 from dpofast.data.formats import DataError
 
@@ -129,3 +130,15 @@ def cache_options(dataset: Dataset, function: Any) -> dict[str, Any]:
     folder = Path(datasets.config.HF_DATASETS_CACHE, "dpofast-tokens")
     folder.mkdir(parents=True, exist_ok=True)
     return {"cache_file_name": str(folder / f"{key}.arrow"), "new_fingerprint": key}
+
+
+def uncached_options(dataset: Dataset) -> dict[str, Any]:
+    """Options of Dataset.map that write its result anew, into a folder that is removed when the process ends.
+
+    Of a dataset in memory, datasets keeps no results.
+    """
+    if not dataset.cache_files:
+        return {}
+    key = uuid.uuid4().hex
+    folder = get_temporary_cache_files_directory()
+    return {"cache_file_name": os.path.join(folder, f"{key}.arrow"), "new_fingerprint": key}

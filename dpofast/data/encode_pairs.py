@@ -291,6 +291,8 @@ class RowEncoder:
         if not images:
             return encoded
         ids, media = self.images.encode(text, images, special_tokens=special_tokens)
+        if special_tokens:
+            ids = _once(self.images.tokenizer, text, ids)
         if dropped and ids[-dropped:] != list(alone[-dropped:]):
             raise BadRow(
                 "the processor writes the prompt's end differently beside images",
@@ -367,18 +369,18 @@ def _text_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, responses: Sequen
         ends = response.rstrip().endswith(eos)
         texts.append(prompt + (response.rstrip() if ends else response + eos))
     # One text per call: a batched call was no faster, since the tokenizer's own work dominates.
-    found = []
-    for text in texts:
-        ids = tokenizer(text)["input_ids"]
-        if bos and text.startswith(bos) and ids[:2] == [tokenizer.bos_token_id] * 2:
-            ids = ids[1:]
-        written = 0  # times that EOS stands at the text's end
-        while text.endswith(eos * (written + 1)):
-            written += 1
-        if ids[-written - 1 :] == [tokenizer.eos_token_id] * (written + 1):  # the tokenizer adds one more
-            ids = ids[:-1]
-        found.append(ids)
-    return found
+    return [_once(tokenizer, text, tokenizer(text)["input_ids"]) for text in texts]
+
+
+def _once(tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int]) -> list[int]:
+    """The ids of a text without a BOS that it holds too, and without an EOS more than it holds."""
+    bos, eos = tokenizer.bos_token, str(tokenizer.eos_token)
+    if bos and text.startswith(bos) and ids[:2] == [tokenizer.bos_token_id] * 2:
+        ids = ids[1:]
+    written = 0  # times that EOS stands at the text's end
+    while text.endswith(eos * (written + 1)):
+        written += 1
+    return ids[:-1] if ids[-written - 1 :] == [tokenizer.eos_token_id] * (written + 1) else ids
 
 
 def _prompt_once(prompt: Any, responses: list[Any], names: _Names) -> tuple[Any, list[Any]]:

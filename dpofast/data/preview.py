@@ -62,13 +62,14 @@ def preview_preferences(
         list_pairs: as in training.
         min_score_gap: as in training.
         assistant_only_loss: as in training.
-        images: of a model that takes images, where rows may have some.
+        images: as in tokenize_preferences; the text is then decoded by its tokenizer.
 
     Raises:
         ValueError: rows below 1, or what tokenize_preferences raises.
     """
     if rows < 1:
         raise ValueError(f"rows: expected 1 or more to show, got {rows}")
+    tokenizer = tokenizer if images is None else images.tokenizer
     shown = dataset.select(range(min(rows, len(dataset)))) if isinstance(dataset, Dataset) else dataset
     tokens, report = tokenize_preferences(
         shown,

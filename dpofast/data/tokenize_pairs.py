@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from dpofast.common.printable import printable
 from dpofast.data import columns as row_columns
 from dpofast.data import encode_pairs, formats, lists
-from dpofast.data.arrow import cache_options, check_values, is_cached, mapped_files, release_pages
+from dpofast.data.arrow import cache_options, check_values, is_cached, mapped_files, release_pages, uncached_options
 from dpofast.data.chat import render, train_tokens
 from dpofast.data.encode_pairs import TRUNCATION_MODES, EncodedRow, RowEncoder
 from dpofast.data.formats import (
@@ -43,7 +43,7 @@ from dpofast.data.formats import (
 )
 from dpofast.data.images import decode, prompt_images, turns
 from dpofast.data.images import tokens as image_tokens
-from dpofast.data.images.columns import FEATURES, IMAGES, ROW_IMAGES, STORED
+from dpofast.data.images.columns import FEATURES, IMAGES, OF_IMAGES, ROW_IMAGES, STORED
 from dpofast.data.images.prompt_images import PromptImages
 from dpofast.data.images.stored import stored as stored_row
 from dpofast.data.images.tokens import PLACE, files_digest, media_columns, with_images, with_stored_images
@@ -76,7 +76,7 @@ class _Encoder:
     """The function given to datasets.map, which hashes its fields into the fingerprint of the cached result.
 
     Bad rows become rows of nulls with the reason. `exact` names the columns whose nulls are the data's own, not
-    Arrow's; `transform` is the dataset's (Dataset.set_transform); `image_files` is a hash of their stamps.
+    Arrow's; `transform` is the dataset's (Dataset.set_transform); `image_files` is a hash of the image files' stamps.
     """
 
     rows: RowEncoder
@@ -114,7 +114,7 @@ class _Encoder:
 
     def __call__(self, batch: Mapping[str, Sequence[Any]], indices: Sequence[int]) -> dict[str, list[Any]]:
         numbers = batch[LINE] if self.unit == "line" else indices
-        shown = transformed(self.transform, batch) if self.transform else batch
+        shown = transformed(self.transform, lambda: batch) if self.transform else batch
         encoded: dict[str, list[Any]] = {name: [] for name in self.features}
         for i, number in enumerate(numbers):
             where = formats.place(self.unit, number)
@@ -153,8 +153,7 @@ def _of_row(shown: Mapping[str, Sequence[Any]], column: str, index: int) -> Any:
     """A value of a row; of images, in the form that is stored, whichever of its columns they are in."""
     if column != IMAGES:
         return shown[column][index]
-    found = next(name for name in ROW_IMAGES if name in shown)
-    return stored_row(shown[found][index])
+    return stored_row(next(shown[name] for name in ROW_IMAGES if name in shown)[index])
 
 
 def _of_pair(encoded: EncodedRow, row: Mapping[str, Any]) -> dict[str, Any]:
@@ -176,13 +175,20 @@ def _of_list(encoded: EncodedRow, row: Mapping[str, Any]) -> dict[str, Any]:
     return example
 
 
-def transformed(transform: Callable[[dict[str, Any]], Any], batch: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
-    """Return what a dataset's transform shows of a batch of stored rows.
+def transformed(transform: Callable[[dict[str, Any]], Any], read: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+    """Return what a dataset's transform shows of the batch of stored rows that `read` returns.
 
     Raises:
-        DataError: it raises, or returns no columns of as many rows.
+        DataError: they cannot be read (datasets decodes images); it raises, or returns no columns of as many rows.
     """
-    stored = {name: list(batch[name]) for name in batch if name not in _ADDED}
+    try:
+        batch = read()
+        stored = {name: list(batch[name]) for name in batch if name not in _ADDED}
+    except Exception as error:
+        raise DataError(
+            f"rows cannot be read for the dataset's transform: {type(error).__name__}: {error}; where that is of an "
+            "image, cast its column to datasets.Image(decode=False) and open it in the transform"
+        ) from error
     count = len(next(iter(stored.values())))
     try:
         shown = dict(transform(stored))
@@ -257,11 +263,11 @@ def tokenize_preferences(
         A Dataset and a DataReport. Of pairs, the dataset has prompt_ids, chosen_ids, rejected_ids (lists of int32), row
         (int64: the row's number in the source) and, where they are given, ref_chosen_logps and ref_rejected_logps
         (float32, nats), weight, margin, beta, label_smoothing (float32), and, where they are given or made of turns,
-        chosen_weights and rejected_weights (lists of float32, one for each token; null: all 1); where rows have images,
-        the columns of dpofast.data.images.columns. Of lists, in place of
-        chosen_ids and rejected_ids: responses_ids (K lists, from best to worst), ranks (K int32 from 0, dense, equal
-        where tied), order (K int32: places in the row of the source), and, where they are given, scores and
-        ref_responses_logps (K float32) and responses_weights.
+        chosen_weights and rejected_weights (lists of float32, one for each token; null: all 1); with `images`,
+        where rows may have some, the columns of dpofast.data.images.columns. Of lists, in place of chosen_ids and
+        rejected_ids: responses_ids (K lists, from best to worst), ranks (K int32 from 0, dense, equal where tied),
+        order (K int32: places in the row of the source), and, where they are given, scores and ref_responses_logps (K
+        float32) and responses_weights.
 
     Raises:
         DataError: bad rows with on_bad_row="raise", no usable row, a missing column, a transform that fails, damaged
@@ -281,7 +287,7 @@ def tokenize_preferences(
     try:
         stored, transform = _view(dataset)
         stored = stored if transform else with_stored_images(stored)
-        names = transformed(transform, stored[:1]) if transform else stored.column_names
+        names = transformed(transform, lambda: stored[:1]) if transform else stored.column_names
         columns = formats.used_columns([name for name in names if name not in _ADDED])
         check_pairs_can_be_made(columns, list_pairs, min_score_gap)
     except (BadRow, DataError) as problem:
@@ -304,17 +310,21 @@ def tokenize_preferences(
         files=mapped_files(dataset),
         image_files="" if transform or not has_images else files_digest(stored),
     )
+    rows_together = _WITH_IMAGES if has_images else 1000
+    # which files the images of a transform are in is not known before, nor whether these have changed
+    options = uncached_options(stored) if transform and has_images else cache_options(stored, encoder)
     try:
         encoded = stored.map(
             encoder,
             batched=True,
             with_indices=True,
-            batch_size=_WITH_IMAGES if has_images else 1000,
+            batch_size=rows_together,
+            writer_batch_size=rows_together if transform else 1000,
             remove_columns=stored.column_names,
             features=encoder.features,
             num_proc=num_proc,
             desc=printable(f"Tokenizing {source}"),
-            **cache_options(stored, encoder),
+            **options,
         )
     except DataError as error:
         raise DataError(f"{source}, {error}") from None
@@ -347,13 +357,16 @@ def tokenize_preferences(
         good = encoded.with_format("arrow").map(
             _GoodRows(files=files, dropped=tuple(dropped)),
             batched=True,
+            batch_size=rows_together if transform else 1000,
             features=Features(kept),
             desc=printable(f"Leaving out bad rows of {source}"),
         )
         good = good.with_format(None)
     if list_pairs is not None:
         good, report = lists_to_pairs(good, list_pairs, min_score_gap, report)
-    if has_images:
+    if has_images and images is None:  # a row with some would have been refused
+        good = good.remove_columns([name for name in (PLACE, IMAGES, *OF_IMAGES) if name in good.column_names])
+    elif has_images:
         good = good.remove_columns([PLACE]) if transform else with_images(good, stored)
     return good, report
 

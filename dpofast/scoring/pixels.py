@@ -12,8 +12,10 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 import torch
+from datasets import Dataset
 from torch import Tensor
 
+from dpofast.data.arrow import mapped_files, release_pages
 from dpofast.data.images.columns import IMAGE_KEYS, IMAGES, OF_IMAGES, has_images
 from dpofast.data.images.prompt_images import PromptImages
 from dpofast.data.token_rows import PROMPT, prompts_of
@@ -45,38 +47,47 @@ class PixelGroup(NamedTuple):
 
 
 def needs_pixels(examples: Any) -> bool:
-    """Whether examples are rows of a token-level dataset with images, an Arrow table or mappings without media."""
-    if isinstance(examples, pa.Table):
+    """Whether examples are rows of a token-level dataset with images: it, an Arrow table, or mappings without media."""
+    if isinstance(examples, (Dataset, pa.Table)):
         return has_images(examples.column_names)
     return isinstance(examples, list) and any(
         isinstance(row, Mapping) and row.get(IMAGE_KEYS) is not None and row.get(MEDIA) is None for row in examples
     )
 
 
-def pixel_groups(examples: pa.Table | list[Mapping[str, Any]], images: PromptImages) -> Iterator[PixelGroup]:
+def pixel_groups(examples: Dataset | pa.Table | list[Mapping[str, Any]], images: PromptImages) -> Iterator[PixelGroup]:
     """Divide rows into groups whose pixels take at most PIXEL_BYTES, and make these pixels when a group is asked for.
 
     Args:
-        examples: with the columns that `pack` takes and STORED_COLUMNS; mappings may have media in their place.
+        examples: with the columns that `pack` takes and STORED_COLUMNS; mappings may have media in their place. The
+            encoded images of a Dataset are read one row at a time.
         images: makes the pixels.
 
     Raises:
         ValueError: while iterating, an image that can no longer be read or is another one, or that is missing.
     """
+    source: Any = examples
+    if isinstance(examples, Dataset):
+        names = examples.column_names
+        source = examples.with_format(None).select_columns([name for name in STORED_COLUMNS if name in names])
+        examples = examples.select_columns([name for name in names if name != IMAGES]).with_format("arrow")[:]
     places: dict[tuple[bytes, ...], list[int]] = {}
     for place, keys in enumerate(_keys(examples)):
         places.setdefault(keys, []).append(place)
     rows, media, size = list[int](), list[Any](), 0
+    files = mapped_files(source) if isinstance(source, Dataset) else ()
     for keys, own in places.items():
-        made = _media(examples, own[0], images) if keys else None
+        made = _media(source, own[0], images) if keys else None
         more = pixel_bytes(made)
         if rows and size + more > PIXEL_BYTES:
+            release_pages(files)
             yield _group(examples, rows, media)
             rows, media, size = [], [], 0
         rows += own
         media += [made] * len(own)
         size += more
     if rows:
+        release_pages(files)
         yield _group(examples, rows, media)
 
 
@@ -96,12 +107,13 @@ def _keys(examples: pa.Table | list[Mapping[str, Any]]) -> Iterator[tuple[bytes,
         yield tuple(row.get(IMAGE_KEYS) or ()) if media is None else tuple(image.key for image in media.images)
 
 
-def _media(examples: pa.Table | list[Mapping[str, Any]], place: int, images: PromptImages) -> Any:
-    if isinstance(examples, pa.Table):
-        names = [name for name in STORED_COLUMNS if name in examples.column_names]
-        row: Mapping[str, Any] = {name: examples.column(name)[place].as_py() for name in names}
+def _media(source: Any, place: int, images: PromptImages) -> Any:
+    """The media of a row of a Dataset with STORED_COLUMNS, of a table or of mappings."""
+    if isinstance(source, pa.Table):
+        names = [name for name in STORED_COLUMNS if name in source.column_names]
+        row: Mapping[str, Any] = {name: source.column(name)[place].as_py() for name in names}
     else:
-        row = examples[place]
+        row = source[place]
     media = images.media(row) if row.get(MEDIA) is None else row[MEDIA]
     if media is None:
         raise ValueError(f"examples[{place}]: {IMAGES}: expected the images of {IMAGE_KEYS} beside them, got none")

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -29,6 +30,7 @@ from dpofast._version import __version__
 from dpofast.common.ranks import Ranks
 from dpofast.data.arrow import chunk_bounds, read_chunks
 from dpofast.data.formats import RANK_COLUMN
+from dpofast.data.images.columns import IMAGES
 from dpofast.data.token_rows import RowTokens, has_lists, reference_columns, token_columns, weight_columns
 from dpofast.losses.sequences import pair_logprobs
 from dpofast.model.attach import runs_padded, sequence_logprobs
@@ -38,7 +40,7 @@ from dpofast.scoring.order import prompt_order
 from dpofast.scoring.ref_store import Identity, ReferenceStore
 from dpofast.scoring.responses import ResponseLogps, check_ld_alpha
 from dpofast.scoring.score import WINDOW, Forward, response_logps
-from dpofast.scoring.windows import stored_images
+from dpofast.scoring.windows import rows_with_images, stored_images
 
 # To be raised whenever log-probs may change (kernels, attention, numerics of the head), or which rows a shard has.
 ENGINE_VERSION = 3
@@ -199,12 +201,15 @@ class _Columns:
         """Run the model on these rows, fill them in and store them."""
         ordered, names = self.ordered, self.ordered.column_names
         read = (*token_columns(names), *((RANK_COLUMN,) if has_lists(names) else ()), *stored_images(names))
+        chunks: Iterator[Any] = read_chunks(ordered, read, parts)
+        if IMAGES in read:
+            chunks = (rows_with_images(ordered, read, *part) for part in parts)
         done = len(ordered) - sum(stop - start for start, stop in parts)
         with tqdm(
             total=len(ordered), initial=done, desc=description, disable=description is None or not parts, leave=False
         ) as bar:
-            for (start, stop), table in zip(parts, read_chunks(ordered, read, parts), strict=True):
-                computed = response_logps(table, model, forward)
+            for (start, stop), examples in zip(parts, chunks, strict=True):
+                computed = response_logps(examples, model, forward)
                 self._fill(start, stop, computed)
                 self._store(start, stop, computed)
                 bar.update(stop - start)

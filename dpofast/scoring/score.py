@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dpofast.common.eval_mode import eval_mode
 from dpofast.data.formats import ORDER_COLUMN
-from dpofast.data.images.columns import IMAGE_KEYS, has_images
+from dpofast.data.images.columns import IMAGE_KEYS
 from dpofast.data.images.prompt_images import PromptImages
 from dpofast.packing.arguments import at_least_one
 from dpofast.packing.batch import PackedBatch
@@ -120,8 +120,6 @@ def _micro_batches(examples: Any, forward: Forward) -> Generator[tuple[PackedBat
             raise group.renamed(error) from error
         return [(batch, group.rows[batch.pair_examples]) for batch in batches]
 
-    if isinstance(examples, Dataset) and has_images(examples.column_names):
-        examples = examples.with_format("arrow")[:]
     if not needs_pixels(examples):
         for batch in pack(examples, forward.max_tokens, share=forward.share):
             yield batch, batch.pair_examples

@@ -21,7 +21,7 @@ from dpofast.data.formats import (
     SCORE_COLUMN,
     WEIGHT_COLUMNS,
 )
-from dpofast.data.images.columns import has_images
+from dpofast.data.images.columns import IMAGES, has_images
 from dpofast.data.lists import OF_RESPONSES
 from dpofast.data.token_rows import (
     RESPONSES,
@@ -91,14 +91,20 @@ def windows(dataset: Dataset | Iterable[Mapping[str, Any]], size: int) -> Iterat
     is_list, ids = has_lists(columns), token_columns(columns)
     packed = [*ids, *([RANK_COLUMN] if is_list else []), *stored_images(columns)]
     weights, given = weight_columns(columns), [name for name in _beside(is_list) if name in columns]
-    names = dict.fromkeys((*packed, *weights, *given))  # row may be in two of them
-    for table in read_chunks(dataset, names, chunk_bounds(len(dataset), size)):
+    names = dict.fromkeys(name for name in (*packed, *weights, *given) if name != IMAGES)  # row may be in two of them
+    bounds = chunk_bounds(len(dataset), size)
+    for part, table in zip(bounds, read_chunks(dataset, names, bounds), strict=True):
         yield Window(
-            table.select(packed),
+            rows_with_images(dataset, packed, *part) if IMAGES in packed else table.select(packed),
             is_list,
             _tensor(RowTokens.of(table).weights()) if weights else None,
             {name: table.column(name).to_pylist() for name in given},
         )
+
+
+def rows_with_images(dataset: Dataset, columns: Collection[str], start: int, stop: int) -> Dataset:
+    """These columns of a chunk of rows, of which response_logps reads the encoded images one row at a time."""
+    return dataset.with_format(None).select_columns(list(columns)).select(range(start, stop))
 
 
 def stored_images(columns: Collection[str]) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """tokenize_preferences with images: token ids, keys and counts beside them, and what cannot be used."""
 
 import io
+import os
 import pickle
 
 import datasets
@@ -8,10 +9,13 @@ import pytest
 import torch
 from datasets import Dataset, Features, List, Value
 from PIL import Image
+from tokenizers.processors import TemplateProcessing
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
-from dpofast import DataError, tokenize_preferences, vision_inputs
-from dpofast.data.images.prompt_images import PromptImages
+from dpofast import DataError, PromptImages, pack, preview_preferences, tokenize_preferences, vision_inputs
+from dpofast.data.images.columns import STORED
+from dpofast.data.images.tokens import files_digest
+from tests.support.image_rows import arrow_pool
 from tests.support.vision_models import IMAGE, vision_model
 from tests.support.vision_processors import CHARACTERS, FAMILIES, FIRST, IMAGE_TOKEN, picture, processor_of
 
@@ -132,6 +136,25 @@ def test_token_ids_may_have_their_placeholders():
     assert tokens[0]["prompt_ids"] == row["prompt_ids"] and tokens[0]["image_tokens"] == [4]
     assert "images and placeholders do not fit" in refused([row | {"prompt_ids": [5, *[IMAGE] * 3, 6]}])
     assert "image tokens without images" in refused([row | {"images": []}])
+    qwen, video = images_of("qwen3_vl"), vision_model("qwen3_vl").config.video_token_id
+    count = sum(tokens_of([conversation([encoded(WIDE)])], qwen)[0][0]["image_tokens"])
+    row |= {"prompt_ids": [5, *[IMAGE] * count, video]}
+    assert "videos are not supported: the prompt has a video's token" in refused([row], qwen)
+
+
+def test_a_tokenizer_that_adds_eos_adds_none_to_a_prompt():
+    processor = processor_of("llava")
+    backend = processor.tokenizer.backend_tokenizer
+    backend.post_processor = TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A $B </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    images = PromptImages(processor, vision_inputs(vision_model("llava")))
+    row = {"images": [encoded(WIDE)], "prompt": "look: <image> and say", "chosen": " yes", "rejected": " no"}
+    (tokens,) = tokens_of([row], images)[0]
+    assert tokens["prompt_ids"] == [1, *ids("look: "), *[IMAGE] * 4, *ids(" and say")]
+    assert tokens["chosen_ids"] == [*ids(" yes"), 2]
+    (tokens,) = tokens_of([row | {"prompt": "<s>look: <image>"}], images)[0]
+    assert tokens["prompt_ids"] == [1, *ids("look: "), *[IMAGE] * 4]
 
 
 def test_rows_of_a_transform_have_their_images():
@@ -206,6 +229,75 @@ def test_it_pickles_for_loader_processes():
     assert [image.key for image in copy.media(row).images] == row["image_keys"]
 
 
+def test_images_are_not_copied_where_a_row_is_skipped(tmp_path):
+    rows = [conversation([picture(k, 200, 200)], better=f"a {k}" if k != 7 else "a dog") for k in range(20)]
+    dataset_of(rows).save_to_disk(tmp_path / "saved")
+    tokens, report = tokens_of(datasets.load_from_disk(str(tmp_path / "saved")), on_bad_row="skip")
+    assert tokens["row"][:] == [*range(7), *range(8, 20)] and report.kept == 19
+    own = [file["filename"] for file in tokens.cache_files if not file["filename"].startswith(str(tmp_path))]
+    assert sum(os.stat(name).st_size for name in own) < 100_000
+    for row in tokens.select([6, 7, 18]):
+        assert [image.key for image in LLAVA.media(row).images] == row["image_keys"]
+
+
+def test_the_stamps_of_files_are_hashed_without_reading_images(tmp_path):
+    file = tmp_path / "a.png"
+    WIDE.save(file)
+    big, named = {"bytes": bytes(1 << 20), "path": "b.png"}, {"bytes": None, "path": str(file)}
+    data = Dataset.from_dict({"images": [[big], None, [], [big, named], [big]] * 4}, features=Features(images=STORED))
+    with arrow_pool() as pool:
+        first = files_digest(data)
+    assert pool.max_memory() < 1 << 20
+    assert files_digest(data) == first != files_digest(data.select(range(1, 20)).select(range(3)))
+    os.utime(file, (1, 1))
+    assert files_digest(data) != first
+    without = data.select([0, 1, 2])
+    assert files_digest(without) == files_digest(without.select([1]))
+
+
+@pytest.mark.parametrize("stretches", [0, 1000])
+def test_relative_paths_are_those_of_the_working_folder(tmp_path, monkeypatch, stretches):
+    monkeypatch.setattr("dpofast.data.images.tokens._STRETCHES", stretches)
+    rows = [conversation(["a.png"], better=better) for better in ("a dog", "a cat", "one", "a dog", "two")]
+    features = {"images": List(Value("string")), **dict.fromkeys(("prompt", "chosen", "rejected"), TURNS)}
+    Dataset.from_list(rows, features=Features(features)).save_to_disk(tmp_path / "saved")
+    for number, image in enumerate((WIDE, TALL)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        image.save(folder / "a.png")
+        monkeypatch.chdir(folder)
+        tokens, _ = tokens_of(datasets.load_from_disk(str(tmp_path / "saved")), on_bad_row="skip")
+        (expected,) = tokens_of([conversation([encoded(image)])])[0]
+        assert tokens["row"][:] == [1, 2, 4]
+        for row in tokens:
+            assert row["images"] == [{"bytes": None, "path": str(folder / "a.png")}]
+            assert [each.key for each in LLAVA.media(row).images] == row["image_keys"] == expected["image_keys"]
+
+
+def test_a_transform_whose_files_change_is_tokenized_anew(tmp_path):
+    Dataset.from_dict({"number": [0, 1]}).save_to_disk(tmp_path / "saved")
+    file = tmp_path / "a.png"
+    for image in (WIDE, TALL):
+        image.save(file)
+        data = datasets.load_from_disk(str(tmp_path / "saved"))
+        data.set_transform(lambda batch: _columns([conversation([str(file)]) for _ in batch["number"]]))
+        tokens, _ = tokens_of(data)
+        assert [each.key for each in LLAVA.media(tokens[1]).images] == tokens[1]["image_keys"]
+
+
+def test_a_preview_shows_images_and_text():
+    shown = preview_preferences(dataset_of([conversation([WIDE, TALL]), conversation([], "why?")]), None, images=LLAVA)
+    assert "prompt    user: <image 1: 30x20, 4 tokens><image 2: 9x33, 4 tokens>what is it?" in shown
+    assert "prompt    user: why?" in shown and "chosen    a cat</s>" in shown
+
+
+def test_rows_and_their_media_can_be_packed():
+    tokens, _ = tokens_of(dataset_of([conversation([WIDE]), conversation([WIDE, TALL]), conversation([])]))
+    (batch,) = pack([{**row, "media": LLAVA.media(row)} for row in tokens], max_tokens=1000)
+    # the first image of the second prompt has another place only if its prompt begins otherwise
+    assert batch.media.num_seen() == 2 and batch.num_pairs == 3
+
+
 # ---- what cannot be used --------------------------------------------------------------------------------------------
 
 
@@ -274,6 +366,35 @@ def test_a_prompt_with_images_is_not_cut():
     message = refused([row], max_length=length + 3, truncation_mode="keep_end")
     assert f"a prompt with images does not fit max_length={length + 3}" in message
     assert tokens_of([row], max_length=None, truncation_mode="keep_end")[0][0] == whole
+
+
+@pytest.mark.parametrize("transform", [False, True])
+def test_no_row_has_an_image(transform):
+    """Without a processor the rows are those of text."""
+    rows = [conversation([], better="a cat"), conversation([], better="a bird")]
+    data = dataset_of(rows)
+    if transform:
+        data = Dataset.from_dict({"number": [0, 1]})
+        data.set_transform(lambda batch: _columns([rows[number] for number in batch["number"]]))
+    found, _ = tokenize_preferences(data, LLAVA.tokenizer)
+    expected, _ = tokenize_preferences(dataset_of(rows).remove_columns("images"), LLAVA.tokenizer)
+    assert found.to_list() == expected.to_list() and found.features == expected.features
+
+
+@pytest.mark.parametrize("place", [0, 2])
+def test_a_broken_image_that_a_transform_is_given(place):
+    """datasets decodes it before the transform sees it; without decoding it is a bad row."""
+    rows = [conversation([encoded(WIDE)]) for _ in range(3)]
+    rows[place]["images"] = [b"no image"]
+    data = dataset_of(rows)
+    data.set_transform(dict)
+    message = r"rows cannot be read for the dataset's transform: UnidentifiedImageError.*Image\(decode=False\)"
+    with pytest.raises(DataError, match=message):
+        tokens_of(data)
+    data = data.with_format(None).cast_column("images", List(datasets.Image(decode=False)))
+    data.set_transform(dict)
+    tokens, _ = tokens_of(data, on_bad_row="skip")
+    assert tokens["row"][:] == [row for row in range(3) if row != place]
 
 
 def test_images_without_a_processor_are_refused():

@@ -1,5 +1,6 @@
 """Images of rows and of whole datasets in their stored form: the same pixels, and no copy where bytes are stored."""
 
+import io
 import os
 import pickle
 
@@ -13,7 +14,7 @@ from PIL import Image
 from dpofast.data.formats import BadRow, DataError
 from dpofast.data.images.columns import STORED
 from dpofast.data.images.decode import opened
-from dpofast.data.images.stored import stored, stored_images, undecoded, with_folder
+from dpofast.data.images.stored import dataset_of, stored, stored_images, undecoded, with_folder
 
 PICTURES = [
     Image.fromarray(np.random.default_rng(seed).integers(0, 256, (9, 7 + seed, 3), dtype=np.uint8)) for seed in range(6)
@@ -244,25 +245,36 @@ def test_with_folder_touches_relative_paths_without_bytes_only():
     assert with_folder(numbers) is numbers
 
 
-# ---- datasets that show what is stored ------------------------------------------------------------------------------
+# ---- streams --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("one", [False, True], ids=["images", "image"])
-def test_undecoded_shows_bytes_and_paths_of_broken_images(tmp_path, one):
-    name = "image" if one else "images"
-    broken = {"bytes": b"no image", "path": None}
-    feature = ImageFeature() if one else List(ImageFeature())
-    features = Features({name: feature, "prompt": Value("string")})
-    dataset = Dataset.from_dict({name: [broken if one else [broken]] * 2, "prompt": ["a", "b"]}, features=features)
-    view = undecoded(dataset)
-    assert view[1] == {name: broken if one else [broken], "prompt": "b"}
-    assert view.map(lambda row: {"prompt": "c"})[0] == {name: broken if one else [broken], "prompt": "c"}
-    assert undecoded(view) is view and dataset.features == features
-    assert (
-        view.data.column(name).chunk(0).buffers()[-1].address
-        == dataset.data.column(name).chunk(0).buffers()[-1].address
-    )
-    chosen = undecoded(dataset.select([1, 0]))
-    assert chosen["prompt"] == ["b", "a"]
-    with pytest.raises(Exception, match="cannot identify image"):
-        dataset[0]
+@pytest.mark.parametrize("mapped", [False, True])
+def test_images_of_a_stream_are_stored_without_loss(one, mapped):
+    """datasets decodes those of a mapped stream, and would encode a JPEG anew."""
+    name, files = ("image" if one else "images"), []
+    for picture in PICTURES:
+        file = io.BytesIO()
+        picture.save(file, "JPEG", quality=60)
+        files.append({"bytes": file.getvalue(), "path": None})
+    layout = [[0], [1], None, [2]] if one else LISTS
+    rows = column(layout, files.__getitem__, one=one)
+    features = Features({name: ImageFeature() if one else List(ImageFeature())})
+    stream = Dataset.from_dict(rows, features=features).to_iterable_dataset()
+    stream = undecoded(stream.map(lambda row: row) if mapped else stream)
+    assert (stream.features is None) == mapped
+    found = stored_images(dataset_of(stream, stream.features))[:]["images"]
+    for images, numbers in zip(found, layout, strict=True):
+        wanted = [Image.open(io.BytesIO(files[number]["bytes"])) for number in numbers or []]
+        seen = [opened(image) for image in images or []]
+        assert len(seen) == len(wanted) and all(map(np.array_equal, map(np.array, seen), map(np.array, wanted)))
+        if not mapped:
+            assert [image["bytes"] for image in images or []] == [files[number]["bytes"] for number in numbers or []]
+
+
+def test_a_picture_of_a_stream_that_cannot_be_read_is_named():
+    file = io.BytesIO()
+    PICTURES[0].resize((200, 200)).save(file, "JPEG")
+    rows = [{"image": PICTURES[0]}, {"image": Image.open(io.BytesIO(file.getvalue()[:2000]))}]
+    with pytest.raises(DataError, match=r"row 8 \(counted from 0\): an image is damaged"):
+        dataset_of(rows, None, 7)

@@ -18,7 +18,7 @@ from dpofast.scoring import pixels, ref_cache
 from dpofast.scoring.fingerprints import ResponseFingerprints
 from dpofast.scoring.ref_cache import add_reference_columns
 from dpofast.scoring.score import Forward, response_logps, score_rows
-from tests.support.image_rows import image_dataset, mixed_rows, png, prompt_images
+from tests.support.image_rows import arrow_pool, image_dataset, mixed_rows, png, prompt_images
 from tests.support.vision_models import vision_model
 from tests.support.vision_prompts import Prompt, alone
 
@@ -136,6 +136,23 @@ def test_pixels_are_made_once_for_equal_images_and_a_few_rows_at_a_time(qwen, mo
     assert counting.made == [0, 2, 3, 6, 7]
 
 
+def test_encoded_images_are_read_one_row_at_a_time(qwen):
+    """Rows in another order than they are stored in: Arrow would copy those of a whole window."""
+    text, (file,), responses = mixed_rows()[0]
+    large = file + bytes(1 << 20)  # what follows a PNG is not read
+    rows = [(f"{text}{19 - k}", [large], responses) for k in range(10)]
+    dataset, model = image_dataset(qwen.images, rows), head("qwen2_vl")
+    plain = [(text, [file], responses) for text, _, responses in rows]
+    expected = np.array(truth("qwen2_vl", image_dataset(qwen.images, plain)))
+    order = [3, 9, 0, 5, 1, 2, 4, 8, 6, 7]
+    with arrow_pool() as pool:
+        scored = list(score_rows(dataset.select(order), model, images=qwen.images, **OPTIONS))
+        sums = columns_of(dataset, model, qwen.images, None, window=10)  # in the order of prompts
+    assert pool.max_memory() < 4 << 20
+    np.testing.assert_allclose(pairs_of(scored), expected[order], atol=1e-5)
+    np.testing.assert_allclose(sums, expected, atol=2e-5)
+
+
 def test_the_thread_that_makes_pixels_ends(qwen):
     def running():
         return [thread for thread in threading.enumerate() if thread.name.startswith("dpofast")]
@@ -217,9 +234,9 @@ def computed(monkeypatch):
     """The rows of every window that the model computes."""
     rows, plain = [], ref_cache.response_logps
 
-    def counting(table, *args):
-        rows.append(table.column("row").to_pylist())
-        return plain(table, *args)
+    def counting(examples, *args):
+        rows.append(list(examples["row"]))
+        return plain(examples, *args)
 
     monkeypatch.setattr(ref_cache, "response_logps", counting)
     return rows

@@ -1,7 +1,9 @@
 """Token-level datasets with images, made by hand with a family's whole processor."""
 
+import contextlib
 import io
 
+import pyarrow as pa
 from datasets import Dataset, Features, List, Value
 
 from dpofast import vision_inputs
@@ -25,6 +27,17 @@ def png(seed, height=8, width=8):
     file = io.BytesIO()
     picture(seed, height, width).save(file, "PNG")
     return file.getvalue()
+
+
+@contextlib.contextmanager
+def arrow_pool():
+    """A memory pool that counts what Arrow allocates inside."""
+    former = pa.default_memory_pool()
+    pa.set_memory_pool(pool := pa.proxy_memory_pool(former))
+    try:
+        yield pool
+    finally:
+        pa.set_memory_pool(former)
 
 
 def row_of(images, text, files, responses, number):

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, Image, IterableDataset, List
 from transformers import AutoProcessor
 
 from dpofast.data.token_rows import as_numpy
@@ -259,6 +259,39 @@ def test_a_stream(tmp_path):
         trainer.train()
     assert losses_of(streamed) == losses_of(plain)
     assert torch.equal(weights_of(streamed), weights_of(plain))
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_a_stream_of_jpegs_is_not_encoded_anew(tmp_path, mapped):
+    def jpeg(image):
+        image.save(file := io.BytesIO(), "JPEG", quality=60)
+        return {"bytes": file.getvalue(), "path": None}
+
+    pairs = [{**row, "images": [jpeg(image) for image in row["images"]]} for row in image_pairs("llava", 4)]
+    rows = image_dataset("llava", rows=pairs)
+    stream = rows.to_iterable_dataset()
+    plain = image_trainer(tmp_path / "plain", "llava", train=rows, precompute_ref_log_probs=False, max_steps=1)
+    streamed = image_trainer(
+        tmp_path / "stream", "llava", train=stream.map(lambda row: row) if mapped else stream, max_steps=1
+    )
+    for trainer in (plain, streamed):
+        trainer.train()
+    assert torch.equal(weights_of(streamed), weights_of(plain))
+
+
+def test_a_text_model_takes_a_column_without_images(tmp_path):
+    plain = tiny_dataset()
+    rows = plain.add_column("images", [None] * len(plain), feature=List(Image()))
+    trainers = [
+        image_trainer(
+            tmp_path / str(number), "llava", model=tiny_model(), train=train, processing_class=tiny_tokenizer(),
+            precompute_ref_log_probs=True,
+        )
+        for number, train in enumerate((rows, plain))
+    ]  # fmt: skip
+    for trainer in trainers:
+        trainer.train()
+    assert losses_of(trainers[0]) == losses_of(trainers[1])
 
 
 def test_a_killed_run_goes_on_to_the_last_bit(tmp_path):

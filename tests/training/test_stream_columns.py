@@ -9,10 +9,13 @@ from dpofast.training.config import DPOConfig
 from dpofast.training.data import stream
 from dpofast.training.data.stream import StepStream
 from dpofast.training.data.tokens import PreferenceData
+from dpofast.training.processing import Processing
 
 
 class Chunks:
     """Stands for PreferenceData: the second chunk has token weights."""
+
+    images = None
 
     def tokenized(self, dataset, name, *, first_row):
         self.reports[name] = None
@@ -45,6 +48,7 @@ def pair_rows(*is_good):
     return [{"prompt_ids": [5], **(good if own else bad)} for own in is_good]
 
 
+NOTHING = Processing(None, None, None, None)  # token ids need none
 NEAR, FAR = [1.0, 0.9], [1.0, 0.0]
 CASES = {
     "no pair": ({"list_pairs": "all", "min_score_gap": 0.5}, list_rows, NEAR, FAR, "min_score_gap=0.5 apart"),
@@ -59,7 +63,7 @@ def test_a_part_without_a_usable_row_counts_as_skipped(tmp_path, monkeypatch, ca
 
     def steps(*values):
         rows = IterableDataset.from_generator(lambda: iter(rows_of(*values)))
-        data = PreferenceData(DPOConfig(output_dir=str(tmp_path), use_cpu=True, **options), None, 97)
+        data = PreferenceData(DPOConfig(output_dir=str(tmp_path), use_cpu=True, **options), NOTHING, 97)
         return list(StepStream(rows, data, 2, Ranks.alone(), drop_last=False))
 
     found = steps(skipped, skipped, kept, skipped, skipped, skipped, kept, kept)

@@ -31,6 +31,8 @@ class ModelInputs(Protocol):
 class PromptImages:
     """Makes token ids and pixels of prompts with images. It pickles, for loader processes.
 
+    DPOTrainer makes its own; tokenize_preferences, preview_preferences and score_rows are given one.
+
     Args:
         processor: the model's (AutoProcessor).
         inputs: vision_inputs(model).
@@ -50,8 +52,8 @@ class PromptImages:
         self.tokenizer: PreTrainedTokenizerBase = with_template(processor)
         self.token = str(getattr(processor, "boi_token", None) or processor.image_token)  # the former of Gemma 3
         self._token_id = self.tokenizer.convert_tokens_to_ids(self.token)
-        video = getattr(inputs.config, "video_token_id", None)
-        self._reserved = {self._token_id, inputs.token_id} | ({video} if video is not None else set())
+        self._video_id = getattr(inputs.config, "video_token_id", None)
+        self._reserved = {self._token_id, inputs.token_id, self._video_id} - {None}
 
     def __getstate__(self) -> dict[str, Any]:
         """What it was made from; the rest follows."""
@@ -88,21 +90,20 @@ class PromptImages:
         """
         processed = self._processed(text, images, special_tokens=special_tokens)
         ids = processed["input_ids"][0].tolist()
-        bos = self.tokenizer.bos_token
-        if special_tokens and bos and text.startswith(bos) and ids[:2] == [self.tokenizer.bos_token_id] * 2:
-            ids = ids[1:]
         return ids, self._media(ids, processed)
 
     def of_ids(self, prompt_ids: Sequence[int], images: Sequence[Any]) -> Any:
         """The PromptMedia of a prompt that has its placeholders already, or None without images.
 
         Raises:
-            BadRow: as encode; another number of placeholders than the images have.
+            BadRow: as encode; another number of placeholders than the images have, or one of a video.
         """
         if not images:
             if self.count(prompt_ids):
                 raise BadRow("image tokens without images", f"the prompt has {self.count(prompt_ids)}")
             return None
+        if self._video_id in prompt_ids:
+            raise BadRow("videos are not supported", f"the prompt has a video's token ({self._video_id})")
         return self._media(prompt_ids, self._processed(self.token * len(images), images, special_tokens=False))
 
     def media(self, row: Mapping[str, Any]) -> Any:

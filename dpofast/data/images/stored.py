@@ -6,20 +6,21 @@ stored already: the Arrow arrays of bytes are used again. decode.opened is the w
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import io
 import os
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from datasets import Dataset, DatasetInfo, Features, LargeList, List
+from datasets import Dataset, DatasetInfo, Features, IterableDataset, LargeList, List
 from datasets import Image as ImageFeature
+from datasets.fingerprint import Hasher
 from PIL import Image
 
 from dpofast.data.arrow import cache_options, mapped_files, release_pages
-from dpofast.data.formats import DataError, image_column
+from dpofast.data.formats import BadRow, DataError, image_column, place
 from dpofast.data.images.columns import IMAGES, ROW_IMAGES, STORED
 from dpofast.data.images.decode import is_relative, opened, source_of
 
@@ -102,12 +103,16 @@ def stored_images(dataset: Dataset) -> Dataset:
         )
     data = rows.data
     given = data.column(column).chunks
-    chunks = [_lists(column, chunk) for chunk in given]
+    whole = [with_folder(chunk) for chunk in given]
+    fingerprint = f"{rows._fingerprint}-images"
+    if any(new is not old for new, old in zip(whole, given, strict=True)):  # other files in another working folder
+        fingerprint += f"-{Hasher.hash(os.getcwd())}"
+    chunks = [_lists(column, chunk) for chunk in whole]
     if column == IMAGES and all(new is old for new, old in zip(chunks, given, strict=True)):
         table: Any = data.cast(_FEATURES.arrow_schema)  # stays mapped, for processes that it is sent to
     else:
         table = pa.table({IMAGES: pa.chunked_array(chunks, type=_LIST)}, schema=_FEATURES.arrow_schema)
-    return Dataset(table, info=DatasetInfo(features=_FEATURES), fingerprint=f"{rows._fingerprint}-images")
+    return Dataset(table, info=DatasetInfo(features=_FEATURES), fingerprint=fingerprint)
 
 
 def with_folder(array: pa.Array, folder: str | os.PathLike[str] = "") -> pa.Array:
@@ -171,8 +176,7 @@ class _Gathered:
 
 def _lists(column: str, array: pa.Array) -> pa.Array:
     """An array of a column of images as lists of {"bytes", "path"}; itself where it is that already."""
-    given, kind = array, array.type
-    array = with_folder(array)
+    kind = array.type
     if kind == _LIST:
         return array
     if pa.types.is_null(kind):
@@ -187,7 +191,7 @@ def _lists(column: str, array: pa.Array) -> pa.Array:
     except (pa.ArrowException, TypeError) as error:
         raise DataError(
             f"column '{column}' holds no images: expected datasets' Image feature, structs of bytes and path, paths or "
-            f"bytes, or lists of them, got Arrow's type {given.type} ({error})"
+            f"bytes, or lists of them, got Arrow's type {kind} ({error})"
         ) from None
     return pa.ListArray.from_arrays(starts, values, type=_LIST, mask=array.is_null())
 
@@ -211,23 +215,48 @@ def _structs(array: pa.Array) -> pa.Array:
     return pa.StructArray.from_arrays(parts, fields=list(_STRUCT), mask=array.is_null())
 
 
-def undecoded(dataset: Dataset) -> Dataset:
-    """Return a dataset whose columns of images are shown as {"bytes", "path"} instead of decoded by datasets.
+# ---- of a stream ----------------------------------------------------------------------------------------------------
 
-    Nothing is copied. What datasets raises of an image that cannot be read does not say which row it is in.
-    """
-    shown = {name: _undecoded(feature) for name, feature in dataset.features.items() if name in ROW_IMAGES}
-    features = Features({**dataset.features, **shown})
-    if features == dataset.features:
-        return dataset
-    view = copy.deepcopy(dataset)  # not of its table
-    view._info.features = features
-    view._data = view._data.cast(features.arrow_schema)
-    view._fingerprint = f"{dataset._fingerprint}-undecoded"
-    return view
+
+def undecoded(stream: IterableDataset) -> IterableDataset:
+    """Return a stream that shows images as they are encoded, {"bytes", "path"}, where datasets would decode them."""
+    for name, feature in (stream.features or {}).items():
+        if name in ROW_IMAGES and (shown := _undecoded(feature)) != feature:
+            stream = stream.cast_column(name, shown)
+    return stream
 
 
 def _undecoded(feature: Any) -> Any:
     if isinstance(feature, (List, LargeList)):
         return dataclasses.replace(feature, feature=_undecoded(feature.feature))
     return dataclasses.replace(feature, decode=False) if isinstance(feature, ImageFeature) else feature
+
+
+def dataset_of(rows: Iterable[Mapping[str, Any]], features: Features | None, first_row: int = 0) -> Dataset:
+    """Return a Dataset of rows, with PIL images as stored() makes them.
+
+    datasets would encode a JPEG that it has decoded anew, with loss.
+
+    Args:
+        rows: of a stream.
+        features: the stream's, None where they are not known.
+        first_row: the number of the first row, for messages.
+
+    Raises:
+        DataError: a PIL image that cannot be read, with its row.
+    """
+    return Dataset.from_list([_with_stored(row, number) for number, row in enumerate(rows, first_row)], features)
+
+
+def _with_stored(row: Mapping[str, Any], number: int) -> dict[str, Any]:
+    found = dict(row)
+    for name in ROW_IMAGES:
+        images = images_of(row.get(name))
+        if not any(isinstance(image, Image.Image) for image in images):
+            continue
+        try:
+            new = stored(images)
+        except BadRow as problem:
+            raise DataError(f"{place('row', number)}: {problem}") from problem
+        found[name] = new if isinstance(row[name], (list, tuple)) else new[0]
+    return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from dpofast.data.images.stored import stored_images
 
 PLACE = "_place"  # of a row in the dataset that it was made from
 _ROWS = 1024
+_STRETCHES = 1000  # of a mapped table that another one is joined of
 
 
 def media_columns(media: Any) -> dict[str, Any]:
@@ -46,9 +48,7 @@ def files_digest(dataset: Dataset) -> str:
     """A hash of the stamps of the image files that a dataset with STORED images names: a changed file changes it."""
     digest = hashlib.sha256()
     for table in read_chunks(dataset, [IMAGES], chunk_bounds(len(dataset), _ROWS)):
-        structs = pa.concat_arrays([chunk.flatten() for chunk in table.column(IMAGES).chunks])
-        paths = structs.field("path").filter(structs.field("bytes").is_null()).drop_null()
-        for path in paths.to_pylist():
+        for path in _paths(table.column(IMAGES)):
             try:
                 found = os.stat(path)
                 stamp = f"{found.st_size} {found.st_mtime_ns}"
@@ -58,8 +58,19 @@ def files_digest(dataset: Dataset) -> str:
     return digest.hexdigest()
 
 
+def _paths(images: pa.ChunkedArray) -> Iterator[str]:
+    """The paths of images without bytes, which are not read."""
+    for chunk in filter(len, images.chunks):
+        start, stop = chunk.offsets[0].as_py(), chunk.offsets[-1].as_py()
+        structs = chunk.values.slice(start, stop - start)  # flatten() would copy where a row is null
+        yield from structs.field("path").filter(structs.field("bytes").is_null()).drop_null().to_pylist()
+
+
 def with_images(tokens: Dataset, source: Dataset) -> Dataset:
-    """Tokens with a column PLACE, which is left out, beside the STORED images of these rows of their source."""
+    """Tokens with a column PLACE, which is left out, beside the STORED images of these rows of their source.
+
+    Images are not copied where the rows are few stretches of the source's, as without a few bad ones.
+    """
     places = np.concatenate(
         [
             np.empty(0, np.int64),
@@ -70,6 +81,10 @@ def with_images(tokens: Dataset, source: Dataset) -> Dataset:
         ]
     )
     images = source.select_columns([IMAGES])
-    if not np.array_equal(places, np.arange(len(source))):
+    ends = np.flatnonzero(np.diff(places) != 1) + 1
+    if len(ends) < _STRETCHES:
+        stretches = ((int(rows[0]), int(rows[-1]) + 1) for rows in np.split(places, ends))
+        images = concatenate_datasets([images.select(range(*bounds)) for bounds in stretches])
+    else:
         images = stored_images(images.select(places))
     return concatenate_datasets([tokens.remove_columns([PLACE]), images], axis=1)

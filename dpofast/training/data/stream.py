@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import IterableDataset
 
 from dpofast.common.ranks import Ranks
+from dpofast.data.images.stored import dataset_of, undecoded
 from dpofast.data.lists import with_best_and_worst
 from dpofast.data.report import NoUsableRow
 from dpofast.data.token_rows import as_numpy
@@ -41,7 +42,7 @@ class StepStream(torch.utils.data.IterableDataset[Any]):
         self, dataset: IterableDataset, data: PreferenceData, pairs_per_step: int, ranks: Ranks, *, drop_last: bool
     ) -> None:
         """Read nothing yet."""
-        self.dataset, self.pairs_per_step = dataset, pairs_per_step
+        self.dataset, self.pairs_per_step = undecoded(dataset), pairs_per_step
         self.data = copy.copy(data)
         self.data.reports = {}
         self.ranks, self.drop_last = ranks, drop_last
@@ -71,8 +72,8 @@ class StepStream(torch.utils.data.IterableDataset[Any]):
         """
         rows, first, self._report = iter(self.dataset), 0, None
         while part := list(islice(rows, max(_ROWS, self.pairs_per_step))):
-            chunk = Dataset.from_list(part, features=self.dataset.features)
             start, first = first, first + len(part)
+            chunk = dataset_of(part, self.dataset.features, start)
             try:
                 tokens = self.data.tokenized(chunk, "train", first_row=start)
             except NoUsableRow as empty:

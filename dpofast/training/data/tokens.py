@@ -7,6 +7,7 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 
+from dpofast.data.images.stored import dataset_of, undecoded
 from dpofast.data.load import tokenize_preferences
 from dpofast.data.token_rows import has_reference
 from dpofast.training.checks.columns import check_column_names, check_column_values, is_list_data
@@ -63,7 +64,8 @@ class PreferenceData:
         if isinstance(dataset, IterableDataset):
             if self._precompute_is_asked and not streams_reference(dataset):
                 raise no_precomputed_stream()
-            dataset = Dataset.from_list(list(dataset), features=dataset.features)
+            stream = undecoded(dataset)
+            dataset = dataset_of(stream, stream.features)
         if not isinstance(dataset, Dataset):
             raise ValueError(f"{name}_dataset: expected a datasets.Dataset, got {type(dataset).__name__}")
         source = dataset.info.dataset_name or f"{name} data"
