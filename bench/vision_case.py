@@ -132,11 +132,10 @@ def write_model(folder: Path, profile: VisionProfile) -> None:
 class ImageProcessor(Qwen3VLProcessor):
     """Qwen3-VL's processor without the one for videos, which needs torchvision."""
 
-    def check_argument_for_proper_class(self, name: str, argument: Any) -> Any:
-        """Take None for videos."""
-        if name == "video_processor" and argument is None:
-            return type(None)
-        return super().check_argument_for_proper_class(name, argument)
+    @classmethod
+    def get_attributes(cls) -> list[str]:
+        """The parts that it is saved with."""
+        return [name for name in super().get_attributes() if name != "video_processor"]
 
 
 def processor_of(profile: VisionProfile) -> ImageProcessor:

@@ -60,9 +60,10 @@ def load_tokenizer(name: str, *, trust_remote_code: bool) -> Any:
 
 
 def load_processing(name: str, tokenizer: Any, columns: Collection[str], *, trust_remote_code: bool) -> Any:
-    """Returns the processor of a model that takes images, where the data have some, else its tokenizer.
+    """Returns the processor of a model that takes images, and of any other model its tokenizer.
 
-    Text needs no processor, nor the packages that one needs.
+    Text needs no processor, nor the packages that one needs: where the data have no images and it cannot be loaded,
+    the tokenizer is returned.
 
     Args:
         name: of the model.
@@ -71,15 +72,19 @@ def load_processing(name: str, tokenizer: Any, columns: Collection[str], *, trus
         trust_remote_code: whether the model's own code may run.
 
     Raises:
-        ValueError: it cannot be loaded, with the reason.
+        ValueError: it cannot be loaded though the data have images, with the reason.
     """
     from dpofast.data.images.columns import ROW_IMAGES, has_images
     from dpofast.model.vision.families import family_of
 
-    if not has_images(columns) and not set(ROW_IMAGES).intersection(columns):
+    try:
+        if family_of(load_config(name, trust_remote_code=trust_remote_code)) is None:
+            return tokenizer
+        return load_processor(name, trust_remote_code=trust_remote_code)
+    except ValueError:
+        if has_images(columns) or set(ROW_IMAGES).intersection(columns):
+            raise
         return tokenizer
-    config = load_config(name, trust_remote_code=trust_remote_code)
-    return tokenizer if family_of(config) is None else load_processor(name, trust_remote_code=trust_remote_code)
 
 
 def load_processor(name: str, *, trust_remote_code: bool) -> Any:

@@ -113,6 +113,12 @@ def test_an_image_part_says_where_an_image_stands():
     assert tokens[0]["prompt_ids"] == ids("user: a") + four + ids("b") + four + ids("\nassistant: ")
 
 
+def test_images_stand_first_in_a_turn_of_text_parts():
+    row = conversation([encoded(WIDE)])
+    parts = row | {"prompt": [user([{"type": "text", "text": row["prompt"][0]["content"]}])]}
+    assert tokens_of([parts])[0][:] == tokens_of([row])[0][:]
+
+
 def test_images_stand_where_the_text_names_them():
     row = {"images": [encoded(WIDE)], "prompt": "look: <image> and say", "chosen": " yes", "rejected": " no"}
     tokens, _ = tokens_of([row])
@@ -214,12 +220,12 @@ def test_an_image_file_that_changes_is_another_image(tmp_path):
     again, _ = tokens_of(data)
     assert again["image_keys"][:] == before["image_keys"][:]
     TALL.save(file)
-    with pytest.raises(ValueError, match="row 0: its images are others than when it was tokenized"):
+    with pytest.raises(ValueError, match="row 0 of the data: its images .*picture.png.* are others than when it was tokenized"):
         LLAVA.media(before[0])
     after, _ = tokens_of(data)
     assert after["image_keys"][:] != before["image_keys"][:]
     file.unlink()
-    with pytest.raises(ValueError, match="row 0: .*picture.png"):
+    with pytest.raises(ValueError, match="row 0 of the data: .*picture.png"):
         LLAVA.media(after[0])
 
 
@@ -308,7 +314,7 @@ def test_rows_and_their_media_can_be_packed():
         (conversation([], "is <image> a token?"), "0 images for 1 tokens such as <image>"),
         (conversation([encoded(WIDE)], better="an <image>"), "the chosen response holds an image token"),
         (
-            conversation([encoded(WIDE)]) | {"prompt": [user([{"type": "text", "text": "what?"}])]},
+            conversation([encoded(WIDE)]) | {"prompt": [{"role": "system", "content": "be kind"}]},
             "no place for the images",
         ),
         (
@@ -440,3 +446,9 @@ def test_rows_out_of_order_keep_their_images(tmp_path):
     for row in tokens:
         assert row["image_keys"] == expected[tuple(row["chosen_ids"])]
         assert [image.key for image in LLAVA.media(row).images] == row["image_keys"]
+
+
+def test_a_processor_of_another_model_is_named():
+    images = PromptImages(processor_of("idefics3"), LLAVA.inputs)
+    message = refused([conversation([encoded(WIDE)])], images)
+    assert "the processor is a Idefics3Processor, the model's type llava" in message

@@ -208,8 +208,8 @@ def test_an_image_that_is_another_one_or_missing_or_broken(qwen):
     other = [{"bytes": png(9, 12, 8), "path": None}]
     broken = [{"bytes": png(2)[:40], "path": None}]
     for images, message in (
-        (other, "row 2: its images are others than when it was tokenized"),
-        (broken, "row 2: "),
+        (other, "row 2 of the data: its images.* are others than when it was tokenized"),
+        (broken, "row 2 of the data: "),
         ([], r"examples\[2\]: images: expected the images of image_keys beside them, got none"),
     ):
         rows = changed(qwen.dataset, 2, images=images)

@@ -1,7 +1,7 @@
 """Whole processors of composite families, made without files, that fit the tiny models of vision_models.py.
 
 A token is a character in lower case. The processors are transformers' own classes; those that also want a video
-processor, which needs torchvision, are given None for it.
+processor, which needs torchvision, do without it.
 """
 
 import numpy as np
@@ -136,12 +136,11 @@ def processor_of(family):
 
 
 class _WithoutVideo:
-    """A processor that takes None for its video processor, since one needs torchvision."""
+    """A processor that has no video processor, since one needs torchvision."""
 
-    def check_argument_for_proper_class(self, name, argument):
-        if name == "video_processor" and argument is None:
-            return type(None)
-        return super().check_argument_for_proper_class(name, argument)
+    @classmethod
+    def get_attributes(cls):
+        return [name for name in super().get_attributes() if name != "video_processor"]
 
 
 def picture(seed, height, width):

@@ -27,6 +27,7 @@ _BYTES = (bytes, bytearray, memoryview)
 _WHOLE_FIRST = ("MPO", "PSD")
 # Formats that PIL opens in mode "I" though their pixels have 16 bits.
 _16_BITS_AS_I = ("PNG", "PPM")
+_LONG_NAME = 255  # characters of a file name on most systems
 
 
 def opened(image: Any) -> Image.Image:
@@ -72,7 +73,10 @@ def source_of(image: Any) -> Image.Image | bytes | str:
         raise BadRow("not an image", f"{EXPECTED}, got {_short(image)}")
     path = str(image)
     if not path:
-        raise BadRow("an image's path is empty", "leave `image` out, or give null, where a row has no image")
+        raise BadRow(
+            "an image's path is empty",
+            "leave it out, or give null in place of the column's value where a row has no image",
+        )
     if _DATA_URI.match(path):
         raise BadRow("an image is a data: URI", f"decode it and give the bytes: {excerpt(path, 0, 40)}")
     if _URL.match(path):
@@ -95,7 +99,8 @@ def _check_file(path: str) -> None:
         mode = os.stat(path).st_mode
     except (OSError, ValueError) as error:  # a path with a null byte
         reason = "an image file is missing" if isinstance(error, FileNotFoundError) else "an image file cannot be read"
-        raise BadRow(reason, f"{excerpt(path)}: {getattr(error, 'strerror', None) or error}") from None
+        base64 = " (text that is no path, such as base64, is not read)" if len(path) > _LONG_NAME else ""
+        raise BadRow(reason, f"{excerpt(path)}: {getattr(error, 'strerror', None) or error}{base64}") from None
     if not stat.S_ISREG(mode):
         kind = "a folder" if stat.S_ISDIR(mode) else "a pipe, a device or a socket"
         raise BadRow("an image is not a regular file", f"{excerpt(path)} is {kind}")

@@ -100,7 +100,10 @@ class PromptImages:
         """
         if not images:
             if self.count(prompt_ids):
-                raise BadRow("image tokens without images", f"the prompt has {self.count(prompt_ids)}")
+                raise BadRow(
+                    "image tokens without images",
+                    f"the prompt has {self.count(prompt_ids)}: give their images in column `images`, or take them out",
+                )
             return None
         if self._video_id in prompt_ids:
             raise BadRow("videos are not supported", f"the prompt has a video's token ({self._video_id})")
@@ -115,16 +118,17 @@ class PromptImages:
         images = row.get(IMAGES)
         if images is None or not len(images):
             return None
-        where = f"row {row['row']}" if row.get("row") is not None else "a row"
+        where = f"row {row['row']} of the data" if row.get("row") is not None else "a row"
         try:
             _, media = self.encode(self.token * len(images), images)
         except BadRow as problem:
             raise ValueError(f"{where}: {problem}") from problem
         keys, tokens = [image.key for image in media.images], [image.num_tokens for image in media.images]
         if keys != [bytes(key) for key in row[IMAGE_KEYS]] or tokens != list(row[IMAGE_TOKENS]):
+            files = ", ".join(str(image["path"]) for image in images if image.get("path"))
             raise ValueError(
-                f"{where}: its images are others than when it was tokenized: leave image files as they are during a "
-                "run, and start it anew where they have changed"
+                f"{where}: its images{f' ({files})' if files else ''} are others than when it was tokenized: leave "
+                "image files as they are during a run, and start it anew where they have changed"
             )
         return media
 
@@ -144,7 +148,9 @@ class PromptImages:
         try:
             return self.inputs.of_prompt(ids, processed)
         except ValueError as error:
-            raise BadRow("images and placeholders do not fit", str(error)) from error
+            kind = getattr(self.inputs.config, "model_type", None)
+            whose = f"the processor is a {type(self.processor).__name__}, the model's type {kind}"
+            raise BadRow("images and placeholders do not fit", f"{error}; {whose}") from error
 
 
 def with_template(processor: Any) -> Any:

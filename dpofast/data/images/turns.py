@@ -19,8 +19,7 @@ def is_image(part: Any) -> bool:
 def with_image_parts(prompt: Sequence[Any], count: int, token: str | None) -> list[Any]:
     """Return the prompt's turns with a part for each of its images.
 
-    Where neither a part nor a text names a place, images stand before the text of the first turn of role user whose
-    content is text, as TRL puts them.
+    Where neither a part nor a text names a place, images stand first in the first turn of role user, as TRL puts them.
 
     Args:
         prompt: turns.
@@ -39,20 +38,21 @@ def with_image_parts(prompt: Sequence[Any], count: int, token: str | None) -> li
                 f'its key {payload!r}: put the image into column `images`, and {{"type": "image"}} where it stands',
             )
     if not named and count and not (token and any(token in text for text in _texts(prompt))):
-        at = next(
-            (i for i, turn in enumerate(prompt) if turn["role"] == "user" and isinstance(turn.get("content"), str)),
-            None,
-        )
+        at = next((i for i, turn in enumerate(prompt) if turn["role"] == "user" and turn.get("content")), None)
         if at is None:
             raise BadRow(
                 "no place for the images",
-                f'{count} of them, and no turn of role user is text: write {{"type": "image"}} where each stands',
+                f'{count} of them, and no turn of role user says anything: write {{"type": "image"}} where each stands',
             )
-        content = [*({"type": "image"} for _ in range(count)), {"type": "text", "text": prompt[at]["content"]}]
+        said = prompt[at]["content"]
+        said = [{"type": "text", "text": said}] if isinstance(said, str) else said
+        content = [*({"type": "image"} for _ in range(count)), *said]
         return [*prompt[:at], {**prompt[at], "content": content}, *prompt[at + 1 :]]
     if named and named != count:
         raise BadRow(
-            "another number of images than of image parts", f'{count} images for {named} parts {{"type": "image"}}'
+            "another number of images than of image parts",
+            f'{count} images for {named} parts {{"type": "image"}}: give each part its image in column `images`, in '
+            "the order of the parts, or `image` where there is one",
         )
     return list(prompt)
 
