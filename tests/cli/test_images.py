@@ -227,10 +227,15 @@ def test_a_reference_of_another_family_is_refused(work, tmp_path, capsys):
     assert "expected a model of the policy's type llava" in capsys.readouterr().err
 
 
-def test_a_processor_is_loaded_where_model_and_data_have_images(work, tmp_path):
+def test_a_processor_is_loaded_where_the_model_has_one(work, tmp_path):
     name, tokenizer = str(work / "base"), load_tokenizer(str(work / "base"), **ALLOWED)
-    for columns, whole in ((["prompt"], False), (["prompt", "image"], True), (["prompt_ids", "image_keys"], True)):
-        assert hasattr(load_processing(name, tokenizer, columns, **ALLOWED), "image_processor") == whole
+    for columns in (["prompt"], ["prompt", "image"], ["prompt_ids", "image_keys"]):
+        assert hasattr(load_processing(name, tokenizer, columns, **ALLOWED), "image_processor")
+    broken = shutil.copytree(work / "base", tmp_path / "broken")
+    (broken / "processor_config.json").write_text("{")
+    assert load_processing(str(broken), tokenizer, ["prompt"], **ALLOWED) is tokenizer
+    with pytest.raises(ValueError, match="no processor can be loaded"):
+        load_processing(str(broken), tokenizer, ["prompt", "images"], **ALLOWED)
     text = str(save_tiny(tmp_path / "text"))
     assert load_processing(text, tokenizer, ["images"], **ALLOWED) is tokenizer
     assert load_config(str(work / "adapter"), **ALLOWED).model_type == "llava"
