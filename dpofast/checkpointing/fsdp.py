@@ -48,7 +48,7 @@ def load_optimizer(trainer: Any, folder: str) -> None:
     )
 
     model, optimizer = trainer.model, trainer.optimizer
-    # Names of each group's weights, in the optimizer's order. Asking also gives every weight a state: of a step on zeros.
+    # Names of each group's weights, in the optimizer's order. Asking gives every weight a state, as of a step on zeros.
     own: Any = get_optimizer_state_dict(model, optimizer)["param_groups"]
     here = [group["params"] for group in own]
     saved: dict[str, Any] = {}
