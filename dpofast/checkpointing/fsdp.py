@@ -1,11 +1,13 @@
 """FSDP2 checkpoints: whole weights as safetensors, and the optimizer's state gathered on the first rank.
 
-accelerate's own functions would write the weights as a pickle.
+accelerate's own functions would write the weights as a pickle, and refuse to load the optimizer's state where a weight
+has none, as no gradient had reached it before the checkpoint.
 """
 
 from __future__ import annotations
 
 import os
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,58 @@ def save_optimizer(trainer: Any, folder: str) -> None:
     save_fsdp_optimizer(plugin, trainer.accelerator, trainer.optimizer, trainer.model, folder)
     if trainer.args.should_save:
         torch.save(trainer.lr_scheduler.state_dict(), os.path.join(folder, "scheduler.pt"))
+
+
+def load_optimizer(trainer: Any, folder: str) -> None:
+    """Load what save_optimizer wrote into each rank's shards, and the scheduler's state. A collective.
+
+    A weight without saved state, which no gradient had reached, has none afterwards either, as on one process.
+
+    Raises:
+        ValueError: on every rank; there is no such file, or it is of an optimizer of other weights.
+    """
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_optimizer_state_dict,
+        set_optimizer_state_dict,
+    )
+
+    model, optimizer = trainer.model, trainer.optimizer
+    # Names of each group's weights, in the optimizer's order. Asking gives every weight a state, as of a step on zeros.
+    own: Any = get_optimizer_state_dict(model, optimizer)["param_groups"]
+    here = [group["params"] for group in own]
+    saved: dict[str, Any] = {}
+
+    def read() -> tuple[list[dict[str, Any]], set[str]] | None:
+        if trainer.args.process_index != 0:
+            return None
+        path = Path(folder, "optimizer.bin")
+        if not path.is_file():
+            raise ValueError(
+                f"{folder}: expected the optimizer's state of a run under FSDP, optimizer.bin, which is not there: "
+                "resume with the launcher's options that the checkpoint was written with"
+            )
+        saved.update(torch.load(path, map_location="cpu", weights_only=True))
+        there = [group["params"] for group in saved["param_groups"]]
+        if list(map(set, there)) != list(map(set, here)):
+            unlike = sorted(set(chain(*there)) ^ set(chain(*here)))
+            raise ValueError(
+                f"{path}: expected groups of {list(map(len, here))} weights as in this run, got "
+                f"{list(map(len, there))}; not in both: {unlike[:3]}. Train the weights that were trained before"
+            )
+        return saved["param_groups"], {name for name, state in saved["state"].items() if state}
+
+    groups, stateful = trainer._together(read)
+    if stateful:
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
+        set_optimizer_state_dict(model, optimizer, saved, options=options)
+    else:  # torch would look for the device of the states
+        optimizer.load_state_dict({"state": {}, "param_groups": groups})
+    for group, names in zip(optimizer.param_groups, here, strict=True):
+        for weight, name in zip(group["params"], names, strict=True):
+            if name not in stateful:
+                optimizer.state.pop(weight, None)
+    trainer.lr_scheduler.load_state_dict(torch.load(os.path.join(folder, "scheduler.pt"), weights_only=True))
 
 
 def saved_once(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:

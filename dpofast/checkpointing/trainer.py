@@ -41,7 +41,7 @@ from dpofast.checkpointing.folder import (
     verify,
     where_to_go_on,
 )
-from dpofast.checkpointing.fsdp import first_shard, load_weights, save_optimizer, saved_once
+from dpofast.checkpointing.fsdp import first_shard, load_optimizer, load_weights, save_optimizer, saved_once
 from dpofast.checkpointing.identity import (
     check_same_run,
     dataset_identity,
@@ -351,6 +351,12 @@ class CheckpointedTrainer(Trainer):
             save_optimizer(self, output_dir)
         else:
             super()._save_optimizer_and_scheduler(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if self.is_fsdp_enabled and checkpoint is not None:
+            load_optimizer(self, checkpoint)
+        else:
+            super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if self.is_fsdp_enabled:

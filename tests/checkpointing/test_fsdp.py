@@ -5,9 +5,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.utils import DistributedType
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from dpofast import DPOConfig, DPOTrainer
-from dpofast.checkpointing.fsdp import load_weights
+from dpofast.checkpointing.fsdp import load_optimizer, load_weights
 from dpofast.training.fsdp import cast_parameters, check_sharding, parameters_in
 from tests.support.tiny import tiny_dataset, tiny_model, tiny_tokenizer
 
@@ -76,3 +77,21 @@ def test_other_weights_are_refused(tmp_path):
     tiny_model(num_hidden_layers=2).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"expected the weights of LlamaForCausalLM .* 9 are missing .* 0 unknown"):
         load_weights(tiny_model(), str(tmp_path))
+
+
+def test_an_optimizer_state_that_is_not_there_or_of_other_weights_is_refused(tmp_path):
+    def trainer(model):
+        args, weights = SimpleNamespace(process_index=0), [w for w in model.parameters() if w.requires_grad]
+        optimizer = torch.optim.AdamW(weights)
+        return SimpleNamespace(args=args, model=model, optimizer=optimizer, _together=lambda part: part())
+
+    before, model = trainer(tiny_model()), tiny_model()
+    with pytest.raises(
+        ValueError, match="state of a run under FSDP, optimizer.bin, which is not there: resume with the"
+    ):
+        load_optimizer(before, str(tmp_path))
+    torch.save(get_optimizer_state_dict(before.model, before.optimizer), tmp_path / "optimizer.bin")
+    model.lm_head.requires_grad_(False)
+    groups = r"expected groups of \[(\d+)\] weights as in this run, got \[\d+\]; not in both: \['lm_head.weight'\]"
+    with pytest.raises(ValueError, match=groups):
+        load_optimizer(trainer(model), str(tmp_path))

@@ -17,6 +17,7 @@ STEPS = (
     *(5, 5, None, None),
     *(6, None, 7, None),
 )
+LATE = STEPS[4:8] * 2 + STEPS[8:]  # no image in the first two steps
 _EACH = {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
 # Weights that no gradient reaches are left alone, and decay where one of zeros does; eps keeps rounding small.
 _ADAMW = {"optim": "adamw_torch", "learning_rate": 1e-3, "weight_decay": 0.5, "adam_epsilon": 1e-3}
@@ -43,7 +44,23 @@ FSDP_CASES = {
     **{name: case for name, case in CASES.items() if name != "out of memory"},
     "synchronized each time": {"max_tokens": 40, "accelerator_config": _EACH},
 }
-MODES = {"ddp": (CASES, {}), "fsdp": (FSDP_CASES, FSDP)}
+# From the checkpoint of step 2. No gradient reaches the last layer of LLaVA's tower, or a tower before its first image.
+# (Qwen2-VL's processor cannot be saved without torchvision.)
+RESUMED = {**_ADAMW, "resumed": True, "save_strategy": "steps", "save_steps": 2}
+RESUMED_CASES = {
+    "resumed llava": {**RESUMED, "family": "llava"},
+    "resumed before the first image": {**RESUMED, "family": "idefics3", "images": LATE},
+    "resumed llava before the first image": {**RESUMED, "family": "llava", "images": LATE},
+    "resumed sgd": {**RESUMED, "family": "idefics3", "optim": "sgd"},
+}
+# One group of pairs a micro-batch, as in ranks_cases.
+BF16_CASES = {family: {"family": family, "bf16": True, "max_tokens": 1} for family in ("qwen2_vl", "llava")}
+MODES = {
+    "ddp": (CASES, {}),
+    "fsdp": (FSDP_CASES, FSDP),
+    "resumed": (RESUMED_CASES, FSDP),
+    "bf16": (BF16_CASES, FSDP),
+}
 
 
 def pairs_of(family, images, seed=0):
@@ -52,14 +69,22 @@ def pairs_of(family, images, seed=0):
     return image_dataset(family, len(images), images=drawn, seed=seed)
 
 
-def train(folder, ranks, *, family="qwen2_vl", pairs=4, lora=False, fails=None, **options):
-    """Train over STEPS; return the values to compare."""
+def train(folder, ranks, *, resumed=False, **options):
+    """Train over the steps; return the values to compare. Resumed: again from step 2, the first run's beside them."""
+    run = results_of(trainer_of(folder, ranks, **options))
+    if not resumed:
+        return run
+    return {**results_of(trainer_of(folder, ranks, **options), f"{folder}/checkpoint-2"), "uninterrupted": run}
+
+
+def trainer_of(folder, ranks, *, family="qwen2_vl", pairs=4, images=STEPS, lora=False, fails=None, **options):
+    """Return the trainer of a case."""
     peft_config = None
     if lora:
         from peft import LoraConfig
 
         peft_config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
-    defaults = {"optim": "sgd", "learning_rate": 0.05}
+    defaults = {"optim": "sgd", "learning_rate": 0.05, "save_strategy": "no"}
     model = vision_model(family)
     trainer = DPOTrainer(
         model,
@@ -70,20 +95,24 @@ def train(folder, ranks, *, family="qwen2_vl", pairs=4, lora=False, fails=None, 
             num_train_epochs=1,
             logging_steps=1,
             train_sampling_strategy="sequential",
-            save_strategy="no",
             report_to="none",
             disable_tqdm=True,
             use_cpu=True,
             **{**defaults, **options},
         ),
-        train_dataset=pairs_of(family, STEPS),
+        train_dataset=pairs_of(family, images),
         eval_dataset=pairs_of(family, (None, None, 8, None, None, 9, None), seed=1),
         processing_class=processor_of(family),
         peft_config=peft_config,
     )
     if fails is not None:
         RunsOutOfMemory(model, **fails)
-    trainer.train()
+    return trainer
+
+
+def results_of(trainer, checkpoint=None):
+    """Train and return the values to compare."""
+    trainer.train(resume_from_checkpoint=checkpoint)
     wrapped = type(trainer.model_wrapped).__name__
     logs = [{k: v for k, v in log.items() if k in COMPARED} for log in trainer.state.log_history if "loss" in log]
     metrics = {k: v for k, v in trainer.evaluate().items() if k.removeprefix("eval_") in COMPARED}
@@ -95,7 +124,7 @@ def rank_main(rank, port, folder, mode):
     """Run every case of a mode on this rank and write the results to a file."""
     become_rank(rank, WORLD, port)
     cases, options = MODES[mode]
-    if mode == "fsdp":
+    if options is FSDP:
         processors_as_gpus()
     results = {
         name: train(f"{folder}/{name}", WORLD, ddp_backend="gloo", **case, **options) for name, case in cases.items()

@@ -1,5 +1,6 @@
 """Images on some processes of a step and none on others: the same run on one process and on two gloo ranks."""
 
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +10,15 @@ import torch
 from dpofast.training.checks.launch import find_unused_vision_weights
 from dpofast.training.fsdp import shard_layers_that_are_there
 from dpofast.training.sampler import PairLengths, rank_shares
-from tests.support.images_ranks_cases import CASES, FSDP_CASES, on_two_ranks, pairs_of, train
+from tests.support.images_ranks_cases import (
+    BF16_CASES,
+    CASES,
+    FSDP_CASES,
+    RESUMED_CASES,
+    on_two_ranks,
+    pairs_of,
+    train,
+)
 from tests.support.vision_models import vision_model
 from tests.support.vision_training import image_trainer
 
@@ -26,10 +35,20 @@ def sharded(tmp_path_factory):
     return on_two_ranks(tmp_path_factory.mktemp("fsdp"), "fsdp")
 
 
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory):
+    return on_two_ranks(tmp_path_factory.mktemp("resumed"), "resumed")
+
+
+@pytest.fixture(scope="module")
+def rounded(tmp_path_factory):
+    return on_two_ranks(tmp_path_factory.mktemp("bf16"), "bf16")
+
+
 def check_equal(ranks, case, folder):
     first, second = (results[case] for results in ranks)
     assert first["logs"][1:] == second["logs"][1:] and first["eval"] == second["eval"]
-    expected = train(folder, 1, **{**CASES, **FSDP_CASES}[case])
+    expected = train(folder, 1, **{**{**CASES, **FSDP_CASES, **RESUMED_CASES}[case], "resumed": False})
     assert len(first["logs"]) == len(expected["logs"]) >= 5
     for begin in (first["logs"][0], expected["logs"][0]):
         del begin["rewards/accuracies"]  # margins are rounding
@@ -50,6 +69,28 @@ def test_two_ranks_equal_one_process(replicated, case, tmp_path):
 def test_fsdp2_equals_one_process(sharded, case, tmp_path):
     assert all(results[case]["wrapped"].startswith("FSDP") for results in sharded)
     check_equal(sharded, case, tmp_path)
+
+
+@pytest.mark.parametrize("case", RESUMED_CASES)
+def test_fsdp2_resumes_weights_that_had_no_gradient(resumed, case, tmp_path):
+    for run in (results[case] for results in resumed):
+        expected = run["uninterrupted"]
+        assert run["wrapped"].startswith("FSDP") and len(run["logs"]) == 5
+        assert run["logs"] == expected["logs"] and run["eval"] == expected["eval"]
+        assert run["weights"].keys() == expected["weights"].keys()
+        assert all(torch.equal(value, expected["weights"][name]) for name, value in run["weights"].items())
+    check_equal(resumed, case, tmp_path)
+
+
+@pytest.mark.parametrize("case", BF16_CASES)
+def test_fsdp2_in_bfloat16(rounded, case, tmp_path):
+    first, second = (results[case] for results in rounded)
+    begin = first["logs"][0]
+    assert first["logs"] == second["logs"] and len(first["logs"]) == 5
+    assert begin["rewards/margins"] == 0 and begin["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    for name, value in train(tmp_path, 1, **BF16_CASES[case])["weights"].items():
+        assert first["weights"][name].dtype == torch.float32
+        torch.testing.assert_close(first["weights"][name], value, atol=1e-3, rtol=1e-3, msg=name)
 
 
 def test_ddp_has_to_look_for_vision_weights_without_a_gradient():

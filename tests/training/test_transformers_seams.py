@@ -23,6 +23,7 @@ OVERRIDDEN = {
     "_load_best_model": "",
     "_load_callback_state": "",
     "_load_from_checkpoint": "resume_from_checkpoint, model",
+    "_load_optimizer_and_scheduler": "checkpoint",
     "_maybe_log_save_evaluate": "tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time, "
     "learning_rate",
     "_prepare_for_training": "max_steps, train_dataloader, resume_from_checkpoint",
