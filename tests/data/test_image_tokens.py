@@ -15,62 +15,24 @@ from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 from dpofast import DataError, PromptImages, pack, preview_preferences, tokenize_preferences, vision_inputs
 from dpofast.data.images.columns import STORED
 from dpofast.data.images.tokens import files_digest
+from tests.support.image_conversations import (
+    LLAVA,
+    TURNS,
+    assistant,
+    conversation,
+    dataset_of,
+    encoded,
+    ids,
+    images_of,
+    refused,
+    tokens_of,
+    user,
+)
 from tests.support.image_rows import arrow_pool
 from tests.support.vision_models import IMAGE, vision_model
-from tests.support.vision_processors import CHARACTERS, FAMILIES, FIRST, IMAGE_TOKEN, picture, processor_of
+from tests.support.vision_processors import FAMILIES, IMAGE_TOKEN, picture, processor_of
 
 WIDE, TALL, SQUARE = picture(0, 20, 30), picture(1, 33, 9), picture(2, 16, 16)
-TURNS = [{"role": Value("string"), "content": Value("string")}]
-
-
-def images_of(family):
-    return PromptImages(processor_of(family), vision_inputs(vision_model(family)))
-
-
-LLAVA = images_of("llava")
-
-
-def user(content):
-    return {"role": "user", "content": content}
-
-
-def assistant(content):
-    return {"role": "assistant", "content": content}
-
-
-def conversation(pictures, question="what is it?", better="a cat", worse="a dog"):
-    return {
-        "images": pictures,
-        "prompt": [user(question)],
-        "chosen": [assistant(better)],
-        "rejected": [assistant(worse)],
-    }
-
-
-def dataset_of(rows):
-    features = {"images": List(datasets.Image()), **dict.fromkeys(("prompt", "chosen", "rejected"), TURNS)}
-    return Dataset.from_list(rows, features=Features(features))
-
-
-def tokens_of(rows, images=LLAVA, **options):
-    data = rows if isinstance(rows, Dataset) else Dataset.from_list(rows)
-    return tokenize_preferences(data, None, images=images, **options)
-
-
-def refused(rows, images=LLAVA, **options):
-    with pytest.raises(DataError) as raised:
-        tokens_of(rows, images, **options)
-    return str(raised.value)
-
-
-def encoded(image, kind="PNG"):
-    buffer = io.BytesIO()
-    image.save(buffer, kind)
-    return buffer.getvalue()
-
-
-def ids(text):
-    return [FIRST + CHARACTERS.index(character) for character in text]
 
 
 # ---- token ids ------------------------------------------------------------------------------------------------------

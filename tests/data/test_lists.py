@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
+from dpofast.data.formats import used_columns
 from dpofast.data.lists import ranking, with_best_and_worst
 from dpofast.data.load import DataError, Skipped, load_preferences, tokenize_preferences
 from tests.support.byte_tokenizer import EOS, ids, make_tokenizer
@@ -335,6 +336,9 @@ def test_the_rows_of_the_documentation():
     page = (Path(__file__).parents[2] / "docs" / "data.md").read_text("utf-8")
     blocks = re.findall(r"```json\n(.*?)```", page, re.DOTALL)
     rows = [json.loads(line) for block in blocks for line in block.splitlines()]
+    (pictured,) = (row for row in rows if "images" in row)
+    assert used_columns(pictured)[-1] == "images"
+    rows.remove(pictured)  # whose file is not there
     assert sum("responses" in row for row in rows) == 2 and len(rows) == 7
     kept = [tokenize(row)[0][0] for row in rows]
     assert kept[3]["ranks"] == [0, 1, 1] and kept[4]["weight"] == 0.5
