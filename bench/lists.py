@@ -28,7 +28,6 @@ import itertools
 import json
 import math
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -43,7 +42,7 @@ from bench.random_pairs import END, random_lists, text_of, write_model
 from bench.real_pairs import write_jsonl
 from bench.record import command_line, write_record
 from bench.sharing import unique_tokens
-from bench.step import ENVIRONMENT, LOSS_TOLERANCE, PACKAGES, check_losses, summarize, table, work_table
+from bench.step import ENVIRONMENT, LOSS_TOLERANCE, PACKAGES, check_losses, figures_of, summarize, table, work_table
 from bench.step_run import LISTS, StepCase
 from bench.timing import interleave, load_at_start, run_child
 from dpofast.losses.sequences import segment_sums
@@ -247,12 +246,9 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line entry; 0 when recorded, 1 when a check or a run failed."""
     args = parse(argv)
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            figures = run(args, Path(folder))
-        except (ValueError, RuntimeError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 1
+    figures = figures_of(run, args)
+    if figures is None:
+        return 1
     print(table(figures["engines"], BASE))
     print(work_table(figures["engines"], BASE))
     for engine, over in figures["lists_over"].items():

@@ -24,6 +24,7 @@ import argparse
 import json
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
@@ -193,6 +194,16 @@ def inputs(args: argparse.Namespace, folder: Path) -> tuple[str, Path]:
         pairs, _ = build_pairs(reviews, PROFILES[args.profile], pairs=count, held_out=0)
     write_jsonl(pairs_file, pairs)
     return model, pairs_file
+
+
+def figures_of(run: Callable[[argparse.Namespace, Path], dict[str, Any]], args: argparse.Namespace) -> Any:
+    """The figures that run(args, folder) returns; None, and its message on stderr, where a check or a run failed."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            return run(args, Path(folder))
+        except (ValueError, RuntimeError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return None
 
 
 def main() -> int:

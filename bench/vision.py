@@ -19,14 +19,13 @@ import argparse
 import json
 import math
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from bench.cases import RESULTS
 from bench.record import command_line, write_record
-from bench.step import PACKAGES, compare, table
+from bench.step import PACKAGES, compare, figures_of, table
 from bench.step_run import BASE, train
 from bench.timing import load_at_start
 from bench.vision_case import (
@@ -157,12 +156,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.child:
         args.out.write_text(json.dumps(train(args.child, VisionCase(**json.loads(args.case)), count=args.count)))
         return 0
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            figures = run(args, Path(folder))
-        except (ValueError, RuntimeError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 1
+    figures = figures_of(run, args)
+    if figures is None:
+        return 1
     print(table(figures["engines"], BASE))
     print(counts_table(figures["engines"]))
     print(f"largest difference of a loss at any step: {figures['loss_difference']:.1e}")

@@ -105,10 +105,11 @@ def load_weights(model: Any, folder: str) -> None:
 
         adapter = model.active_adapter
         names = get_peft_model_state_dict(model, names, adapter_name=adapter, save_embedding_layers=False)
-    found = saved_once(model, converted_weights(model, folder) or {})
-    files = [*Path(folder).glob("model*.safetensors"), *Path(folder).glob("adapter_model.safetensors")]
-    for path in [] if found else files:
-        found.update(load_file(path))
+    converted = converted_weights(model, folder)
+    found = {} if converted is None else saved_once(model, converted)
+    if converted is None:
+        for path in [*Path(folder).glob("model*.safetensors"), *Path(folder).glob("adapter_model.safetensors")]:
+            found.update(load_file(path))
     missing, unknown = sorted(names.keys() - found.keys()), sorted(found.keys() - names.keys())
     if missing or unknown:
         raise ValueError(

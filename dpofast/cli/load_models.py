@@ -74,15 +74,15 @@ def load_processing(name: str, tokenizer: Any, columns: Collection[str], *, trus
     Raises:
         ValueError: it cannot be loaded though the data have images, with the reason.
     """
-    from dpofast.data.images.columns import ROW_IMAGES, has_images
     from dpofast.model.vision.families import family_of
+    from dpofast.training.checks.images import columns_with_images
 
     try:
         if family_of(load_config(name, trust_remote_code=trust_remote_code)) is None:
             return tokenizer
         return load_processor(name, trust_remote_code=trust_remote_code)
     except ValueError:
-        if has_images(columns) or set(ROW_IMAGES).intersection(columns):
+        if columns_with_images(columns):
             raise
         return tokenizer
 

@@ -76,7 +76,8 @@ def main(argv: Sequence[str]) -> int:
     output = Path(arguments.output)
     snapshot = source_snapshot(arguments.data, arguments.split)
     dataset = load(arguments)
-    check_output(output, source_rows(arguments.data, dataset, snapshot))
+    source = source_rows(arguments.data, dataset, snapshot)
+    check_output(output, source)
     names = dataset.column_names
     check_ld_alpha(arguments.ld_alpha, is_list=is_list_data(names), weighted=bool(weight_columns(names)))
     prepared = prepare(arguments, dataset)
@@ -102,7 +103,7 @@ def main(argv: Sequence[str]) -> int:
             print(printable(f"going on with {partial.path}: {done}"))
         try:
             partial.append(scored(arguments, prepared, start=start, ld_alpha=arguments.ld_alpha))
-            write_scored(output, source_rows(arguments.data, prepared.dataset, snapshot), partial)
+            write_scored(output, source, partial)
         except OSError as error:
             raise OSError(
                 f"output: {output} cannot be written: {error.strerror or error}; what is scored so far is in "

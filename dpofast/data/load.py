@@ -52,7 +52,7 @@ _FEATURES = {
 _PARQUET_ROWS, _BATCH_BYTES, _BUFFER_BYTES = 1000, 1 << 26, 1 << 20
 _HUB_NAME = re.compile(r"([\w-][\w.-]*(?:/[\w-][\w.-]*)?)(?::([\w.-]+))?")
 _FILE_SUFFIX = re.compile(r"\.[a-zA-Z]+$")
-_IMAGE_NAME = re.compile(rb"image|\\u00[67]")
+_IMAGE_NAMES = (b"image", rb"\u006", rb"\u007")  # the last two begin its letters where they are escaped
 _CODE = (
     b"".join(Path(str(module.__file__)).read_bytes() for module in (columns, files, formats, read_rows, decode, stored))
     + Path(__file__).read_bytes()
@@ -309,7 +309,7 @@ def _may_hold_images(path: Path) -> bool:
     try:
         with open_source(path) as file:
             while block := file.read(1 << 20):
-                if _IMAGE_NAME.search(end + block):
+                if any(name in end + block for name in _IMAGE_NAMES):
                     return True
                 end = block[-4:]
     except (OSError, EOFError, zlib.error):

@@ -137,10 +137,7 @@ class _Encoder:
         return encoded
 
     def _encode(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        row = {
-            name: value if name in (*self.exact, IMAGES) else formats.without_nulls(value)
-            for name, value in row.items()
-        }
+        row = {name: value if name in self.exact else formats.without_nulls(value) for name, value in row.items()}
         encoded = self.rows.encode(row)
         example = _of_list(encoded, row) if self.rows.is_list else _of_pair(encoded, row)
         example |= {column: row[column] for column in ROW_COLUMNS if column in self.rows.columns}
@@ -305,7 +302,7 @@ def tokenize_preferences(
             images=images,
         ),
         transform=transform,
-        exact=tuple(name for name, feature in stored.features.items() if "Json" in str(feature)),
+        exact=(*(name for name, feature in stored.features.items() if "Json" in str(feature)), IMAGES),
         unit="line" if LINE in stored.column_names and FILE not in stored.column_names else "row",
         files=mapped_files(dataset),
         image_files="" if transform or not has_images else files_digest(stored),

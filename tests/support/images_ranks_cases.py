@@ -1,10 +1,7 @@
-"""Training runs on images and text that must give equal results on one process and on two ranks, and their main()."""
-
-import torch
+"""Training runs on images and text that must give equal results on one process and on two ranks."""
 
 from dpofast import DPOConfig, DPOTrainer
-from tests.support.rank_processes import become_rank, free_port, run_ranks
-from tests.support.ranks_cases import COMPARED, FSDP, WORLD, RunsOutOfMemory, processors_as_gpus
+from tests.support.ranks_cases import COMPARED, FSDP, RunsOutOfMemory, two_ranks
 from tests.support.vision_models import vision_model
 from tests.support.vision_processors import picture, processor_of
 from tests.support.vision_training import image_dataset
@@ -120,20 +117,6 @@ def results_of(trainer, checkpoint=None):
     return {"logs": logs, "eval": metrics, "weights": {k: v.clone() for k, v in weights.items()}, "wrapped": wrapped}
 
 
-def rank_main(rank, port, folder, mode):
-    """Run every case of a mode on this rank and write the results to a file."""
-    become_rank(rank, WORLD, port)
-    cases, options = MODES[mode]
-    if options is FSDP:
-        processors_as_gpus()
-    results = {
-        name: train(f"{folder}/{name}", WORLD, ddp_backend="gloo", **case, **options) for name, case in cases.items()
-    }
-    torch.save(results, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
-def on_two_ranks(folder, mode):
-    """Run a mode on two ranks and return both results."""
-    run_ranks(rank_main, (free_port(), str(folder), mode), WORLD)
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]
+def two_image_ranks(mode):
+    """A fixture with the results of one of MODES on two ranks."""
+    return two_ranks(mode, run=train, modes=MODES)

@@ -345,20 +345,29 @@ def processors_as_gpus():
     PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)
 
 
-def rank_main(rank, port, folder, mode):
-    """Run every case of a mode on this rank and write the results to a file."""
+def rank_main(rank, port, folder, run, cases, options):
+    """Run every case on this rank, by a function like train, and write the results to a file."""
     become_rank(rank, WORLD, port)
-    cases, options = MODES[mode]
-    if mode == "fsdp":
+    if "fsdp" in options:
         processors_as_gpus()
     results = {
-        name: train(f"{folder}/{name}", WORLD, ddp_backend="gloo", **case, **options) for name, case in cases.items()
+        name: run(f"{folder}/{name}", WORLD, ddp_backend="gloo", **case, **options) for name, case in cases.items()
     }
     torch.save(results, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
-def on_two_ranks(folder, mode):
+def on_two_ranks(folder, mode, run=train, modes=MODES):
     """Run a mode on two ranks and return both results."""
-    run_ranks(rank_main, (free_port(), str(folder), mode), WORLD)
+    run_ranks(rank_main, (free_port(), str(folder), run, *modes[mode]), WORLD)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]
+
+
+def two_ranks(mode, **other):
+    """A fixture with the results of a mode on two ranks."""
+
+    @pytest.fixture(scope="module")
+    def results(tmp_path_factory):
+        return on_two_ranks(tmp_path_factory.mktemp(mode), mode, **other)
+
+    return results

@@ -15,9 +15,9 @@ from tests.support.images_ranks_cases import (
     CASES,
     FSDP_CASES,
     RESUMED_CASES,
-    on_two_ranks,
     pairs_of,
     train,
+    two_image_ranks,
 )
 from tests.support.vision_models import vision_model
 from tests.support.vision_training import image_trainer
@@ -25,24 +25,7 @@ from tests.support.vision_training import image_trainer
 pytestmark = pytest.mark.slow(300)
 
 
-@pytest.fixture(scope="module")
-def replicated(tmp_path_factory):
-    return on_two_ranks(tmp_path_factory.mktemp("ddp"), "ddp")
-
-
-@pytest.fixture(scope="module")
-def sharded(tmp_path_factory):
-    return on_two_ranks(tmp_path_factory.mktemp("fsdp"), "fsdp")
-
-
-@pytest.fixture(scope="module")
-def resumed(tmp_path_factory):
-    return on_two_ranks(tmp_path_factory.mktemp("resumed"), "resumed")
-
-
-@pytest.fixture(scope="module")
-def rounded(tmp_path_factory):
-    return on_two_ranks(tmp_path_factory.mktemp("bf16"), "bf16")
+replicated, sharded, resumed, rounded = map(two_image_ranks, ("ddp", "fsdp", "resumed", "bf16"))
 
 
 def check_equal(ranks, case, folder):

@@ -15,19 +15,12 @@ from tests.support.ranks_cases import (
     ZERO_CASES,
     on_two_ranks,
     train,
+    two_ranks,
 )
 
 pytestmark = pytest.mark.slow(300)
 
-
-@pytest.fixture(scope="module")
-def replicated(tmp_path_factory):
-    return on_two_ranks(tmp_path_factory.mktemp("ddp"), "ddp")
-
-
-@pytest.fixture(scope="module")
-def sharded(tmp_path_factory):
-    return on_two_ranks(tmp_path_factory.mktemp("fsdp"), "fsdp")
+replicated, sharded, lists_replicated, long_pairs_replicated = map(two_ranks, ("ddp", "fsdp", "lists", "long"))
 
 
 def alone(case, folder):
@@ -50,11 +43,6 @@ def test_two_ranks_equal_one_process(replicated, case, tmp_path):
     assert first["logs"] == second["logs"] and first["eval"] == second["eval"]
     assert all(torch.equal(value, second["weights"][name]) for name, value in first["weights"].items())
     check_equal(first, alone(case, tmp_path))
-
-
-@pytest.fixture(scope="module")
-def lists_replicated(tmp_path_factory):
-    return on_two_ranks(tmp_path_factory.mktemp("lists-ddp"), "lists")
 
 
 @pytest.mark.parametrize("case", LIST_CASES)
@@ -91,11 +79,6 @@ def test_deepspeed_equals_one_process(stage, tmp_path):
 def long_pairs_alone(tmp_path_factory):
     folder = tmp_path_factory.mktemp("long")
     return {case: train(folder / case, 1, **options) for case, options in LONG_CASES.items()}
-
-
-@pytest.fixture(scope="module")
-def long_pairs_replicated(tmp_path_factory):
-    return on_two_ranks(tmp_path_factory.mktemp("long-ddp"), "long")
 
 
 @pytest.mark.parametrize("case", LONG_CASES)

@@ -12,7 +12,8 @@ import pyarrow as pa
 from datasets import Dataset, concatenate_datasets
 
 from dpofast.data.arrow import cache_options, chunk_bounds, read_chunks
-from dpofast.data.images.columns import IMAGE_KEYS, IMAGE_TOKEN_ID, IMAGE_TOKENS, IMAGES, ROW_IMAGES
+from dpofast.data.formats import image_column
+from dpofast.data.images.columns import IMAGE_KEYS, IMAGE_TOKEN_ID, IMAGE_TOKENS, IMAGES
 from dpofast.data.images.stored import stored_images
 
 PLACE = "_place"  # of a row in the dataset that it was made from
@@ -33,10 +34,10 @@ def media_columns(media: Any) -> dict[str, Any]:
 
 def with_stored_images(dataset: Dataset) -> Dataset:
     """The dataset with its images as `images` in the form STORED; nothing is decoded or copied."""
-    given = [name for name in ROW_IMAGES if name in dataset.column_names]
-    if not given:
+    column = image_column(dataset.column_names)
+    if column is None:
         return dataset
-    images, rest = stored_images(dataset), dataset.remove_columns(given)
+    images, rest = stored_images(dataset), dataset.remove_columns([column])
     if not rest.column_names:
         return images
     if rest._indices is not None:  # scattered rows are put in order, and not beside the user's own files
@@ -71,15 +72,7 @@ def with_images(tokens: Dataset, source: Dataset) -> Dataset:
 
     Images are not copied where the rows are few stretches of the source's, as without a few bad ones.
     """
-    places = np.concatenate(
-        [
-            np.empty(0, np.int64),
-            *(
-                table.column(PLACE).to_numpy()
-                for table in read_chunks(tokens, [PLACE], chunk_bounds(len(tokens), _ROWS))
-            ),
-        ]
-    )
+    places = np.asarray(tokens.data.table.column(PLACE))
     images = source.select_columns([IMAGES])
     ends = np.flatnonzero(np.diff(places) != 1) + 1
     if len(ends) < _STRETCHES:

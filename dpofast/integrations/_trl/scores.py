@@ -190,13 +190,11 @@ def _unpackable(model: Any, call: _Call) -> str | None:
         return 'level "kernel" was asked for' if options.level == "kernel" else "the model cannot be packed"
     tokens = call.input_ids
     reason = unpackable_arguments(model, call.kwargs.keys() - _NEUTRAL - {"input_ids", "attention_mask"})
-    if reason is not None:
-        pass
-    elif len(call.args) > 1 or tokens is None or tokens.shape != call.labels.shape:
+    if reason is None and (len(call.args) > 1 or tokens is None or tokens.shape != call.labels.shape):
         reason = "it was given inputs of another shape than the labels (prompt-learning adapters)"
-    elif _draws_noise(model):
+    if reason is None and _draws_noise(model):
         reason = NOISE
-    else:
+    if reason is None:
         return None
     if not options.calls[_padded(reason)]:
         options.run_padded(type(model).__name__, reason)

@@ -9,7 +9,7 @@ import torch
 
 from dpofast.common.backend import require_triton
 from dpofast.model.adapters import is_peft
-from dpofast.model.parts import backbone_of, base_causal_lm
+from dpofast.model.parts import base_causal_lm, beside_text
 from dpofast.model.vision.tower import tower_parameters
 from dpofast.training.config import DPOConfig
 
@@ -49,10 +49,10 @@ def trained_vision(model: Any) -> str:
     """Which parts of a composite model are trained, in a line."""
     base = base_causal_lm(model)
     tower = {id(parameter) for parameter in tower_parameters(model)}
-    text = {id(p) for part in (backbone_of(base), base.get_output_embeddings()) for p in part.parameters()}
-    projector = {id(p) for p in base.parameters()} - tower - text
+    beside = {id(parameter) for parameter in beside_text(base)}
+    text = {id(parameter) for parameter in base.parameters()} - beside
     trained, how = {id(p) for p in base.parameters() if p.requires_grad}, "adapter" if is_peft(model) else "trained"
-    parts = {"vision tower": tower, "projector": projector, "language model": text}
+    parts = {"vision tower": tower, "projector": beside - tower, "language model": text}
     return ", ".join(f"{name}: {how if own & trained else 'frozen'}" for name, own in parts.items())
 
 

@@ -14,7 +14,7 @@ from dpofast.data.images.columns import IMAGE_KEYS, ROW_IMAGES
 _ROWS = 100  # of encoded images at a time
 
 
-def image_columns(columns: Any) -> list[str]:
+def columns_with_images(columns: Any) -> list[str]:
     """Of the columns of rows or of a token-level dataset (None: not known), those that say whether rows have images."""
     known = columns or ()
     return [IMAGE_KEYS] if IMAGE_KEYS in known else [name for name in ROW_IMAGES if name in known]
@@ -27,11 +27,11 @@ def has_images(dataset: Any) -> bool:
     """
     if isinstance(dataset, Dataset):
         if _is_transformed(dataset):
-            return bool(image_columns(shown_columns(dataset)))
-        return any(_any_image(dataset, name) for name in image_columns(dataset.column_names))
+            return bool(columns_with_images(shown_columns(dataset)))
+        return any(_any_image(dataset, name) for name in columns_with_images(dataset.column_names))
     if isinstance(dataset, IterableDataset):
         columns = dataset.column_names
-        return bool(image_columns(next(iter(dataset.take(1)), ()) if columns is None else columns))
+        return bool(columns_with_images(next(iter(dataset.take(1)), ()) if columns is None else columns))
     return False
 
 

@@ -11,7 +11,7 @@ from dpofast.data.images.stored import dataset_of, undecoded
 from dpofast.data.load import tokenize_preferences
 from dpofast.data.token_rows import has_reference
 from dpofast.training.checks.columns import check_column_names, check_column_values, is_list_data
-from dpofast.training.checks.images import has_images, image_columns, shown_columns
+from dpofast.training.checks.images import columns_with_images, has_images, shown_columns
 from dpofast.training.config import DPOConfig
 from dpofast.training.processing import WITHOUT_IMAGES, Processing
 
@@ -82,7 +82,7 @@ class PreferenceData:
 
     def _image_options(self, dataset: Dataset, source: str) -> dict[str, Any]:
         """Of tokenize_preferences, for data with columns of images."""
-        columns = image_columns(shown_columns(dataset))
+        columns = columns_with_images(shown_columns(dataset))
         if columns and self._refused is not None and has_images(dataset):
             raise ValueError(f"{source}: it has images: {self._refused}. {WITHOUT_IMAGES}")
         return {"images": self.images} if columns and self.images is not None else {}
