@@ -221,6 +221,7 @@ def write_scored(output: Path, source: SourceRows, partial: PartialScores) -> No
         ValueError: rows that cannot be stored as Parquet, with the reason, or as JSON (bytes); or files that changed
             since they were loaded (DataError): their rows are not those of the scores. The partial file stays.
     """
+    source.snapshot.check()  # the schema is of then; another file's rows would not fit it
     # Hidden, and without a suffix that readers look for.
     aside = output.with_name(f".{output.name}.writing")
     write = _write_parquet if output.suffix == ".parquet" else _write_jsonl
