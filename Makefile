@@ -16,7 +16,7 @@ TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
 # Before a commit: lint, and the tests that are not marked slow.
 check: lint
-	$(BIN)/python -m pytest $(TWO) -q -m "not slow and not gpu and not deepspeed"
+	$(BIN)/python -m pytest $(TWO) -q -m "not slow and not gpu and not deepspeed and not ranks"
 
 # The kernels with the oldest Triton that is supported; `make test` has the newest. Only triton is another one, and numpy,
 # which Triton 3.6's interpreter needs below 2.4; everything else is .venv's. --no-deps, since a CUDA build of torch pins
@@ -51,6 +51,11 @@ $(GPU_IMAGE)/.installed:
 	$(GPU_IMAGE)/bin/pip install torch==2.11.0 triton==3.6.0 "transformers==5.17.*" "numpy<2.4" accelerate datasets \
 	    hypothesis jinja2 peft pyarrow pybind11 pytest setuptools
 	@touch $@
+
+# Every mode of several processes (FSDP2, tensor and sequence parallelism) in every case, on two and four CPU processes.
+.PHONY: test-ranks
+test-ranks: $(INSTALLED)
+	$(BIN)/python -m pytest -m ranks
 
 # Two CPU processes under DeepSpeed's ZeRO-2 and ZeRO-3. --no-deps, since what it requires is large and mostly here.
 .PHONY: test-deepspeed

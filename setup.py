@@ -31,9 +31,11 @@ PACKAGES = [
     "dpofast.model",
     "dpofast.model.attention",
     "dpofast.model.checks",
+    "dpofast.model.parallel",
     "dpofast.model.recurrent",
     "dpofast.model.vision",
     "dpofast.packing",
+    "dpofast.packing.parallel",
     "dpofast.report",
     "dpofast.scoring",
     "dpofast.training",
@@ -41,6 +43,7 @@ PACKAGES = [
     "dpofast.training.data",
     "dpofast.training.layers",
     "dpofast.training.memory",
+    "dpofast.training.parallel",
 ]
 
 if not Path("dpofast/kernels").is_dir():

@@ -1,6 +1,6 @@
 """Ranks: collectives on plain numbers and pickled objects, on the CPU.
 
-They use a gloo group of their own, so that exchanging counts, failures and losses that are on the CPU already needs no
+They use gloo groups of their own, so that exchanging counts, failures and losses that are on the CPU already needs no
 device sync.
 """
 
@@ -16,36 +16,51 @@ import torch.distributed as dist
 class Ranks:
     """Collectives over the default process group; trivial with one process.
 
-    Every method must be called by all ranks.
+    Where `sharing` consecutive processes work on the same data (tensor or sequence parallelism), they are one rank:
+    sums and gathered values count their data once, and all of them get the same result. Every method must be called by
+    all processes.
+
+    Args:
+        sharing: how many consecutive processes share their data; it divides the number of processes.
 
     Attributes:
-        rank: the rank of this process, 0 with one process.
-        size: the world size, 1 with one process.
+        rank: which share of the data this process has, 0 with one process.
+        size: the number of shares, 1 with one process.
+        processes: the world size, size · sharing.
+        process: the number of this process among them.
     """
 
-    def __init__(self) -> None:
-        """Create a gloo group over the default process group, where torch.distributed is initialized."""
-        self.size = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-        self.rank = dist.get_rank() if self.size > 1 else 0
-        self._group = dist.new_group(backend="gloo") if self.size > 1 else None
+    def __init__(self, sharing: int = 1) -> None:
+        """Create gloo groups over the default process group, where torch.distributed is initialized."""
+        self.processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        self.size = self.processes // sharing
+        self.process = dist.get_rank() if self.processes > 1 else 0
+        self.rank, place = divmod(self.process, sharing)
+        self._everyone = dist.new_group(backend="gloo") if self.processes > 1 else None
+        self._group = self._everyone
+        if sharing > 1:
+            groups = [list(range(first, self.processes, sharing)) for first in range(sharing)]
+            made = [dist.new_group(group, backend="gloo") for group in groups]  # each process makes all of them
+            self._group = made[place]
 
     @classmethod
     def alone(cls) -> Ranks:
         """Ranks of this process alone, also where a process group is initialized: nothing is exchanged."""
         ranks = cls.__new__(cls)
-        ranks.size, ranks.rank, ranks._group = 1, 0, None
+        ranks.size, ranks.processes, ranks.rank, ranks.process = 1, 1, 0, 0
+        ranks._group = ranks._everyone = None
         return ranks
 
     def all_reduce_sum(self, values: Sequence[float]) -> list[float]:
-        """The sums of each value over ranks, in float64."""
-        return self._reduced(values, dist.ReduceOp.SUM) if self.size > 1 else list(values)
+        """The sums of each value over shares of the data, in float64."""
+        return self._reduced(values, dist.ReduceOp.SUM, self._group) if self.size > 1 else list(values)
 
     def all_reduce_max(self, value: float) -> float:
-        """The largest value over ranks."""
-        return self._reduced([value], dist.ReduceOp.MAX)[0] if self.size > 1 else value
+        """The largest value over all processes."""
+        return self._reduced([value], dist.ReduceOp.MAX, self._everyone)[0] if self.processes > 1 else value
 
     def all_gather(self, value: Any) -> list[Any]:
-        """The values of all ranks (anything that pickles; tensors on the CPU), in rank order."""
+        """The values of each share of the data (anything that pickles; tensors on the CPU), in rank order."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -53,11 +68,12 @@ class Ranks:
         return values
 
     def barrier(self) -> None:
-        """Wait until all ranks have called it."""
-        if self.size > 1:
-            dist.barrier(group=self._group)
+        """Wait until all processes have called it."""
+        if self.processes > 1:
+            dist.barrier(group=self._everyone)
 
-    def _reduced(self, values: Sequence[float], operation: Any) -> list[float]:
+    @staticmethod
+    def _reduced(values: Sequence[float], operation: Any, group: Any) -> list[float]:
         reduced = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(reduced, op=operation, group=self._group)
+        dist.all_reduce(reduced, op=operation, group=group)
         return reduced.tolist()

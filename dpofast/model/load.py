@@ -6,6 +6,7 @@ lacks tensors, a text class opened on a composite checkpoint or an adapter of an
 
 from __future__ import annotations
 
+import json
 import re
 import warnings
 from collections.abc import Iterator
@@ -46,6 +47,26 @@ def load_causal_lm(name: str, **options: Any) -> Any:
     further = [key for key in found["unexpected_keys"] if re.sub(r"\d+", "#", key) in own]
     _refuse_gaps(name, "its config has no place for", further)
     return model
+
+
+def config_of(name: str, **options: Any) -> Any:
+    """Returns the config of a model, or of the base model of an adapter.
+
+    Args:
+        name: a folder or hub name.
+        options: from_pretrained's, of which those are used that say where and how it is read.
+
+    Raises:
+        ValueError: more than 10,000 layers.
+        OSError: there is no config.json.
+    """
+    from transformers import AutoConfig
+
+    if (adapter := Path(name) / ADAPTER_FILE).is_file():
+        name = json.loads(adapter.read_bytes())["base_model_name_or_path"]
+    access = {key: options[key] for key in ("trust_remote_code", "revision", "token", "cache_dir") if key in options}
+    check_depth(name, **access)
+    return AutoConfig.from_pretrained(name, **access)
 
 
 def check_depth(name: str, **access: Any) -> None:
@@ -94,13 +115,11 @@ def load_adapter(base: Any, folder: str, **options: Any) -> Any:
 
 def _auto_class(name: str, options: dict[str, Any]) -> Any:
     """The auto class that opens a checkpoint as what it is: a text class on a composite one finds other names."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM
 
     if (Path(name) / ADAPTER_FILE).is_file():
         return AutoModelForCausalLM
-    access = {key: options[key] for key in ("trust_remote_code", "revision", "token", "cache_dir") if key in options}
-    check_depth(name, **access)
-    config = AutoConfig.from_pretrained(name, **access)
+    config = config_of(name, **options)
     if config.get_text_config() is not config:
         for kind in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
             if type(config) in kind._model_mapping:

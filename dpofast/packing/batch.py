@@ -16,12 +16,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dpofast.losses.columns import NO_COLUMNS, PreferenceColumns
 from dpofast.packing.media import BatchMedia
+from dpofast.packing.parallel.row_split import RowSplit
 from dpofast.packing.segments import Segments
 
 
@@ -44,6 +46,7 @@ class PackedBatch:
         columns: what the data say of the rows beside their responses. Of a list of more than two responses (its
             `lists`), `pairs` has the best and the worst.
         media: the images whose placeholders are among input_ids, or None.
+        split: the rows and targets that this process computes where several share the batch, or None.
         padded_tokens: positions that a trainer with padding would compute: 2 * P (of lists the sum of their responses)
             * the longest prompt + response.
     """
@@ -60,6 +63,7 @@ class PackedBatch:
     padded_tokens: int
     columns: PreferenceColumns = NO_COLUMNS
     media: BatchMedia | None = None
+    split: RowSplit | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -93,8 +97,27 @@ class PackedBatch:
         # Without a fork, one that begins another lies within its segment; but each that shares none begins a tree.
         return int((self.segments.parents < 0).sum()) < self.num_sequences
 
+    def split_over(self, group: Any) -> PackedBatch:
+        """Return a copy whose rows the ranks of a process group compute together (sequence parallelism, Ulysses).
+
+        Every rank of the group splits the same batch and calls the model with it, which is a collective. Log-probs and
+        the loss are those of the whole batch on each of them, and each rank's gradients are a part: their sum over the
+        group is the gradient.
+
+        Args:
+            group: a torch.distributed process group whose backend is that of the batch's device.
+
+        Raises:
+            ValueError: a batch that is not on the CPU.
+        """
+        if not self.logit_rows.is_cpu:
+            raise ValueError(
+                f"split_over: expected a batch on the CPU, got one on {self.logit_rows.device}: split first"
+            )
+        return replace(self, split=RowSplit.of(self.num_tokens, self.logit_rows, group))
+
     def to(self, device: torch.device | str | int, non_blocking: bool = True) -> PackedBatch:
-        """Return a copy with input_ids, position_ids, logit_rows, targets, ref_logps, columns and media on `device`.
+        """Return a copy with its tensors on `device`: ids, rows, targets, ref_logps, columns, media and split.
 
         The other tensors (segments, cu_targets, pairs, pair_examples, lists and ranks of columns) stay on the CPU.
         """
@@ -122,6 +145,7 @@ class PackedBatch:
             ref_logps=None if self.ref_logps is None else move(self.ref_logps),
             columns=self.columns.moved(move),
             media=None if self.media is None else self.media.moved(move),
+            split=None if self.split is None else self.split.moved(move),
         )
 
     def padded(self, pad_id: int = 0) -> tuple[Tensor, Tensor, Tensor]:

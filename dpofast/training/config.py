@@ -210,9 +210,6 @@ class DPOConfig(TrainingArguments):
     precompute_ref_batch_size: int | None = field(
         default=None, metadata={"help": "TRL's name: refused, as max_tokens packs the reference pass too."}
     )
-    activation_offloading: bool = field(
-        default=False, metadata={"help": "TRL's name: refused; use gradient_checkpointing."}
-    )
     pad_token: str | None = field(
         default=None, metadata={"help": "TRL's name: refused, as packed rows have no pads; set tokenizer.pad_token."}
     )
@@ -230,6 +227,25 @@ class DPOConfig(TrainingArguments):
             "help": "Of a model that sees images, train all but the vision tower: its projector is trained. The tower "
             "then keeps no activations."
         },
+    )
+    tensor_parallel_size: int = field(
+        default=1,
+        metadata={
+            "help": "Processes that share every layer and the head of one model: its heads, columns and vocabulary are "
+            "divided among them. For models that do not fit one GPU; per_device_train_batch_size counts once for all of "
+            "them."
+        },
+    )
+    sequence_parallel_size: int = field(
+        default=1,
+        metadata={
+            "help": "Processes that share the positions of every micro-batch (Ulysses). For rows whose activations do "
+            "not fit one GPU; per_device_train_batch_size counts once for all of them."
+        },
+    )
+    activation_offloading: bool = field(
+        default=False,
+        metadata={"help": "Keep what gradient_checkpointing saves of each layer in the CPU's memory."},
     )
     disable_dropout: bool = field(default=True, metadata={"help": "Set every dropout of the models to 0."})
     on_bad_row: str = field(
@@ -262,7 +278,10 @@ class DPOConfig(TrainingArguments):
                 f"loss_type: expected one of {sorted(KINDS)}, or several of them, got {self.loss_type}{meant}"
             )
         self.preference_loss()
-        for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+        for name in (
+            *("per_device_train_batch_size", "gradient_accumulation_steps"),
+            *("tensor_parallel_size", "sequence_parallel_size"),
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if self.max_steps == 0:

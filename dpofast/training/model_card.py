@@ -24,7 +24,7 @@ def model_card_of(trainer: Any, folder: str) -> Iterator[None]:
     own = not path.exists() or _MARK in path.read_text(encoding="utf-8")
     yield
     if own and trainer.is_world_process_zero():
-        pairs = trainer.args.per_device_train_batch_size * trainer.ranks.size
+        pairs = trainer.args.per_device_train_batch_size * trainer.data_ranks.size
         steps, reports = trainer.state.global_step, trainer.data_reports
         card = model_card(trainer.model, trainer.args, reports, pairs_per_step=pairs, steps=steps)
         path.write_text(card, encoding="utf-8")

@@ -14,14 +14,15 @@ from dpofast.model.attach import attach_logprob_head
 from dpofast.model.attention.flash import activate_flash_attention
 from dpofast.model.checks.images import images_refused
 from dpofast.model.dropout import disable_dropout
-from dpofast.model.load import load_causal_lm
+from dpofast.model.load import config_of, load_causal_lm
 from dpofast.model.parts import base_causal_lm, beside_text, is_composite
 from dpofast.model.vision.tower import tower_parameters
 from dpofast.model.wrappers import take_off_autocast
 from dpofast.training.checks.images import has_images
 from dpofast.training.config import DPOConfig
-from dpofast.training.fsdp import check_whole
 from dpofast.training.layers.choose import compile_chosen, fuse_layers
+from dpofast.training.parallel.fsdp import check_whole
+from dpofast.training.parallel.sizes import check_heads
 from dpofast.training.processing import WITHOUT_IMAGES, Processing, processing_beside, processing_of
 
 
@@ -64,7 +65,8 @@ def prepare_models(
         train_dataset: the training data, or None.
 
     Raises:
-        ValueError: a reference that does not fit the model or the loss, weights that are sharded already, a
+        ValueError: heads that tensor or sequence parallelism cannot divide (before anything is loaded), a reference
+            that does not fit the model or the loss, weights that are sharded already, a
             FlashAttention that cannot run here, max_logits_bytes below one row of logits, or a model without layers to
             compile.
     """
@@ -77,6 +79,8 @@ def prepare_models(
         activate_flash_attention(args.flash_attention, args.device)
     options = _loading_options(model, args, quantization_config)
     name_of_model = model if isinstance(model, str) else None
+    if args.tensor_parallel_size * args.sequence_parallel_size > 1:
+        check_heads(config_of(model, **options) if isinstance(model, str) else model.config, args)
     if isinstance(model, str):
         model = load_causal_lm(model, **options)
     if isinstance(ref_model, str):

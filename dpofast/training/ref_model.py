@@ -22,7 +22,7 @@ from dpofast.model.wrappers import is_dispatched
 from dpofast.scoring.ref_cache import CACHE_FOLDER, add_reference_columns
 from dpofast.scoring.score import Forward
 from dpofast.training.config import DPOConfig
-from dpofast.training.fsdp import cast_parameters, parameters_in
+from dpofast.training.parallel.fsdp import cast_parameters, parameters_in
 
 ADAPTER = "dpofast_reference"  # nobody else's: a trainer replaces the copy that an earlier one left in the model
 MOVING_OPTIONS = ("ref_model_mixup_alpha", "ref_model_sync_steps")
@@ -179,7 +179,7 @@ def with_reference_columns(
     """
     if has_reference(dataset.column_names):
         return dataset
-    shown = not args.disable_tqdm and ranks.rank == 0
+    shown = not args.disable_tqdm and ranks.process == 0
     with reference.of(policy) as model, on_device(model, args.device), parameters_in(model, dtype):
         return add_reference_columns(
             dataset,

@@ -37,9 +37,9 @@ from dpofast.scoring.ref_cache import reference_logps
 from dpofast.training.checks.launch import find_unused_vision_weights
 from dpofast.training.config import DPOConfig
 from dpofast.training.coupled import CoupledShare, coupled_shares, gathered
-from dpofast.training.fsdp import is_sharded, shard_layers_that_are_there, without_sync
 from dpofast.training.layers.compiled import explained_compile_errors
 from dpofast.training.memory.out_of_memory import unless_out_of_memory
+from dpofast.training.parallel.fsdp import is_sharded, shard_layers_that_are_there, without_sync
 from dpofast.training.ref_model import ReferenceModel, unwrapped
 
 # What a rank without pairs runs while the others run a micro-batch: their forwards or gradients are collectives.
@@ -53,7 +53,8 @@ class StepSettings:
     Attributes:
         loss: the preference loss.
         reference: the model that computes reference log-probs in the step; None where every batch brings them.
-        ranks: the processes that share a step.
+        ranks: what the pairs of a step are divided among.
+        averaged_over: how many processes gradients are averaged over.
         accelerator: accelerate's, which wrapped the model. Its autocast is entered explicitly: accelerate applies it to
             the wrapped policy only, and the reference must round in the same way.
         device: where batches are.
@@ -67,6 +68,7 @@ class StepSettings:
     loss: PreferenceLoss
     reference: ReferenceModel | None
     ranks: Ranks
+    averaged_over: int
     accelerator: Any
     device: torch.device
     max_logits_bytes: int | None = None
@@ -95,6 +97,7 @@ def step_settings(
         loss=loss,
         reference=reference,
         ranks=ranks,
+        averaged_over=ranks.processes // args.tensor_parallel_size,
         accelerator=accelerator,
         device=args.device,
         max_logits_bytes=args.max_logits_bytes,
@@ -172,18 +175,18 @@ class OptimizerStep:
         """
         ranks, done = self.settings.ranks, list[PreferenceOutput]()
         # Elsewhere the other ranks would wait in the middle of a forward.
-        recoverable = ranks.size == 1 or not (self._is_sharded or self.settings.loss.coupled)
-        if not self.count_routing(recoverable=ranks.size == 1 or not self._is_sharded):
+        recoverable = ranks.processes == 1 or not (self._is_sharded or self.settings.loss.coupled)
+        if not self.count_routing(recoverable=ranks.processes == 1 or not self._is_sharded):
             return None
         last = unless_out_of_memory(lambda: self._all_but_the_last_backward(done), recoverable=recoverable)
         if ranks.all_reduce_max(last is None) or last is None:
             last = None  # frees the graph of a rank that had memory
-            if ranks.size > 1:
+            if ranks.processes > 1:
                 # DDP waits for the backward of a forward that it saw, and would take the next one's gradients for it.
                 self.backward(self._idle())
             return None
         # The other ranks wait inside this backward for the gradients of this one.
-        ended = unless_out_of_memory(partial(self.backward, last), recoverable=ranks.size == 1)
+        ended = unless_out_of_memory(partial(self.backward, last), recoverable=ranks.processes == 1)
         if ended is None:
             return None
         done.append(ended)
@@ -229,11 +232,12 @@ class OptimizerStep:
     def backward(self, output: PreferenceOutput) -> PreferenceOutput:
         """Accumulate the gradients of output.loss; returns the output without its graph.
 
-        DDP, FSDP and DeepSpeed average gradients over ranks, and the loss of a step is a sum over them: hence · ranks.
+        DDP, FSDP and DeepSpeed average gradients over ranks, and the loss of a step is a sum over them: hence the
+        factor. Ranks that share a step's rows have each a part of the gradient; tensor-parallel ones have all of it.
         """
-        ranks = self.settings.ranks
+        averaged = self.settings.averaged_over
         with explained_compile_errors():  # layers that are compiled may compile their backward when it first runs
-            self.settings.accelerator.backward(output.loss * ranks.size if ranks.size > 1 else output.loss)
+            self.settings.accelerator.backward(output.loss * averaged if averaged > 1 else output.loss)
         return replace(output, loss=output.loss.detach(), aux_loss=None)
 
     def count_routing(self, *, recoverable: bool = False) -> bool:

@@ -13,7 +13,6 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import fields, replace
-from itertools import islice
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from dpofast.checkpointing.identity import reference_identity
-from dpofast.checkpointing.trainer import CheckpointedTrainer
+from dpofast.common.ranks import Ranks
 from dpofast.data.arrow import mapped_files, release_pages
 from dpofast.data.images.columns import OF_IMAGES
 from dpofast.data.token_rows import DECIDING_COLUMNS, has_reference, optional_columns
@@ -35,7 +34,6 @@ from dpofast.model.adapters import check_trainable
 from dpofast.model.neftune import noisy_embeddings
 from dpofast.packing.arguments import sharing
 from dpofast.packing.batch import PackedBatch
-from dpofast.scoring.ahead import Ahead
 from dpofast.scoring.score import Forward
 from dpofast.training.checks.arguments import check_arguments
 from dpofast.training.checks.columns import check_data_columns
@@ -44,14 +42,14 @@ from dpofast.training.checks.launch import check_options_of_sharded, check_pairs
 from dpofast.training.checks.methods import check_methods
 from dpofast.training.coupled import RunningRewards
 from dpofast.training.data.micro_batches import StepPacker
-from dpofast.training.data.stream import stream_loader
 from dpofast.training.data.tokens import PreferenceData, each_eval_dataset
 from dpofast.training.evaluate import evaluate_pairs
-from dpofast.training.fsdp import forward_dtype, is_sharded
+from dpofast.training.loaders import StepLoaders
 from dpofast.training.log_window import LogWindow, step_flops
 from dpofast.training.memory.fit import auto_max_tokens, run_until_it_fits
 from dpofast.training.memory.out_of_memory import halved_max_tokens, token_limits
 from dpofast.training.model_card import model_card_of
+from dpofast.training.parallel.fsdp import forward_dtype, is_sharded
 from dpofast.training.prepare import check_where_it_runs, kept_use_cache, prepare_models, vocabulary
 from dpofast.training.ref_model import (
     MOVING_OPTIONS,
@@ -61,13 +59,13 @@ from dpofast.training.ref_model import (
     reference_is_gone,
     with_reference_columns,
 )
-from dpofast.training.sampler import StepExamples, StepLoader, step_loader
+from dpofast.training.sampler import StepExamples
 from dpofast.training.step import OptimizerStep, not_finite, rows_not_finite, step_settings
 
 _REFERENCE_FILE = "moving_reference.safetensors"  # in a checkpoint
 
 
-class DPOTrainer(CheckpointedTrainer):
+class DPOTrainer(StepLoaders):
     """Direct Preference Optimization (arXiv 2305.18290) on packed batches, of pairs or of lists of responses.
 
     Args:
@@ -92,6 +90,7 @@ class DPOTrainer(CheckpointedTrainer):
         data_reports: the DataReport of every dataset, by its name.
         pair_records: what the last evaluation under each prefix ("eval") saw of every pair.
         max_tokens: packed positions per micro-batch; halved where memory runs out.
+        data_ranks: what a step's pairs are divided among; ranks that share a model's work share their pairs.
         share: what sequences of a micro-batch share, "prefix", "prompt" or "none"; with NEFTune not in training.
 
     Raises:
@@ -99,8 +98,6 @@ class DPOTrainer(CheckpointedTrainer):
             (DataError, with its row), an argument out of range, several GPUs in one process.
     """
 
-    train_dataset: Any
-    eval_dataset: Any
     identity_columns = (*DECIDING_COLUMNS, *OF_IMAGES)
 
     def __init__(
@@ -148,6 +145,8 @@ class DPOTrainer(CheckpointedTrainer):
                 callbacks=callbacks,
                 optimizers=optimizers,
             )
+        same_data = args.tensor_parallel_size * args.sequence_parallel_size
+        self.data_ranks = self.ranks if same_data == 1 else Ranks(same_data)
         # padded rows repeat what packed ones share, so max_tokens counts it for each of them
         self.share = "none" if args.padded else sharing(args.share, args.share_prompts)
         self._packer = StepPacker(args.device, self.share, ref_logps_by_pair=self.loss.ld_alpha is not None)
@@ -155,7 +154,6 @@ class DPOTrainer(CheckpointedTrainer):
         self._check_data_and_launch(ref_model)
         if self.is_world_process_zero():
             print_notes(device_notes(args, models.policy, models.layers, with_images=models.with_images))
-        self._ahead: Ahead[StepExamples] | None = None
         self.neftune_noise_alpha = None  # Trainer's own noise, scaled by the width of a packed row
         self.max_tokens, self.max_forward_tokens = token_limits(args.max_tokens, args.device)
         self._forward_dtype = forward_dtype(self.accelerator)
@@ -165,7 +163,7 @@ class DPOTrainer(CheckpointedTrainer):
         self._reference_identity = self._identity_of_reference(ref_model)  # before training changes the policy
         live = self.loss.needs_reference and not args.precompute_ref_log_probs
         self._settings = step_settings(
-            self.model, args, self.loss, self._reference if live else None, self.ranks, self.accelerator
+            self.model, args, self.loss, self._reference if live else None, self.data_ranks, self.accelerator
         )
         self._running_rewards = self._add_callbacks(self._reference)
         self._window = LogWindow(padded=args.padded)
@@ -185,7 +183,7 @@ class DPOTrainer(CheckpointedTrainer):
         check_reference_used(self.args, ref_model, self.train_dataset, self.eval_dataset)
         check_best_metric(self.args, self.loss.needs_reference, self.eval_dataset)
         if isinstance(self.train_dataset, Dataset):
-            check_pairs(self.train_dataset, self.args, self.ranks, self._training_packer.share)
+            check_pairs(self.train_dataset, self.args, self.data_ranks, self._training_packer.share)
         if is_sharded(self.accelerator):
             check_options_of_sharded(self.args)
 
@@ -211,43 +209,6 @@ class DPOTrainer(CheckpointedTrainer):
         if dataset is None or isinstance(dataset, IterableDataset):
             return dataset
         return self._data.tokenized(dataset, "train")
-
-    def get_train_dataloader(self) -> StepLoader:
-        """This rank's share of every step."""
-        if self.train_dataset is None:
-            raise ValueError("train_dataset: expected preference pairs to train on, got None")
-        if isinstance(self.train_dataset, IterableDataset):
-            size, drop_last = self._train_batch_size, self.args.dataloader_drop_last
-            return stream_loader(self.train_dataset, self._data, size, self.ranks, drop_last=drop_last)
-        return self._loader(self.train_dataset, self._train_batch_size, training=True)
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> StepLoader:
-        """This rank's share of every evaluation batch."""
-        if isinstance(eval_dataset, str):
-            eval_dataset = self.eval_dataset[eval_dataset]
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        return self._loader(dataset, self.args.eval_batch_size, training=False)
-
-    def _loader(self, dataset: Dataset, pairs_per_rank: int, *, training: bool) -> StepLoader:
-        return step_loader(dataset, pairs_per_rank, self.ranks, self.args, training=training, images=self._data.images)
-
-    def get_test_dataloader(self, test_dataset: Any) -> StepLoader:
-        """This rank's share of every batch of further data, for predict()."""
-        return self.get_eval_dataloader(self._prepared(test_dataset, "test"))
-
-    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[StepExamples], None]:
-        """The next step's examples, fetched and packed while the step before it ran."""
-        if self._ahead is None:
-            self._ahead = self._training_packer.ahead(epoch_iterator, lambda: self.max_tokens)
-        return list(islice(self._ahead, num_batches)), None
-
-    def _run_epoch(self, **arguments: Any) -> None:
-        try:
-            super()._run_epoch(**arguments)
-        finally:
-            if self._ahead is not None:
-                self._ahead.close()
-                self._ahead = None
 
     @property
     def aux_loss_enabled(self) -> bool:
@@ -283,7 +244,7 @@ class DPOTrainer(CheckpointedTrainer):
             self.args,
             forward=forward,
             dtype=self._forward_dtype,
-            ranks=self.ranks,
+            ranks=self.data_ranks,
         )
 
     # ---- resuming ---------------------------------------------------------------------------------------------------
@@ -307,7 +268,7 @@ class DPOTrainer(CheckpointedTrainer):
 
     def save_more(self, folder: str) -> None:
         """Write the reference's weights where sync_ref_model changes them."""
-        if self.args.sync_ref_model and self.ranks.rank == 0:
+        if self.args.sync_ref_model and self.ranks.process == 0:
             save_model(self._reference.model, os.path.join(folder, _REFERENCE_FILE))
 
     def load_more(self, folder: str) -> None:
@@ -368,11 +329,11 @@ class DPOTrainer(CheckpointedTrainer):
         addends = [loss] if result.balancing is None else [loss, result.balancing]
         of_pairs, *balancing = torch.stack([value.double() for value in addends]).tolist()  # the step's one host sync
         positions = sum(batch.num_tokens for batch in batches)
-        total, seen = self.ranks.all_reduce_sum([of_pairs / inputs.num_pairs + sum(balancing), positions])
+        total, seen = self.data_ranks.all_reduce_sum([of_pairs / inputs.num_pairs + sum(balancing), positions])
         if self.args.include_num_input_tokens_seen != "no":
             self.state.num_input_tokens_seen += int(seen)
         if not math.isfinite(total):
-            rows = rows_not_finite(inputs, batches, result.losses, self.ranks)
+            rows = rows_not_finite(inputs, batches, result.losses, self.data_ranks)
             raise not_finite(rows, self.data_reports["train"], self.state.global_step + 1, self.args.output_dir)
         if self._running_rewards is not None:
             self._running_rewards.add(torch.cat(result.rewards))
@@ -385,7 +346,7 @@ class DPOTrainer(CheckpointedTrainer):
 
     def _halve(self, batches: Sequence[PackedBatch]) -> None:
         """Halve max_tokens, after these micro-batches did not fit."""
-        self.max_tokens = halved_max_tokens(self.max_tokens, batches, self.ranks, self.state.global_step + 1)
+        self.max_tokens = halved_max_tokens(self.max_tokens, batches, self.data_ranks, self.state.global_step + 1)
         self.max_forward_tokens = min(self.max_forward_tokens, self.max_tokens)
 
     def floating_point_ops(self, inputs: Any) -> float:
@@ -435,7 +396,7 @@ class DPOTrainer(CheckpointedTrainer):
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
 
         with self._packer.ahead(iter(dataloader), lambda: self.max_forward_tokens) as steps:
-            found = evaluate_pairs(steps, step_of, self.ranks, after_each)
+            found = evaluate_pairs(steps, step_of, self.data_ranks, after_each)
         self.pair_records[metric_key_prefix] = found.records
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.metrics.items()}
         rewards = found.records.rewards()  # predict() returns them
@@ -446,5 +407,5 @@ class DPOTrainer(CheckpointedTrainer):
         if "loss" in logs or ("train_loss" in logs and self._window.has_steps):
             if isinstance(self.train_dataset, Dataset):  # of rows that were read; an epoch would map the whole file
                 release_pages(mapped_files(self.train_dataset))
-            logs = {**logs, **self._window.read(self.ranks), "truncated": self.data_reports["train"].truncated}
+            logs = {**logs, **self._window.read(self.data_ranks), "truncated": self.data_reports["train"].truncated}
         super().log(logs, start_time)

@@ -9,7 +9,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from dpofast import DPOConfig, DPOTrainer
 from dpofast.checkpointing.fsdp import load_optimizer, load_weights
-from dpofast.training.fsdp import cast_parameters, check_sharding, parameters_in
+from dpofast.training.parallel.fsdp import cast_parameters, check_sharding, parameters_in
 from tests.support.tiny import tiny_dataset, tiny_model, tiny_tokenizer
 
 

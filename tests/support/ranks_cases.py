@@ -345,26 +345,28 @@ def processors_as_gpus():
     PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)
 
 
-def rank_main(rank, port, folder, run, cases, options):
+def rank_main(rank, port, folder, world, run, cases, options):
     """Run every case on this rank, by a function like train, and write the results to a file."""
-    become_rank(rank, WORLD, port)
-    if "fsdp" in options:
+    become_rank(rank, world, port)
+    if "fsdp" in options or "tensor_parallel_size" in options:
         processors_as_gpus()
+    sharing = options.get("tensor_parallel_size", 1) * options.get("sequence_parallel_size", 1)
     results = {
-        name: run(f"{folder}/{name}", WORLD, ddp_backend="gloo", **case, **options) for name, case in cases.items()
+        name: run(f"{folder}/{name}", world // sharing, ddp_backend="gloo", **case, **options)
+        for name, case in cases.items()
     }
     torch.save(results, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
-def on_two_ranks(folder, mode, run=train, modes=MODES):
-    """Run a mode on two ranks and return both results."""
-    run_ranks(rank_main, (free_port(), str(folder), run, *modes[mode]), WORLD)
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]
+def on_two_ranks(folder, mode, run=train, modes=MODES, world=WORLD):
+    """Run a mode on two ranks, or another number, and return the results of each."""
+    run_ranks(rank_main, (free_port(), str(folder), world, run, *modes[mode]), world)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
 
 
 def two_ranks(mode, **other):
-    """A fixture with the results of a mode on two ranks."""
+    """A fixture with the results of a mode on two ranks, or another number."""
 
     @pytest.fixture(scope="module")
     def results(tmp_path_factory):

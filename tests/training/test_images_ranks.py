@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dpofast.training.checks.launch import find_unused_vision_weights
-from dpofast.training.fsdp import shard_layers_that_are_there
+from dpofast.training.parallel.fsdp import shard_layers_that_are_there
 from dpofast.training.sampler import PairLengths, rank_shares
 from tests.support.images_ranks_cases import (
     BF16_CASES,

@@ -18,7 +18,8 @@ from dpofast.packing.pack import pack
 from dpofast.training.checks.arguments import as_dpo_config
 from dpofast.training.config import DPOConfig
 from dpofast.training.data.tokens import no_precomputed_stream, streams_reference
-from dpofast.training.fsdp import check_sharding
+from dpofast.training.parallel.fsdp import check_sharding
+from dpofast.training.parallel.sizes import check_sizes
 from dpofast.training.sampler import PairLengths
 
 
@@ -72,7 +73,7 @@ def check_topology(args: DPOConfig) -> None:
 
     Raises:
         ValueError: a DPOConfig made for another number of processes; several GPUs in one process; accelerate's own
-            compiler; what check_sharding refuses.
+            compiler; what check_sharding and check_sizes refuse.
     """
     if args.n_gpu > 1:
         raise ValueError(f"DPOTrainer uses one GPU, and {args.n_gpu} are visible: set CUDA_VISIBLE_DEVICES")
@@ -87,6 +88,7 @@ def check_topology(args: DPOConfig) -> None:
             "batch; set torch_compile, which compiles its layers"
         )
     check_sharding(args)
+    check_sizes(args)
 
 
 def find_unused_vision_weights(model: Any, args: DPOConfig, accelerator: Any) -> None:

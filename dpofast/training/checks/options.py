@@ -49,7 +49,6 @@ MOOT = {
 OF_TRL: dict[str, tuple[tuple[Any, ...], str]] = {
     "pad_to_multiple_of": (("auto", None), "packed rows have no pads"),
     "precompute_ref_batch_size": ((None,), "the reference pass packs by max_tokens, which changes rounding only"),
-    "activation_offloading": ((False,), "activations are dropped and computed again by gradient_checkpointing"),
     "pad_token": ((None,), "packed rows have no pads; set tokenizer.pad_token for the saved tokenizer"),
 }
 

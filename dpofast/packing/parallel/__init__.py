@@ -1,0 +1,1 @@
+"""Micro-batches whose rows are divided among the ranks of a group."""

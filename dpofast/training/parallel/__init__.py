@@ -1,0 +1,1 @@
+"""Several devices: sizes of the groups that share a model, FSDP2 and DeepSpeed."""
