@@ -232,8 +232,8 @@ class DPOConfig(TrainingArguments):
         default=1,
         metadata={
             "help": "Processes that share every layer and the head of one model: its heads, columns and vocabulary are "
-            "divided among them. For models that do not fit one GPU; per_device_train_batch_size counts once for all of "
-            "them."
+            "divided among them. For models that do not fit one GPU; per_device_train_batch_size counts once for all "
+            "of them."
         },
     )
     sequence_parallel_size: int = field(
