@@ -53,6 +53,10 @@ class StepLoaders(CheckpointedTrainer):
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         return self._loader(dataset, self.args.eval_batch_size, training=False)
 
+    def get_total_train_batch_size(self, args: Any) -> int:
+        """Pairs of a step: processes that share their pairs count once."""
+        return self._train_batch_size * args.gradient_accumulation_steps * self.data_ranks.size
+
     def _loader(self, dataset: Dataset, pairs_per_rank: int, *, training: bool) -> StepLoader:
         images = self._data.images
         return step_loader(dataset, pairs_per_rank, self.data_ranks, self.args, training=training, images=images)
