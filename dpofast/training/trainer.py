@@ -50,6 +50,7 @@ from dpofast.training.memory.fit import auto_max_tokens, run_until_it_fits
 from dpofast.training.memory.out_of_memory import halved_max_tokens, token_limits
 from dpofast.training.model_card import model_card_of
 from dpofast.training.parallel.fsdp import forward_dtype, is_sharded
+from dpofast.training.parallel.offload import offloaded_activations
 from dpofast.training.parallel.sequence import sequence_group
 from dpofast.training.prepare import check_where_it_runs, kept_use_cache, prepare_models, vocabulary
 from dpofast.training.ref_model import (
@@ -306,7 +307,8 @@ class DPOTrainer(StepLoaders):
         return model, loader
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
-        with noisy_embeddings(self.model, self.args.neftune_noise_alpha):
+        noise = noisy_embeddings(self.model, self.args.neftune_noise_alpha)
+        with noise, offloaded_activations(self.model, self.args):
             return super()._inner_training_loop(*args, **kwargs)
 
     def _totals(self, examples: StepExamples) -> StepTotals:
