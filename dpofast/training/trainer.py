@@ -164,7 +164,8 @@ class DPOTrainer(StepLoaders):
         self._forward_dtype = forward_dtype(self.accelerator)
         self._reference = make_reference(self.model, ref_model, args, self._forward_dtype, wrapped=models.wrapped)
         for each in filter(None, (self.model, self._reference.model)):
-            check_where_it_runs(each, args, self.accelerator.autocast, with_images=models.with_images)
+            images = models.with_images
+            check_where_it_runs(each, args, self.accelerator.autocast, with_images=images, group=self._group)
         self._reference_identity = self._identity_of_reference(ref_model)  # before training changes the policy
         live = self.loss.needs_reference and not args.precompute_ref_log_probs
         self._settings = step_settings(
