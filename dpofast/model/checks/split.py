@@ -20,12 +20,13 @@ _PAIRS = 3  # of 13 rows each: no group of 2, 4, 8 … processes divides them
 
 
 @torch.no_grad()
-def check_split(model: Any, group: Any) -> None:
+def check_split(model: Any, group: Any, dtype: torch.dtype | None = None) -> None:
     """Check that a model computes a batch that is split over a group as it does on one process. A collective.
 
     Args:
         model: attached, where it will run; every rank of the group, and of a sharded model every rank, calls it.
         group: the process group that shares rows.
+        dtype: in which a sharded model's weights are gathered, None for that of its weights.
 
     Raises:
         ValueError: on every rank of the group, where log-probs differ by more than PARITY_TOLERANCE on one.
@@ -36,7 +37,7 @@ def check_split(model: Any, group: Any) -> None:
         split = model(packed=batch.split_over(group).to(device)).logps
     difference = (split - alone).abs().max()
     dist.all_reduce(difference, dist.ReduceOp.MAX, group=group)
-    tolerance, apart = PARITY_TOLERANCE[computed_in(model)], float(difference)
+    tolerance, apart = PARITY_TOLERANCE[dtype or computed_in(model)], float(difference)
     if not apart <= tolerance:
         raise ValueError(
             f"{type(base_causal_lm(model)).__name__}: its log-probs differ by {apart:.2g} nats, more than {tolerance}, "
