@@ -2,9 +2,15 @@
 
 import pytest
 import torch
+from datasets import Dataset
+from transformers import MixtralConfig, Qwen3NextConfig
 
+from dpofast import DPOConfig, DPOTrainer
+from dpofast.cli.main import main
+from dpofast.training.parallel.sizes import check_heads
 from tests.support.ranks_cases import two_ranks
 from tests.support.sequence_cases import ALL, FEW, SEQUENCE_MODES, run
+from tests.support.tiny import tiny_dataset
 
 few, sp2, sp2_dp2, sp4, sp2_fsdp, sp2_fsdp4 = (
     two_ranks(mode, run=run, modes=SEQUENCE_MODES, world=world)
@@ -82,3 +88,62 @@ def test_ranks_that_share_rows_and_weights_equal_one_process(sp2_fsdp, case, alo
 @pytest.mark.parametrize("case", SEQUENCE_MODES["sp2 fsdp4"][0])
 def test_weights_are_sharded_over_all_groups(sp2_fsdp4, case, alone):
     check_equal(sp2_fsdp4, case, alone)
+
+
+def config(folder, **options):
+    options = {"sequence_parallel_size": 2, "use_cpu": True, "report_to": "none", **options}
+    return DPOConfig(output_dir=str(folder), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"padded": True}, "padded: not supported with sequence_parallel_size=2: rows are divided inside packed"),
+        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha: not supported with sequence_parallel_size=2"),
+        ({"disable_dropout": False}, "disable_dropout: not supported with sequence_parallel_size=2"),
+        (
+            {"router_aux_loss_coef": 0.1},
+            "router_aux_loss_coef: not supported with sequence_parallel_size=2.*set it to 0",
+        ),
+        (
+            {"sequence_parallel_size": 3},
+            r"sequence_parallel_size: expected a divisor of the 4 processes \(1, 2, 4\), got 3",
+        ),
+        ({"tensor_parallel_size": 2}, "tensor_parallel_size, sequence_parallel_size: expected one of them above 1"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+def test_what_needs_whole_rows_is_refused_before_anything_is_loaded(tmp_path, monkeypatch, options, message):
+    monkeypatch.setattr(DPOConfig, "world_size", 4)
+    with pytest.raises(ValueError, match=message):
+        DPOTrainer("there is no such model", args=config(tmp_path, **options), train_dataset=tiny_dataset())
+
+
+def test_images_are_refused_before_anything_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(DPOConfig, "world_size", 2)
+    rows = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c", "images": ["picture.png"]}])
+    with pytest.raises(ValueError, match="train_dataset: it has images: with sequence_parallel_size above 1 images"):
+        DPOTrainer("there is no such model", args=config(tmp_path), train_dataset=rows)
+
+
+def test_a_model_whose_rows_cannot_be_divided_is_refused_by_its_config(tmp_path, monkeypatch):
+    monkeypatch.setattr(DPOConfig, "world_size", 2)
+    with pytest.raises(ValueError, match="router_aux_loss_coef: mixtral has 0.001 by default.*set it to 0"):
+        check_heads(MixtralConfig(), config(tmp_path))
+    check_heads(MixtralConfig(), config(tmp_path, router_aux_loss_coef=0.0))
+    with pytest.raises(ValueError, match="sequence_parallel_size: qwen3_next has recurrent layers"):
+        check_heads(Qwen3NextConfig(), config(tmp_path, router_aux_loss_coef=0.0))
+    with pytest.raises(
+        ValueError, match="mixtral has 6 query and 3 key/value heads, which 4 processes.*of 4 processes 1"
+    ):
+        monkeypatch.setattr(DPOConfig, "world_size", 4)
+        heads = MixtralConfig(num_attention_heads=6, num_key_value_heads=3, hidden_size=24)
+        check_heads(heads, config(tmp_path, router_aux_loss_coef=0.0, sequence_parallel_size=4))
+
+
+def test_the_command_says_how_to_start_several_processes_before_it_loads_anything(tmp_path, capsys):
+    flags = ["--model", "there/is-none", "--data", "none.jsonl", "--output_dir", str(tmp_path / "out")]
+    assert main(["train", *flags, "--sequence_parallel_size", "2"]) == 2
+    error = capsys.readouterr().err
+    assert "sequence_parallel_size: expected a divisor of the 1 processes (1), got 2" in error
+    assert "torchrun --nproc_per_node 2" in error
