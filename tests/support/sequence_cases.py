@@ -5,6 +5,8 @@ from tests.support.ranks_cases import (
     CASES,
     FSDP,
     LIST_CASES,
+    MODES,
+    PAIRS,
     RESUMED,
     dialogues,
     lists,
@@ -12,6 +14,12 @@ from tests.support.ranks_cases import (
     trainer_of,
 )
 from tests.support.tiny import tiny_dataset
+
+
+def streamed():
+    """Return tiny pairs as a stream."""
+    return tiny_dataset(PAIRS).to_iterable_dataset()
+
 
 OFFLOADED = {"gradient_checkpointing": True, "activation_offloading": True, "max_tokens": 40}
 LIVE = {"precompute_ref_log_probs": False}
@@ -46,8 +54,11 @@ MATRIX = {
     "lists": {"dataset": lists, "loss_type": "plackett_luce", "max_tokens": 30},
     "lists, weights of tokens": LIST_CASES["plackett_luce, live reference"],
     "columns": LIST_CASES["columns"],
+    "auto": {"max_tokens": "auto"},
+    "stream": {"dataset": streamed, "max_tokens": 40},
 }
 SHARDED = ("lora, aot", "rpo", "offloaded", "lora", "aot", "best model", "resumed", "lists", "tied", "live reference")
+ZERO = ("plain", "rpo", "aot")
 ALL = {**FEW, **MATRIX}
 
 SP2 = {"sequence_parallel_size": 2}
@@ -58,6 +69,7 @@ SEQUENCE_MODES = {
     "sp2 dp2": (ALL, SP2),
     "sp4": ({name: ALL[name] for name in ("plain", "offloaded, live", "lora, aot", "one pair a rank")}, SP4),
     "sp2 fsdp": ({name: ALL[name] for name in SHARDED}, {**SP2, **FSDP}),
+    **{f"sp2 {zero}": ({name: ALL[name] for name in ZERO}, {**SP2, **MODES[zero][1]}) for zero in ("zero2", "zero3")},
     "sp2 fsdp4": ({name: ALL[name] for name in ("rpo", "offloaded", "lora, aot", "one pair a rank")}, {**SP2, **FSDP}),
 }
 

@@ -8,7 +8,7 @@ from transformers import MixtralConfig, Qwen3NextConfig
 from dpofast import DPOConfig, DPOTrainer
 from dpofast.cli.main import main
 from dpofast.training.parallel.sizes import check_heads
-from tests.support.ranks_cases import two_ranks
+from tests.support.ranks_cases import on_two_ranks, two_ranks
 from tests.support.sequence_cases import ALL, FEW, SEQUENCE_MODES, run
 from tests.support.tiny import tiny_dataset
 
@@ -35,8 +35,9 @@ def alone(tmp_path_factory):
 def check_equal(results, case, alone):
     """Every rank has the same results, and they are those of one process."""
     runs, expected = [rank[case] for rank in results], alone(case)
-    for name, value in expected["weights"].items():
-        for ours in runs:
+    assert runs[0]["weights"].keys() == expected["weights"].keys()
+    for ours in filter(lambda rank: rank["weights"], runs):  # of sharded ones rank 0 alone has the whole
+        for name, value in expected["weights"].items():
             torch.testing.assert_close(ours["weights"][name], value, atol=1e-5, rtol=1e-5, msg=name)
     if "logs" not in expected:
         for ours in runs:
@@ -88,6 +89,23 @@ def test_ranks_that_share_rows_and_weights_equal_one_process(sp2_fsdp, case, alo
 @pytest.mark.parametrize("case", SEQUENCE_MODES["sp2 fsdp4"][0])
 def test_weights_are_sharded_over_all_groups(sp2_fsdp4, case, alone):
     check_equal(sp2_fsdp4, case, alone)
+
+
+@pytest.mark.deepspeed
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_equals_one_process(stage, alone, tmp_path):
+    mode = f"sp2 zero{stage}"
+    results = on_two_ranks(tmp_path, mode, run=run, modes=SEQUENCE_MODES)
+    for case in SEQUENCE_MODES[mode][0]:
+        assert results[0][case]["wrapped"] == "DeepSpeedEngine"
+        check_equal(results, case, alone)
+
+
+@pytest.mark.ranks
+def test_out_of_memory_in_a_forward_ends_the_run(tmp_path):
+    modes = {"fails": ({"fails": {"fails": {"most": 30, "rank": 1}}}, SEQUENCE_MODES["sp2"][1])}
+    with pytest.raises(torch.multiprocessing.ProcessRaisedException, match="CUDA out of memory"):
+        on_two_ranks(tmp_path, "fails", modes=modes)
 
 
 def config(folder, **options):
