@@ -29,7 +29,9 @@ from dpofast.cli.run_options import RUN_FILE, RunOptions, resume_command, with_r
 from dpofast.common.printable import printable
 from dpofast.losses.own_kinds import import_from
 from dpofast.training.checks.columns import check_column_names
+from dpofast.training.checks.launch import check_topology
 from dpofast.training.config import DPOConfig
+from dpofast.training.parallel.sizes import check_heads
 from dpofast.training.trainer import DPOTrainer
 
 # What --help shows: first what nearly every run sets, then every other option of dpofast itself.
@@ -56,7 +58,9 @@ HELP_GROUPS = {
         "max_logits_bytes",
         "flash_attention",
         "torch_compile",
+        "activation_offloading",
     ),
+    "several processes": ("tensor_parallel_size", "sequence_parallel_size"),
     "data": (
         *("split", "eval_split", "max_length", "truncation_mode", "on_bad_row", "dataset_num_proc", "preview"),
         *("list_pairs", "min_score_gap", "assistant_only_loss"),
@@ -71,8 +75,7 @@ HELP_GROUPS = {
         *("logging_steps", "token_statistics", "html_report", "bf16"),
     ),
     "names that are not needed here": (
-        *("padding_free", "pad_to_multiple_of", "pad_token", "precompute_ref_batch_size", "activation_offloading"),
-        "model_init_kwargs",
+        *("padding_free", "pad_to_multiple_of", "pad_token", "precompute_ref_batch_size", "model_init_kwargs"),
     ),
 }
 HELP_END = (
@@ -296,6 +299,9 @@ def _checked_loading(train: TrainArguments, config: DPOConfig) -> Loading:
         raise ValueError("load_in_4bit: 4-bit weights cannot be trained themselves, only an adapter on them: --lora_r")
     if train.ref_model == train.model:
         raise ValueError(f"ref_model: {named(train.model)} is the model itself, which is the reference by default")
+    check_topology(config)
+    if config.tensor_parallel_size * config.sequence_parallel_size > 1:
+        check_heads(load_config(train.model, trust_remote_code=config.trust_remote_code), config)
     return Loading(
         dtype=train.dtype,
         trust_remote_code=config.trust_remote_code,

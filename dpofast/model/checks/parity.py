@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from math import inf, isfinite
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from dpofast.model.checks.support import CannotPack, cannot_pack
 from dpofast.model.dropout import active_dropout, config_rates
 from dpofast.model.forward import packed_hidden, padded_hidden
 from dpofast.model.lm_head import KNOWN_LOGIT_ENTRIES, logit_options, logprob_head
-from dpofast.model.parts import text_token_ids, whole_backbone
+from dpofast.model.parts import base_causal_lm, text_token_ids, whole_backbone
 from dpofast.model.vision.merge import own_logprobs
 from dpofast.model.wrappers import UNCOMPILED, input_device
 from dpofast.packing.batch import PackedBatch
@@ -65,10 +66,39 @@ def check_parity(model: Any, padded: bool) -> None:
     passed.add(setting)
 
 
+@torch.no_grad()
+def check_shards(model: Any, dtype: torch.dtype | None, largest: Callable[[float], float]) -> None:
+    """Compare model(packed=...) with the model's own logits where forwards are collectives: all processes call this.
+
+    Args:
+        model: attached while it was whole, and sharded since. It is called as a whole, never a part of it.
+        dtype: in which its weights are gathered; None: their own.
+        largest: of all processes' values.
+
+    Raises:
+        ValueError: on every process, as check_parity's.
+    """
+    base, batch = base_causal_lm(model), _random_batch(base_causal_lm(model))
+    tolerance = PARITY_TOLERANCE[dtype or computed_in(base)]
+    with eval_mode(model), _uncompiled_layers(model):
+        truth = own_logprobs(model, batch)
+        for train in (False,) if active_dropout(base) else (False, True):
+            model.train(train)
+            own = float((model(packed=batch).logps - truth).abs().max())
+            difference = largest(own if isfinite(own) else inf)
+            if difference > tolerance:
+                mode = "train mode" if train else "eval mode"
+                raise ValueError(
+                    f"{type(base).__name__}: packed log-probs of the sharded model in {mode} differ by "
+                    f"{difference:.2g} nats from those of its own logits, more than {tolerance}: look for NaN and inf "
+                    "in its weights, or train without fsdp"
+                )
+
+
 def _check_batch(model: Any, batch: PackedBatch, padded: bool) -> None:
     devices = _generator_devices(batch)
     before = _generator_states(devices)
-    truth = _check_equal(model, batch, padded, lambda: model(packed=batch).logps, _computed_in(model))
+    truth = _check_equal(model, batch, padded, lambda: model(packed=batch).logps, computed_in(model))
     if _drawn(before, devices):
         raise ValueError(
             f"{type(model).__name__}: its forward draws random numbers in eval mode too, as attention by hashing "
@@ -88,7 +118,7 @@ def forget_parity(model: Any) -> None:
     forget_images(model)
 
 
-def _computed_in(model: Any) -> torch.dtype:
+def computed_in(model: Any) -> torch.dtype:
     """The dtype that the model's attention and products have: autocast's on a GPU, or its weights'.
 
     On a CPU autocast changes neither the attention nor the kernels.
@@ -99,7 +129,7 @@ def _computed_in(model: Any) -> torch.dtype:
 
 def _setting(model: Any) -> tuple[Any, ...]:
     attention = getattr(model.config.get_text_config(), "_attn_implementation", None)
-    return str(input_device(model)), model.dtype, _computed_in(model), attention
+    return str(input_device(model)), model.dtype, computed_in(model), attention
 
 
 @contextmanager
@@ -119,7 +149,11 @@ def _uncompiled_layers(model: Any) -> Iterator[None]:
 
 
 def _random_batch(model: Any, pairs: int = 1) -> PackedBatch:
-    """Pairs of random ids of text, on the device that the model takes them on."""
+    return random_batch(model, pairs).to(input_device(model))
+
+
+def random_batch(model: Any, pairs: int) -> PackedBatch:
+    """So many pairs of random ids of text, 13 rows each, on the CPU."""
     generator = torch.Generator().manual_seed(0)
     text = text_token_ids(model)
     examples = []
@@ -129,7 +163,8 @@ def _random_batch(model: Any, pairs: int = 1) -> PackedBatch:
         draws[2][0] = (draws[1][0] + 1) % len(text)
         columns = ("prompt_ids", "chosen_ids", "rejected_ids")
         examples.append({column: text[draw].numpy() for column, draw in zip(columns, draws, strict=True)})
-    return _packed(model, examples)
+    (batch,) = pack(examples)
+    return batch
 
 
 def _packed(model: Any, examples: list[dict[str, Any]]) -> PackedBatch:
@@ -223,7 +258,7 @@ def _check_train_mode(model: Any, batch: PackedBatch, padded: bool, truth: Tenso
     truth (N,) are the batch's log-probs in eval mode. Where the forward draws random numbers, more ids are tried,
     several times: a router that samples does so for few tokens.
     """
-    tolerance = PARITY_TOLERANCE[torch.float32 if in_float32 else _computed_in(model)]
+    tolerance = PARITY_TOLERANCE[torch.float32 if in_float32 else computed_in(model)]
     devices = _generator_devices(batch)
 
     def logps(batch: PackedBatch, *, train: bool) -> Tensor:
