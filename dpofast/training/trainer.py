@@ -45,7 +45,7 @@ from dpofast.training.data.micro_batches import StepPacker
 from dpofast.training.data.tokens import PreferenceData, each_eval_dataset
 from dpofast.training.evaluate import evaluate_pairs
 from dpofast.training.loaders import StepLoaders
-from dpofast.training.log_window import LogWindow, step_flops
+from dpofast.training.log_window import LogWindow, merged_windows, step_flops
 from dpofast.training.memory.fit import auto_max_tokens, run_until_it_fits
 from dpofast.training.memory.out_of_memory import halved_max_tokens, token_limits
 from dpofast.training.model_card import model_card_of
@@ -265,6 +265,10 @@ class DPOTrainer(StepLoaders):
     def load_progress_state(self, state: dict[str, Any]) -> None:
         """Restore the state returned by progress_state()."""
         self._window.load_state_dict(state)
+
+    def merged_progress(self, states: list[dict[str, Any]], first: bool) -> dict[str, Any]:
+        """One state of all ranks', for another number of ranks."""
+        return merged_windows(states, first)
 
     def save_more(self, folder: str) -> None:
         """Write the reference's weights where sync_ref_model changes them."""
