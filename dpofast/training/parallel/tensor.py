@@ -121,6 +121,15 @@ def adopt_size(model: Any, args: DPOConfig, name: str) -> None:
     check_tensor_parallel(args)
 
 
+def second_reference(model: str, args: DPOConfig) -> str | None:
+    """The policy's name, where the reference in the step is to be loaded by it once more: FSDP2's shards have no copy.
+
+    Of a policy without an adapter; None where a copy, or log-probs before training, are the reference.
+    """
+    live = args.preference_loss().needs_reference and not args.precompute_ref_log_probs
+    return model if live and 1 < args.tensor_parallel_size < args.world_size else None
+
+
 def synchronize_replicas(model: nn.Module, accelerator: Any) -> None:
     """Keep trainable weights that FSDP2 does not manage, those of adapters, equal in all groups. A collective.
 
