@@ -257,7 +257,8 @@ class DPOTrainer(StepLoaders):
             self.args,
             forward=forward,
             dtype=self._forward_dtype,
-            ranks=self.data_ranks,
+            # processes of a model that is divided run the same forwards, so they score the same rows
+            ranks=self.data_ranks if self.args.tensor_parallel_size == 1 else Ranks.alone(),
         )
 
     # ---- resuming ---------------------------------------------------------------------------------------------------
