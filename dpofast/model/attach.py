@@ -39,6 +39,7 @@ from dpofast.model.lm_head import logit_options, logprob_head, restore_head
 from dpofast.model.moe import RoutingCounts
 from dpofast.model.parallel.logprobs import of_all_targets
 from dpofast.model.parallel.refusals import check_split_call
+from dpofast.model.parallel.tensor import split_again
 from dpofast.model.parts import backbone_of, base_causal_lm, is_composite, media_token_ids
 from dpofast.model.recurrent.follow import follow_again, follow_segments, stop_following_segments
 from dpofast.model.rope import follow_lengths, stop_following
@@ -118,6 +119,7 @@ def _attach(model: Any, padded: bool) -> None:
     if not padded:
         check_packed(base)
     _take_off_autocast(model, base, stacklevel=4)
+    split_again(base)
     plain_class: Any = type(base)
     exchange_class(base, packed_class(plain_class, padded))
     with _detached_where_refused(model):
@@ -220,6 +222,7 @@ class PackedForward:
     def __setstate__(self, state: Any) -> None:
         """Another process may not have attached a model yet, and its attention is registered by name."""
         super().__setstate__(state)  # type: ignore[misc]
+        split_again(self)  # type: ignore[arg-type]
         if not self._padded_rows:
             register_again(backbone_of(self))
             follow_again(self)

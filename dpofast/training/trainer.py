@@ -45,13 +45,14 @@ from dpofast.training.data.micro_batches import StepPacker
 from dpofast.training.data.tokens import PreferenceData, each_eval_dataset
 from dpofast.training.evaluate import evaluate_pairs
 from dpofast.training.loaders import StepLoaders
-from dpofast.training.log_window import LogWindow, step_flops
+from dpofast.training.log_window import LogWindow, merged_windows, step_flops
 from dpofast.training.memory.fit import auto_max_tokens, run_until_it_fits
 from dpofast.training.memory.out_of_memory import halved_max_tokens, token_limits
 from dpofast.training.model_card import model_card_of
 from dpofast.training.parallel.fsdp import forward_dtype, is_sharded
 from dpofast.training.parallel.offload import offloaded_activations
 from dpofast.training.parallel.sequence import sequence_group
+from dpofast.training.parallel.tensor import synchronize_replicas
 from dpofast.training.prepare import check_where_it_runs, kept_use_cache, prepare_models, vocabulary
 from dpofast.training.ref_model import (
     MOVING_OPTIONS,
@@ -261,7 +262,8 @@ class DPOTrainer(StepLoaders):
             self.args,
             forward=forward,
             dtype=self._forward_dtype,
-            ranks=self.data_ranks,
+            # processes of a model that is divided run the same forwards, so they score the same rows
+            ranks=self.data_ranks if self.args.tensor_parallel_size == 1 else Ranks.alone(),
         )
 
     # ---- resuming ---------------------------------------------------------------------------------------------------
@@ -282,6 +284,10 @@ class DPOTrainer(StepLoaders):
     def load_progress_state(self, state: dict[str, Any]) -> None:
         """Restore the state returned by progress_state()."""
         self._window.load_state_dict(state)
+
+    def merged_progress(self, states: list[dict[str, Any]], first: bool) -> dict[str, Any]:
+        """One state of all ranks', for another number of ranks."""
+        return merged_windows(states, first)
 
     def save_more(self, folder: str) -> None:
         """Write the reference's weights where sync_ref_model changes them."""
@@ -310,6 +316,9 @@ class DPOTrainer(StepLoaders):
             # A language model's never change; and a forward that ran out of memory would be one exchange ahead.
             model.broadcast_buffers = False
         return model, loader
+
+    def _sync_replicated_trainable_parameters(self, model: nn.Module) -> None:
+        synchronize_replicas(model, self.accelerator)
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         noise = noisy_embeddings(self.model, self.args.neftune_noise_alpha)

@@ -10,6 +10,7 @@ from typing import Any
 
 from dpofast.training.config import DPOConfig
 from dpofast.training.parallel.sequence import check_divided_model, check_divided_rows
+from dpofast.training.parallel.tensor import check_tensor_parallel
 
 
 def check_sizes(args: DPOConfig) -> None:
@@ -32,6 +33,8 @@ def check_sizes(args: DPOConfig) -> None:
             f"tensor_parallel_size, sequence_parallel_size: expected one of them above 1, got {sizes}: divide rows "
             "for long sequences (sequence_parallel_size, with fsdp for large models), layers for large models"
         )
+    if args.tensor_parallel_size > 1:
+        check_tensor_parallel(args)
     check_divided_rows(args)
 
 
