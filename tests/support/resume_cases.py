@@ -19,7 +19,7 @@ CASES = {
     "tied": {"family": "llama-tied"},
     "lora": {"lora": True},
 }
-COUNTED = ("loss", "rewards/margins", "rewards/accuracies", "logps/chosen", "lengths/rejected", "num_tokens", "step")
+COUNTED = ("loss", "rewards/margins", "rewards/accuracies", "logps/chosen", "lengths/rejected", "step")
 
 
 def run(folder, ranks, *, source=None, **options):
