@@ -8,7 +8,7 @@ import socket
 import torch
 
 # Imported once, by the server that the ranks are forked from, instead of in every rank: 6 s of a core each.
-PRELOADED = ["tests.support.ranks_cases", "tests.support.distributed_cases", "tests.support.trl_cases"]
+PRELOADED = [f"tests.support.{name}" for name in ("ranks_cases", "distributed_cases", "trl_cases", "resume_cases")]
 
 
 def rank_context():
