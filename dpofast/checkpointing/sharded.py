@@ -19,9 +19,10 @@ before and after.
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -81,10 +82,8 @@ def save_sharded(model: nn.Module, optimizer: Any, folder: str | Path) -> None:
                     tensors[f"{_OPTIMIZER}{key}/{name}"] = state
                 else:
                     values.setdefault(name, {})[key] = state
-    try:
+    with _told_plainly():
         save(tensors, storage_writer=FileSystemWriter(Path(folder, SHARDS)))
-    except CheckpointException as error:  # no Exception, so nobody would catch it
-        raise _first_failure(error) from error
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
         torch.save({"groups": groups, "values": values}, Path(folder, GROUPS))
 
@@ -161,12 +160,8 @@ def read_tensors(tensors: dict[str, Tensor], folder: str | Path) -> None:
     """Read tensors in place, by the names of the module's docstring, or those shards of them that this rank has."""
     if not tensors:
         return
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # it is not needed
-            load(dict(tensors), storage_reader=_Reader(Path(folder, SHARDS)), no_dist=True)
-    except CheckpointException as error:
-        raise _first_failure(error) from error
+    with _told_plainly():
+        load(dict(tensors), storage_reader=_Reader(Path(folder, SHARDS)), no_dist=True)
 
 
 def own_shard_files(folder: Path, rank: int) -> list[Path]:
@@ -227,14 +222,19 @@ class _Unpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"{module}.{name} does not describe a tensor")
 
 
-def _first_failure(error: CheckpointException) -> Exception:
-    """The first rank's error, as an OSError where it is one of writing or reading files."""
-    causes: Iterable[tuple[int, Any]] = sorted(error.failures.items())
-    rank, (cause, _) = next(iter(causes))
+@contextlib.contextmanager
+def _told_plainly() -> Iterator[None]:
+    """Inside, the first rank's error is raised, as an OSError where it is one of files: torch's is no Exception."""
     try:
-        with as_os_errors():
-            raise cause
-    except OSError as found:
-        return OSError(f"rank {rank}: {found}")
-    except Exception as found:
-        return RuntimeError(f"rank {rank}: {type(found).__name__}: {found}")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # one process needs none
+            yield
+    except CheckpointException as error:
+        rank, (cause, _) = min(error.failures.items())
+        try:
+            with as_os_errors():
+                raise cause
+        except OSError as found:
+            raise OSError(f"rank {rank}: {found}") from error
+        except Exception as found:
+            raise RuntimeError(f"rank {rank}: {type(found).__name__}: {found}") from error

@@ -1,4 +1,4 @@
-"""The command line: dpofast train | eval | score | tune | demo | info.
+"""The command line: dpofast train | eval | score | export | tune | demo | info.
 
 An error in the user's input (a file, a row, a model, an option) gives one message on stderr and exit code 2, before
 anything is written.
@@ -23,6 +23,7 @@ commands:
   train   train a model on preference pairs                       dpofast train --help
   eval    accuracy and margins of a checkpoint's implicit reward  dpofast eval --help
   score   add log-probs and implicit rewards to a file            dpofast score --help
+  export  make a model folder of a sharded checkpoint             dpofast export --help
   tune    time the LM head on this GPU, for backend="auto"        dpofast tune --help
   demo    a small model, from scratch to DPO, minutes             dpofast demo --help
   info    what is installed and which path is used
@@ -35,6 +36,7 @@ _COMMANDS = {
     "train": "dpofast.cli.train",
     "eval": "dpofast.cli.evaluate",
     "score": "dpofast.cli.score",
+    "export": "dpofast.cli.export",
     "tune": "dpofast.cli.tune",
     "demo": "dpofast.demo.run",
     "info": "dpofast.cli.info",

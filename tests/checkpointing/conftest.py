@@ -21,3 +21,19 @@ def trained(tmp_path_factory):
 def run(trained, tmp_path):
     """A copy of that run's folder, to be damaged."""
     return shutil.copytree(trained[0], tmp_path / "run")
+
+
+@pytest.fixture(scope="session")
+def written(tmp_path_factory):
+    """By mode: the folder of runs on two ranks, written once, and what each rank ended with."""
+    from tests.support.resume_cases import CASES, MODES, on_ranks
+
+    done = {}
+
+    def write(mode):
+        if mode not in done:
+            folder = tmp_path_factory.mktemp(mode)
+            done[mode] = folder, on_ranks(folder, 2, CASES, MODES[mode])
+        return done[mode]
+
+    return write

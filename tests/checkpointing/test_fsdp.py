@@ -33,10 +33,16 @@ def test_fsdp_of_the_launcher_is_seen(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"fsdp_config: expected version 2 \(FSDP2\), got 1"):
         check_sharding(launched)
     monkeypatch.setenv("FSDP_VERSION", "2")
-    with pytest.raises(ValueError, match="state_dict_type: expected FULL_STATE_DICT, got SHARDED_STATE_DICT"):
-        check_sharding(launched)
+    check_sharding(launched)
+    only_model = gpus(fsdp=None, save_only_model=True)
+    with pytest.raises(ValueError, match="save_only_model: expected no SHARDED_STATE_DICT beside it: a checkpoint wit"):
+        check_sharding(only_model)  # accelerate's default
     monkeypatch.setenv("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT")
     check_sharding(launched)
+    check_sharding(only_model)
+    monkeypatch.setenv("FSDP_STATE_DICT_TYPE", "LOCAL_STATE_DICT")
+    with pytest.raises(ValueError, match="expected FULL_STATE_DICT or SHARDED_STATE_DICT, got LOCAL_STATE_DICT"):
+        check_sharding(launched)
 
 
 def test_what_fsdp2_is_taken(tmp_path):
@@ -45,8 +51,10 @@ def test_what_fsdp2_is_taken(tmp_path):
     check_sharding(gpus(fsdp_config={"version": 2, "state_dict_type": "FULL_STATE_DICT"}))
     with pytest.raises(ValueError, match='got 1: set {"version": 2}'):
         check_sharding(gpus(fsdp_config={"version": 1}))
-    with pytest.raises(ValueError, match="state_dict_type: expected FULL_STATE_DICT, got SHARDED_STATE_DICT"):
-        check_sharding(gpus(fsdp_config={"state_dict_type": "SHARDED_STATE_DICT"}))
+    sharded = {"state_dict_type": "SHARDED_STATE_DICT"}
+    check_sharding(gpus(fsdp_config=sharded))
+    with pytest.raises(ValueError, match="save_on_each_node: expected no SHARDED_STATE_DICT beside it: the shards of"):
+        check_sharding(gpus(fsdp_config=sharded, save_on_each_node=True))
 
 
 def test_parameters_change_their_dtype_and_buffers_do_not():

@@ -7,6 +7,7 @@ import torch
 from datasets import Dataset
 
 from dpofast.checkpointing.folder import read_manifest
+from dpofast.checkpointing.identity import check_same_run
 from tests.support import tiny_training
 from tests.support.tiny import tiny_dataset, tiny_model, tiny_pairs, tiny_tokenizer
 from tests.support.tiny_training import SAVING, make_trainer, weights_of
@@ -123,8 +124,24 @@ def test_a_longer_run_is_said(run):
     assert trainer.state.global_step == 9
 
 
-def test_another_number_of_processes_is_refused(run, monkeypatch):
+def test_other_pairs_per_step_are_refused_with_what_keeps_them(run):
+    message = (
+        "examples per step was 4, is 8. For 4 examples a step on 1 ranks set per_device_train_batch_size and "
+        "gradient_accumulation_steps to 4 and 1 or 2 and 2 or 1 and 4"
+    )
+    with pytest.raises(ValueError, match=message):
+        make_trainer(run, **{**SAVING, "gradient_accumulation_steps": 2}).train(resume_from_checkpoint="latest")
+    identity = {"examples per step": 4}
+    with pytest.raises(
+        ValueError, match="Steps of 4 examples cannot be divided evenly among 3 ranks: start one of 1, 2"
+    ):
+        check_same_run(identity, {"examples per step": 3}, run, 3)
+
+
+def test_another_number_of_processes_under_deepspeed_is_refused(run, monkeypatch):
     manifest = read_manifest(run / "checkpoint-6")
     monkeypatch.setattr("dpofast.checkpointing.trainer.read_manifest", lambda _: {**manifest, "world_size": 2})
-    with pytest.raises(ValueError, match="was written by 2 processes.*and these are 1: start as many as then"):
-        make_trainer(run, **SAVING).train(resume_from_checkpoint="latest")
+    trainer = make_trainer(run, **SAVING)
+    trainer.is_deepspeed_enabled = True
+    with pytest.raises(ValueError, match="was written by 2 processes under DeepSpeed.*and these are 1: start as many"):
+        trainer._prepare(str(run / "checkpoint-6"))

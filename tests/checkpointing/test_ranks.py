@@ -34,13 +34,15 @@ class Model(nn.Module):
         return {"loss": (self.layers(x).squeeze(-1) - labels).square().mean()}
 
 
-def make(out):
+def make(out, **options):
     torch.manual_seed(1)
     data = [{"x": torch.randn(3), "labels": torch.randn(())} for _ in range(24)]
-    args = TrainingArguments(
-        str(out), per_device_train_batch_size=2, num_train_epochs=2, logging_steps=3, save_steps=2, report_to="none",
-        disable_tqdm=True, use_cpu=True, ddp_backend="gloo" if "WORLD_SIZE" in os.environ else None, learning_rate=0.1,
-    )  # fmt: skip
+    given = {
+        **{"per_device_train_batch_size": 2, "num_train_epochs": 2, "logging_steps": 3, "save_steps": 2},
+        **{"report_to": "none", "disable_tqdm": True, "use_cpu": True, "learning_rate": 0.1},
+        **{"ddp_backend": "gloo" if "WORLD_SIZE" in os.environ else None},
+    }
+    args = TrainingArguments(str(out), **{**given, **options})
     return CheckpointedTrainer(Model(), args, train_dataset=data)
 
 
@@ -167,7 +169,11 @@ def test_on_every_rank(ranks, name):
         assert not failure, f"rank {rank}:\n{failure}"
 
 
-def test_one_process_does_not_resume_what_two_wrote(ranks):
-    trainer = make(ranks[1] / "resumed_to_the_last_bit")
-    with pytest.raises(ValueError, match="was written by 2 processes.*and these are 1: start as many as then"):
-        trainer.train(resume_from_checkpoint="latest")
+def test_one_process_resumes_what_two_wrote(ranks):
+    folder = ranks[1] / "resumed_to_the_last_bit"
+    with pytest.raises(ValueError, match="examples per step was 4, is 2. For 4 examples a step on 1 ranks set per_dev"):
+        make(folder).train(resume_from_checkpoint="latest")
+    trainer = make(folder, per_device_train_batch_size=4)
+    with pytest.warns(UserWarning, match="written by 2 processes, on 1: .* random states .of dropout. begin anew"):
+        trainer.train(resume_from_checkpoint=str(folder / "checkpoint-4"))
+    assert trainer.state.global_step == 12 and len(end(trainer)[0]) == 4

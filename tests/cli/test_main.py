@@ -293,7 +293,7 @@ def test_unknown_options_and_commands(run, capsys):
     code, _, err, _ = run(ROWS, "--betta", "1")
     assert code == 2 and "--betta" in err and "--help" in err and "usage" not in err
     assert main(["tarin"]) == 2
-    assert "expected a command among train, eval, score, tune, demo, info" in capsys.readouterr().err
+    assert "expected a command among train, eval, score, export, tune, demo, info" in capsys.readouterr().err
     assert main([]) == 2 and main(["--help"]) == 0
     with pytest.raises(SystemExit) as stop:
         main(["train", "--help"])

@@ -12,6 +12,7 @@ PRELOADED = [
     "tests.support.command_cases",
     "tests.support.distributed_cases",
     "tests.support.ranks_cases",
+    "tests.support.resume_cases",
     "tests.support.sequence_cases",
     "tests.support.sequence_parallel_cases",
     "tests.support.sharded_cases",
