@@ -1,5 +1,6 @@
 """Predict a step of dpofast for every way of dividing a model over many GPUs, and choose the fastest that fits."""
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -15,7 +16,7 @@ from bench.roofline.step import (
     Setting,
     predict_batches,
 )
-from bench.roofline.work import packed
+from bench.roofline.work import MicroBatch, Pairs, packed
 
 TENSOR = (1, 2, 4, 8)
 SEQUENCE = (1, 2, 4, 8, 16, 32, 64)
@@ -72,13 +73,23 @@ class Divided:
         return self.division.name + (", offloaded" if self.offloaded else ", recomputed" * self.setting.checkpointing)
 
 
+@functools.cache
+def _packed(pairs: Pairs, max_tokens: int, groups: int) -> list[MicroBatch]:
+    """work.packed(), which every division into as many groups asks for."""
+    return packed(pairs, max_tokens, groups)
+
+
 def divisions(setting: Setting) -> Iterator[Division]:
     """Those that the model's heads, the pairs and the GPUs allow; tensor and sequence parallelism exclude each other."""
     devices = setting.devices
     for tensor, sequence in [(k, 1) for k in TENSOR] + [(1, k) for k in SEQUENCE[1:]]:
         for sharded in (False, True):
             division = Division(devices=devices, tensor=tensor, sequence=sequence, sharded=sharded)
-            if devices % division.sharing or len(setting.pairs) < division.groups or not division.fits_heads(setting.model):
+            if (
+                devices % division.sharing
+                or len(setting.pairs) < division.groups
+                or not division.fits_heads(setting.model)
+            ):
                 continue
             if sharded and division.shards == 1:
                 continue
@@ -106,7 +117,7 @@ def predict(setting: Setting, division: Division, *, offloaded: bool = False) ->
     model, device, lora = setting.model, setting.device, setting.lora
     name = "bfloat16" if lora or division.shards > 1 else "autocast"
     precision = PRECISIONS[name]
-    groups = packed(setting.pairs, setting.max_tokens, division.groups)
+    groups = _packed(setting.pairs, setting.max_tokens, division.groups)
     batches = [tuple(division.row_part(call) for call in batch) for batch in groups]
     part = replace(setting, model=division.layer_part(model), devices=1, sharded=False, precision=name)
     alone = predict_batches(part, DPOFAST, batches)
@@ -178,13 +189,11 @@ def each_division(setting: Setting) -> list[Divided]:
             for repeated, offloaded in ways
         ]
         fitting = [each for each in tried if each.fits]
-        found.append(
-            min(fitting, key=lambda each: each.seconds) if fitting else min(tried, key=lambda each: each.peak)
-        )
+        found.append(min(fitting, key=lambda each: each.seconds) if fitting else min(tried, key=lambda each: each.peak))
     return sorted(found, key=lambda each: (not each.fits, each.seconds if each.fits else each.peak))
 
 
 def _differing(setting: Setting, division: Division, sizes: list[int]) -> list[int]:
     """Those sizes of micro-batches that give another number of them: none is smaller than a pair."""
-    counts = {len(packed(setting.pairs, size, division.groups)): size for size in reversed(sizes)}
+    counts = {len(_packed(setting.pairs, size, division.groups)): size for size in reversed(sizes)}
     return sorted(counts.values(), reverse=True)

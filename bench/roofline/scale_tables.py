@@ -29,9 +29,7 @@ def pairs_of(row: int) -> Pairs:
 
 def case(name: str, row: int, gpus: int, lora: int, device: Device) -> Setting:
     """A cell of the tables."""
-    return Setting(
-        model=MODELS[name][1], pairs=pairs_of(row), device=device, devices=gpus, lora=lora, epochs=EPOCHS
-    )
+    return Setting(model=MODELS[name][1], pairs=pairs_of(row), device=device, devices=gpus, lora=lora, epochs=EPOCHS)
 
 
 def _cell(found: Sequence[Divided]) -> str:
@@ -48,9 +46,7 @@ def _seconds(seconds: float) -> str:
 
 
 def _best(name: str, lora: int, device: Device) -> list[tuple[str, ...]]:
-    return [
-        (str(gpus), *(_cell(each_division(case(name, row, gpus, lora, device))) for row in ROWS)) for gpus in GPUS
-    ]
+    return [(str(gpus), *(_cell(each_division(case(name, row, gpus, lora, device))) for row in ROWS)) for gpus in GPUS]
 
 
 HEADER = ("GPUs", *(f"{STEP // row} pairs of {row // 1024}K" for row in ROWS))
