@@ -56,7 +56,9 @@ HELP_GROUPS = {
         "max_logits_bytes",
         "flash_attention",
         "torch_compile",
+        "activation_offloading",
     ),
+    "several processes": ("tensor_parallel_size", "sequence_parallel_size"),
     "data": (
         *("split", "eval_split", "max_length", "truncation_mode", "on_bad_row", "dataset_num_proc", "preview"),
         *("list_pairs", "min_score_gap", "assistant_only_loss"),
@@ -71,8 +73,7 @@ HELP_GROUPS = {
         *("logging_steps", "token_statistics", "html_report", "bf16"),
     ),
     "names that are not needed here": (
-        *("padding_free", "pad_to_multiple_of", "pad_token", "precompute_ref_batch_size", "activation_offloading"),
-        "model_init_kwargs",
+        *("padding_free", "pad_to_multiple_of", "pad_token", "precompute_ref_batch_size", "model_init_kwargs"),
     ),
 }
 HELP_END = (

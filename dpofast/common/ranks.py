@@ -67,6 +67,14 @@ class Ranks:
         dist.all_gather_object(values, value, group=self._group)
         return values
 
+    def all_gather_processes(self, value: Any) -> list[Any]:
+        """The values of every process, also of those that share their data, in order."""
+        if self.processes == 1:
+            return [value]
+        values: list[Any] = [None] * self.processes
+        dist.all_gather_object(values, value, group=self._everyone)
+        return values
+
     def barrier(self) -> None:
         """Wait until all processes have called it."""
         if self.processes > 1:

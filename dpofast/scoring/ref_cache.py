@@ -102,8 +102,9 @@ def add_reference_columns(
         ld_alpha: weights the sums as LD-DPO does; the columns are then of this ld_alpha alone.
         description: label of a progress bar, which starts at the rows that were found; None shows none.
         ranks: each process computes its share of the windows and reads those of the others. A process computes windows
-            that it cannot find (machines without a common folder) itself, so the model's forward must be no collective:
-            whole in each process, not sharded yet.
+            that it cannot find (machines without a common folder) itself, so the model's forward must be no collective
+            (whole in each process, not sharded yet) but of the processes that are one rank, forward.group: these agree
+            on what they compute.
         window: rows computed and stored together.
 
     Raises:
@@ -120,14 +121,15 @@ def add_reference_columns(
     counts = np.diff(fingerprints.bounds)
     columns = _Columns(ordered, torch.zeros(len(dataset), int(counts.max(initial=2))), store, ld_alpha)
     parts = chunk_bounds(len(dataset), window)
-    missing = set(columns.read(parts))
+    missing = _agreed(columns.read(parts), ranks, forward)
     # Shares are of all windows, not of the missing ones: a rank that comes later may find fewer of them missing.
     mine = parts[ranks.rank :: ranks.size]
     columns.compute([part for part in mine if part in missing], model, forward, description)
     if ranks.size > 1:
         ranks.barrier()
         others = sorted(missing.difference(mine))
-        columns.compute(columns.read(others), model, forward, description)
+        lacking = _agreed(columns.read(others), ranks, forward)
+        columns.compute([part for part in others if part in lacking], model, forward, description)
     sums = torch.empty_like(columns.sums)
     sums[torch.from_numpy(order)] = columns.sums
     member = torch.arange(sums.shape[1]) < torch.from_numpy(counts)[:, None]
@@ -141,6 +143,13 @@ def add_reference_columns(
     for name, column in zip(names, of_responses.reshape(-1, 2).T, strict=True):
         dataset = dataset.add_column(name, column)
     return dataset
+
+
+def _agreed(missing: list[tuple[int, int]], ranks: Ranks, forward: Forward) -> set[tuple[int, int]]:
+    """The windows to compute: where processes compute each together, what any of them lacks. A collective then."""
+    if forward.group is None:
+        return set(missing)
+    return {part for theirs in ranks.all_gather_processes(missing) for part in theirs}
 
 
 def _check_best_first(dataset: Dataset) -> None:

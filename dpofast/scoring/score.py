@@ -45,6 +45,8 @@ class Forward:
         device: where the model is.
         autocast: returns the context manager that the model runs in.
         images: makes the pixels of rows with images; None: rows have none, or bring media.
+        group: the process group that computes each micro-batch together (sequence parallelism): all its ranks must
+            run the same examples. None: this process alone.
     """
 
     max_tokens: int | None
@@ -53,6 +55,7 @@ class Forward:
     device: torch.device
     autocast: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
     images: PromptImages | None = None
+    group: Any = None
 
 
 class Run(NamedTuple):
@@ -118,11 +121,14 @@ def _micro_batches(examples: Any, forward: Forward) -> Generator[tuple[PackedBat
             batches = pack(group.examples, forward.max_tokens, share=forward.share)
         except ValueError as error:
             raise group.renamed(error) from error
-        return [(batch, group.rows[batch.pair_examples]) for batch in batches]
+        return [(split(batch), group.rows[batch.pair_examples]) for batch in batches]
+
+    def split(batch: PackedBatch) -> PackedBatch:
+        return batch if forward.group is None else batch.split_over(forward.group)
 
     if not needs_pixels(examples):
         for batch in pack(examples, forward.max_tokens, share=forward.share):
-            yield batch, batch.pair_examples
+            yield split(batch), batch.pair_examples
         return
     if forward.images is None:
         raise ValueError(

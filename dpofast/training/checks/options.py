@@ -80,3 +80,8 @@ def check_options(args: Any) -> None:
             raise ValueError(f"{name}: expected {nothing[0]}, got {getattr(args, name)!r}: {reason}")
     if args.padding_free and args.padded:
         raise ValueError("padding_free: packed rows have no pads; leave out either padding_free or padded")
+    if args.activation_offloading and not args.gradient_checkpointing:
+        raise ValueError(
+            "activation_offloading: expected gradient_checkpointing beside it, which keeps little of each layer; all "
+            "that a layer computes would be copied to the CPU: set both, or neither"
+        )

@@ -18,6 +18,11 @@ from torch import nn
 
 from dpofast.checkpointing.fsdp import first_shard
 
+_NOT_SHARDED = {
+    "save_only_model": "a checkpoint without an optimizer is a model's folder, and shards are none",
+    "save_on_each_node": "the shards of all ranks belong into one folder",
+}
+
 
 def is_sharded(accelerator: Any) -> bool:
     """Whether accelerate trains with FSDP or DeepSpeed, so that every forward of the model is a collective."""
@@ -46,7 +51,8 @@ def check_sharding(args: Any) -> None:
     """Check the FSDP options of a TrainingArguments and the device.
 
     Raises:
-        ValueError: FSDP on the CPU, where accelerate would train with DDP and not say so; FSDP1; sharded checkpoints.
+        ValueError: FSDP on the CPU, where accelerate would train with DDP and not say so; FSDP1; another kind of
+            checkpoint than whole or sharded; an option that sharded ones do not allow.
     """
     launched = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"  # accelerate launch --use_fsdp
     if not (args.fsdp or launched):
@@ -60,12 +66,18 @@ def check_sharding(args: Any) -> None:
     version = int(config.get("version", 2) if args.fsdp else os.environ.get("FSDP_VERSION", 1))
     if version != 2:
         raise ValueError(f'fsdp_config: expected version 2 (FSDP2), got {version}: set {{"version": 2}}')
-    kind = config.get("state_dict_type") if args.fsdp else os.environ.get("FSDP_STATE_DICT_TYPE", "SHARDED_STATE_DICT")
-    if kind not in (None, "FULL_STATE_DICT"):
-        raise ValueError(
-            f"fsdp_config: state_dict_type: expected FULL_STATE_DICT, got {kind}, which leaves pickled shards and no "
-            "model: weights are written whole, as safetensors"
-        )
+    default = "FULL_STATE_DICT" if args.fsdp else os.environ.get("FSDP_STATE_DICT_TYPE", "SHARDED_STATE_DICT")
+    kind = config.get("state_dict_type", default) if args.fsdp else default
+    if kind not in ("FULL_STATE_DICT", "SHARDED_STATE_DICT"):
+        raise ValueError(f"fsdp_config: state_dict_type: expected FULL_STATE_DICT or SHARDED_STATE_DICT, got {kind}")
+    if kind == "FULL_STATE_DICT":
+        return
+    for name, reason in _NOT_SHARDED.items():
+        if getattr(args, name, False):
+            raise ValueError(
+                f"{name}: expected no SHARDED_STATE_DICT beside it: {reason}; leave {name} out, or set "
+                '{"state_dict_type": "FULL_STATE_DICT"} in fsdp_config (FSDP_STATE_DICT_TYPE of accelerate launch)'
+            )
 
 
 def check_whole(model: nn.Module, name: str) -> None:

@@ -31,11 +31,6 @@ def check_sizes(args: DPOConfig) -> None:
             f"tensor_parallel_size, sequence_parallel_size: expected one of them above 1, got {sizes}: divide rows "
             "for long sequences (sequence_parallel_size, with fsdp for large models), layers for large models"
         )
-    if args.activation_offloading and not args.gradient_checkpointing:
-        raise ValueError(
-            "activation_offloading: expected gradient_checkpointing beside it, which saves little of each layer; all "
-            "that a layer computes would be copied to the CPU: set both, or neither"
-        )
     if args.sequence_parallel_size == 1:
         return
     size = args.sequence_parallel_size
