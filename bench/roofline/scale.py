@@ -80,7 +80,7 @@ def _packed(pairs: Pairs, max_tokens: int, groups: int) -> list[MicroBatch]:
 
 
 def divisions(setting: Setting) -> Iterator[Division]:
-    """Those that the model's heads, the pairs and the GPUs allow; tensor and sequence parallelism exclude each other."""
+    """Those that heads, pairs and GPUs allow; tensor and sequence parallelism exclude each other."""
     devices = setting.devices
     for tensor, sequence in [(k, 1) for k in TENSOR] + [(1, k) for k in SEQUENCE[1:]]:
         for sharded in (False, True):

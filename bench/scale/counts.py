@@ -72,6 +72,17 @@ class Saved(torch.autograd.graph.saved_tensors_hooks):
         self._shares: set[int] = set()
         self.peak = self.gathered = 0
 
+    def __enter__(self) -> "Saved":
+        """Begin to count."""
+        self._hook = nn.modules.module.register_module_forward_pre_hook(lambda *_: self._weights() and None)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """Stop."""
+        super().__exit__(*error)
+        self._hook.remove()
+
     def resident(self) -> int:
         """Bytes of the weights between steps, which stay while others are gathered."""
         shares = storages(self._model.parameters())

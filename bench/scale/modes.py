@@ -82,20 +82,33 @@ class Mode:
 
 _FSDP = {"fsdp": True, "fsdp_config": {"version": 2}}
 _RECOMPUTED = {"gradient_checkpointing": True}
+_OFFLOADED = {**_RECOMPUTED, "activation_offloading": True}
+
+
+def _rows(ranks: int) -> dict[str, Any]:
+    return {"sequence_parallel_size": ranks}
+
 
 # The first of each kind is one process, whose losses the others must have.
 MODES = {
     "one": Mode(title="one process", world=1),
-    "one-recomputed": Mode(title="one process, gradient checkpointing", world=1, options=_RECOMPUTED),
+    "one-recomputed": Mode(title="one process, recomputed", world=1, options=_RECOMPUTED),
     "one-lora": Mode(title="one process, LoRA", world=1, lora=4),
     "ddp2": Mode(title="DDP", world=2),
     "fsdp2": Mode(title="FSDP2", world=2, options=_FSDP),
     "fsdp4": Mode(title="FSDP2", world=4, options=_FSDP),
-    "fsdp2-recomputed": Mode(title="FSDP2, gradient checkpointing", world=2, options={**_FSDP, **_RECOMPUTED}),
+    "fsdp2-recomputed": Mode(title="FSDP2, recomputed", world=2, options={**_FSDP, **_RECOMPUTED}),
+    "fsdp2-offloaded": Mode(title="FSDP2, offloaded", world=2, options={**_FSDP, **_OFFLOADED}),
+    "sp2": Mode(title="SP 2", world=2, options=_rows(2)),
+    "sp4": Mode(title="SP 4", world=4, options=_rows(4)),
+    "sp4-recomputed": Mode(title="SP 4, recomputed", world=4, options={**_rows(4), **_RECOMPUTED}),
+    "sp4-offloaded": Mode(title="SP 4, offloaded", world=4, options={**_rows(4), **_OFFLOADED}),
+    "sp2-fsdp": Mode(title="SP 2 x FSDP2", world=4, options={**_rows(2), **_FSDP}),
+    "sp4-fsdp": Mode(title="SP 4 x FSDP2", world=4, options={**_rows(4), **_FSDP}),
     "fsdp2-lora": Mode(title="FSDP2, LoRA", world=2, options=_FSDP, lora=4),
 }
-_SHORT = tuple(MODES)
-_LONG = ("one", "one-recomputed")
+_LONG = ("one", "one-recomputed", "sp2", "sp4", "sp4-recomputed", "sp4-offloaded", "sp4-fsdp")
+_SHORT = tuple(name for name in MODES if name not in _LONG[4:])
 
 PROFILES = {
     "short": Profile(

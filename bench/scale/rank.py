@@ -6,6 +6,7 @@ import os
 import socket
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from accelerate import PartialState
@@ -19,9 +20,20 @@ from bench.random_pairs import word_tokenizer
 from bench.scale.counts import Collectives, Saved, size, tensors_in
 from bench.scale.modes import MODES, PROFILES, Mode, Profile
 from dpofast import DPOConfig, DPOTrainer
+from dpofast.training.parallel import offload
 
 # More than any profile's step has: one micro-batch.
 MAX_TOKENS = 1_000_000
+
+
+class _Offloaded(offload.SavedOnCpu):
+    """Remembers the most bytes that a forward copied to the processor's memory."""
+
+    most = 0
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        _Offloaded.most = max(_Offloaded.most, self.num_bytes)
 
 
 class _Counts(TrainerCallback):
@@ -50,7 +62,7 @@ class _Counts(TrainerCallback):
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         self.saved.__exit__(None, None, None)
-        self.figures |= {"gathered": self.saved.gathered, "activations": self.saved.peak}
+        self.figures |= {"gathered": self.saved.gathered, "activations": self.saved.peak, "host": _Offloaded.most}
 
 
 def write_model(folder: Path, profile: Profile) -> None:
@@ -65,7 +77,8 @@ def train(folder: Path, profile: Profile, mode: Mode) -> dict[str, Any]:
 
     Returns:
         losses and norms of gradients of every step; bytes of this rank's weights (between steps), of those gathered
-        beyond them, of gradients, optimizer state and saved activations; the exchanges of the last step.
+        beyond them, of gradients, optimizer state, saved activations, and what is offloaded of them; the exchanges of
+        the last step.
     """
     peft_config = None
     if mode.lora:
@@ -100,7 +113,7 @@ def train(folder: Path, profile: Profile, mode: Mode) -> dict[str, Any]:
         callbacks=[counts],
     )
     trainer.remove_callback(PrinterCallback)
-    with exchanged:
+    with exchanged, mock.patch.object(offload, "SavedOnCpu", _Offloaded):
         trainer.train()
     logs = [log for log in trainer.state.log_history if "loss" in log]
     return {

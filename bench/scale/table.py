@@ -8,8 +8,8 @@ from bench.cases import RESULTS
 from bench.markdown import Record, records, rows
 from bench.scale.modes import MODES, PROFILES, alone
 
-HELD = ("weights", "gathered", "gradients", "optimizer", "activations")
-HEADER = ("mode", "ranks", *HELD, "exchanged in a step", "checkpoint", "loss differs by")
+HELD = ("weights", "gathered", "gradients", "optimizer", "activations", "host")
+HEADER = ("mode", "ranks", *HELD[:-1], "offloaded", "exchanged in a step", "checkpoint", "loss differs by")
 
 
 def _kib(size: float) -> str:
