@@ -115,8 +115,18 @@ def _mode_row(found: Divided) -> tuple[str, ...]:
 
 
 def modes_text(setting: Setting) -> str:
-    """Every way to divide one case, for a terminal."""
-    body = [MODES_HEADER, *map(_mode_row, each_division(setting))]
+    """Every way to divide one case, for a terminal.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = each_division(setting)
+    if not found:
+        raise ValueError(
+            f"--devices: expected a number that the pairs and heads can be divided over, got {setting.devices} for "
+            f"{len(setting.pairs)} pairs and {setting.model.heads} heads"
+        )
+    body = [MODES_HEADER, *map(_mode_row, found)]
     widths = [max(len(row[column]) for row in body) for column in range(len(MODES_HEADER))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in body]
     trained = f"LoRA {setting.lora}" if setting.lora else "all weights"
