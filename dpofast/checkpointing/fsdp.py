@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import StateDictType
 
 from dpofast.checkpointing.weights import converted_weights, saved_once, stored_names
@@ -26,6 +26,13 @@ _WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")
 def first_shard(model: nn.Module) -> tuple[str, Any] | None:
     """Returns the name and the value of the first sharded parameter (a DTensor), or None where all are whole."""
     return next(((name, w) for name, w in model.named_parameters() if hasattr(w, "device_mesh")), None)
+
+
+def gathered(weight: Any) -> Tensor:
+    """The whole of a sharded tensor (a DTensor), a collective, on the mesh's kind of device; any other as it is."""
+    if not hasattr(weight, "full_tensor"):
+        return weight  # type: ignore[no-any-return]
+    return weight.to(weight.device_mesh.device_type).full_tensor()  # type: ignore[no-any-return]
 
 
 def save_optimizer(trainer: Any, folder: str) -> None:

@@ -6,7 +6,8 @@ for them, or each rank writes its own shards (sharded.py): in checkpoints only, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from transformers import Trainer
 from dpofast.checkpointing.folder import verify, where_to_go_on
 from dpofast.checkpointing.fsdp import (
     first_shard,
+    gathered,
     load_optimizer,
     load_scheduler,
     load_weights,
@@ -31,9 +33,22 @@ from dpofast.checkpointing.sharded import (
     save_sharded,
     without_weights,
 )
-from dpofast.checkpointing.weights import load_converted, saved_once
+from dpofast.checkpointing.weights import load_converted, saved_once, stored_names
 from dpofast.checkpointing.write_errors import as_os_errors, room
 from dpofast.common.ranks import Ranks
+
+
+@contextlib.contextmanager
+def made_resumable(args: Any, model: Any) -> Iterator[None]:
+    """Inside, Trainer is made of a model that transformers has divided: it refuses its checkpoints but for weights."""
+    if args is None or not getattr(model, "is_distributed_loading_by_transformers", False):
+        yield
+        return
+    weights_alone, args.save_only_model = args.save_only_model, True
+    try:
+        yield
+    finally:
+        args.save_only_model = weights_alone
 
 
 class ModelFiles(Trainer):
@@ -85,6 +100,9 @@ class ModelFiles(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if self.is_fsdp_enabled and state_dict:
             state_dict = saved_once(self.model, state_dict)
+        elif state_dict is None and hasattr(self.model, "peft_config") and first_shard(self.model) is not None:
+            own = self.model.state_dict()  # PEFT would write a rank's own shards
+            state_dict = {key: gathered(own[key]).cpu() for key in stored_names(self.model).values()}
         super()._save(output_dir, state_dict)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:

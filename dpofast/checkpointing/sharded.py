@@ -186,7 +186,7 @@ def without_weights(model: Any, folder: str, save: Callable[..., None]) -> None:
     adapter = hasattr(model, "peft_config")
     save(state_dict={name: torch.empty(0) for name in model.state_dict()} if adapter else {})
     for path in Path(folder).rglob("*.safetensors*"):
-        path.unlink()
+        path.unlink(missing_ok=True)  # another rank of a divided model may have come first
 
 
 def _check_state(name: str, weight: Tensor, key: str, state: Tensor, optimizer: Any) -> None:

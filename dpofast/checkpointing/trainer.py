@@ -49,7 +49,7 @@ from dpofast.checkpointing.identity import (
     parameters_identity,
     tokenizer_identity,
 )
-from dpofast.checkpointing.model_files import ModelFiles
+from dpofast.checkpointing.model_files import ModelFiles, made_resumable
 from dpofast.checkpointing.progress import Resumed, Written, check_other_ranks, progress_file, read_progress, seed_anew
 from dpofast.checkpointing.sharded import own_shard_files
 from dpofast.checkpointing.signals import Interruption, TrainingInterrupted
@@ -84,7 +84,8 @@ class CheckpointedTrainer(ModelFiles):
                 check_writable(args.output_dir)
             if args.enable_jit_checkpoint:
                 raise ValueError("enable_jit_checkpoint: leave it out: SIGTERM ends every run with a checkpoint")
-        super().__init__(model=model, args=args, **options)
+        with made_resumable(args, model):
+            super().__init__(model=model, args=args, **options)
         self.ranks = self.data_ranks = Ranks()
         self._interruption = Interruption()
         self._lock = WriteLock(Path(self.args.output_dir), Path(self.args.output_dir, LOCK))

@@ -23,6 +23,7 @@ from dpofast.training.config import DPOConfig
 from dpofast.training.layers.choose import compile_chosen, fuse_layers
 from dpofast.training.parallel.fsdp import check_whole
 from dpofast.training.parallel.sizes import check_heads
+from dpofast.training.parallel.tensor import adopt_size, loading_options
 from dpofast.training.processing import WITHOUT_IMAGES, Processing, processing_beside, processing_of
 
 
@@ -79,12 +80,21 @@ def prepare_models(
         activate_flash_attention(args.flash_attention, args.device)
     options = _loading_options(model, args, quantization_config)
     name_of_model = model if isinstance(model, str) else None
+    if loss.needs_reference and not args.precompute_ref_log_probs and peft_config is None:
+        ref_model = ref_model or _second_name(model, args)
+    given = {"model": model, "ref_model": ref_model}
+    for name, each in given.items():
+        if not isinstance(each, str) and hasattr(each, "config"):
+            adopt_size(each, args, name)
     if args.tensor_parallel_size * args.sequence_parallel_size > 1:
-        check_heads(config_of(model, **options) if isinstance(model, str) else model.config, args)
-    if isinstance(model, str):
-        model = load_causal_lm(model, **options)
-    if isinstance(ref_model, str):
-        ref_model = load_causal_lm(ref_model, **options)
+        for each in filter(None, given.values()):
+            check_heads(config_of(each, **options) if isinstance(each, str) else each.config, args)
+    model, ref_model = (
+        load_causal_lm(each, **loading_options(config_of(each, **options), args, options))
+        if isinstance(each, str)
+        else each
+        for each in given.values()
+    )
     for each, name in ((model, "model"), (ref_model, "ref_model")):
         if each is not None and not hasattr(getattr(each, "config", None), "get_text_config"):
             raise ValueError(
@@ -132,6 +142,12 @@ def prepare_models(
     if with_images and processing.refused is not None:
         raise ValueError(f"train_dataset: it has images: {processing.refused}. {WITHOUT_IMAGES}")
     return Models(model, ref_model, processing, wrapped, layers, with_images)
+
+
+def _second_name(model: Any, args: DPOConfig) -> str | None:
+    """The policy's name, where a reference in the step is to be loaded by it once more: FSDP2's shards have no copy."""
+    divided = 1 < args.tensor_parallel_size < args.world_size
+    return model if divided and isinstance(model, str) else None
 
 
 def check_where_it_runs(

@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 from dpofast.common.ranks import Ranks
 from dpofast.data.token_rows import has_reference
 from dpofast.model.adapters import Wrapped, few, is_peft, probe_logps, same_weights, trained_outside
+from dpofast.model.parallel.tensor import deep_copy, tensor_parallel_size
 from dpofast.model.parts import base_causal_lm
 from dpofast.model.wrappers import is_dispatched
 from dpofast.scoring.ref_cache import CACHE_FOLDER, add_reference_columns
@@ -80,7 +81,7 @@ class ReferenceModel:
                     "reference in the step: its copy gives other log-probs; or give a ref_model"
                 )
         else:
-            self.model = copy.deepcopy(policy)
+            self.model = deep_copy(policy)
 
     def _check_known(self) -> None:
         if self._is_lost:
@@ -141,7 +142,7 @@ def make_reference(
     live = args.preference_loss().needs_reference and not args.precompute_ref_log_probs
     reference = ReferenceModel(policy, ref_model, wrapped=wrapped, live=live)
     if reference.model is not None:
-        if not is_dispatched(base_causal_lm(reference.model)):
+        if not (is_dispatched(base_causal_lm(reference.model)) or tensor_parallel_size(reference.model) > 1):
             reference.model.to(args.device)
         if args.sync_ref_model:
             _check_same_parameters(policy, reference.model)
@@ -240,7 +241,7 @@ def _check_same_parameters(policy: nn.Module, ref_model: nn.Module) -> None:
 def on_device(model: Any, device: torch.device) -> Iterator[None]:
     """Inside, the whole model is on the device, or where accelerate dispatched it.
 
-    FSDP and DeepSpeed otherwise leave it on the CPU until training begins.
+    One that transformers has divided is there. FSDP and DeepSpeed otherwise leave it on the CPU until training begins.
 
     Raises:
         ValueError: a model that DeepSpeed's ZeRO-3 has partitioned already.
@@ -252,7 +253,7 @@ def on_device(model: Any, device: torch.device) -> Iterator[None]:
             "training: load it before the DPOConfig that names the DeepSpeed file is made, or bring the columns "
             "ref_chosen_logps and ref_rejected_logps in the data"
         )
-    if is_dispatched(base_causal_lm(model)):
+    if is_dispatched(base_causal_lm(model)) or tensor_parallel_size(model) > 1:
         yield
         return
     home = parameters[0].device

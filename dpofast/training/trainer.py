@@ -52,6 +52,7 @@ from dpofast.training.model_card import model_card_of
 from dpofast.training.parallel.fsdp import forward_dtype, is_sharded
 from dpofast.training.parallel.offload import offloaded_activations
 from dpofast.training.parallel.sequence import sequence_group
+from dpofast.training.parallel.tensor import synchronize_replicas
 from dpofast.training.prepare import check_where_it_runs, kept_use_cache, prepare_models, vocabulary
 from dpofast.training.ref_model import (
     MOVING_OPTIONS,
@@ -309,6 +310,9 @@ class DPOTrainer(StepLoaders):
             # A language model's never change; and a forward that ran out of memory would be one exchange ahead.
             model.broadcast_buffers = False
         return model, loader
+
+    def _sync_replicated_trainable_parameters(self, model: nn.Module) -> None:
+        synchronize_replicas(model, self.accelerator)
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         noise = noisy_embeddings(self.model, self.args.neftune_noise_alpha)

@@ -1,4 +1,4 @@
-"""Models whose layers transformers has split over ranks (tensor parallelism by a tp_plan), as the log-prob head needs them.
+"""Models whose layers transformers has split over ranks by a tp_plan (tensor parallelism), as the head needs them.
 
 transformers sets a forward on each module of the plan, which moves inputs and outputs between ranks around the forward
 of the module's class. That forward belongs to one module: it has to be made anew where the class is exchanged, and in
@@ -12,6 +12,7 @@ each rank: here each backward's own is summed.
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -68,6 +69,25 @@ def split_again(model: nn.Module) -> None:
     for module in model.modules():
         if (split := take_off_split(module)) is not None:
             split.install(module)
+
+
+def deep_copy(model: Any) -> Any:
+    """A deep copy of a model; a split one's has the same process groups, and no gradients.
+
+    Raises:
+        ValueError: FSDP2 shards the model between groups, which cannot be copied.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if tensor_parallel_size(model) == 1:
+        return copy.deepcopy(model)
+    if (base._fsdp_size or 1) > 1:
+        raise ValueError(
+            "precompute_ref_log_probs: expected True, or a ref_model, as a model that FSDP2 shards between groups of "
+            "tensor_parallel_size processes cannot be copied for a reference in the step: give the model by name, or "
+            "ref_model"
+        )
+    held = {name: value for name, value in vars(base).items() if name in ("_device_mesh", "_mesh_manager")}
+    return copy.deepcopy(model, {id(value): value for value in held.values()})
 
 
 class ComputesBeside:

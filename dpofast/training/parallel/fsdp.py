@@ -17,6 +17,7 @@ from accelerate.utils import DistributedType
 from torch import nn
 
 from dpofast.checkpointing.fsdp import first_shard
+from dpofast.model.parallel.tensor import tensor_parallel_size
 
 _NOT_SHARDED = {
     "save_only_model": "a checkpoint without an optimizer is a model's folder, and shards are none",
@@ -25,7 +26,9 @@ _NOT_SHARDED = {
 
 
 def is_sharded(accelerator: Any) -> bool:
-    """Whether accelerate trains with FSDP or DeepSpeed, so that every forward of the model is a collective."""
+    """Whether every forward of the model is a collective: under FSDP, DeepSpeed and tensor parallelism."""
+    if (getattr(getattr(accelerator, "parallelism_config", None), "tp_size", None) or 1) > 1:
+        return True
     plugins = ("fsdp_plugin", "deepspeed_plugin")
     return any(getattr(accelerator.state, name, None) is not None for name in plugins)
 
@@ -81,17 +84,17 @@ def check_sharding(args: Any) -> None:
 
 
 def check_whole(model: nn.Module, name: str) -> None:
-    """Check that every rank holds the whole model.
+    """Check that every rank holds the whole model, or transformers has divided it.
 
     Raises:
         ValueError: a weight is sharded already: the trainer would give the ranks that share it different pairs.
     """
-    if (shard := first_shard(model)) is not None:
+    if tensor_parallel_size(model) == 1 and (shard := first_shard(model)) is not None:
         key, weight = shard
         raise ValueError(
             f"{name}: expected whole weights, got {key} sharded over {weight.device_mesh.size()} devices: FSDP2 "
-            "shards in train(), by the option fsdp; tensor parallelism needs a loop of your own, in which "
-            "linear_logprobs takes a head that is split by its vocabulary"
+            "shards in train(), by the option fsdp, and transformers divides layers as it loads a model: "
+            "tensor_parallel_size, or from_pretrained(..., distributed_config=DistributedConfig(tp_size=...))"
         )
 
 
@@ -142,6 +145,9 @@ def parameters_in(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]
 
     The reference pass must round as the policy's forward does, so that at step 0 every margin is 0.
     """
+    if dtype is None:
+        yield
+        return
     masters = [(parameter, parameter.data) for parameter in model.parameters()]
     try:
         cast_parameters(model, dtype)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from dpofast.training.config import DPOConfig
+from dpofast.training.parallel.tensor import check_tensor_parallel
 
 
 def check_sizes(args: DPOConfig) -> None:
@@ -31,6 +32,8 @@ def check_sizes(args: DPOConfig) -> None:
             f"tensor_parallel_size, sequence_parallel_size: expected one of them above 1, got {sizes}: divide rows "
             "for long sequences (sequence_parallel_size, with fsdp for large models), layers for large models"
         )
+    if args.tensor_parallel_size > 1:
+        check_tensor_parallel(args)
     if args.sequence_parallel_size == 1:
         return
     size = args.sequence_parallel_size
