@@ -87,10 +87,10 @@ def own_heads(query: Tensor, key: Tensor, value: Tensor, split: RowSplit) -> tup
     by_rank = [tensor[0].unflatten(0, (size, -1)).transpose(1, 2).flatten(2) for tensor in tensors]
     widths = [part.shape[2] for part in by_rank]
     received = _AllToAll.apply(torch.cat(by_rank, dim=2).contiguous(), split.group)
-    rows = received.transpose(0, 1).flatten(0, 1)[: split.num_rows]
+    # Three tensors and not views of one, of which attention may keep one and copy the others.
     query, key, value = (
-        part.unflatten(1, (-1, tensor.shape[3])).transpose(0, 1)[None]
-        for part, tensor in zip(rows.split(widths, dim=1), tensors, strict=True)
+        part.transpose(0, 1).flatten(0, 1)[: split.num_rows].unflatten(1, (-1, tensor.shape[3])).transpose(0, 1)[None]
+        for part, tensor in zip(received.split(widths, dim=2), tensors, strict=True)
     )
     return query, key, value
 
