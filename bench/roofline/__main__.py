@@ -9,9 +9,9 @@
 naive: padded rows, chosen and rejected in a forward each, all logits. trl: one padded call, trl 1.16's head, which
 scores response tokens on a GPU. liger: the same rows, Liger's layers and its DPO loss. dpofast: packed, shared prompts,
 compiled layers, its head. The first three compute the reference in every step; dpofast once before training, and a
-step's share of that is counted (--epochs). --scale is of dpofast alone: every way to divide a model and its rows
-over --devices (FSDP2, tensor and sequence parallelism). Each takes the fastest of gradient checkpointing on or off and of
-micro-batches of 16,384 tokens or fewer that fits. What is assumed stands in bench/roofline/devices.py and
+step's share of that is counted (--epochs). Each takes the fastest of gradient checkpointing on or off and of
+micro-batches of 16,384 tokens or fewer that fits. --scale is of dpofast alone: every way to divide a model and its
+rows over --devices (FSDP2, tensor and sequence parallelism). What is assumed stands in bench/roofline/devices.py and
 docs/expect_on_your_gpu.md; nothing here ran on a GPU.
 """
 

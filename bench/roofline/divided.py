@@ -13,9 +13,9 @@ from bench.roofline.devices import GPUS_A_NODE, LINK_REACHED, Device
 from bench.roofline.models import ModelShape
 from bench.roofline.work import Call
 
-# All-reduces of the hidden states in a layer: after o and down forward, before q, k, v and gate, up backward; and where
-# the forward is repeated, which stops before down, one more.
-LAYER_REDUCTIONS, REPEATED_REDUCTIONS = 4, 1
+# All-reduces of hidden states in a layer: of what o and down return; in the backward of what q, k, v, gate and up took,
+# each for itself; and where the forward is repeated, which stops before down, of o again. The embedding adds one.
+FORWARD_REDUCTIONS, BACKWARD_REDUCTIONS, REPEATED_REDUCTIONS = 2, 5, 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,7 @@ class Division:
 
     Attributes:
         devices: GPUs, eight to a node; those of a group are neighbours.
-        tensor: GPUs that divide each layer and the head's vocabulary.
+        tensor: GPUs that divide each layer, and the vocabulary of embedding and head.
         sequence: GPUs that divide each row.
         sharded: weights, gradients and optimizer state are divided among all GPUs that have the same part of a layer.
     """
@@ -81,14 +81,14 @@ class Division:
         return replace(call, width=sizes["positions"], **sizes)
 
     def weights(self, model: ModelShape) -> float:
-        """Weights of one GPU, between steps: the embedding is not divided by tensor parallelism."""
+        """Weights of one GPU, between steps."""
         return self._held(model) / self.shards
 
     def _held(self, model: ModelShape) -> float:
         part = self.layer_part(model)
         head = 0 if model.tied else part.vocab * model.hidden
         norms = model.hidden * (2 * model.layers + 1)
-        return part.layers * part.layer_weights() + model.vocab * model.hidden + head + norms
+        return part.layers * part.layer_weights() + part.vocab * model.hidden + head + norms
 
     def trained(self, model: ModelShape, lora: int) -> float:
         """Those that train: of an adapter on every linear layer, or all."""
@@ -166,7 +166,7 @@ def exchanges(
     """
     held, part = division._held(model), division.layer_part(model)
     if division.shards > 1:
-        embedding = model.vocab * model.hidden if not model.tied else 0
+        embedding = part.vocab * model.hidden if not model.tied else 0
         passes = (2 + reference) * held - embedding  # the backward does not read the embedding
         yield Exchange(what="weights", size=micro_batches * passes * width, ranks=division.shards)
         trained = division.trained(model, lora) * division.shards
@@ -174,9 +174,9 @@ def exchanges(
     elif (copies := division.devices // division.tensor) > 1:
         yield Exchange(what="gradients", size=4 * division.trained(model, lora), ranks=copies, times=2)
     if (k := division.tensor) > 1:
-        calls = LAYER_REDUCTIONS + REPEATED_REDUCTIONS * repeated + 2 * reference
+        calls = FORWARD_REDUCTIONS * (1 + reference) + BACKWARD_REDUCTIONS + REPEATED_REDUCTIONS * repeated
         states = positions * model.hidden * width
-        yield Exchange(what="hidden", size=calls * model.layers * states, ranks=k, times=2)
+        yield Exchange(what="hidden", size=(calls * model.layers + 1 + reference) * states, ranks=k, times=2)
     if (k := division.sequence) > 1:
         copies = max(1, k // part.kv_heads)  # of each key, for as many ranks
         each = 2 * part.queries + 2 * part.keys * copies

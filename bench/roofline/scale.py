@@ -91,8 +91,8 @@ def divisions(setting: Setting) -> Iterator[Division]:
                 or not division.fits_heads(setting.model)
             ):
                 continue
-            if sharded and division.shards == 1:
-                continue
+            if sharded and division.shards == 1 or tensor > 1 and not sharded and division.groups > 1:
+                continue  # nothing to divide; groups of tensor parallelism are sharded between them
             yield division
 
 

@@ -30,8 +30,12 @@ _KINDS = {
 
 def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
     """Bytes of the storages of this rank's part of tensors, by an identity that is theirs while they live."""
-    local = (getattr(tensor, "_local_tensor", tensor) for tensor in tensors)
-    return {each.untyped_storage()._cdata: each.untyped_storage().nbytes() for each in local}
+    found = (_local(tensor).untyped_storage() for tensor in tensors)
+    return {storage._cdata: storage.nbytes() for storage in found}
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return getattr(tensor, "_local_tensor", tensor)
 
 
 def size(tensors: Iterable[Tensor]) -> int:
@@ -84,10 +88,14 @@ class Saved(torch.autograd.graph.saved_tensors_hooks):
         self._hook.remove()
 
     def resident(self) -> int:
-        """Bytes of the weights between steps, which stay while others are gathered."""
-        shares = storages(self._model.parameters())
-        self._shares = set(shares)
-        return sum(shares.values())
+        """Bytes of the weights between steps, which stay while others are gathered.
+
+        Of the tensors: on a CPU a shard that transformers loads may be a view of the whole tensor, not on a GPU.
+        """
+        weights = list(self._model.parameters())
+        self._shares = set(storages(weights))
+        local = {part.data_ptr(): part.nbytes for part in map(_local, weights)}
+        return sum(local.values())
 
     def add(self, key: int, size: int) -> None:
         """Count a storage that is saved once more."""

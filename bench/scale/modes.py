@@ -89,6 +89,10 @@ def _rows(ranks: int) -> dict[str, Any]:
     return {"sequence_parallel_size": ranks}
 
 
+def _layers(ranks: int) -> dict[str, Any]:
+    return {"tensor_parallel_size": ranks}
+
+
 # The first of each kind is one process, whose losses the others must have.
 MODES = {
     "one": Mode(title="one process", world=1),
@@ -105,6 +109,8 @@ MODES = {
     "sp4-offloaded": Mode(title="SP 4, offloaded", world=4, options={**_rows(4), **_OFFLOADED}),
     "sp2-fsdp": Mode(title="SP 2 x FSDP2", world=4, options={**_rows(2), **_FSDP}),
     "sp4-fsdp": Mode(title="SP 4 x FSDP2", world=4, options={**_rows(4), **_FSDP}),
+    "tp2": Mode(title="TP 2", world=2, options=_layers(2)),
+    "tp2-fsdp": Mode(title="TP 2 x FSDP2", world=4, options=_layers(2)),
     "fsdp2-lora": Mode(title="FSDP2, LoRA", world=2, options=_FSDP, lora=4),
 }
 _LONG = ("one", "one-recomputed", "sp2", "sp4", "sp4-recomputed", "sp4-offloaded", "sp4-fsdp")
