@@ -113,8 +113,8 @@ MODES = {
     "tp2-fsdp": Mode(title="TP 2 x FSDP2", world=4, options=_layers(2)),
     "fsdp2-lora": Mode(title="FSDP2, LoRA", world=2, options=_FSDP, lora=4),
 }
-_LONG = ("one", "one-recomputed", "sp2", "sp4", "sp4-recomputed", "sp4-offloaded", "sp4-fsdp")
-_SHORT = tuple(name for name in MODES if name not in _LONG[4:])
+_LONG = ("one", "one-recomputed", "sp2", "sp4", "sp4-recomputed", "sp4-offloaded", "sp4-fsdp", "tp2")
+_SHORT = tuple(name for name in MODES if name not in (*_LONG[4:7], "tp2-fsdp"))
 
 PROFILES = {
     "short": Profile(
