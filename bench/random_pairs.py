@@ -31,10 +31,14 @@ def write_model(folder: Path, profile: RandomProfile) -> None:
         bos_token_id=None,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
-    words = Tokenizer(models.WordLevel({_word(i): i for i in range(profile.vocab_size)}, unk_token=_word(_PAD)))
+    word_tokenizer(profile.vocab_size).save_pretrained(folder)
+
+
+def word_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
+    """One word for every token id."""
+    words = Tokenizer(models.WordLevel({_word(i): i for i in range(vocab_size)}, unk_token=_word(_PAD)))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token=_word(END), pad_token=_word(_PAD))
-    tokenizer.save_pretrained(folder)
+    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token=_word(END), pad_token=_word(_PAD))
 
 
 def _word(token: int) -> str:

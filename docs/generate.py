@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import ast
 import dataclasses
+import importlib
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
 import figures  # noqa: E402
 
 from bench import markdown, vision_table  # noqa: E402
+from bench.scale import table as scale_table  # noqa: E402
 
 _BLOCK = re.compile(r"^<!-- generated: (\w+) -->\n.*?^<!-- end of generated -->$", re.DOTALL | re.MULTILINE)
 
@@ -227,13 +229,11 @@ def worked_example() -> str:
     return f"```text\n{batch.layout()}\n```\n\n`batch.describe()` says: {batch.describe()}."
 
 
-def expected(name: str) -> Callable[[], str]:
-    """The table of this name of bench/roofline/tables.py: predictions for GPUs."""
+def expected(name: str, module: str = "tables") -> Callable[[], str]:
+    """The table of this name of a module of bench/roofline: predictions for GPUs."""
 
     def text() -> str:
-        from bench.roofline import tables
-
-        return getattr(tables, name)()
+        return getattr(importlib.import_module(f"bench.roofline.{module}"), name)()
 
     return text
 
@@ -260,12 +260,14 @@ TEXTS: dict[str, Callable[[], str]] = {
     "vision": vision_table.vision_table,
     "vision_summary": vision_table.vision_summary,
     "memory": markdown.memory_table,
+    "scale": scale_table.scale_table,
     "real_run": markdown.real_run_table,
     "gpu": markdown.gpu_table,
     "families": markdown.families_table,
     "expect_one_gpu": expected("one_gpu_table"),
     "expect_example": expected("worked_example"),
-    "expect_large": expected("large_table"),
+    "expect_scale": expected("best_tables", "scale_tables"),
+    "expect_modes": expected("modes_table", "scale_tables"),
     "expect_devices": expected("devices_table"),
     "expect_published": expected("published_table"),
     "expect_errors": expected("errors_table"),

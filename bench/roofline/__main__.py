@@ -2,13 +2,16 @@
 
     python -m bench.roofline --model llama-3.1-8b --device H100 --pairs 64 --lengths 200/320/280 --lora 16
     python -m bench.roofline --model path/to/config.json --device B200 --devices 64 --pairs 512 --lengths 200/320/280
+    python -m bench.roofline --scale          which way of dividing 8B, 70B and 235B-A22B over 8 to 512 GPUs is fastest
+    python -m bench.roofline --scale --model llama-3.1-70b --devices 64 --pairs 32 --lengths 16384/8192/8192
     python -m bench.roofline --results        every line of bench/results, its prediction, the error
 
 naive: padded rows, chosen and rejected in a forward each, all logits. trl: one padded call, trl 1.16's head, which
 scores response tokens on a GPU. liger: the same rows, Liger's layers and its DPO loss. dpofast: packed, shared prompts,
 compiled layers, its head. The first three compute the reference in every step; dpofast once before training, and a
 step's share of that is counted (--epochs). Each takes the fastest of gradient checkpointing on or off and of
-micro-batches of 16,384 tokens or fewer that fits. What is assumed stands in bench/roofline/devices.py and
+micro-batches of 16,384 tokens or fewer that fits. --scale is of dpofast alone: every way to divide a model and its
+rows over --devices (FSDP2, tensor and sequence parallelism). What is assumed stands in bench/roofline/devices.py and
 docs/expect_on_your_gpu.md; nothing here ran on a GPU.
 """
 
@@ -20,6 +23,7 @@ from bench.cases import RESULTS
 from bench.roofline.devices import find_device
 from bench.roofline.models import find_model
 from bench.roofline.results import compare
+from bench.roofline.scale_tables import best_text, modes_text
 from bench.roofline.step import Setting
 from bench.roofline.tables import predictions, results_text, step_text
 from bench.roofline.work import Pairs
@@ -54,6 +58,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-tokens", type=int, default=16_384, help="most positions of a micro-batch")
     parser.add_argument("--epochs", type=int, default=3, help="passes over the data, which a cached reference serves")
     parser.add_argument(
+        "--scale",
+        action="store_true",
+        help="every way to divide --model over --devices; without --model the best for three models, 8 to 512 GPUs",
+    )
+    parser.add_argument(
         "--results",
         nargs="?",
         type=Path,
@@ -62,12 +71,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="compare recorded lines with their predictions instead; takes no other option",
     )
     args = parser.parse_args(arguments)
-    if args.results is None and args.model is None:
-        parser.error("expected --model, or --results")
-    given = [name for name, value in vars(args).items() if name != "results" and value != parser.get_default(name)]
-    if args.results is not None and given:
+    if args.results is None and args.model is None and not args.scale:
+        parser.error("expected --model, --scale or --results")
+    alone, allowed = ("--results", {"results"}) if args.results is not None else ("--scale", {"scale", "device"})
+    given = [name for name, value in vars(args).items() if name not in allowed and value != parser.get_default(name)]
+    if given and (args.results is not None or (args.scale and args.model is None)):
         options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        parser.error(f"expected no other option with --results, got {options}")
+        also = " but --device, without --model" if alone == "--scale" else ""
+        parser.error(f"expected no other option with {alone}{also}, got {options}")
     if min(args.devices, args.pairs, args.max_tokens, args.epochs) < 1 or args.lora < 0:
         parser.error("expected --devices, --pairs, --max-tokens and --epochs of at least 1, and --lora of 0 or more")
     return args
@@ -80,6 +91,9 @@ def main(arguments: list[str] | None = None) -> int:
         if args.results is not None:
             print(results_text(compare(args.results)))
             return 0
+        if args.model is None:
+            print(best_text(find_device(args.device)))
+            return 0
         setting = Setting(
             model=find_model(args.model),
             pairs=Pairs.make(args.pairs, *args.lengths, args.spread),
@@ -89,7 +103,7 @@ def main(arguments: list[str] | None = None) -> int:
             max_tokens=args.max_tokens,
             epochs=args.epochs,
         )
-        print(step_text(predictions(setting)))
+        print(modes_text(setting) if args.scale else step_text(predictions(setting)))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -31,6 +31,7 @@ class Device:
         launch: seconds in which the host starts one operator of eager PyTorch.
         link: bytes a second in one direction between the GPUs of a node, of the datasheet.
         network: bytes a second in one direction that a node has to others, for each of its 8 GPUs.
+        host: bytes a second in one direction between a GPU and its processor's memory.
         source: of the datasheet numbers.
     """
 
@@ -45,6 +46,7 @@ class Device:
     launch: float = 0.0
     link: float = math.inf
     network: float = math.inf
+    host: float = math.inf
     source: str = ""
 
     @property
@@ -79,7 +81,7 @@ class Device:
         return max(part / math.ceil(part) for part in parts)
 
 
-_H100_NODE = {"launch": 6e-6, "link": 450e9, "network": 50e9, "stream": 0.90}
+_H100_NODE = {"launch": 6e-6, "link": 450e9, "network": 50e9, "host": 64e9, "stream": 0.90}
 
 DEVICES = {
     "A100": Device(
@@ -94,6 +96,7 @@ DEVICES = {
         launch=6e-6,
         link=300e9,
         network=25e9,
+        host=32e9,
         source="NVIDIA A100 datasheet; 8 x HDR InfiniBand",
     ),
     "H100": Device(
@@ -130,6 +133,7 @@ DEVICES = {
         launch=6e-6,
         link=900e9,
         network=50e9,
+        host=64e9,
         source="NVIDIA HGX B200 datasheet; 8 x NDR InfiniBand",
     ),
     "MI300X": Device(
@@ -144,6 +148,7 @@ DEVICES = {
         launch=6e-6,
         link=448e9,
         network=50e9,
+        host=64e9,
         source="AMD Instinct MI300X datasheet; 8 x NDR InfiniBand",
     ),
 }
@@ -152,6 +157,8 @@ USABLE_MEMORY = 0.92
 # Of a link's rate, what collectives reach.
 LINK_REACHED = 0.8
 GPUS_A_NODE = 8
+# Memory of a node's processors for each of its GPUs: assumed, 2 TB a node.
+HOST_BYTES_A_GPU = 2e12 / GPUS_A_NODE
 
 
 def find_device(name: str) -> Device:

@@ -63,6 +63,11 @@ class ModelShape:
         norms = self.hidden * (2 * self.layers + 1)
         return self.layers * self.layer_weights() + norms + self.hidden * self.vocab * (1 if self.tied else 2)
 
+    def active_weights(self) -> int:
+        """Of these, those that compute a token: the experts that it does not choose left out."""
+        idle = max(self.experts - self.experts_per_token, 0) * sum(i * o for i, o in self.mlp_linears())
+        return self.weights() - self.layers * idle
+
     def lora_weights(self, rank: int) -> int:
         """Weights of an adapter of this rank on every linear layer but the head and routers."""
         linears = self.attention_linears() + self.mlp_linears() * max(self.experts, 1)
@@ -109,6 +114,20 @@ MODELS = {
             vocab=32_000,
             experts=8,
             experts_per_token=2,
+        ),
+    ),
+    "qwen3-235b-a22b": (
+        "Qwen/Qwen3-235B-A22B",
+        ModelShape(
+            layers=94,
+            hidden=4096,
+            intermediate=1536,
+            heads=64,
+            kv_heads=4,
+            head_dim=128,
+            vocab=151_936,
+            experts=128,
+            experts_per_token=8,
         ),
     ),
 }

@@ -86,6 +86,7 @@ def compare(results: Path = RESULTS) -> list[Compared]:
         "real_run": "a whole run with its evaluations; its lengths are not recorded",
         "families": "no time is measured",
         "paper": "no time is measured",
+        "scale": "bytes counted on processors, no time is measured",
     }
     for path in sorted(results.glob("*.jsonl")):
         if path.stem not in ("step", "head", "gpu"):

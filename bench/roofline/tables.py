@@ -20,8 +20,6 @@ TITLES = {
 # The case of the page: lengths of prompt, chosen and rejected response.
 PAIRS, LENGTHS, EPOCHS = 64, (200, 320, 280), 3
 CASES = (("qwen2.5-0.5b", 0), ("qwen2.5-7b", 16), ("llama-3.1-8b", 16))
-LARGE_PAIRS = 512
-LARGE_DEVICES = (8, 16, 32, 64, 128, 256, 512)
 
 
 def predictions(setting: Setting) -> list[Prediction]:
@@ -151,6 +149,7 @@ def devices_table() -> str:
             "GiB",
             "link, GB/s",
             "network, GB/s",
+            "to the host, GB/s",
             "source",
         ),
         [
@@ -164,6 +163,7 @@ def devices_table() -> str:
                 f"{device.memory / GIB:.0f}",
                 f"{device.link / 1e9:.0f}",
                 f"{device.network / 1e9:.0f}",
+                f"{device.host / 1e9:.0f}",
                 device.source,
             )
             for device in DEVICES.values()
@@ -188,39 +188,6 @@ def one_gpu_table() -> str:
     names = [how.name for how in IMPLEMENTATIONS]
     header = ("predicted step", "GPU", *names, "tokens/s, dpofast", "trl's time over it", "dpofast is bound by")
     return markdown.rows(header, body)
-
-
-def large_table() -> str:
-    """Llama-3.1-70B on 8 to 512 H100."""
-    body = []
-    for lora in (0, 16):
-        for devices in LARGE_DEVICES:
-            setting = Setting(
-                model=MODELS["llama-3.1-70b"][1],
-                pairs=Pairs.make(LARGE_PAIRS, *LENGTHS),
-                device=DEVICES["H100"],
-                devices=devices,
-                lora=lora,
-                epochs=EPOCHS,
-            )
-            _, trl, _, ours = predictions(setting)
-            body.append(
-                (
-                    "LoRA" if lora else "all weights",
-                    str(devices),
-                    *(_large_cell(row) for row in (trl, ours)),
-                    f"{ours.tokens_per_second:,.0f}" if ours.fits else "-",
-                    f"{ours.terms['communication'] / ours.seconds:.0%}" if ours.fits else "-",
-                    "yes" if ours.setting.checkpointing else "no",
-                )
-            )
-    header = ("trained", "H100s", "trl", "dpofast", "tokens/s a GPU", "communication not hidden", "recomputed")
-    return markdown.rows(header, body)
-
-
-def _large_cell(row: Prediction) -> str:
-    size = f"{row.peak / GIB:.0f} GiB"
-    return f"{row.seconds:.1f} s, {size}" if row.fits else f"does not fit: {size}"
 
 
 def published_table() -> str:
