@@ -9,6 +9,7 @@ import torch
 
 # Imported once, by the server that the ranks are forked from, instead of in every rank: 6 s of a core each.
 PRELOADED = [
+    "tests.support.activation_cases",
     "tests.support.command_cases",
     "tests.support.distributed_cases",
     "tests.support.ranks_cases",
