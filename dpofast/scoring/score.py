@@ -46,6 +46,8 @@ class Forward:
         device: where the model is.
         autocast: returns the context manager that the model runs in.
         images: makes the pixels of rows with images; None: rows have none, or bring media.
+        group: the process group that computes each micro-batch together (sequence parallelism): all its ranks must
+            run the same examples. None: this process alone.
         lockstep: where the model's forwards are collectives, keeps those of all processes equally many; the caller
             enters its until_all_are_done().
         gathered_dtype: the dtype in which FSDP2 gathers weights under mixed precision; None: that of the parameters.
@@ -57,6 +59,7 @@ class Forward:
     device: torch.device
     autocast: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
     images: PromptImages | None = None
+    group: Any = None
     lockstep: Lockstep | None = None
     gathered_dtype: torch.dtype | None = None
 
@@ -117,7 +120,9 @@ def _responses_logps(examples: Any, runs: Sequence[Run], forward: Forward) -> li
 
 @torch.no_grad()
 def run_batch(batch: PackedBatch, runs: Sequence[Run], forward: Forward) -> list[Tensor]:
-    """(N,) float32 on the CPU from each model, in its mode, of a batch on the CPU."""
+    """(N,) float32 on the CPU from each model, in its mode, of a batch on the CPU, split over a group."""
+    if forward.group is not None:
+        batch = batch.split_over(forward.group)
     on_device, found = batch.to(forward.device), []
     for run in runs:
         with run.inside(), forward.autocast():

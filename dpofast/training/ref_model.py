@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 from dpofast.common.ranks import Ranks
 from dpofast.data.token_rows import has_reference
 from dpofast.model.adapters import Wrapped, few, is_peft, probe_logps, same_weights, trained_outside
+from dpofast.model.parallel.tensor import deep_copy, tensor_parallel_size
 from dpofast.model.parts import base_causal_lm
 from dpofast.model.wrappers import is_dispatched
 from dpofast.scoring.lockstep import Lockstep
@@ -83,7 +84,7 @@ class ReferenceModel:
                     "reference in the step: its copy gives other log-probs; or give a ref_model"
                 )
         else:
-            self.model = copy.deepcopy(policy)
+            self.model = deep_copy(policy)
 
     def _check_known(self) -> None:
         if self._is_lost:
@@ -151,7 +152,8 @@ def make_reference(
     live = args.preference_loss().needs_reference and not args.precompute_ref_log_probs
     reference = ReferenceModel(policy, ref_model, wrapped=wrapped, live=live)
     if reference.model is not None:
-        if not (sharded or is_dispatched(base_causal_lm(reference.model))):
+        divided = sharded or tensor_parallel_size(reference.model) > 1
+        if not (divided or is_dispatched(base_causal_lm(reference.model))):
             reference.model.to(args.device)
         if args.sync_ref_model:
             _check_same_parameters(policy, reference.model)
@@ -266,7 +268,7 @@ def on_device(model: Any, device: torch.device) -> Iterator[None]:
             "training: load it before the DPOConfig that names the DeepSpeed file is made, or bring the columns "
             "ref_chosen_logps and ref_rejected_logps in the data"
         )
-    if is_dispatched(base_causal_lm(model)):
+    if is_dispatched(base_causal_lm(model)) or tensor_parallel_size(model) > 1:
         yield
         return
     home = parameters[0].device

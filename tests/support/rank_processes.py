@@ -14,6 +14,10 @@ PRELOADED = [
     "tests.support.trl_cases",
     "tests.support.command_cases",
     "tests.support.sharded_cases",
+    "tests.support.sequence_cases",
+    "tests.support.vocab_pair_cases",
+    "tests.support.tensor_cases",
+    "tests.support.sequence_parallel_cases",
 ]
 
 
