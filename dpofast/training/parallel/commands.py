@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from dpofast.common.output import mark_as_told
+from dpofast.common.output import is_told, mark_as_told
 from dpofast.common.ranks import Ranks
 
 T = TypeVar("T")
@@ -46,9 +46,10 @@ def agreed(ranks: Ranks, part: Callable[[], T]) -> list[T]:
     except Exception as error:
         problem = error
     outcomes: list[Any] = ranks.all_gather((problem, result))
-    for rank, (theirs, _) in enumerate(outcomes):
-        if theirs is not None:
-            raise (problem or theirs) if rank == ranks.rank else mark_as_told(problem or theirs)
+    failed = [(is_told(theirs), rank, theirs) for rank, (theirs, _) in enumerate(outcomes) if theirs is not None]
+    if failed:
+        _, rank, first = min(failed, key=lambda each: each[:2])  # not one that a process has from another
+        raise mark_as_told(problem or first) if rank != ranks.rank else problem or first
     return [theirs for _, theirs in outcomes]
 
 
