@@ -28,7 +28,7 @@ from dpofast.training.parallel.early import on_shards
 from dpofast.training.parallel.fsdp import check_whole
 from dpofast.training.parallel.sequence import WITHOUT_DIVIDED_IMAGES
 from dpofast.training.parallel.sizes import check_heads
-from dpofast.training.parallel.tensor import adopt_size, loading_options, second_reference
+from dpofast.training.parallel.tensor import adopt_size, loading_options, reshard_always, second_reference
 from dpofast.training.processing import WITHOUT_IMAGES, Processing, processing_beside, processing_of
 
 
@@ -106,6 +106,8 @@ def prepare_models(
                 f"{name}: expected a causal language model of transformers (AutoModelForCausalLM), got "
                 f"{type(each).__name__}"
             )
+        if each is not None:
+            reshard_always(each)
     failure, with_images = None, has_images(train_dataset)
     if processing_class is None:
         processing_class, failure = processing_beside(name_of_model, model, args, options)
