@@ -145,11 +145,15 @@ def test_frozen_weights_of_a_model_are_there_and_states_only_of_what_has_some(tm
     assert all(torch.equal(fresh.state[its[0]][key], value) for key, value in optimizer.state[trained[0]].items())
     assert [group["lr"] for group in fresh.param_groups] == [0.1, 0.1] and fresh.param_groups[1]["weight_decay"] == 0.0
 
-    with pytest.raises(ValueError, match="expected the weights of LlamaForCausalLM in its shards, 9 are missing"):
+    with pytest.raises(
+        ValueError, match=r"expected the weights of LlamaForCausalLM in its shards, 0 are missing .* 9 unkn"
+    ):
         load_sharded_weights(tiny_model(num_hidden_layers=2), tmp_path)
     with pytest.raises(ValueError, match=r"expected lm_head.weight in the shape \(97, 64\), got \(97, 32\)"):
         load_sharded_weights(tiny_model(hidden_size=64), tmp_path)
-    with pytest.raises(ValueError, match=r"optimizer_groups.pt: expected groups of \[12\] weights as in this run, got"):
+    with pytest.raises(
+        ValueError, match=r"optimizer_groups.pt: expected groups of \[\d+\] weights as in this run, got"
+    ):
         load_sharded_optimizer(other, torch.optim.AdamW(other.parameters()), tmp_path)
 
 
