@@ -101,6 +101,20 @@ class Division:
         part = self.layer_part(model)
         return max(layers * (part.layer_weights() + 2 * model.hidden), part.vocab * model.hidden)
 
+    def kept_rows(self, model: ModelShape, positions: float, width: int) -> float:
+        """Bytes that a layer saves on one GPU since rows are exchanged for heads, of its own number of positions.
+
+        Keys and values arrive in one tensor with the queries, which are saved, and results leave in another than the
+        one that the next product takes.
+        """
+        if self.sequence == 1:
+            return 0.0
+        return positions * (model.queries + 2 * model.keys * self.key_copies(model)) * width
+
+    def key_copies(self, model: ModelShape) -> int:
+        """How many GPUs of a group that divides rows have the same key/value head."""
+        return max(1, self.sequence // model.kv_heads)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Exchange:
@@ -164,9 +178,9 @@ def exchanges(
         width: bytes of a gathered weight and of hidden states.
         reference: forwards of a reference pass for each forward of a step.
     """
-    held, part = division._held(model), division.layer_part(model)
+    held = division._held(model)
     if division.shards > 1:
-        embedding = part.vocab * model.hidden if not model.tied else 0
+        embedding = division.layer_part(model).vocab * model.hidden if not model.tied else 0
         passes = (2 + reference) * held - embedding  # the backward does not read the embedding
         yield Exchange(what="weights", size=micro_batches * passes * width, ranks=division.shards)
         trained = division.trained(model, lora) * division.shards
@@ -178,7 +192,6 @@ def exchanges(
         states = positions * model.hidden * width
         yield Exchange(what="hidden", size=(calls * model.layers + 1 + reference) * states, ranks=k, times=2)
     if (k := division.sequence) > 1:
-        copies = max(1, k // part.kv_heads)  # of each key, for as many ranks
-        each = 2 * part.queries + 2 * part.keys * copies
+        each = 2 * model.queries + 2 * model.keys * division.key_copies(model)
         calls = 2 + repeated + reference
         yield Exchange(what="rows", size=calls * model.layers * positions / k * each * width, ranks=k)

@@ -142,10 +142,10 @@ def predict(setting: Setting, division: Division, *, offloaded: bool = False) ->
     of_group = sum(e.seconds(device, division) for e in moved if e.what not in ("weights", "gradients"))
     hidden = computing if division.shards > 1 else LAST_BACKWARD * computing / steps
 
-    activations, host = alone.memory["activations"], 0.0
-    transferred = 0.0
+    largest = max(call.positions for batch in batches for call in batch)
+    kept = division.kept_rows(model, largest, precision.product) * (1 if setting.checkpointing else model.layers)
+    activations, host, transferred = alone.memory["activations"] + kept, 0.0, 0.0
     if offloaded:
-        largest = max(call.positions for batch in batches for call in batch)
         states = largest * model.hidden * precision.stream
         host = model.layers * states
         activations -= max(0, model.layers - OFFLOADED_LAYERS) * states

@@ -55,7 +55,8 @@ def saved_bytes(call, division):
     every -= halved * (16 * SHAPE.intermediate + 8 * SHAPE.queries + 8 * SHAPE.keys)
     keys = SHAPE.layers * 2 * 4 * part.keys * call.gathered * share  # copied for each response
     norm = 2 * 4 * SHAPE.hidden * call.positions * share
-    return every + keys + norm + 4 * part.vocab * SHAPE.hidden
+    rows = SHAPE.layers * division.kept_rows(SHAPE, call.positions * share, 4)
+    return every + keys + norm + rows + 4 * part.vocab * SHAPE.hidden
 
 
 def check_counts(name, ranks):
