@@ -25,11 +25,11 @@ CASES = {
     "plain": {},
     "one row more than a window": {"rows": 9},  # the second rank has two idle forwards, and no row in the second round
     "lora": LORA,
-    "tied": {"family": "llama-tied"},
     "reference of its own": OWN,
     "bf16": {"bf16": True, "max_tokens": 1},
 }
 FURTHER = {
+    "tied": {"family": "llama-tied"},
     "reference of another family": {"reference": {"family": "qwen2"}},
     "reference of its own, live": {**OWN, "precompute_ref_log_probs": False},
     "reference of its own, bf16": {**OWN, "bf16": True, "max_tokens": 1},
