@@ -5,6 +5,7 @@ import torch
 from accelerate import ParallelismConfig
 
 from dpofast import DPOConfig, DPOTrainer
+from tests.support.composites import tiny_composite
 from tests.support.families import family_model
 from tests.support.ranks_cases import two_ranks
 from tests.support.tensor_cases import CASES, FEW, MODES, train_split
@@ -94,6 +95,13 @@ def test_setups_are_refused_before_anything_is_loaded(four_processes, options, m
 def test_a_family_without_a_plan_is_refused_by_name(four_processes, tmp_path):
     family_model("gpt2").config.save_pretrained(tmp_path / "model")
     with pytest.raises(ValueError, match="no plan by which to divide gpt2"):
+        args = made(tmp_path, tensor_parallel_size=2)
+        DPOTrainer(str(tmp_path / "model"), args=args, train_dataset=tiny_dataset())
+
+
+def test_composite_models_are_refused_by_name(four_processes, tmp_path):
+    tiny_composite("llava").config.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="expected a language model alone, got "):
         args = made(tmp_path, tensor_parallel_size=2)
         DPOTrainer(str(tmp_path / "model"), args=args, train_dataset=tiny_dataset())
 

@@ -47,11 +47,6 @@ def check_tensor_parallel(args: DPOConfig) -> None:
         "sync_ref_model": (args.sync_ref_model, "the reference is divided, too: leave it out"),
         "max_tokens": (args.max_tokens == "auto", "'auto' probes one process alone: give a number"),
     }
-    if size < args.world_size:
-        refused["router_aux_loss_coef"] = (
-            bool(args.router_aux_loss_coef),
-            "FSDP2 gathers the head with the last norm, and counting the experts' tokens runs no head: set it to 0",
-        )
     for name, (is_set, reason) in refused.items():
         if is_set:
             raise ValueError(f"{name}: not supported with tensor_parallel_size={size}: {reason}")
@@ -91,6 +86,11 @@ def check_plan(config: Any, size: int) -> None:
         ValueError: it does not.
     """
     text = config.get_text_config()
+    if text is not config:
+        raise ValueError(
+            f"tensor_parallel_size: expected a language model alone, got {config.model_type}, whose encoders have no "
+            f"plan that has been tried, and size {size}: leave it at 1; fsdp shards such a model"
+        )
     if not getattr(text, "base_model_tp_plan", None):
         raise ValueError(
             f"tensor_parallel_size: transformers has no plan by which to divide {text.model_type} (base_model_tp_plan "
