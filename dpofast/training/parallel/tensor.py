@@ -66,7 +66,7 @@ def loading_options(config: Any, args: DPOConfig, options: dict[str, Any]) -> di
     size = args.tensor_parallel_size
     if size == 1:
         return options
-    check_plan(config, size)
+    check_plan(config, args)
     for name in ("quantization_config", "device_map", "distributed_config", "tp_plan", "tp_size"):
         if options.get(name) is not None:
             raise ValueError(
@@ -79,13 +79,20 @@ def loading_options(config: Any, args: DPOConfig, options: dict[str, Any]) -> di
     return {**options, "distributed_config": DistributedConfig(tp_size=size, fsdp_size=groups)}
 
 
-def check_plan(config: Any, size: int) -> None:
-    """Check that transformers knows how to divide a model, by its config alone.
+def check_plan(config: Any, args: DPOConfig) -> None:
+    """Check that a model can be divided, by its config alone.
 
     Raises:
-        ValueError: it does not.
+        ValueError: transformers has no plan for it, it has encoders, or tied embeddings where FSDP2 shards it between
+            several groups, too.
     """
-    text = config.get_text_config()
+    text, size = config.get_text_config(), args.tensor_parallel_size
+    if config.tie_word_embeddings and size < args.world_size:
+        raise ValueError(
+            f"tensor_parallel_size: expected {args.world_size}, the number of processes, for {text.model_type} with "
+            f"tied embeddings, got {size}: FSDP2, which shards it between groups of {size}, frees the embedding before "
+            f"the head reads it: start {size} processes, or leave it at 1 and set fsdp"
+        )
     if text is not config:
         raise ValueError(
             f"tensor_parallel_size: expected a language model alone, got {config.model_type}, whose encoders have no "
