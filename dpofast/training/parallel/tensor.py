@@ -87,7 +87,7 @@ def check_plan(config: Any, args: DPOConfig) -> None:
             several groups, too.
     """
     text, size = config.get_text_config(), args.tensor_parallel_size
-    if config.tie_word_embeddings and size < args.world_size:
+    if getattr(text, "tie_word_embeddings", False) and text is config and size < args.world_size:
         raise ValueError(
             f"tensor_parallel_size: expected {args.world_size}, the number of processes, for {text.model_type} with "
             f"tied embeddings, got {size}: FSDP2, which shards it between groups of {size}, frees the embedding before "
