@@ -100,10 +100,30 @@ class ModelFiles(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if self.is_fsdp_enabled and state_dict:
             state_dict = saved_once(self.model, state_dict)
-        elif state_dict is None and hasattr(self.model, "peft_config") and first_shard(self.model) is not None:
-            own = self.model.state_dict()  # PEFT would write a rank's own shards
-            state_dict = {key: gathered(own[key]).cpu() for key in stored_names(self.model).values()}
+        elif not self.is_fsdp_enabled and first_shard(self.model) is not None:
+            self._save_divided(output_dir, state_dict)
+            return
         super()._save(output_dir, state_dict)
+
+    def _save_divided(self, output_dir: str | None, state_dict: Any) -> None:
+        """Write the weights that transformers has divided, gathered one by one, on the first rank.
+
+        transformers would write tied ones twice, and PEFT a rank's own shards.
+        """
+        if state_dict is None:
+            own, state_dict = self.model.state_dict(), {}
+            for key in stored_names(self.model).values():
+                whole = gathered(own[key])
+                if self.args.should_save:
+                    state_dict[key] = whole.cpu()
+        if not self.args.should_save:
+            return
+        config: Any = self.model.config  # PEFT's is its base model's
+        divided, config.distributed_config = config.distributed_config, None
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            config.distributed_config = divided
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.writes_shards:  # the optimizer's state lies beside the weights

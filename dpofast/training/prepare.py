@@ -28,7 +28,7 @@ from dpofast.training.parallel.early import on_shards
 from dpofast.training.parallel.fsdp import check_whole
 from dpofast.training.parallel.sequence import WITHOUT_DIVIDED_IMAGES
 from dpofast.training.parallel.sizes import check_heads
-from dpofast.training.parallel.tensor import adopt_size, loading_options, reshard_always, second_reference
+from dpofast.training.parallel.tensor import adopt_size, check_plan, loading_options, reshard_always, second_reference
 from dpofast.training.processing import WITHOUT_IMAGES, Processing, processing_beside, processing_of
 
 
@@ -93,7 +93,10 @@ def prepare_models(
             adopt_size(each, args, name)
     if args.tensor_parallel_size * args.sequence_parallel_size > 1:
         for each in filter(None, given.values()):
-            check_heads(config_of(each, **options) if isinstance(each, str) else each.config, args)
+            config = config_of(each, **options) if isinstance(each, str) else each.config
+            check_heads(config, args)
+            if args.tensor_parallel_size > 1:
+                check_plan(config, args)
     model, ref_model = (
         load_causal_lm(each, **loading_options(config_of(each, **options), args, options))
         if isinstance(each, str)

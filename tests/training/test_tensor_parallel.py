@@ -5,9 +5,10 @@ import torch
 from accelerate import ParallelismConfig
 
 from dpofast import DPOConfig, DPOTrainer
+from tests.support.composites import tiny_composite
 from tests.support.families import family_model
 from tests.support.ranks_cases import two_ranks
-from tests.support.tensor_cases import CASES, FEW, MODES, train_split
+from tests.support.tensor_cases import CASES, FEW, GROUPED, MODES, train_split
 from tests.support.tiny import tiny_dataset
 
 few, tp2, tp2dp2 = (
@@ -49,7 +50,7 @@ def test_two_ranks(tp2, case, tmp_path):
 
 @pytest.mark.ranks
 @pytest.mark.slow(900)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", GROUPED)
 def test_two_groups_of_two_ranks(tp2dp2, case, tmp_path):
     check_equal_to_one_process(tp2dp2, case, tmp_path)
 
@@ -94,6 +95,20 @@ def test_setups_are_refused_before_anything_is_loaded(four_processes, options, m
 def test_a_family_without_a_plan_is_refused_by_name(four_processes, tmp_path):
     family_model("gpt2").config.save_pretrained(tmp_path / "model")
     with pytest.raises(ValueError, match="no plan by which to divide gpt2"):
+        args = made(tmp_path, tensor_parallel_size=2)
+        DPOTrainer(str(tmp_path / "model"), args=args, train_dataset=tiny_dataset())
+
+
+def test_tied_embeddings_between_groups_are_refused(four_processes, tmp_path):
+    family_model("llama", tie_word_embeddings=True).config.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="expected 4, the number of processes, for llama with tied embeddings, got 2"):
+        args = made(tmp_path, tensor_parallel_size=2)
+        DPOTrainer(str(tmp_path / "model"), args=args, train_dataset=tiny_dataset())
+
+
+def test_composite_models_are_refused_by_name(four_processes, tmp_path):
+    tiny_composite("llava").config.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="expected a language model alone, got "):
         args = made(tmp_path, tensor_parallel_size=2)
         DPOTrainer(str(tmp_path / "model"), args=args, train_dataset=tiny_dataset())
 

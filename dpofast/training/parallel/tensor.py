@@ -47,11 +47,6 @@ def check_tensor_parallel(args: DPOConfig) -> None:
         "sync_ref_model": (args.sync_ref_model, "the reference is divided, too: leave it out"),
         "max_tokens": (args.max_tokens == "auto", "'auto' probes one process alone: give a number"),
     }
-    if size < args.world_size:
-        refused["router_aux_loss_coef"] = (
-            bool(args.router_aux_loss_coef),
-            "FSDP2 gathers the head with the last norm, and counting the experts' tokens runs no head: set it to 0",
-        )
     for name, (is_set, reason) in refused.items():
         if is_set:
             raise ValueError(f"{name}: not supported with tensor_parallel_size={size}: {reason}")
@@ -71,7 +66,7 @@ def loading_options(config: Any, args: DPOConfig, options: dict[str, Any]) -> di
     size = args.tensor_parallel_size
     if size == 1:
         return options
-    check_plan(config, size)
+    check_plan(config, args)
     for name in ("quantization_config", "device_map", "distributed_config", "tp_plan", "tp_size"):
         if options.get(name) is not None:
             raise ValueError(
@@ -84,13 +79,25 @@ def loading_options(config: Any, args: DPOConfig, options: dict[str, Any]) -> di
     return {**options, "distributed_config": DistributedConfig(tp_size=size, fsdp_size=groups)}
 
 
-def check_plan(config: Any, size: int) -> None:
-    """Check that transformers knows how to divide a model, by its config alone.
+def check_plan(config: Any, args: DPOConfig) -> None:
+    """Check that a model can be divided, by its config alone.
 
     Raises:
-        ValueError: it does not.
+        ValueError: transformers has no plan for it, it has encoders, or tied embeddings where FSDP2 shards it between
+            several groups, too.
     """
-    text = config.get_text_config()
+    text, size = config.get_text_config(), args.tensor_parallel_size
+    if getattr(text, "tie_word_embeddings", False) and text is config and size < args.world_size:
+        raise ValueError(
+            f"tensor_parallel_size: expected {args.world_size}, the number of processes, for {text.model_type} with "
+            f"tied embeddings, got {size}: FSDP2, which shards it between groups of {size}, frees the embedding before "
+            f"the head reads it: start {size} processes, or leave it at 1 and set fsdp"
+        )
+    if text is not config:
+        raise ValueError(
+            f"tensor_parallel_size: expected a language model alone, got {config.model_type}, whose encoders have no "
+            f"plan that has been tried, and size {size}: leave it at 1; fsdp shards such a model"
+        )
     if not getattr(text, "base_model_tp_plan", None):
         raise ValueError(
             f"tensor_parallel_size: transformers has no plan by which to divide {text.model_type} (base_model_tp_plan "
