@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from dpofast.cli.config_file import read_yaml
+from dpofast.cli.arguments import read_yaml
 from dpofast.cli.load_models import is_adapter
 from dpofast.common.atomic_files import put
 

@@ -149,7 +149,7 @@ def test_frozen_weights_of_a_model_are_there_and_states_only_of_what_has_some(tm
         ValueError, match=r"expected the weights of LlamaForCausalLM in its shards, 0 are missing .* 9 unkn"
     ):
         load_sharded_weights(tiny_model(num_hidden_layers=2), tmp_path)
-    with pytest.raises(ValueError, match=r"expected lm_head.weight in the shape \(97, 64\), got \(97, 32\)"):
+    with pytest.raises(ValueError, match=r"expected .* in the shape \(97, 64\), got \(97, 32\)"):
         load_sharded_weights(tiny_model(hidden_size=64), tmp_path)
     with pytest.raises(
         ValueError, match=r"optimizer_groups.pt: expected groups of \[\d+\] weights as in this run, got"

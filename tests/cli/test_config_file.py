@@ -5,8 +5,7 @@ import os
 import pytest
 
 from dpofast import DPOConfig
-from dpofast.cli.arguments import _yaml_flags, parse
-from dpofast.cli.config_file import read_yaml
+from dpofast.cli.arguments import _yaml_flags, parse, read_yaml
 from dpofast.cli.train import TrainArguments
 
 LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
