@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,13 +26,14 @@ _PROCESSOR = ("processor_config.json", "preprocessor_config.json")
 class Loading:
     """How models are loaded: dtype (a name in DTYPES), trust_remote_code, quantized to 4 bits or not.
 
-    attn_implementation is transformers'; None is the model's own choice.
+    attn_implementation is transformers'; None is the model's own choice. options: further ones of from_pretrained.
     """
 
     dtype: str = "float32"
     trust_remote_code: bool = False
     load_in_4bit: bool = False
     attn_implementation: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Check the dtype's name."""
@@ -168,7 +169,7 @@ def load_model(name: str, loading: Loading) -> Any:
         return load_adapter(name, loading).model
     check_name(name)
     _refuse_pickles(name, "pytorch_model*.bin", "*.safetensors")
-    options: dict[str, Any] = {"trust_remote_code": loading.trust_remote_code}
+    options: dict[str, Any] = {"trust_remote_code": loading.trust_remote_code, **loading.options}
     attention = {} if loading.attn_implementation is None else {"attn_implementation": loading.attn_implementation}
     try:
         if loading.load_in_4bit:

@@ -9,7 +9,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ from dpofast.common.printable import printable
 from dpofast.losses.own_kinds import import_from
 from dpofast.training.checks.columns import check_column_names
 from dpofast.training.config import DPOConfig
+from dpofast.training.parallel.sizes import check_heads, check_sizes
+from dpofast.training.parallel.tensor import loading_options, second_reference
 from dpofast.training.trainer import DPOTrainer
 
 # What --help shows: first what nearly every run sets, then every other option of dpofast itself.
@@ -189,8 +191,9 @@ def main(argv: Sequence[str]) -> int:
             check_column_names(data.column_names, config.preference_loss(), str(name), list_pairs=config.list_pairs)
     columns = {*train_data.column_names, *(eval_data.column_names if eval_data is not None else ())}
     processing = load_processing(train.model, tokenizer, columns, **access)
+    ref_model = train.ref_model or (None if train.lora_r else second_reference(train.model, config))
     try:
-        model = load_model(train.model, loading)
+        model = load_model(train.model, _divided(train.model, loading, config))
         layers = on_language_model(peft_config, model) if train.lora_r and not train.lora_target_modules else 0
         if layers and config.process_index == 0:
             print(
@@ -200,7 +203,7 @@ def main(argv: Sequence[str]) -> int:
             )
         trainer = DPOTrainer(
             model=train_on(model) if adapted else model,
-            ref_model=load_model(train.ref_model, loading) if train.ref_model else None,
+            ref_model=load_model(ref_model, _divided(ref_model, loading, config)) if ref_model else None,
             args=config,
             train_dataset=train_data,
             eval_dataset=eval_data,
@@ -303,6 +306,27 @@ def _checked_loading(train: TrainArguments, config: DPOConfig) -> Loading:
         load_in_4bit=train.load_in_4bit,
         attn_implementation=train.attn_implementation,
     )
+
+
+def _divided(name: str, loading: Loading, config: DPOConfig) -> Loading:
+    """The same with what divides the model over processes (tensor parallelism), if the arguments say so.
+
+    Raises:
+        ValueError: it cannot be divided so, before anything is loaded; an adapter's folder.
+    """
+    if config.tensor_parallel_size == 1:
+        return loading
+    if is_adapter(name):
+        raise ValueError(
+            f"tensor_parallel_size: {named(name)} is an adapter, which cannot be read onto a model that is divided: "
+            "merge it into its base model first (peft: AutoPeftModelForCausalLM.from_pretrained(...)"
+            ".merge_and_unload().save_pretrained(...)); --lora_r trains a new one"
+        )
+    check_sizes(config)
+    of_model = load_config(name, trust_remote_code=config.trust_remote_code)
+    check_heads(of_model, config)
+    given = {"quantization_config": True} if loading.load_in_4bit else {}
+    return replace(loading, options=loading_options(of_model, config, given))
 
 
 def _early_stopping(train: TrainArguments, config: DPOConfig) -> list[Any]:

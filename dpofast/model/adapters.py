@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dpofast.common.eval_mode import eval_mode
+from dpofast.model.parallel.adapters import whole_layers
 from dpofast.model.parts import text_token_ids
 from dpofast.model.wrappers import input_device
 from dpofast.reference import padded_logprobs, padded_rows
@@ -125,7 +126,8 @@ def with_new_adapter(model: Any, peft_config: Any) -> Wrapped:
     from peft import get_peft_model
 
     before = probe_logps(model)
-    model = get_peft_model(model, peft_config)
+    with whole_layers(model):
+        model = get_peft_model(model, peft_config)
     with model.disable_adapter():
         base = same_weights(probe_logps(model), before)
     return Wrapped(model, base, same_function(probe_logps(model), before, model.dtype))

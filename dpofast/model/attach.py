@@ -43,7 +43,7 @@ from dpofast.model.parallel.tensor import split_again
 from dpofast.model.parts import backbone_of, base_causal_lm, is_composite, media_token_ids
 from dpofast.model.recurrent.follow import follow_again, follow_segments, stop_following_segments
 from dpofast.model.rope import follow_lengths, stop_following
-from dpofast.model.wrappers import exchange_class, take_off_autocast
+from dpofast.model.wrappers import exchange_class, plain_class, take_off_autocast
 from dpofast.packing.batch import PackedBatch
 
 # FSDP2 looks for the tensors of a module's output in pytrees, and hooks on them gather the weights for the backward.
@@ -120,8 +120,7 @@ def _attach(model: Any, padded: bool) -> None:
         check_packed(base)
     _take_off_autocast(model, base, stacklevel=4)
     split_again(base)
-    plain_class: Any = type(base)
-    exchange_class(base, packed_class(plain_class, padded))
+    exchange_class(base, packed_class(plain_class(base), padded))
     with _detached_where_refused(model):
         # before anything wraps or shards the head: a wrapper takes the class that it meets
         logprob_head(base)

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dpofast.model.parallel.tensor import ComputesBeside
-from dpofast.model.wrappers import exchange_class
+from dpofast.model.wrappers import exchange_class, plain_class
 
 # Names in configs, and the families that read them
 _MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")  # Cohere, Falcon-H1, Muse Glimmer
@@ -60,7 +60,7 @@ def logprob_head(model: Any) -> Callable[..., Any]:
     if linears is None:
         raise refused_head(model)
     for linear in linears:
-        if type(linear) is nn.Linear:
+        if plain_class(linear) is nn.Linear:
             exchange_class(linear, LogprobLinear)
     tokens = getattr(head, "token_adapter", None)
     if tokens is None or tokens.disable_adapters or tokens.merged or not tokens.active_adapters:
@@ -75,7 +75,9 @@ def plain_heads(head: Any) -> list[Any] | None:
         linears = [head.original_module, *head.modules_to_save.values()]
     elif hasattr(head, "token_adapter"):
         linears = [head.token_adapter.base_layer]
-    plain = all(type(linear) is nn.Linear or isinstance(linear, LogprobLinear) for linear in linears)  # or FSDP's of it
+    plain = all(
+        plain_class(linear) is nn.Linear or isinstance(linear, LogprobLinear) for linear in linears
+    )  # or FSDP's of it
     return linears if plain else None
 
 
@@ -88,7 +90,7 @@ def _with_trained_rows(tokens: Any, hidden: Tensor, compute: Callable[[Tensor, T
 def restore_head(model: Any) -> None:
     """Undo logprob_head, in the copies that a wrapper holds as well."""
     for module in model.get_output_embeddings().modules():
-        if type(module) is LogprobLinear:
+        if plain_class(module) is LogprobLinear:
             exchange_class(module, nn.Linear)
 
 

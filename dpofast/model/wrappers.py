@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from dpofast.model.parallel.tensor import take_off_split
 
@@ -45,8 +46,23 @@ def drop_hooks(model: nn.Module, ours: Callable[[Any], bool]) -> None:
                 with_kwargs.pop(key, None)
 
 
+def plain_class(module: Any) -> type:
+    """The class of a module; where FSDP2 has made a subclass of it, the one beneath."""
+    return next(each for each in type(module).__mro__ if not issubclass(each, FSDPModule))
+
+
+@functools.cache
+def _sharded_class(cls: Any) -> type:
+    """The subclass that FSDP2 would make."""
+
+    def __deepcopy__(self: Any, memo: Any) -> Any:
+        raise AssertionError("FSDP does not support deepcopy")
+
+    return type(f"FSDP{cls.__name__}", (FSDPModule, cls), {"__deepcopy__": __deepcopy__, "__module__": cls.__module__})
+
+
 def exchange_class(module: Any, new: type) -> None:
-    """Give a module another class whose forward then runs, also inside accelerate's hooks.
+    """Give a module another class whose forward then runs, also inside accelerate's hooks; FSDP2's stays around it.
 
     Raises:
         ValueError: a forward on the instance that is of no known kind, by name.
@@ -62,7 +78,7 @@ def exchange_class(module: Any, new: type) -> None:
             module.forward = forward
         elif name == "forward":
             vars(module).pop("forward", None)
-    module.__class__ = new
+    module.__class__ = _sharded_class(new) if isinstance(module, FSDPModule) else new
     if _HOOKED in vars(module):
         module._old_forward = types.MethodType(type(module).forward, module)
     if split is not None:

@@ -23,7 +23,7 @@ from dpofast.training.config import DPOConfig
 from dpofast.training.layers.choose import compile_chosen, fuse_layers
 from dpofast.training.parallel.fsdp import check_whole
 from dpofast.training.parallel.sizes import check_heads
-from dpofast.training.parallel.tensor import adopt_size, loading_options
+from dpofast.training.parallel.tensor import adopt_size, loading_options, reshard_always, second_reference
 from dpofast.training.processing import WITHOUT_IMAGES, Processing, processing_beside, processing_of
 
 
@@ -80,8 +80,8 @@ def prepare_models(
         activate_flash_attention(args.flash_attention, args.device)
     options = _loading_options(model, args, quantization_config)
     name_of_model = model if isinstance(model, str) else None
-    if loss.needs_reference and not args.precompute_ref_log_probs and peft_config is None:
-        ref_model = ref_model or _second_name(model, args)
+    if peft_config is None:
+        ref_model = ref_model or (second_reference(model, args) if isinstance(model, str) else None)
     given = {"model": model, "ref_model": ref_model}
     for name, each in given.items():
         if not isinstance(each, str) and hasattr(each, "config"):
@@ -101,6 +101,8 @@ def prepare_models(
                 f"{name}: expected a causal language model of transformers (AutoModelForCausalLM), got "
                 f"{type(each).__name__}"
             )
+        if each is not None:
+            reshard_always(each)
     failure, with_images = None, has_images(train_dataset)
     if processing_class is None:
         processing_class, failure = processing_beside(name_of_model, model, args, options)
@@ -142,12 +144,6 @@ def prepare_models(
     if with_images and processing.refused is not None:
         raise ValueError(f"train_dataset: it has images: {processing.refused}. {WITHOUT_IMAGES}")
     return Models(model, ref_model, processing, wrapped, layers, with_images)
-
-
-def _second_name(model: Any, args: DPOConfig) -> str | None:
-    """The policy's name, where a reference in the step is to be loaded by it once more: FSDP2's shards have no copy."""
-    divided = 1 < args.tensor_parallel_size < args.world_size
-    return model if divided and isinstance(model, str) else None
 
 
 def check_where_it_runs(

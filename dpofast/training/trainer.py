@@ -72,7 +72,8 @@ class DPOTrainer(StepLoaders):
     """Direct Preference Optimization (arXiv 2305.18290) on packed batches, of pairs or of lists of responses.
 
     Args:
-        model: a causal language model, a PEFT model, or a name or folder that AutoModelForCausalLM loads (in float32).
+        model: a causal language model, a PEFT model, or a name or folder that AutoModelForCausalLM loads (in float32);
+            for tensor_parallel_size a name, or a model that from_pretrained(distributed_config=...) has divided.
         ref_model: the reference, a model or its name; None means the model as it is now (with peft_config its base
             model).
         args: a DPOConfig, or TRL's.
@@ -257,7 +258,8 @@ class DPOTrainer(StepLoaders):
             self.args,
             forward=forward,
             dtype=self._forward_dtype,
-            ranks=self.data_ranks,
+            # processes of a model that is divided run the same forwards, so they score the same rows
+            ranks=self.data_ranks if self.args.tensor_parallel_size == 1 else Ranks.alone(),
         )
 
     # ---- resuming ---------------------------------------------------------------------------------------------------

@@ -78,8 +78,8 @@ def test_options_of_accelerates_own_loader_are_refused(tmp_path):
         DPOConfig(output_dir=str(tmp_path), accelerator_config={"split_batches": True})
 
 
-@pytest.mark.parametrize("name", ["tp_size", "cp_size", "sp_size"])
-def test_rows_and_layers_are_not_divided_among_ranks(tmp_path, name):
+@pytest.mark.parametrize("name", ["cp_size", "sp_size", "dp_replicate_size"])
+def test_parallelism_config_divides_layers_alone(tmp_path, name):
     args = DPOConfig(output_dir=str(tmp_path), use_cpu=True)
     args.parallelism_config = SimpleNamespace(**{name: 2})
     with pytest.raises(ValueError, match=f"parallelism_config: {name}: not supported here"):

@@ -86,8 +86,12 @@ def deep_copy(model: Any) -> Any:
             "tensor_parallel_size processes cannot be copied for a reference in the step: give the model by name, or "
             "ref_model"
         )
-    held = {name: value for name, value in vars(base).items() if name in ("_device_mesh", "_mesh_manager")}
-    return copy.deepcopy(model, {id(value): value for value in held.values()})
+    held = [value for name, value in vars(base).items() if name in ("_device_mesh", "_mesh_manager")]
+    memo: dict[int, Any] = {id(value): value for value in held}
+    for weight in model.parameters():
+        if hasattr(weight, "device_mesh"):  # a DTensor has no deepcopy of its own (torch 2.13)
+            memo[id(weight)] = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+    return copy.deepcopy(model, memo)
 
 
 class ComputesBeside:

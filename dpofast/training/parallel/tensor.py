@@ -11,6 +11,7 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from dpofast.model.parallel.tensor import tensor_parallel_size
 from dpofast.model.parts import base_causal_lm
@@ -46,6 +47,11 @@ def check_tensor_parallel(args: DPOConfig) -> None:
         "sync_ref_model": (args.sync_ref_model, "the reference is divided, too: leave it out"),
         "max_tokens": (args.max_tokens == "auto", "'auto' probes one process alone: give a number"),
     }
+    if size < args.world_size:
+        refused["router_aux_loss_coef"] = (
+            bool(args.router_aux_loss_coef),
+            "FSDP2 gathers the head with the last norm, and counting the experts' tokens runs no head: set it to 0",
+        )
     for name, (is_set, reason) in refused.items():
         if is_set:
             raise ValueError(f"{name}: not supported with tensor_parallel_size={size}: {reason}")
@@ -102,9 +108,14 @@ def adopt_size(model: Any, args: DPOConfig, name: str) -> None:
 
     Raises:
         ValueError: the arguments name another size than the model has; it is divided in another way than by tensor
-            parallelism and FSDP2.
+            parallelism and FSDP2, or has an adapter already.
     """
     size, wanted = tensor_parallel_size(model), args.tensor_parallel_size
+    if size > 1 and hasattr(model, "peft_config"):
+        raise ValueError(
+            f"{name}: expected a divided model without an adapter, got one that PEFT has put on its shards: give its "
+            "base model, and peft_config, whose adapter equals that of a whole model"
+        )
     if size == wanted:
         return
     if wanted > 1:
@@ -119,6 +130,25 @@ def adopt_size(model: Any, args: DPOConfig, name: str) -> None:
             raise ValueError(f"{name}: expected a model divided by tp_size and fsdp_size alone, got {option} > 1")
     args.tensor_parallel_size = size
     check_tensor_parallel(args)
+
+
+def second_reference(model: str, args: DPOConfig) -> str | None:
+    """The policy's name, where the reference in the step is to be loaded by it once more: FSDP2's shards have no copy.
+
+    Of a policy without an adapter; None where a copy, or log-probs before training, are the reference.
+    """
+    live = args.preference_loss().needs_reference and not args.precompute_ref_log_probs
+    return model if live and 1 < args.tensor_parallel_size < args.world_size else None
+
+
+def reshard_always(model: nn.Module) -> None:
+    """Let FSDP2 free the gathered weights of every layer after its forward, as transformers leaves those of the head.
+
+    Passes without gradients would end with whole weights in place of shards, for whatever reads them next.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_reshard_after_forward(True, recurse=False)
 
 
 def synchronize_replicas(model: nn.Module, accelerator: Any) -> None:
@@ -149,8 +179,6 @@ def synchronize_replicas(model: nn.Module, accelerator: Any) -> None:
 
 def _follow_frozen(model: nn.Module) -> None:
     """Let FSDP2's gathered weights require gradients only where their shards do: an adapter froze them since."""
-    from torch.distributed.fsdp import FSDPModule
-
     for module in model.modules():
         if not isinstance(module, FSDPModule):
             continue
