@@ -259,10 +259,10 @@ def packed_class(cls: Any, padded: bool) -> type:
         extra = [name for name, value in kwargs.items() if value is not None]
         if args or extra:
             raise ValueError(f"model(packed=...): expected no further model inputs, got {extra or 'positional ones'}")
-        _check_ids(self, packed)
         if packed.split is not None:
             counts_routing = bool(balance) or count_routing
             check_split_call(self, packed, padded=self._padded_rows, counts_routing=counts_routing)
+        _check_ids(self, packed)
         if self._padded_rows and (balance or count_routing):
             raise ValueError(
                 "balance: expected packed rows for a load-balancing loss, and the model runs over padded ones"

@@ -39,6 +39,7 @@ from tests.support.deep_examples import DEEP, LONG_DEEP, depth, tries
 )
 def test_sdpa_equals_attention_written_out(examples, score_bytes, options, monkeypatch):
     monkeypatch.setattr(attention_sdpa, "_SCORE_BYTES", score_bytes)
+    monkeypatch.setattr(attention_sdpa, "_MASK_BYTES", score_bytes)
     segments = packed_segments(examples)
     inputs = random_inputs(segments, value_width=12)
     upstream = torch.randn(1, inputs[0].shape[2], HEADS, 12)
@@ -55,6 +56,7 @@ def test_sdpa_equals_attention_written_out(examples, score_bytes, options, monke
 @pytest.mark.parametrize("options", [{"softcap": 2.0}, {}, {"window": 300}], ids=["scores", "mask", "window"])
 def test_scores_and_masks_of_a_long_prompt_are_not_kept_for_backward(options, monkeypatch):
     monkeypatch.setattr(attention_sdpa, "_SCORE_BYTES", 64 << 10)
+    monkeypatch.setattr(attention_sdpa, "_MASK_BYTES", 64 << 10)
     segments = packed_segments({500: (2, 90)})
     inputs = [tensor.requires_grad_() for tensor in random_inputs(segments)]
     saved = {}

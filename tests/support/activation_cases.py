@@ -9,15 +9,17 @@ from dpofast import PackedPreference, PreferenceLoss, attach_logprob_head, pack
 from tests.support.rank_processes import become_rank
 from tests.support.tiny import VOCAB, tiny_model
 
-SHAPE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+SHAPE = {
+    **{"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2},
+    **{"num_attention_heads": 8, "num_key_value_heads": 4},
+}
 
 
 def long_pair(prompt, responses):
     """One pair whose packed row has prompt + 2 · responses positions."""
     draw = random.Random(0)
     lengths = {"prompt_ids": prompt, "chosen_ids": responses, "rejected_ids": responses + 2}
-    pair = {name: [draw.randrange(3, VOCAB) for _ in range(length)] for name, length in lengths.items()}
-    return [{**pair, "rejected_ids": [*pair["rejected_ids"][:0], *pair["rejected_ids"]]}]
+    return [{name: [draw.randrange(3, VOCAB) for _ in range(length)] for name, length in lengths.items()}]
 
 
 def measured(prompt, responses, *, checkpointing=False, group=None):

@@ -9,13 +9,9 @@ import torch
 
 # Imported once, by the server that the ranks are forked from, instead of in every rank: 6 s of a core each.
 PRELOADED = [
-    "tests.support.ranks_cases",
-    "tests.support.sequence_cases",
-    "tests.support.distributed_cases",
-    "tests.support.vocab_pair_cases",
-    "tests.support.tensor_cases",
-    "tests.support.trl_cases",
-    "tests.support.sequence_parallel_cases",
+    *("tests.support.ranks_cases", "tests.support.sequence_cases", "tests.support.distributed_cases"),
+    *("tests.support.vocab_pair_cases", "tests.support.tensor_cases", "tests.support.trl_cases"),
+    *("tests.support.sequence_parallel_cases", "tests.support.activation_cases"),
 ]
 
 

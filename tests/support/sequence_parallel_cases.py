@@ -1,5 +1,7 @@
 """A model on a batch whose rows are split over ranks: cases, and rank_main(), which runs them on every rank."""
 
+from unittest import mock
+
 import pytest
 import torch
 
@@ -15,8 +17,8 @@ _MULTI_HEAD = {"num_key_value_heads": 4}
 
 
 def short_pair():
-    """One pair whose responses are short, so that of four ranks some have no target."""
-    return [{"prompt_ids": [5, 6, 7, 8, 9, 10], "chosen_ids": [11], "rejected_ids": [12, 13]}]
+    """One pair of one-token responses, both predicted by one row, so that all ranks but one have no target."""
+    return [{"prompt_ids": [5, 6, 7, 8, 9, 10], "chosen_ids": [11], "rejected_ids": [12]}]
 
 
 def shared_prompts():
@@ -64,6 +66,7 @@ CASES = {
     "columns": {"rows": columns, "loss": PreferenceLoss()},
     "a pair of few targets": {"rows": short_pair, "loss": PreferenceLoss(), "checkpointing": True},
 }
+AUTOCAST = {"autocast": True}
 # What two ranks run in the default suite.
 FEW = (
     *("grouped heads", "one K/V head", "sliding window", "sinks", "chunks and scaled queries", "attention methods"),
@@ -71,7 +74,10 @@ FEW = (
 )
 
 
-def run(group=None, *, family="llama", extra=None, rows=tiny_dialogues, loss=None, checkpointing=None, frozen=False):
+def run(
+    group=None, *, family="llama", extra=None, rows=tiny_dialogues, loss=None, checkpointing=None, frozen=False,
+    autocast=False,
+):  # fmt: skip
     """The values that a model computes for rows, by name, and the gradients of its weights by "grad NAME".
 
     Args:
@@ -82,6 +88,7 @@ def run(group=None, *, family="llama", extra=None, rows=tiny_dialogues, loss=Non
         loss: a preference loss; None for log-probs and statistics, and a loss that weights each token otherwise.
         checkpointing: whether gradient checkpointing is reentrant; None for none.
         frozen: whether all weights but those of the last layer and the head are.
+        autocast: whether it runs in bfloat16's autocast, where queries and keys are wider than values.
     """
     model = attach_logprob_head(family_model(family, **(extra or {}))).train()
     if frozen:
@@ -93,6 +100,9 @@ def run(group=None, *, family="llama", extra=None, rows=tiny_dialogues, loss=Non
         model.enable_input_require_grads()
     (batch,) = pack(list(rows()))
     batch = batch if group is None else batch.split_over(group)
+    if autocast:
+        with torch.autocast("cpu", torch.bfloat16):
+            return {"logps": model(packed=batch).logps.detach()}
     if loss is None:
         output = model(packed=batch, stats=STATS)
         values = {name: getattr(output, name) for name in ("logps", *STATS)}
@@ -121,11 +131,25 @@ def check_safety_net(group):
     handle.remove()
 
 
+def count_exchanges(group):
+    """How many collectives exchange heads for rows: in a forward, in the backward, and how many layers there are."""
+    model = attach_logprob_head(family_model("llama"))
+    (batch,) = pack(tiny_pairs(2))
+    real = torch.distributed.all_to_all_single
+    with mock.patch.object(torch.distributed, "all_to_all_single", side_effect=real) as exchange:
+        total = model(packed=batch.split_over(group)).logps.sum()
+        forward = exchange.call_count
+        total.backward()
+    return forward, exchange.call_count - forward, model.config.num_hidden_layers
+
+
 def rank_main(rank, port, folder, world, names):
     """Run cases on this rank, and write the values to a file."""
     become_rank(rank, world, port)
     torch.distributed.init_process_group("gloo")
     group = torch.distributed.group.WORLD
     check_safety_net(group)
-    torch.save({name: run(group, **CASES[name]) for name in names}, f"{folder}/{rank}.pt")
+    values = {name: run(group, **CASES[name]) for name in names}
+    values |= {"autocast": run(group, **AUTOCAST), "exchanges": count_exchanges(group)}
+    torch.save(values, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()

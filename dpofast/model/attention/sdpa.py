@@ -20,8 +20,10 @@ from dpofast.model.attention.chunks import runs_of
 from dpofast.model.attention.layout import AttentionOptions, PackedLayout
 from dpofast.packing.segments import Segments
 
-# Largest block of float32 scores (all heads) that the written-out softmax materializes at once, and largest mask.
+# Largest block of float32 scores (all heads) that the written-out softmax materializes at once.
 _SCORE_BYTES = 32 << 20
+# Largest mask that is made once for all layers; larger ones are made in each, a quarter of this at once.
+_MASK_BYTES = 32 << 20
 
 
 class _Pieces:
@@ -67,9 +69,9 @@ def _attend_sdpa(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, options:
     queries, keys = q.shape[2], k.shape[2]
     if queries == keys and (options.window is None or options.window >= keys):
         return _sdpa(q, k, v, None, options)
-    rows = _SCORE_BYTES // (q.element_size() * keys)
+    rows = _MASK_BYTES // (q.element_size() * keys)
     if rows < queries:
-        return _in_chunks(_sdpa_of_chunk, rows, q, k, v, options)
+        return _in_chunks(_sdpa_of_chunk, rows // 4, q, k, v, options)
     key = ("mask", queries, keys, options.window, q.dtype, q.device)
     return _sdpa(q, k, v, layout.once(key, lambda: _mask(q, keys, options.window)), options)
 
@@ -97,8 +99,11 @@ def _mask(query: Tensor, keys: int, window: int | None) -> Tensor:
     Additive, because SDPA would convert a boolean mask into an additive one at every call.
     """
     queries = query.shape[2]
-    zeros = torch.zeros(queries, keys, dtype=query.dtype, device=query.device)
-    return zeros.masked_fill(~_visible(queries, keys, window, query.device), -torch.inf)
+    # Each in place of one block: comparing positions would take a block of integers more.
+    mask = query.new_full((queries, keys), -torch.inf).triu_(keys - queries + 1)
+    if window is not None and window < keys:
+        mask += query.new_full((queries, keys), -torch.inf).tril_(keys - queries - window)
+    return mask
 
 
 def _visible(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:

@@ -51,7 +51,8 @@ def check_split_call(model: Any, batch: PackedBatch, *, padded: bool, counts_rou
             "rope_parameters in the config (YaRN has one table for all lengths)"
         )
     if model.training and (rates := active_dropout(model)):
+        first, rate = next(iter(rates.items()))
         raise ValueError(
             f"{name}: expected a model without dropout where rows are split over processes, which draw alike for "
-            f"different rows, got {rates}: set the rates to 0"
+            f"different rows, got {len(rates)} rates, {first}={rate} the first: set them to 0"
         )
