@@ -114,7 +114,7 @@ MODES = {
     "fsdp2-lora": Mode(title="FSDP2, LoRA", world=2, options=_FSDP, lora=4),
 }
 _LONG = ("one", "one-recomputed", "sp2", "sp4", "sp4-recomputed", "sp4-offloaded", "sp4-fsdp", "tp2")
-_SHORT = tuple(name for name in MODES if name not in (*_LONG[4:7], "tp2-fsdp"))
+_SHORT = tuple(name for name in MODES if name not in _LONG[4:7])
 
 PROFILES = {
     "short": Profile(

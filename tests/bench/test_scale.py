@@ -31,6 +31,7 @@ DIVISIONS = {
     "fsdp2": Division(devices=2),
     "fsdp4": Division(devices=4),
     "tp2": Division(devices=2, tensor=2),
+    "tp2-fsdp": Division(devices=4, tensor=2),
     "sp2": Division(devices=2, sequence=2, sharded=False),
     "sp4": Division(devices=4, sequence=4, sharded=False),
     "sp2-fsdp": Division(devices=4, sequence=2),
@@ -73,8 +74,10 @@ def check_counts(name, ranks):
     # Processes have about as many positions, not exactly.
     assert most["activations"] == pytest.approx(largest, rel=0.03 if division.groups == 1 else 0.06)
     for found in exchanges(SHAPE, division, calls[-1].positions / division.groups, width=4):
+        # The embedding that tensor parallelism divides is gathered for the backward too, with log-sum-exps of the head.
+        allowed = 0.08 if found.what == "weights" and division.tensor > 1 else 0.03
         kind = "all-reduce" if found.times == 2 else KINDS[found.what]
-        assert ranks[0]["exchanges"][kind]["sent"] == pytest.approx(found.sent, rel=0.03), found
+        assert ranks[0]["exchanges"][kind]["sent"] == pytest.approx(found.sent, rel=allowed), found
 
 
 def run(folder, name):
