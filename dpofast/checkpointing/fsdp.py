@@ -23,6 +23,13 @@ def first_shard(model: nn.Module) -> tuple[str, Any] | None:
     return next(((name, w) for name, w in model.named_parameters() if hasattr(w, "device_mesh")), None)
 
 
+def gathered(weight: Any) -> Tensor:
+    """The whole of a sharded tensor (a DTensor), a collective, on the mesh's kind of device; any other as it is."""
+    if not hasattr(weight, "full_tensor"):
+        return weight  # type: ignore[no-any-return]
+    return weight.to(weight.device_mesh.device_type).full_tensor()  # type: ignore[no-any-return]
+
+
 def save_optimizer(trainer: Any, folder: str) -> None:
     """Gather the optimizer's state and write it and the scheduler's state on the first rank. A collective."""
     from accelerate.utils import save_fsdp_optimizer

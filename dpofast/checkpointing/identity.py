@@ -17,6 +17,8 @@ import pyarrow as pa
 from datasets import Dataset
 from torch import Tensor, nn
 
+from dpofast.checkpointing.fsdp import gathered
+
 # Of transformers.TrainingArguments.
 _OPTIONS = (
     "seed data_seed train_sampling_strategy dataloader_drop_last optim optim_args learning_rate weight_decay "
@@ -54,10 +56,13 @@ def parameters_identity(model: nn.Module) -> dict[str, Any]:
 
 
 def weights_fingerprint(parameters: Iterable[tuple[str, Tensor]]) -> str:
-    """Returns a hash over 64 evenly spaced values of each tensor: training changes nearly all values."""
+    """Returns a hash over 64 evenly spaced values of each tensor: training changes nearly all values.
+
+    Sharded ones are gathered, one at a time, a collective; the result is that of whole ones.
+    """
     digest = _digest()
     for name, parameter in parameters:
-        flat = parameter.detach().reshape(-1)
+        flat = gathered(parameter.detach()).reshape(-1)
         digest.update(f"{name} {tuple(parameter.shape)}".encode())
         digest.update(flat[:: max(1, len(flat) // 64)][:64].float().cpu().numpy().tobytes())
     return digest.hexdigest()

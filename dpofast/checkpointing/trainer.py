@@ -74,6 +74,8 @@ class CheckpointedTrainer(Trainer):
     control: Any
     # Of the training data, what training reads; None is all columns.
     identity_columns: Sequence[str] | None = None
+    # Whether the model is sharded and has not trained yet: set by a subclass that shards it before train().
+    sharded_early = False
 
     def __init__(self, model: Any = None, args: Any = None, **options: Any) -> None:
         """Check the output folder before Trainer makes it."""
@@ -134,7 +136,7 @@ class CheckpointedTrainer(Trainer):
             OSError: the last state could not be written (see the module).
             TrainingInterrupted: SIGTERM, SIGINT or SIGHUP came, and a checkpoint was written.
         """
-        if self.is_fsdp_enabled and first_shard(self.model) is not None:
+        if self.is_fsdp_enabled and first_shard(self.model) is not None and not self.sharded_early:
             raise ValueError(
                 "train: this model is sharded already: build a new trainer, and resume from a checkpoint to go on"
             )
@@ -169,9 +171,11 @@ class CheckpointedTrainer(Trainer):
 
     def _prepare(self, resume: str | bool | None) -> str | None:
         """Check what is to be resumed before anything is loaded; returns the folder to resume from."""
+        if not (self.args.should_save or self.sharded_early):
+            return None
+        self._identity = self.run_identity()  # gathers weights that are sharded
         if not self.args.should_save:
             return None
-        self._identity = self.run_identity()
         remove_leftovers(self.args.output_dir)
         if not resume:
             return None

@@ -43,6 +43,20 @@ class Ranks:
             made = [dist.new_group(group, backend="gloo") for group in groups]  # each process makes all of them
             self._group = made[place]
 
+    @property
+    def everyone(self) -> Ranks:
+        """All processes, also those that share their data: each of them is a rank of its own here."""
+        ranks = Ranks.alone()
+        ranks.size = ranks.processes = self.processes
+        ranks.rank = ranks.process = self.process
+        ranks._group = ranks._everyone = self._everyone
+        return ranks
+
+    @property
+    def is_first_of_group(self) -> bool:
+        """Whether this process is the first of those that share its data: the one that writes."""
+        return self.process == self.rank * (self.processes // self.size)
+
     @classmethod
     def alone(cls) -> Ranks:
         """Ranks of this process alone, also where a process group is initialized: nothing is exchanged."""

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from torch import Tensor
+from torch import Tensor, nn
 
+from dpofast.checkpointing.fsdp import gathered
 from dpofast.data.arrow import chunk_bounds, read_chunks
 from dpofast.data.token_rows import RowTokens, has_lists, image_columns, token_columns, weight_columns
 from dpofast.model.parts import base_causal_lm
@@ -32,25 +33,37 @@ _NO_EFFECT = {
 }
 
 
-def model_fingerprint(model: Any) -> str:
+def model_fingerprint(model: Any, dtype: torch.dtype | None = None) -> str:
     """64 hex digits over the model's class, settings, parameters and buffers: about a second for 0.5 GB on one core.
 
     Of a PEFT model only the active adapters count, with their settings: inside `disable_adapter()` its fingerprint is
-    that of its base model. Sharded tensors are gathered, a collective: all ranks call this together, and agree.
+    that of its base model. Sharded tensors are gathered, one at a time, a collective: all ranks call this together, and
+    the result is that of the whole model.
+
+    Args:
+        model: the model.
+        dtype: floating-point parameters count as they are in this dtype, in which FSDP2 gathers them; None: their own.
     """
     base = base_causal_lm(model)
     settings = {
-        "class": type(base).__name__,
+        "class": own_class(base).__name__,
         "config": _plain(base.config.to_dict()),
         "adapters": {name: _plain(model.peft_config[name].to_dict()) for name in _adapters(model)},
     }
     total = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=32)
     with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as pool:
-        for name, tensor in _weights(model):
+        for name, tensor in _weights(model, dtype):
             total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             for digest in pool.map(_chunk_digest, _chunks(tensor)):
                 total.update(digest)
     return total.hexdigest()
+
+
+def own_class(model: Any) -> type:
+    """The class of a model; of one that FSDP2 has sharded, whose class is a subclass, the one beneath."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return next(each for each in type(model).__mro__ if not issubclass(each, FSDPModule))
 
 
 def _adapters(model: Any) -> list[str]:
@@ -67,23 +80,25 @@ def _wrappers(model: Any) -> dict[str, list[str]]:
     }
 
 
-def _weights(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """The parameters and buffers in use, under the names that they have without PEFT."""
+def _weights(model: Any, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
+    """The parameters (floating-point ones in this dtype) and buffers in use, named as without wrappers."""
     wrappers = _wrappers(model)
     for named in (model.named_parameters(), model.named_buffers()):
         for name, tensor in named:
+            if dtype is not None and isinstance(tensor, nn.Parameter) and tensor.is_floating_point():
+                tensor = tensor.to(dtype)
             # <wrapper>.base_layer.weight, <wrapper>.lora_A.<adapter>.weight, <wrapper>.modules_to_save.<adapter>.weight
             inside = [name.removeprefix(wrapper).split(".") for wrapper in wrappers if name.startswith(wrapper)]
             used = [active for wrapper, active in wrappers.items() if name.startswith(wrapper)]
             if all(parts[0] in _PLAIN or parts[1] in active for parts, active in zip(inside, used, strict=True)):
                 for plain in _PLAIN:
                     name = name.replace(f".{plain}.", ".")
+                name = name.replace("_checkpoint_wrapped_module.", "")
                 yield name.removeprefix("base_model.model."), tensor.detach()
 
 
 def _chunks(tensor: Any) -> list[Tensor]:
-    whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # a DTensor's
-    flat = whole.contiguous().reshape(-1)
+    flat = gathered(tensor).contiguous().reshape(-1)
     return list(flat.split(max(1, _CHUNK_BYTES // flat.element_size()))) if flat.numel() else []
 
 

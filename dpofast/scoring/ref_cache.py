@@ -12,6 +12,7 @@ them from the cache's key; the columns are in the dataset's order.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from dpofast._version import __version__
+from dpofast.common.eval_mode import eval_mode
 from dpofast.common.ranks import Ranks
 from dpofast.data.arrow import chunk_bounds, read_chunks
 from dpofast.data.formats import RANK_COLUMN
@@ -39,7 +41,7 @@ from dpofast.scoring.fingerprints import ResponseFingerprints, model_fingerprint
 from dpofast.scoring.order import prompt_order
 from dpofast.scoring.ref_store import Identity, ReferenceStore
 from dpofast.scoring.responses import ResponseLogps, check_ld_alpha
-from dpofast.scoring.score import WINDOW, Forward, response_logps
+from dpofast.scoring.score import WINDOW, Forward, Run, response_logps, run_batch
 from dpofast.scoring.windows import rows_with_images, stored_images
 
 # To be raised whenever log-probs may change (kernels, attention, numerics of the head), or which rows a shard has.
@@ -101,9 +103,8 @@ def add_reference_columns(
             model, dtype and version. None stores nothing.
         ld_alpha: weights the sums as LD-DPO does; the columns are then of this ld_alpha alone.
         description: label of a progress bar, which starts at the rows that were found; None shows none.
-        ranks: each process computes its share of the windows and reads those of the others. A process computes windows
-            that it cannot find (machines without a common folder) itself, so the model's forward must be no collective:
-            whole in each process, not sharded yet.
+        ranks: each computes its share of the windows that no process finds in the cache, and gets the sums of the
+            others from their processes. Where forwards of the model are collectives, forward.lockstep is needed.
         window: rows computed and stored together.
 
     Raises:
@@ -118,16 +119,22 @@ def add_reference_columns(
     order = prompt_order(dataset)
     ordered = dataset.select(order)
     counts = np.diff(fingerprints.bounds)
-    columns = _Columns(ordered, torch.zeros(len(dataset), int(counts.max(initial=2))), store, ld_alpha)
+    zeros = torch.zeros(len(dataset), int(counts.max(initial=2)))
+    columns = _Columns(ordered, zeros, store, ld_alpha, writes=ranks.is_first_of_group)
     parts = chunk_bounds(len(dataset), window)
     missing = set(columns.read(parts))
-    # Shares are of all windows, not of the missing ones: a rank that comes later may find fewer of them missing.
-    mine = parts[ranks.rank :: ranks.size]
-    columns.compute([part for part in mine if part in missing], model, forward, description)
-    if ranks.size > 1:
-        ranks.barrier()
-        others = sorted(missing.difference(mine))
-        columns.compute(columns.read(others), model, forward, description)
+    # Machines without a common folder may find different windows: what any process has is not computed.
+    nowhere = missing.intersection(*ranks.everyone.all_gather(missing))
+    mine = sorted(nowhere)[ranks.rank :: ranks.size]
+    runs = [Run(model)]
+    with contextlib.ExitStack() as stack:
+        if forward.lockstep is not None:
+            stack.enter_context(eval_mode(model))
+            stack.enter_context(
+                forward.lockstep.until_all_are_done(model, lambda batch: run_batch(batch, runs, forward))
+            )
+        columns.compute(mine, model, forward, description)
+    columns.exchange(parts, {*parts}.difference(missing).union(mine), ranks.everyone)
     sums = torch.empty_like(columns.sums)
     sums[torch.from_numpy(order)] = columns.sums
     member = torch.arange(sums.shape[1]) < torch.from_numpy(counts)[:, None]
@@ -166,18 +173,19 @@ class _Columns:
         sums: (n, K) float32, nats: of chosen and rejected response of every row, or of its list, filled with 0.
         store: None without a cache, and after a write has failed.
         ld_alpha: weights the sums.
+        writes: whether this process stores what it computes; one of those that compute the same rows does.
     """
 
     ordered: Dataset
     sums: Tensor
     store: ReferenceStore | None
     ld_alpha: float | None
+    writes: bool = True
 
     def read(self, parts: list[tuple[int, int]]) -> list[tuple[int, int]]:
         """Fill in the rows that the store has. Returns the (start, stop) of those that it lacks."""
         if self.store is None:
             return parts
-        self.store.refresh()
         missing = []
         for start, stop in parts:
             found = self.store.read(start, stop)
@@ -214,8 +222,18 @@ class _Columns:
                 self._store(start, stop, computed)
                 bar.update(stop - start)
 
+    def exchange(self, parts: list[tuple[int, int]], known: set[tuple[int, int]], ranks: Ranks) -> None:
+        """Get the sums of the rows that this process lacks from the first one that knows them. A collective."""
+        everyone = ranks.all_gather(known)
+        wanted = [part for part in parts if any(part not in theirs for theirs in everyone)]
+        givers = {part: next(rank for rank, theirs in enumerate(everyone) if part in theirs) for part in wanted}
+        own = {part: self.sums[slice(*part)] for part, giver in givers.items() if giver == ranks.rank}
+        for given in ranks.all_gather(own):
+            for part, sums in given.items():
+                self.sums[slice(*part)] = sums
+
     def _store(self, start: int, stop: int, computed: ResponseLogps) -> None:
-        if self.store is None:
+        if self.store is None or not self.writes:
             return
         try:
             self.store.write(start, stop, computed)
@@ -236,7 +254,7 @@ def _identity(fingerprints: ResponseFingerprints, model: Any, forward: Forward) 
     products = f", float32 products {torch.backends.cuda.matmul.fp32_precision}" if device == "cuda" else ""
     return Identity(
         tokens=fingerprints.digest(),
-        model=model_fingerprint(model),
-        dtype=f"{model.dtype} on {device}, autocast {autocast}, {rows} rows{products}",
+        model=model_fingerprint(model, forward.gathered_dtype),
+        dtype=f"{forward.gathered_dtype or model.dtype} on {device}, autocast {autocast}, {rows} rows{products}",
         version=f"engine {ENGINE_VERSION}, dpofast {__version__}",
     )

@@ -26,6 +26,7 @@ from dpofast.packing.arguments import at_least_one
 from dpofast.packing.batch import PackedBatch
 from dpofast.packing.pack import pack
 from dpofast.scoring.ahead import Ahead
+from dpofast.scoring.lockstep import Lockstep
 from dpofast.scoring.pixels import PixelGroup, needs_pixels, pixel_groups
 from dpofast.scoring.responses import ResponseLogps, check_ld_alpha
 from dpofast.scoring.windows import Window, windows
@@ -45,6 +46,9 @@ class Forward:
         device: where the model is.
         autocast: returns the context manager that the model runs in.
         images: makes the pixels of rows with images; None: rows have none, or bring media.
+        lockstep: where the model's forwards are collectives, keeps those of all processes equally many; the caller
+            enters its until_all_are_done().
+        gathered_dtype: the dtype in which FSDP2 gathers weights under mixed precision; None: that of the parameters.
     """
 
     max_tokens: int | None
@@ -53,6 +57,8 @@ class Forward:
     device: torch.device
     autocast: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
     images: PromptImages | None = None
+    lockstep: Lockstep | None = None
+    gathered_dtype: torch.dtype | None = None
 
 
 class Run(NamedTuple):
@@ -89,11 +95,10 @@ def _responses_logps(examples: Any, runs: Sequence[Run], forward: Forward) -> li
             stack.enter_context(eval_mode(model))
         micro_batches = stack.enter_context(contextlib.closing(_micro_batches(examples, forward)))
         for batch, of_examples in micro_batches:
-            on_device = batch.to(forward.device)
-            for found, run in zip(logps, runs, strict=True):
-                with run.inside(), forward.autocast():
-                    output = run.model(packed=on_device, max_logits_bytes=forward.max_logits_bytes)
-                found.append(output.logps.float().cpu())
+            if forward.lockstep is not None:
+                batch = forward.lockstep.announced(batch, runs[0].model)
+            for found, own_logps in zip(logps, run_batch(batch, runs, forward), strict=True):
+                found.append(own_logps)
             lengths.append(batch.cu_targets.diff())
             examples_of.append(of_examples)
             own = batch.pairs if batch.columns.lists is None else batch.columns.lists
@@ -108,6 +113,17 @@ def _responses_logps(examples: Any, runs: Sequence[Run], forward: Forward) -> li
     in_order = torch.empty_like(of_micro_batches)
     in_order[torch.cat(examples_of)] = of_micro_batches
     return [ResponseLogps(torch.cat(found), cu_targets, in_order) for found in logps]
+
+
+@torch.no_grad()
+def run_batch(batch: PackedBatch, runs: Sequence[Run], forward: Forward) -> list[Tensor]:
+    """(N,) float32 on the CPU from each model, in its mode, of a batch on the CPU."""
+    on_device, found = batch.to(forward.device), []
+    for run in runs:
+        with run.inside(), forward.autocast():
+            output = run.model(packed=on_device, max_logits_bytes=forward.max_logits_bytes)
+        found.append(output.logps.float().cpu())
+    return found
 
 
 def _micro_batches(examples: Any, forward: Forward) -> Generator[tuple[PackedBatch, Tensor], None, None]:

@@ -7,16 +7,16 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 
-from dpofast.checkpointing.trainer import CheckpointedTrainer
 from dpofast.common.ranks import Ranks
 from dpofast.scoring.ahead import Ahead
 from dpofast.training.data.micro_batches import StepPacker
 from dpofast.training.data.stream import stream_loader
 from dpofast.training.data.tokens import PreferenceData
+from dpofast.training.parallel.early import ShardedEarly
 from dpofast.training.sampler import StepExamples, StepLoader, step_loader
 
 
-class StepLoaders(CheckpointedTrainer):
+class StepLoaders(ShardedEarly):
     """A CheckpointedTrainer whose loaders give steps.
 
     Attributes:

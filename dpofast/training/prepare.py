@@ -8,11 +8,13 @@ from typing import Any, NamedTuple
 
 import torch
 
+from dpofast.common.ranks import Ranks
 from dpofast.head.planning.plan import HeadPlan
 from dpofast.model.adapters import Wrapped, check_adapter, with_new_adapter
 from dpofast.model.attach import attach_logprob_head
 from dpofast.model.attention.flash import activate_flash_attention
 from dpofast.model.checks.images import images_refused
+from dpofast.model.checks.parity import check_shards
 from dpofast.model.dropout import disable_dropout
 from dpofast.model.load import config_of, load_causal_lm
 from dpofast.model.parts import base_causal_lm, beside_text, is_composite
@@ -21,6 +23,7 @@ from dpofast.model.wrappers import take_off_autocast
 from dpofast.training.checks.images import has_images
 from dpofast.training.config import DPOConfig
 from dpofast.training.layers.choose import compile_chosen, fuse_layers
+from dpofast.training.parallel.early import on_shards
 from dpofast.training.parallel.fsdp import check_whole
 from dpofast.training.parallel.sizes import check_heads
 from dpofast.training.processing import WITHOUT_IMAGES, Processing, processing_beside, processing_of
@@ -140,16 +143,30 @@ def check_where_it_runs(
     autocast: Callable[[], contextlib.AbstractContextManager[Any]],
     *,
     with_images: bool = False,
+    dtype: torch.dtype | None = None,
+    ranks: Ranks | None = None,
 ) -> None:
     """Compare an attached model's log-probs with its own again where it runs: on its device, in its precision.
 
-    A model that was loaded by name was attached on the CPU, in float32, where another attention runs.
+    A model that was loaded by name was attached on the CPU, in float32, where another attention runs. A collective
+    where the model is sharded.
+
+    Args:
+        model: attached, on its device or sharded.
+        args: the trainer's.
+        autocast: what it runs in.
+        with_images: it must take images.
+        dtype: in which a sharded model's weights are gathered.
+        ranks: all processes; needed where the model is sharded.
 
     Raises:
         ValueError: as attach_logprob_head's; with images, that the model takes none here.
     """
-    with autocast():
-        attach_logprob_head(model, padded=args.padded)
+    with autocast(), on_shards(model) as sharded:
+        if sharded:
+            check_shards(model, dtype, (ranks or Ranks.alone()).everyone.all_reduce_max)
+        else:
+            attach_logprob_head(model, padded=args.padded)
     if with_images and (reason := images_refused(model)) is not None:
         raise ValueError(reason)
 

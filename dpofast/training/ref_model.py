@@ -6,6 +6,7 @@ import contextlib
 import copy
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import zip_longest
 from typing import Any
 
@@ -19,10 +20,12 @@ from dpofast.data.token_rows import has_reference
 from dpofast.model.adapters import Wrapped, few, is_peft, probe_logps, same_weights, trained_outside
 from dpofast.model.parts import base_causal_lm
 from dpofast.model.wrappers import is_dispatched
+from dpofast.scoring.lockstep import Lockstep
 from dpofast.scoring.ref_cache import CACHE_FOLDER, add_reference_columns
 from dpofast.scoring.score import Forward
 from dpofast.training.config import DPOConfig
-from dpofast.training.parallel.fsdp import cast_parameters, parameters_in
+from dpofast.training.parallel.early import on_shards
+from dpofast.training.parallel.fsdp import cast_parameters
 
 ADAPTER = "dpofast_reference"  # nobody else's: a trainer replaces the copy that an earlier one left in the model
 MOVING_OPTIONS = ("ref_model_mixup_alpha", "ref_model_sync_steps")
@@ -123,7 +126,13 @@ class ReferenceModel:
 
 
 def make_reference(
-    policy: Any, ref_model: Any, args: DPOConfig, dtype: torch.dtype | None, *, wrapped: Wrapped | None
+    policy: Any,
+    ref_model: Any,
+    args: DPOConfig,
+    dtype: torch.dtype | None,
+    *,
+    wrapped: Wrapped | None,
+    sharded: bool = False,
 ) -> ReferenceModel:
     """Returns the reference of a run, on its device.
 
@@ -133,6 +142,7 @@ def make_reference(
         args: the trainer's.
         dtype: of forward_dtype(): a separate reference gets parameters like a sharded policy's.
         wrapped: as ReferenceModel's.
+        sharded: FSDP2 will shard a separate reference, which stays where it is until then.
 
     Raises:
         ValueError: sync_ref_model for a reference that is the base model under the adapter, or has other parameters
@@ -141,7 +151,7 @@ def make_reference(
     live = args.preference_loss().needs_reference and not args.precompute_ref_log_probs
     reference = ReferenceModel(policy, ref_model, wrapped=wrapped, live=live)
     if reference.model is not None:
-        if not is_dispatched(base_causal_lm(reference.model)):
+        if not (sharded or is_dispatched(base_causal_lm(reference.model))):
             reference.model.to(args.device)
         if args.sync_ref_model:
             _check_same_parameters(policy, reference.model)
@@ -174,13 +184,17 @@ def with_reference_columns(
         policy: the model that will train.
         args: the trainer's.
         forward: how the forwards run.
-        dtype: of forward_dtype(), so that reference log-probs are rounded as the policy's.
+        dtype: of forward_dtype(), in which a sharded reference's weights are gathered.
         ranks: the processes that share the pass.
     """
     if has_reference(dataset.column_names):
         return dataset
     shown = not args.disable_tqdm and ranks.process == 0
-    with reference.of(policy) as model, on_device(model, args.device), parameters_in(model, dtype):
+    with reference.of(policy) as model, on_shards(model) as sharded, contextlib.ExitStack() as stack:
+        if sharded:
+            forward = replace(forward, lockstep=Lockstep(ranks), gathered_dtype=dtype)
+        else:
+            stack.enter_context(on_device(model, args.device))
         return add_reference_columns(
             dataset,
             model,
@@ -240,7 +254,7 @@ def _check_same_parameters(policy: nn.Module, ref_model: nn.Module) -> None:
 def on_device(model: Any, device: torch.device) -> Iterator[None]:
     """Inside, the whole model is on the device, or where accelerate dispatched it.
 
-    FSDP and DeepSpeed otherwise leave it on the CPU until training begins.
+    DeepSpeed otherwise leaves it on the CPU until training begins.
 
     Raises:
         ValueError: a model that DeepSpeed's ZeRO-3 has partitioned already.

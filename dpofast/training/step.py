@@ -33,17 +33,15 @@ from dpofast.model.vision.idle import idle_image, with_idle_image
 from dpofast.packing.batch import PackedBatch
 from dpofast.packing.media import BatchMedia
 from dpofast.packing.pack import pack
+from dpofast.scoring.lockstep import IDLE_EXAMPLE
 from dpofast.scoring.ref_cache import reference_logps
 from dpofast.training.checks.launch import find_unused_vision_weights
 from dpofast.training.config import DPOConfig
 from dpofast.training.coupled import CoupledShare, coupled_shares, gathered
 from dpofast.training.layers.compiled import explained_compile_errors
 from dpofast.training.memory.out_of_memory import unless_out_of_memory
-from dpofast.training.parallel.fsdp import is_sharded, shard_layers_that_are_there, without_sync
+from dpofast.training.parallel.fsdp import is_sharded, without_sync
 from dpofast.training.ref_model import ReferenceModel, unwrapped
-
-# What a rank without pairs runs while the others run a micro-batch: their forwards or gradients are collectives.
-_IDLE_EXAMPLE = {"prompt_ids": [0], "chosen_ids": [0], "rejected_ids": [0, 0]}
 
 
 @dataclass(frozen=True)
@@ -91,7 +89,6 @@ def step_settings(
     if balancing and args.padded:
         raise ValueError("router_aux_loss_coef: padded rows give no load-balancing loss; set it to 0")
     find_unused_vision_weights(model, args, accelerator)
-    shard_layers_that_are_there(accelerator, model)
     sees = is_sharded(accelerator) and images_refused(model) is None
     return StepSettings(
         loss=loss,
@@ -372,7 +369,7 @@ class OptimizerStep:
             return _empty_output(self.model(packed=batch, max_logits_bytes=settings.max_logits_bytes).logps.sum() * 0.0)
 
     def _idle_batch(self) -> PackedBatch:
-        batch = pack([_IDLE_EXAMPLE], share="none")[0]  # NEFTune's noise takes no shared positions
+        batch = pack([IDLE_EXAMPLE], share="none")[0]  # NEFTune's noise takes no shared positions
         return self._as_others(batch.to(self.settings.device))
 
     def _as_others(self, batch: PackedBatch) -> PackedBatch:

@@ -157,9 +157,13 @@ class DPOTrainer(StepLoaders):
         self.neftune_noise_alpha = None  # Trainer's own noise, scaled by the width of a packed row
         self.max_tokens, self.max_forward_tokens = token_limits(args.max_tokens, args.device)
         self._forward_dtype = forward_dtype(self.accelerator)
-        self._reference = make_reference(self.model, ref_model, args, self._forward_dtype, wrapped=models.wrapped)
+        self._reference = make_reference(
+            self.model, ref_model, args, self._forward_dtype, wrapped=models.wrapped, sharded=self.is_fsdp_enabled
+        )
+        self.shard(self._reference.model)
+        where: dict[str, Any] = {"with_images": models.with_images, "dtype": self._forward_dtype, "ranks": self.ranks}
         for each in filter(None, (self.model, self._reference.model)):
-            check_where_it_runs(each, args, self.accelerator.autocast, with_images=models.with_images)
+            check_where_it_runs(each, args, self.accelerator.autocast, **where)
         self._reference_identity = self._identity_of_reference(ref_model)  # before training changes the policy
         live = self.loss.needs_reference and not args.precompute_ref_log_probs
         self._settings = step_settings(
@@ -225,7 +229,7 @@ class DPOTrainer(StepLoaders):
     def _with_reference(self, dataset: Dataset, name: str) -> Dataset:
         if has_reference(dataset.column_names):
             return dataset
-        begun = self.state.global_step > 0 and (self._reference.is_policy or is_sharded(self.accelerator))
+        begun = self.state.global_step > 0 and (self._reference.is_policy or self.is_deepspeed_enabled)
         if self._reference.released or begun:
             raise reference_is_gone(name)
         forward = Forward(

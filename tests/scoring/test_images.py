@@ -19,6 +19,7 @@ from dpofast.scoring.fingerprints import ResponseFingerprints
 from dpofast.scoring.ref_cache import add_reference_columns
 from dpofast.scoring.score import Forward, response_logps, score_rows
 from tests.support.image_rows import arrow_pool, image_dataset, mixed_rows, png, prompt_images
+from tests.support.thread_ranks import in_threads
 from tests.support.vision_models import vision_model
 from tests.support.vision_prompts import Prompt, alone
 
@@ -312,14 +313,8 @@ def test_ranks_share_the_windows(qwen, tmp_path, computed):
     alone_ = columns_of(qwen.dataset, model, qwen.images, None)
     computed.clear()
 
-    def first_rank():
-        """What rank 0 does meanwhile."""
-        one = SimpleNamespace(rank=0, size=2, barrier=lambda: None)
-        return columns_of(qwen.dataset, model, qwen.images, tmp_path, ranks=one)
-
-    other = SimpleNamespace(rank=1, size=2, barrier=first_rank)
-    found = columns_of(qwen.dataset, model, qwen.images, tmp_path, ranks=other)
-    np.testing.assert_allclose(found, alone_, atol=1e-6)
+    for found in in_threads(lambda ranks: columns_of(qwen.dataset, model, qwen.images, tmp_path, ranks=ranks)):
+        np.testing.assert_allclose(found, alone_, atol=1e-6)
     assert sorted(row for rows in computed for row in rows) == list(range(8))  # each once
 
 

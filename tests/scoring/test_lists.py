@@ -1,7 +1,6 @@
 """Scores and cached reference log-probs of lists, and of responses whose tokens have weights."""
 
 import copy
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +15,7 @@ from dpofast.scoring.fingerprints import ResponseFingerprints
 from dpofast.scoring.ref_cache import add_reference_columns, reference_logps
 from dpofast.scoring.score import Forward, score_rows
 from dpofast.scoring.score_table import score_table
+from tests.support.thread_ranks import in_threads
 from tests.support.tiny import tiny_dataset, tiny_model
 from tests.support.tiny_lists import (
     plackett_luce,
@@ -271,10 +271,7 @@ def test_ranks_share_the_windows_of_lists(tmp_path, models, computed):
     rows = tiny_lists(9, seed=6, weights=True)
     whole = cached(rows, models[1], None)
     computed.clear()
-    first = SimpleNamespace(rank=0, size=2, barrier=lambda: None)
-    second = SimpleNamespace(rank=1, size=2, barrier=lambda: None)
-    assert cached(rows, models[1], tmp_path, ranks=first) == whole
-    assert cached(rows, models[1], tmp_path, ranks=second) == whole
+    assert in_threads(lambda ranks: cached(rows, models[1], tmp_path, ranks=ranks)) == [whole, whole]
     assert sum(computed) == 9
 
 

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,6 +23,7 @@ from dpofast.scoring import ref_cache, ref_store
 from dpofast.scoring.fingerprints import ResponseFingerprints, first_equal, model_fingerprint
 from dpofast.scoring.ref_cache import add_reference_columns
 from dpofast.scoring.score import Forward
+from tests.support.thread_ranks import in_threads
 from tests.support.tiny import tiny_dataset, tiny_model, tiny_pairs
 
 FORWARD = Forward(max_tokens=64, device=torch.device("cpu"))
@@ -46,11 +46,6 @@ def computed(monkeypatch):
 
     monkeypatch.setattr(ref_cache, "response_logps", counting)
     return rows
-
-
-def ranks(rank, wait=lambda: None):
-    """One of two, as dpofast.common.ranks has it."""
-    return SimpleNamespace(rank=rank, size=2, barrier=wait)
 
 
 def columns_of(dataset, model, folder, forward=FORWARD, **options):
@@ -354,20 +349,28 @@ def test_what_a_killed_run_left_aside_is_removed_once_it_is_old(tmp_path, model)
 
 
 def test_ranks_share_the_windows(tmp_path, model, computed):
-    dataset, results = tiny_dataset(23), {}
+    dataset = tiny_dataset(23)
+    first, second = in_threads(lambda ranks: columns_of(dataset, model, tmp_path, ranks=ranks))
+    assert sorted(computed) == [3, 5, 5, 5, 5]
+    assert np.array_equal(first, second)
+    assert np.array_equal(first, columns_of(dataset, model, tmp_path)) and len(computed) == 5
 
-    def second():
-        results["second"] = columns_of(dataset, model, tmp_path, ranks=ranks(1))
 
-    # The second rank runs while the first one waits.
-    results["first"] = columns_of(dataset, model, tmp_path, ranks=ranks(0, second))
-    assert computed == [5, 5, 3, 5, 5]
-    assert np.array_equal(results["first"], results["second"])
-    assert np.array_equal(results["first"], columns_of(dataset, model, tmp_path))
-    # Ranks that do not see each other's files compute the rest.
+def test_ranks_get_what_they_cannot_read_from_those_that_can(tmp_path, model, computed):
+    dataset = tiny_dataset(23)
+    expected = columns_of(dataset, model, None)
     computed.clear()
-    alone = columns_of(dataset, model, tmp_path / "own", ranks=ranks(0))
-    assert computed == [5, 5, 3, 5, 5] and np.array_equal(alone, results["first"])
+    folders = [tmp_path / "one machine", tmp_path / "another"]
+    for _ in range(2):  # the second time each machine finds its own windows
+        for found in in_threads(lambda ranks: columns_of(dataset, model, folders[ranks.rank], ranks=ranks)):
+            assert np.array_equal(found, expected)
+        assert sorted(computed) == [3, 5, 5, 5, 5]
+    assert [len(shards_in(folder)) for folder in folders] == [3, 2]
+    shards_in(folders[0])[0].unlink()
+    in_threads(lambda ranks: columns_of(dataset, model, folders[ranks.rank], ranks=ranks))
+    assert len(computed) == 6
+    in_threads(lambda ranks: columns_of(dataset, model, None, ranks=ranks))  # without a cache
+    assert len(computed) == 11
 
 
 def test_the_progress_bar_starts_where_the_last_run_stopped(tmp_path, model, monkeypatch):

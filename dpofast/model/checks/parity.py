@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from math import inf, isfinite
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from dpofast.model.checks.support import CannotPack, cannot_pack
 from dpofast.model.dropout import active_dropout, config_rates
 from dpofast.model.forward import packed_hidden, padded_hidden
 from dpofast.model.lm_head import KNOWN_LOGIT_ENTRIES, logit_options, logprob_head
-from dpofast.model.parts import text_token_ids, whole_backbone
+from dpofast.model.parts import base_causal_lm, text_token_ids, whole_backbone
 from dpofast.model.vision.merge import own_logprobs
 from dpofast.model.wrappers import UNCOMPILED, input_device
 from dpofast.packing.batch import PackedBatch
@@ -63,6 +64,35 @@ def check_parity(model: Any, padded: bool) -> None:
         _check_batch(model, _random_batch(model), padded)
         admit_images(model, padded, lambda examples: _check_batch(model, _packed(model, examples), padded))
     passed.add(setting)
+
+
+@torch.no_grad()
+def check_shards(model: Any, dtype: torch.dtype | None, largest: Callable[[float], float]) -> None:
+    """Compare model(packed=...) with the model's own logits where forwards are collectives: all processes call this.
+
+    Args:
+        model: attached while it was whole, and sharded since. It is called as a whole, never a part of it.
+        dtype: in which its weights are gathered; None: their own.
+        largest: of all processes' values.
+
+    Raises:
+        ValueError: on every process, as check_parity's.
+    """
+    base, batch = base_causal_lm(model), _random_batch(base_causal_lm(model))
+    tolerance = PARITY_TOLERANCE[dtype or _computed_in(base)]
+    with eval_mode(model), _uncompiled_layers(model):
+        truth = own_logprobs(model, batch)
+        for train in (False,) if active_dropout(base) else (False, True):
+            model.train(train)
+            own = float((model(packed=batch).logps - truth).abs().max())
+            difference = largest(own if isfinite(own) else inf)
+            if difference > tolerance:
+                mode = "train mode" if train else "eval mode"
+                raise ValueError(
+                    f"{type(base).__name__}: packed log-probs of the sharded model in {mode} differ by "
+                    f"{difference:.2g} nats from those of its own logits, more than {tolerance}: look for NaN and inf "
+                    "in its weights, or train without fsdp"
+                )
 
 
 def _check_batch(model: Any, batch: PackedBatch, padded: bool) -> None:

@@ -1,7 +1,7 @@
 """Sharded training (FSDP2, DeepSpeed): what is refused, when gradients are synchronized, and FSDP2's precision.
 
-accelerate shards the model when training begins. Its defaults for mixed precision round what enters and leaves every
-sharded module to 16 bits, log-probs and the reference's among them; forward_dtype() turns that off.
+accelerate's defaults for mixed precision round what enters and leaves every sharded module to 16 bits, log-probs and
+the reference's among them; forward_dtype() turns that off. early.py shards.
 dpofast.checkpointing.fsdp writes and reads checkpoints of such a model.
 """
 
@@ -78,7 +78,7 @@ def check_whole(model: nn.Module, name: str) -> None:
         key, weight = shard
         raise ValueError(
             f"{name}: expected whole weights, got {key} sharded over {weight.device_mesh.size()} devices: FSDP2 "
-            "shards in train(), by the option fsdp; tensor parallelism needs a loop of your own, in which "
+            "shards it here, by the option fsdp; tensor parallelism needs a loop of your own, in which "
             "linear_logprobs takes a head that is split by its vocabulary"
         )
 
@@ -122,18 +122,3 @@ def cast_parameters(model: nn.Module, dtype: torch.dtype | None) -> None:
     for parameter in model.parameters() if dtype is not None else ():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
-
-
-@contextlib.contextmanager
-def parameters_in(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
-    """Inside, the model's parameters are those of cast_parameters(); the originals are kept and restored at the end.
-
-    The reference pass must round as the policy's forward does, so that at step 0 every margin is 0.
-    """
-    masters = [(parameter, parameter.data) for parameter in model.parameters()]
-    try:
-        cast_parameters(model, dtype)
-        yield
-    finally:
-        for parameter, data in masters:
-            parameter.data = data
