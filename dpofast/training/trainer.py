@@ -158,7 +158,7 @@ class DPOTrainer(StepLoaders):
         self.max_tokens, self.max_forward_tokens = token_limits(args.max_tokens, args.device)
         self._forward_dtype = forward_dtype(self.accelerator)
         self._reference = make_reference(
-            self.model, ref_model, args, self._forward_dtype, wrapped=models.wrapped, sharded=self.is_fsdp_enabled
+            self.model, ref_model, args, self._forward_dtype, wrapped=models.wrapped, sharded=self.shards_early
         )
         self.shard(self._reference.model)
         where: dict[str, Any] = {"with_images": models.with_images, "dtype": self._forward_dtype, "ranks": self.ranks}

@@ -8,7 +8,12 @@ import socket
 import torch
 
 # Imported once, by the server that the ranks are forked from, instead of in every rank: 6 s of a core each.
-PRELOADED = ["tests.support.ranks_cases", "tests.support.distributed_cases", "tests.support.trl_cases"]
+PRELOADED = [
+    "tests.support.ranks_cases",
+    "tests.support.distributed_cases",
+    "tests.support.trl_cases",
+    "tests.support.zero_cases",
+]
 
 
 def rank_context():
