@@ -28,6 +28,7 @@ from examples import (
     liger_loss,
     lightning_module,
     pytorch_loop,
+    sequence_parallel_loop,
     tensor_parallel_loop,
     transformers_trainer,
     trl_trainer,
@@ -42,9 +43,9 @@ pytestmark = pytest.mark.slow(30)
 
 PAIRS_PER_STEP, EOS = 4, 1
 FOLDER = Path(pytorch_loop.__file__).parent
-# Starts processes, which look for its functions in the main module.
-SPAWNS = "tensor_parallel_loop"
-ALONE = sorted({path.stem for path in FOLDER.glob("*.py")} - {"tiny", "vision_dpo", SPAWNS})
+# They start processes, which look for their functions in the main module.
+SPAWN = ("sequence_parallel_loop", "tensor_parallel_loop")
+ALONE = sorted({path.stem for path in FOLDER.glob("*.py")} - {"tiny", "vision_dpo", *SPAWN})
 
 
 def examples():
@@ -134,6 +135,25 @@ def test_tensor_parallel_ranks_do_the_same(loop, tmp_path):
             torch.testing.assert_close(weights[key], value, atol=1e-5, rtol=1e-4, msg=key)
 
 
+def _sequence_parallel(rank, port, folder):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    model = tiny_model()
+    group = torch.distributed.group.WORLD
+    losses = sequence_parallel_loop.train(model, tiny_model(), examples(), group, max_tokens=30)
+    torch.save((losses, model.state_dict()), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_sequence_parallel_ranks_do_the_same(loop, tmp_path):
+    run_ranks(_sequence_parallel, (free_port(), str(tmp_path)), 2)
+    for rank in range(2):
+        losses, weights = torch.load(tmp_path / f"{rank}.pt")
+        assert losses == pytest.approx(loop[0], abs=1e-5)
+        for key, value in loop[1].state_dict().items():
+            torch.testing.assert_close(weights[key], value, atol=1e-5, rtol=1e-4, msg=key)
+
+
 def losses_of(printed):
     """The list in the last line of an example's output, a loss for each of its three steps."""
     losses = ast.literal_eval(printed.splitlines()[-1])
@@ -153,10 +173,11 @@ def test_an_example_runs_alone(name, capsys, monkeypatch):
         assert losses[0] == pytest.approx(math.log(2), abs=1e-5)
 
 
-def test_the_tensor_parallel_example_runs_alone():
+@pytest.mark.parametrize("name", SPAWN)
+def test_an_example_of_two_processes_runs_alone(name):
     path = os.pathsep.join([str(FOLDER.parent), os.environ.get("PYTHONPATH", "")])
     run = subprocess.run(
-        [sys.executable, str(FOLDER / f"{SPAWNS}.py")],
+        [sys.executable, str(FOLDER / f"{name}.py")],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},

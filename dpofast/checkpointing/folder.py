@@ -16,7 +16,7 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from itertools import count
@@ -43,21 +43,38 @@ def staging_folder(folder: Path) -> Path:
     return folder.with_name(f"{_ASIDE}{folder.name}")
 
 
-def seal(staged: Path, folder: Path, facts: dict[str, Any]) -> None:
+def entries_of(staged: Path, files: Iterable[Path]) -> dict[str, dict[str, Any]]:
+    """Sync files of a folder to disk; returns what a manifest says of each."""
+    files = list(files)
+    for path in files:
+        sync(path)
+    return {
+        path.relative_to(staged).as_posix(): {"bytes": path.stat().st_size, "sha256": digest}
+        for path, digest in zip(files, _digests(files), strict=True)
+    }
+
+
+def seal(staged: Path, folder: Path, facts: dict[str, Any], known: Mapping[str, dict[str, Any]] | None = None) -> None:
     """Sync everything in `staged` to disk, write a manifest with the facts (JSON values), and rename it to `folder`.
 
     An existing folder of that name, a damaged checkpoint for example, is replaced.
 
+    Args:
+        staged: all ranks' files.
+        folder: of the checkpoint.
+        facts: of the run.
+        known: entries_of() files that other ranks have written and synced.
+
     Raises:
-        OSError: the disk is full, or cannot be written to.
+        OSError: the disk is full, or cannot be written to, or a known file is not there.
     """
+    known = known or {}
+    for name, entry in known.items():
+        if not (staged / name).is_file() or (staged / name).stat().st_size != entry["bytes"]:
+            raise OSError(f"another rank's file {name} is not in {staged}: all ranks need the same output_dir")
     files = sorted(path for path in staged.rglob("*") if path.is_file())
-    for path in files:
-        sync(path)
-    entries = {
-        path.relative_to(staged).as_posix(): {"bytes": path.stat().st_size, "sha256": digest}
-        for path, digest in zip(files, _digests(files), strict=True)
-    }
+    others = [path for path in files if path.relative_to(staged).as_posix() not in known]
+    entries = {**known, **entries_of(staged, others)}
     manifest = staged / MANIFEST
     manifest.write_bytes(_serialized({"format": _FORMAT, **facts, "files": entries}))
     sync(manifest)

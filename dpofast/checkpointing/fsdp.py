@@ -6,7 +6,8 @@ has none, as no gradient had reached it before the checkpoint.
 
 from __future__ import annotations
 
-import os
+import contextlib
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,13 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.fsdp import StateDictType
 
-from dpofast.checkpointing.weights import converted_weights
+from dpofast.checkpointing.weights import converted_weights, saved_once, stored_names
 from dpofast.checkpointing.zero import whole
+
+# What wrappers of modules put into the names of parameters, and not into those of a state dict.
+_WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")
 
 
 def first_shard(model: nn.Module) -> tuple[str, Any] | None:
@@ -43,8 +48,32 @@ def save_optimizer(trainer: Any, folder: str) -> None:
 
     plugin = trainer.accelerator.state.fsdp_plugin
     save_fsdp_optimizer(plugin, trainer.accelerator, trainer.optimizer, trainer.model, folder)
+    save_scheduler(trainer, folder)
+
+
+def save_scheduler(trainer: Any, folder: str) -> None:
+    """Write the scheduler's state on the first rank."""
     if trainer.args.should_save:
-        torch.save(trainer.lr_scheduler.state_dict(), os.path.join(folder, "scheduler.pt"))
+        torch.save(trainer.lr_scheduler.state_dict(), Path(folder, "scheduler.pt"))
+
+
+def load_scheduler(trainer: Any, folder: str) -> None:
+    """Load what save_scheduler wrote."""
+    trainer.lr_scheduler.load_state_dict(torch.load(Path(folder, "scheduler.pt"), weights_only=True))
+
+
+@contextlib.contextmanager
+def whole_model_saved(accelerator: Any) -> Iterator[None]:
+    """Inside, Trainer.save_model gathers FSDP's weights also if checkpoints are sharded, where it would do nothing."""
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is None:
+        yield
+        return
+    kind, plugin.state_dict_type = plugin.state_dict_type, StateDictType.FULL_STATE_DICT
+    try:
+        yield
+    finally:
+        plugin.state_dict_type = kind
 
 
 def load_optimizer(trainer: Any, folder: str) -> None:
@@ -77,13 +106,7 @@ def load_optimizer(trainer: Any, folder: str) -> None:
                 "resume with the launcher's options that the checkpoint was written with"
             )
         saved.update(torch.load(path, map_location="cpu", weights_only=True))
-        there = [group["params"] for group in saved["param_groups"]]
-        if list(map(set, there)) != list(map(set, here)):
-            unlike = sorted(set(chain(*there)) ^ set(chain(*here)))
-            raise ValueError(
-                f"{path}: expected groups of {list(map(len, here))} weights as in this run, got "
-                f"{list(map(len, there))}; not in both: {unlike[:3]}. Train the weights that were trained before"
-            )
+        check_groups(path, [group["params"] for group in saved["param_groups"]], here)
         return saved["param_groups"], {name for name, state in saved["state"].items() if state}
 
     groups, stateful = trainer._together(read)
@@ -96,13 +119,73 @@ def load_optimizer(trainer: Any, folder: str) -> None:
         for weight, name in zip(group["params"], names, strict=True):
             if name not in stateful:
                 optimizer.state.pop(weight, None)
-    trainer.lr_scheduler.load_state_dict(torch.load(os.path.join(folder, "scheduler.pt"), weights_only=True))
+    load_scheduler(trainer, folder)
 
 
-def saved_once(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Returns a gathered state dict with tied weights under one name: gathering makes them separate tensors."""
-    tied = getattr(model, "all_tied_weights_keys", None) or ()
-    return {name: tensor for name, tensor in state.items() if name not in tied}
+def load_whole_optimizer(trainer: Any, folder: str) -> bool:
+    """Load what save_optimizer wrote into a run whose weights are whole. Returns whether there was any.
+
+    Raises:
+        ValueError: it is of an optimizer of other weights.
+    """
+    path = Path(folder, "optimizer.bin")
+    if not path.is_file():
+        return False
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    load_named(trainer.model, trainer.optimizer, saved["param_groups"], saved["state"], path)
+    load_scheduler(trainer, folder)
+    return True
+
+
+def load_named(
+    model: nn.Module, optimizer: Any, groups: list[dict[str, Any]], states: dict[str, Any], path: Path
+) -> None:
+    """Load options and states that are by the names of weights; those without a state have none afterwards.
+
+    Args:
+        model: whose weights are optimized.
+        optimizer: to load into.
+        groups: its options, with the names of weights as params.
+        states: by the name of a weight.
+        path: for messages.
+
+    Raises:
+        ValueError: they are of an optimizer of other weights.
+    """
+    here = list(group_names(model, optimizer))
+    check_groups(path, [group["params"] for group in groups], here)
+    count = 0
+    state, options = {}, []
+    for names, theirs in zip(here, groups, strict=True):
+        options.append({**theirs, "params": list(range(count, count + len(names)))})
+        state.update({count + place: states[name] for place, name in enumerate(names) if states.get(name)})
+        count += len(names)
+    optimizer.load_state_dict({"state": state, "param_groups": options})
+
+
+def group_names(model: nn.Module, optimizer: Any) -> Iterator[list[str]]:
+    """Yields the names of the weights of each of an optimizer's groups, in its order."""
+    names = {}
+    for name, weight in model.named_parameters():
+        for wrapper in _WRAPPERS:
+            name = name.replace(wrapper, "")
+        names[weight] = name
+    for group in optimizer.param_groups:
+        yield [names[weight] for weight in group["params"]]
+
+
+def check_groups(path: Path, there: list[list[str]], here: list[list[str]]) -> None:
+    """Check that an optimizer's groups have the weights that a checkpoint's have, by name.
+
+    Raises:
+        ValueError: they have not.
+    """
+    if list(map(set, there)) != list(map(set, here)):
+        unlike = sorted(set(chain(*there)) ^ set(chain(*here)))
+        raise ValueError(
+            f"{path}: expected groups of {list(map(len, here))} weights as in this run, got "
+            f"{list(map(len, there))}; not in both: {unlike[:3]}. Train the weights that were trained before"
+        )
 
 
 def load_weights(model: Any, folder: str) -> None:
@@ -113,12 +196,7 @@ def load_weights(model: Any, folder: str) -> None:
     """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
-    names: dict[str, Any] = {name: name for name in saved_once(model, model.state_dict())}
-    if hasattr(model, "peft_config"):  # PEFT's own rule, applied to names: those in the file, and the model's
-        from peft import get_peft_model_state_dict
-
-        adapter = model.active_adapter
-        names = get_peft_model_state_dict(model, names, adapter_name=adapter, save_embedding_layers=False)
+    names = stored_names(model)
     converted = converted_weights(model, folder)
     found = {} if converted is None else saved_once(model, converted)
     if converted is None:

@@ -28,7 +28,7 @@ _OPTIONS = (
 ).split()
 # These may be changed on purpose.
 _LENGTH = ("num_train_epochs", "max_steps")
-_PARAMETERS = "trainable parameters"
+_PARAMETERS, _PER_STEP = "trainable parameters", "examples per step"
 _WAYS = {
     "tokenizer": "pass the tokenizer that the run began with: it lies in the checkpoint",
     "train_dataset": "the data, or the way it becomes tokens, changed between the runs: pass the data as it was",
@@ -38,10 +38,10 @@ _WAYS = {
 }
 
 
-def options_identity(args: Any) -> dict[str, Any]:
-    """Returns the options of a TrainingArguments that determine a step, and the length of the run."""
-    pairs = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    return {"examples per step": pairs, **{name: getattr(args, name) for name in (*_OPTIONS, *_LENGTH)}}
+def options_identity(args: Any, data_ranks: int) -> dict[str, Any]:
+    """Returns the options of a TrainingArguments that determine a step on so many ranks, and the length of the run."""
+    pairs = args.per_device_train_batch_size * args.gradient_accumulation_steps * data_ranks
+    return {_PER_STEP: pairs, **{name: getattr(args, name) for name in (*_OPTIONS, *_LENGTH)}}
 
 
 def parameters_identity(model: nn.Module) -> dict[str, Any]:
@@ -102,8 +102,14 @@ def dataset_identity(dataset: Any, columns: Sequence[str] | None = None) -> str:
     return f"{len(dataset)} rows with checksum {digest.hexdigest()}"
 
 
-def check_same_run(then: Mapping[str, Any], now: Mapping[str, Any], folder: Any) -> bool:
+def check_same_run(then: Mapping[str, Any], now: Mapping[str, Any], folder: Any, data_ranks: int) -> bool:
     """Compare two identities in the entries that both have; returns whether the run's length is the same.
+
+    Args:
+        then: of the run that wrote the checkpoint.
+        now: of this one.
+        folder: the checkpoint.
+        data_ranks: among how many a step's examples are divided now.
 
     Raises:
         ValueError: they differ; the message has each name, its value then and now, and what to do.
@@ -114,6 +120,8 @@ def check_same_run(then: Mapping[str, Any], now: Mapping[str, Any], folder: Any)
     if len(different) > len(length):
         texts = [_difference(name, then[name], now[name]) for name in different if name not in length]
         ways = [_WAYS[name] for name in different if name in _WAYS]
+        if _PER_STEP in different and isinstance(then[_PER_STEP], int):
+            ways.append(_way_to_keep(then[_PER_STEP], data_ranks))
         raise ValueError(
             f"resume_from_checkpoint: {folder} was written by another run: {'; '.join(texts)}. "
             + "".join(f"{way[0].upper()}{way[1:]}. " for way in ways)
@@ -133,6 +141,23 @@ def check_same_run(then: Mapping[str, Any], now: Mapping[str, Any], folder: Any)
             stacklevel=2,
         )
     return not length
+
+
+def _way_to_keep(examples: int, data_ranks: int) -> str:
+    """How a step keeps its examples on so many ranks."""
+    each, rest = divmod(examples, data_ranks)
+    if rest or not each:
+        fitting = [str(number) for number in range(1, examples + 1) if examples % number == 0]
+        return (
+            f"steps of {examples} examples cannot be divided evenly among {data_ranks} ranks: start one of "
+            f"{', '.join(fitting)}"
+        )
+    pairs = [(size, each // size) for size in range(each, 0, -1) if each % size == 0]
+    ways = " or ".join(f"{size} and {accumulation}" for size, accumulation in pairs[:4])
+    return (
+        f"for {examples} examples a step on {data_ranks} ranks set per_device_train_batch_size and "
+        f"gradient_accumulation_steps to {ways}"
+    )
 
 
 def _difference(name: str, then: Any, now: Any) -> str:

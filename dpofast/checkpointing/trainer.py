@@ -20,17 +20,19 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import EarlyStoppingCallback, ProcessorMixin, Trainer
+from transformers import EarlyStoppingCallback, ProcessorMixin
 
 from dpofast.checkpointing.callback_state import callback_states, restore_callback_states
 from dpofast.checkpointing.folder import (
     LOCK,
     STATE,
     check_writable,
+    entries_of,
     newest_whole,
     read_manifest,
     remove_leftovers,
@@ -38,10 +40,8 @@ from dpofast.checkpointing.folder import (
     rotate,
     seal,
     staging_folder,
-    verify,
-    where_to_go_on,
 )
-from dpofast.checkpointing.fsdp import first_shard, load_optimizer, load_weights, save_optimizer, saved_once
+from dpofast.checkpointing.fsdp import first_shard
 from dpofast.checkpointing.identity import (
     check_same_run,
     dataset_identity,
@@ -49,15 +49,17 @@ from dpofast.checkpointing.identity import (
     parameters_identity,
     tokenizer_identity,
 )
+from dpofast.checkpointing.model_files import ModelFiles, made_resumable
+from dpofast.checkpointing.progress import Resumed, Written, check_other_ranks, progress_file, read_progress, seed_anew
+from dpofast.checkpointing.sharded import own_shard_files
 from dpofast.checkpointing.signals import Interruption, TrainingInterrupted
-from dpofast.checkpointing.weights import load_converted
-from dpofast.checkpointing.write_errors import as_os_errors, room
+from dpofast.checkpointing.write_errors import room
 from dpofast.common.locks import WriteLock
 from dpofast.common.output import lasting_output
 from dpofast.common.ranks import Ranks
 
 
-class CheckpointedTrainer(Trainer):
+class CheckpointedTrainer(ModelFiles):
     """A Trainer that writes checkpoints atomically, and resumes them exactly or refuses to.
 
     A subclass stores its own state by progress_state() and load_progress_state(), or save_more() and load_more().
@@ -84,8 +86,9 @@ class CheckpointedTrainer(Trainer):
                 check_writable(args.output_dir)
             if args.enable_jit_checkpoint:
                 raise ValueError("enable_jit_checkpoint: leave it out: SIGTERM ends every run with a checkpoint")
-        super().__init__(model=model, args=args, **options)
-        self.ranks = Ranks()
+        with made_resumable(args, model):
+            super().__init__(model=model, args=args, **options)
+        self.ranks = self.data_ranks = Ranks()
         self._interruption = Interruption()
         self._lock = WriteLock(Path(self.args.output_dir), Path(self.args.output_dir, LOCK))
 
@@ -94,7 +97,7 @@ class CheckpointedTrainer(Trainer):
 
         Called when training begins, before weights are loaded; a subclass adds its own.
         """
-        identity = {**options_identity(self.args), **parameters_identity(self.model)}
+        identity = {**options_identity(self.args, self.data_ranks.size), **parameters_identity(self.model)}
         tokenizer = self.processing_class
         if isinstance(tokenizer, ProcessorMixin):
             tokenizer = tokenizer.tokenizer
@@ -112,6 +115,15 @@ class CheckpointedTrainer(Trainer):
 
     def load_progress_state(self, state: dict[str, Any]) -> None:
         """Restore the state returned by progress_state(); its tensors are on args.device."""
+
+    def merged_progress(self, states: list[dict[str, Any]], first: bool) -> dict[str, Any]:
+        """Returns one state of all ranks' progress_state(), to continue on another number of ranks.
+
+        Args:
+            states: of each rank that wrote the checkpoint.
+            first: for the first rank, which continues with the sums; the others begin with none.
+        """
+        return states[0]
 
     def save_more(self, folder: str) -> None:
         """Write what is too large for progress_state() into a checkpoint; called on every rank, for a subclass."""
@@ -131,7 +143,7 @@ class CheckpointedTrainer(Trainer):
 
         Raises:
             DamagedCheckpoint: the named checkpoint is damaged, incomplete or of another format; nothing was loaded.
-            ValueError: there is no checkpoint, or it was written by another run (data, options, number of processes);
+            ValueError: there is no checkpoint, or it was written by another run (data, options, pairs per step);
                 another process trains into output_dir; or FSDP has sharded the model already, in a train() before.
             OSError: the last state could not be written (see the module).
             TrainingInterrupted: SIGTERM, SIGINT or SIGHUP came, and a checkpoint was written.
@@ -143,11 +155,11 @@ class CheckpointedTrainer(Trainer):
         self._unsaved: str | None = None  # why the latest state is in no checkpoint
         self._saved_step = self._ended_step = -1
         self._save_is_due = self._stopped = False
-        self._same_length = True
         with self.output_locked(), lasting_output(), self._interruption:
-            self._resume_folder: str | None = self._together(lambda: self._prepare(resume_from_checkpoint))
+            found: Resumed | None = self._together(lambda: self._prepare(resume_from_checkpoint))
+            self._resumed, self._begins = found, found is not None
             try:
-                return super().train(self._resume_folder, trial, ignore_keys_for_eval)
+                return super().train(found and found.folder, trial, ignore_keys_for_eval)
             except TrainingInterrupted as stop:
                 if self.is_world_process_zero():
                     print(f"dpofast: {stop}", file=sys.stderr)
@@ -169,11 +181,10 @@ class CheckpointedTrainer(Trainer):
             Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
             held.enter_context(self._lock)
 
-    def _prepare(self, resume: str | bool | None) -> str | None:
-        """Check what is to be resumed before anything is loaded; returns the folder to resume from."""
-        if not (self.args.should_save or self.sharded_early):
-            return None
-        self._identity = self.run_identity()  # gathers weights that are sharded
+    def _prepare(self, resume: str | bool | None) -> Resumed | None:
+        """Check what is to be resumed before anything is loaded; returns what to resume."""
+        if self.args.should_save or first_shard(self.model) is not None:  # reading shards is a collective
+            self._identity = self.run_identity()
         if not self.args.should_save:
             return None
         remove_leftovers(self.args.output_dir)
@@ -181,20 +192,18 @@ class CheckpointedTrainer(Trainer):
             return None
         folder = resolve_checkpoint(resume, self.args.output_dir)
         manifest = read_manifest(folder)
-        if manifest["world_size"] != self.args.world_size:
-            raise ValueError(
-                f"resume_from_checkpoint: {folder} was written by {manifest['world_size']} processes, each with random "
-                f"states of its own, and these are {self.args.world_size}: start as many as then"
-            )
-        self._same_length = check_same_run(manifest["run"], self._identity, folder)
+        written = Written.by(manifest)
+        if not written.equals(self.data_ranks):
+            check_other_ranks(written, self.data_ranks, folder, is_zero=self.is_deepspeed_enabled)
+        same_length = check_same_run(manifest["run"], self._identity, folder, self.data_ranks.size)
         # keep entries that this part of the run does not have, such as data of an evaluation that is left out
         self._identity = {**manifest["run"], **self._identity}
-        return str(folder)
+        return Resumed(str(folder), written, same_length)
 
     def _run_epoch(self, **arguments: Any) -> None:
-        if self._resume_folder is not None:
-            self._load_progress(self._resume_folder)
-            self._resume_folder = None
+        if self._resumed is not None and self._begins:
+            self._load_progress(self._resumed)
+            self._begins = False
         if self._stopped or self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True  # Trainer would take a step beyond the last
             return
@@ -264,14 +273,16 @@ class CheckpointedTrainer(Trainer):
         parts: list[Callable[[], None]] = [
             self._check_finite,
             lambda: self._begin(staged),
-            lambda: self.save_model(str(staged), _internal_call=True),
+            lambda: self._save_weights(str(staged)),
         ]
         if not self.args.save_only_model:
             files = (self._save_optimizer_and_scheduler, self._save_scaler, self._save_rng_state, self._save_progress)
             parts += [partial(save, str(staged)) for save in (*files, self.save_more)]
         try:
-            for part in (*parts, lambda: self._seal(staged, folder)):
+            for part in parts:
                 self._together(part)
+            digests = self._each(lambda: entries_of(staged, own_shard_files(staged, self.ranks.process)))
+            self._together(lambda: self._seal(staged, folder, dict(chain(*(own.items() for own in digests)))))
         except OSError as error:
             self.state.best_model_checkpoint = former_best
             self._report_unsaved(error, staged, best == folder)
@@ -288,7 +299,7 @@ class CheckpointedTrainer(Trainer):
             shutil.rmtree(staged, ignore_errors=True)
             os.makedirs(staged)
 
-    def _seal(self, staged: Path, folder: Path) -> None:
+    def _seal(self, staged: Path, folder: Path, known: dict[str, Any]) -> None:
         if not self.args.should_save:
             return
         self.state.stateful_callbacks = callback_states([*self.callback_handler.callbacks, self.control])
@@ -300,10 +311,11 @@ class CheckpointedTrainer(Trainer):
         facts = {
             "step": self.state.global_step,
             "world_size": self.args.world_size,
+            "data_ranks": self.data_ranks.size,
             "save_only_model": self.args.save_only_model,
             "run": self._identity,
         }
-        seal(staged, folder, facts)
+        seal(staged, folder, facts, known)
 
     def _report_unsaved(self, error: OSError, staged: Path, was_best: bool) -> None:
         newest = None
@@ -318,67 +330,7 @@ class CheckpointedTrainer(Trainer):
             lost = "; this step was the best so far and is not kept" if was_best else ""
             warnings.warn(f"{self._unsaved}{lost}. Training goes on, and the next save is tried", stacklevel=2)
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Like Trainer's; raises OSError on a full disk, and ValueError for weights that are not finite."""
-        if not _internal_call:
-            self._together(self._check_finite)
-        try:
-            with as_os_errors():
-                super().save_model(output_dir, _internal_call)
-        except OSError as error:
-            if _internal_call:
-                raise
-            target = Path(output_dir or self.args.output_dir)
-            raise OSError(
-                f"the model could not be written to {target}: {error}{room(target)}; "
-                f"{where_to_go_on(self.args.output_dir)}"
-            ) from error
-
-    def _check_finite(self) -> None:
-        """Raise ValueError for weights that are not finite: after the last step no loss would show an overflow."""
-        for name, weight in self.model.named_parameters():
-            own = weight.to_local() if hasattr(weight, "to_local") else getattr(weight, "ds_tensor", weight)
-            if weight.requires_grad and not own.isfinite().all():
-                raise ValueError(
-                    f"{name} is not finite after step {self.state.global_step}, and nothing was saved; "
-                    f"{where_to_go_on(self.args.output_dir)}. Look at grad_norm in the log, and at a learning "
-                    "rate that is too high"
-                )
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        if self.is_fsdp_enabled and state_dict:
-            state_dict = saved_once(self.model, state_dict)
-        super()._save(output_dir, state_dict)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self.is_fsdp_enabled:  # Trainer would write the weights again, as a pickle
-            save_optimizer(self, output_dir)
-        else:
-            super()._save_optimizer_and_scheduler(output_dir)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if self.is_fsdp_enabled and checkpoint is not None:
-            load_optimizer(self, checkpoint)
-        else:
-            super()._load_optimizer_and_scheduler(checkpoint)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if self.is_fsdp_enabled:
-            load_weights(self.model, resume_from_checkpoint)
-        elif not load_converted(self.model, resume_from_checkpoint):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """A tied weight is written once, so under its other name it is not missing."""
-        tied = set(getattr(self.model, "all_tied_weights_keys", None) or ())
-        missing = [name for name in load_result.missing_keys if name not in tied]
-        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
-
     # ---- what Trainer leaves out of a checkpoint --------------------------------------------------------------------
-
-    def _progress_file(self, folder: str) -> str:
-        rank = f"_{self.args.process_index}" if self.args.world_size > 1 else ""
-        return os.path.join(folder, f"progress{rank}.pt")
 
     def _save_progress(self, folder: str) -> None:
         """Sums since the last log, and whether a callback (early stopping) ended the run here."""
@@ -386,18 +338,25 @@ class CheckpointedTrainer(Trainer):
             "tr_loss": self._tr_loss,
             "last_logged": self._globalstep_last_logged,
             "stopped": self.control.should_training_stop and self.state.global_step < self.state.max_steps,
+            "subclass": self.progress_state(),
         }
-        torch.save({**own, "subclass": self.progress_state()}, self._progress_file(folder))
+        torch.save(own, progress_file(folder, self.args.process_index, self.args.world_size))
 
-    def _load_progress(self, folder: str) -> None:
+    def _load_progress(self, resumed: Resumed) -> None:
         device = "cpu" if self.args.device.type == "cpu" else self.args.device  # torch.load knows no "cpu:0"
-        state = torch.load(self._progress_file(folder), map_location=device, weights_only=True)
-        self._tr_loss, self._globalstep_last_logged = state["tr_loss"], state["last_logged"]
+        found = read_progress(resumed.folder, resumed.written, self.data_ranks, device, self.merged_progress)
+        self._tr_loss, self._globalstep_last_logged = found.tr_loss, found.last_logged
         # train_loss is the mean over the steps since resuming.
         self._total_loss_scalar = -self._tr_loss.item()
-        self._stopped = state["stopped"] and self._same_length and self._ended_early(folder)
-        self.load_progress_state(state["subclass"])
-        self.load_more(folder)
+        self._stopped = found.stopped and resumed.same_length and self._ended_early(resumed.folder)
+        self.load_progress_state(found.subclass)
+        self.load_more(resumed.folder)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if self._resumed is None or self._resumed.written.equals(self.data_ranks):
+            super()._load_rng_state(checkpoint)
+        else:
+            seed_anew(self.args.seed, self.state.global_step, self.data_ranks.rank)
 
     def _ended_early(self, folder: str) -> bool:
         """Whether early stopping still ends the run that it ended at this checkpoint; any other callback asks anew."""
@@ -414,28 +373,7 @@ class CheckpointedTrainer(Trainer):
     def _load_callback_state(self) -> None:
         """Restore callbacks' counters, even without restore_callback_states_from_checkpoint; their options stay."""
         restore_callback_states(
-            self.callback_handler.callbacks, self.state.stateful_callbacks, self._resume_folder or self.args.output_dir
+            self.callback_handler.callbacks,
+            self.state.stateful_callbacks,
+            self._resumed.folder if self._resumed else self.args.output_dir,
         )
-
-    def _load_best_model(self) -> None:
-        self._together(lambda: verify(self.state.best_model_checkpoint) if self.args.should_save else None)
-        if self.is_fsdp_enabled:
-            load_weights(self.model, self.state.best_model_checkpoint)
-        elif self.is_deepspeed_enabled or not load_converted(self.model, self.state.best_model_checkpoint):
-            super()._load_best_model()
-
-    # ---- ranks ------------------------------------------------------------------------------------------------------
-
-    def _together(self, part: Callable[[], Any]) -> Any:
-        """Run on every rank; an error on one is raised on all, so that none waits. Returns the first result."""
-        problem, result = None, None
-        try:
-            with as_os_errors():
-                result = part()
-        except (OSError, ValueError) as error:
-            problem = error
-        outcomes = self.ranks.all_gather((problem, result))
-        first = next((theirs for theirs, _ in outcomes if theirs is not None), None)
-        if first is not None:
-            raise problem or first
-        return next((theirs for _, theirs in outcomes if theirs is not None), None)

@@ -17,6 +17,23 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 
+def saved_once(model: Any, state: dict[str, Any]) -> dict[str, Any]:
+    """Returns a state dict with tied weights under one name: gathering makes them separate tensors."""
+    tied = getattr(model, "all_tied_weights_keys", None) or ()
+    return {name: tensor for name, tensor in state.items() if name not in tied}
+
+
+def stored_names(model: Any) -> dict[str, str]:
+    """Returns the names of the weights in a checkpoint (of an adapter, only the adapter's), and the model's own."""
+    names: dict[str, Any] = {name: name for name in saved_once(model, model.state_dict())}
+    if hasattr(model, "peft_config"):  # PEFT's own rule, applied to names: those in the file, and the model's
+        from peft import get_peft_model_state_dict
+
+        adapter = model.active_adapter
+        return get_peft_model_state_dict(model, names, adapter_name=adapter, save_embedding_layers=False)
+    return names
+
+
 def load_converted(model: Any, folder: str) -> bool:
     """Load converted_weights() into a model that is whole on this rank, in place. Returns whether there were any."""
     state = converted_weights(model, folder)

@@ -19,7 +19,9 @@ from typing import Any
 import numpy as np
 
 from dpofast.cli.arguments import parse, quiet
-from dpofast.cli.scored_pairs import ScoringArguments, load, prepare, scored
+from dpofast.cli.load_models import device
+from dpofast.cli.scored_pairs import Prepared, ScoringArguments, load, prepare, scored
+from dpofast.common.ranks import Ranks
 from dpofast.data.lists import check_list_options
 from dpofast.evaluation.pair_records import PairTable
 from dpofast.evaluation.statistics import Estimate, LengthStatistics, length_statistics, mean, share
@@ -27,6 +29,7 @@ from dpofast.losses.config import PreferenceLoss
 from dpofast.losses.own_kinds import import_from
 from dpofast.scoring.score_table import score_table
 from dpofast.training.checks.columns import check_column_names, check_column_values, is_list_data
+from dpofast.training.parallel.commands import launched, with_the_others
 
 
 @dataclass(kw_only=True)
@@ -88,15 +91,29 @@ def main(argv: Sequence[str]) -> int:
         ValueError: an option, a model or data that cannot be used.
     """
     import_from(os.getcwd())  # --loss_type module:function
+    with launched(device()) as ranks:
+        arguments, loss, prepared = with_the_others(ranks, lambda: _prepare(argv, ranks))
+        scores = [row for rows in scored(arguments, prepared, ranks) for row in rows]
+        if ranks.process == 0:
+            _report(arguments, loss, prepared, scores)
+    return 0
+
+
+def _prepare(argv: Sequence[str], ranks: Ranks) -> tuple[EvalArguments, PreferenceLoss, Prepared]:
     arguments, _ = parse((EvalArguments,), argv, prog="dpofast eval", description=__doc__)
-    quiet(sys.stderr.isatty())
+    quiet(sys.stderr.isatty() and ranks.process == 0)
     dataset = load(arguments)
     loss = arguments.loss(lists=is_list_data(dataset.column_names) and arguments.list_pairs is None)
     check_column_names(dataset.column_names, loss, arguments.data, list_pairs=arguments.list_pairs)
     arguments.loss_type = loss.kinds[0]
-    prepared = prepare(arguments, dataset)
+    prepared = prepare(arguments, dataset, ranks)
     check_column_values(prepared.tokens, loss, arguments.data, unit=prepared.report.unit)
-    scores = list(scored(arguments, prepared))
+    return arguments, loss, prepared
+
+
+def _report(
+    arguments: EvalArguments, loss: PreferenceLoss, prepared: Prepared, scores: Sequence[dict[str, Any]]
+) -> None:
     in_order = [scores[place] for place in np.argsort(prepared.order)]
     pairs = score_table(in_order, prepared.tokens, loss)
     figures, length = evaluation(pairs)
@@ -106,7 +123,6 @@ def main(argv: Sequence[str]) -> int:
     else:
         print(prepared.report.summary())
         _show(arguments, figures, length, ties, unit=unit)
-    return 0
 
 
 def evaluation(pairs: PairTable) -> tuple[dict[str, Estimate], LengthStatistics]:

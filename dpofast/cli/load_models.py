@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +27,7 @@ class Loading:
     """How models are loaded: dtype (a name in DTYPES), trust_remote_code, quantized to 4 bits or not.
 
     attn_implementation is transformers'; None is the model's own choice. storage: the dtype whose tensors hold 4-bit
-    weights, which FSDP2 gathers as they are; None is dtype.
+    weights, which FSDP2 gathers as they are; None is dtype. options: further ones of from_pretrained.
     """
 
     dtype: str = "float32"
@@ -35,6 +35,7 @@ class Loading:
     load_in_4bit: bool = False
     storage: torch.dtype | None = None
     attn_implementation: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Check the dtype's name."""
@@ -170,7 +171,7 @@ def load_model(name: str, loading: Loading) -> Any:
         return load_adapter(name, loading).model
     check_name(name)
     _refuse_pickles(name, "pytorch_model*.bin", "*.safetensors")
-    options: dict[str, Any] = {"trust_remote_code": loading.trust_remote_code}
+    options: dict[str, Any] = {"trust_remote_code": loading.trust_remote_code, **loading.options}
     attention = {} if loading.attn_implementation is None else {"attn_implementation": loading.attn_implementation}
     try:
         if loading.load_in_4bit:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from dpofast._version import __version__
 from dpofast.common.names import did_you_mean
-from dpofast.common.output import flush_or_give_up, lasting_output, open_standard_streams
+from dpofast.common.output import flush_or_give_up, is_told, lasting_output, open_standard_streams
 from dpofast.common.printable import printable, printable_messages
 
 _USAGE = """usage: dpofast <command> [options]
@@ -78,6 +78,8 @@ def _run(command: str, arguments: Sequence[str]) -> int:
     except (ValueError, FloatingPointError, OSError, ImportError) as error:
         if os.environ.get("DPOFAST_TRACEBACK"):
             raise
+        if is_told(error):
+            return 2
         return _refuse(" ".join(str(error).split()) if isinstance(error, ImportError) else str(error))
 
 

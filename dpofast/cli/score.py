@@ -9,20 +9,27 @@ its scores in OUTPUT.partial, and the same command resumes from it.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
 
 from dpofast.cli.arguments import parse, quiet
-from dpofast.cli.load_models import base_of, is_adapter
-from dpofast.cli.scored_pairs import ScoringArguments, load, prepare, scored
+from dpofast.cli.load_models import base_of, device, is_adapter
+from dpofast.cli.scored_pairs import Prepared, ScoringArguments, load, prepare, scored
 from dpofast.common.locks import WriteLock
 from dpofast.common.printable import printable
+from dpofast.common.ranks import Ranks
 from dpofast.data.token_rows import has_lists, weight_columns
 from dpofast.scoring.responses import check_ld_alpha
 from dpofast.scoring.score_file import (
     PartialScores,
+    SourceRows,
     check_output,
     source_rows,
     source_snapshot,
@@ -30,6 +37,7 @@ from dpofast.scoring.score_file import (
     write_scored,
 )
 from dpofast.training.checks.columns import is_list_data
+from dpofast.training.parallel.commands import by_the_first, launched, with_the_others
 
 
 @dataclass(kw_only=True)
@@ -71,44 +79,72 @@ def main(argv: Sequence[str]) -> int:
             another process writes.
         OSError: the output cannot be written (a full disk).
     """
+    with launched(device()) as ranks:
+        arguments, source, prepared = with_the_others(ranks, lambda: _prepare(argv, ranks))
+        unit, total = _unit(prepared.tokens), len(prepared.tokens)
+        output = Path(arguments.output)
+        partial = PartialScores(output.with_name(output.name + ".partial"), _identity(arguments, prepared))
+        with contextlib.ExitStack() as held:
+            start = by_the_first(ranks, lambda: _begin(arguments, partial, held))
+            if start and ranks.process == 0:
+                print(printable(f"going on with {partial.path}: {start:,} of {total:,} {unit} are scored already"))
+            with _explained(output, partial):
+                for rows in scored(arguments, prepared, ranks, start=start, ld_alpha=arguments.ld_alpha):
+                    by_the_first(ranks, functools.partial(partial.append, rows))
+                by_the_first(ranks, lambda: write_scored(output, source, partial))
+        if ranks.process == 0:
+            print(prepared.report.summary())
+            print(printable(f"{total:,} scored {unit} are in {output}"))
+    return 0
+
+
+def _prepare(argv: Sequence[str], ranks: Ranks) -> tuple[ScoreArguments, SourceRows, Prepared]:
     arguments, _ = parse((ScoreArguments,), argv, prog="dpofast score", description=__doc__)
-    quiet(sys.stderr.isatty())
-    output = Path(arguments.output)
+    quiet(sys.stderr.isatty() and ranks.process == 0)
     snapshot = source_snapshot(arguments.data, arguments.split)
     dataset = load(arguments)
     source = source_rows(arguments.data, dataset, snapshot)
-    check_output(output, source)
+    check_output(Path(arguments.output), source)
     names = dataset.column_names
     check_ld_alpha(arguments.ld_alpha, is_list=is_list_data(names), weighted=bool(weight_columns(names)))
-    prepared = prepare(arguments, dataset)
+    prepared = prepare(arguments, dataset, ranks)
     weighted = bool(weight_columns(prepared.tokens.column_names))  # of turns that do not all count
     check_ld_alpha(arguments.ld_alpha, is_list=False, weighted=weighted)
-    unit = "lists" if has_lists(prepared.tokens.column_names) else "pairs"
-    settings = {name: value for name, value in asdict(arguments).items() if name not in ("output", "overwrite")}
-    # What decides the numbers: a partial file of other options, other weights or other data must not be gone on with.
-    identity = settings | {
+    return arguments, source, prepared
+
+
+def _identity(arguments: ScoreArguments, prepared: Prepared) -> dict[str, Any]:
+    """What decides the numbers: a partial file of other options, weights or data must not be gone on with."""
+    left_out = ("output", "overwrite", *(() if arguments.fsdp else ("fsdp",)))
+    return {
+        **{name: value for name, value in asdict(arguments).items() if name not in left_out},
         "weights": weights_of(arguments.model),
         "base_weights": weights_of(base_of(arguments.model) if is_adapter(arguments.model) else None),
         "ref_weights": weights_of(arguments.ref_model),
         "tokens": prepared.tokens._fingerprint,
         "order": "of prompts",
     }
-    partial = PartialScores(output.with_name(output.name + ".partial"), identity)
+
+
+def _begin(arguments: ScoreArguments, partial: PartialScores, held: contextlib.ExitStack) -> int:
+    """Lock the output until `held` is left, and return how many rows are scored already."""
+    output = Path(arguments.output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    with WriteLock(output, output.with_name(f".{output.name}.lock")):
-        arguments.check_output()  # another run may have written it since the first look
-        start = partial.resume(overwrite=arguments.overwrite)
-        if start:
-            done = f"{start:,} of {len(prepared.tokens):,} {unit} are scored already"
-            print(printable(f"going on with {partial.path}: {done}"))
-        try:
-            partial.append(scored(arguments, prepared, start=start, ld_alpha=arguments.ld_alpha))
-            write_scored(output, source, partial)
-        except OSError as error:
-            raise OSError(
-                f"output: {output} cannot be written: {error.strerror or error}; what is scored so far is in "
-                f"{partial.path}, and the same command goes on with it"
-            ) from error
-    print(prepared.report.summary())
-    print(printable(f"{len(prepared.tokens):,} scored {unit} are in {output}"))
-    return 0
+    held.enter_context(WriteLock(output, output.with_name(f".{output.name}.lock")))
+    arguments.check_output()  # another run may have written it since the first look
+    return partial.resume(overwrite=arguments.overwrite)
+
+
+@contextlib.contextmanager
+def _explained(output: Path, partial: PartialScores) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            f"output: {output} cannot be written: {error.strerror or error}; what is scored so far is in "
+            f"{partial.path}, and the same command goes on with it"
+        ) from error
+
+
+def _unit(tokens: Dataset) -> str:
+    return "lists" if has_lists(tokens.column_names) else "pairs"

@@ -8,11 +8,13 @@ import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
+from torch.distributed.device_mesh import init_device_mesh
 from tqdm.auto import tqdm
 
 from dpofast.cli.arguments import DATA_HELP
@@ -28,15 +30,20 @@ from dpofast.cli.load_models import (
     named,
 )
 from dpofast.cli.run_options import first_adapter
+from dpofast.common.ranks import Ranks
 from dpofast.data.encode_pairs import TRUNCATION_MODES
 from dpofast.data.formats import LIST_REF_COLUMN, REF_COLUMNS, place
 from dpofast.data.images.prompt_images import PromptImages
 from dpofast.data.load import DataReport, load_preferences, tokenize_preferences
 from dpofast.data.token_rows import has_lists, has_reference
 from dpofast.model.attach import attach_logprob_head
+from dpofast.model.checks.parity import check_shards
+from dpofast.model.parallel.shard import shard
+from dpofast.scoring.lockstep import Lockstep
 from dpofast.scoring.order import prompt_order
-from dpofast.scoring.score import WINDOW, score_rows
+from dpofast.scoring.score import WINDOW, Forward, run_batch, runs_of, score_together
 from dpofast.training.checks.images import has_images
+from dpofast.training.parallel.commands import agreed
 from dpofast.training.processing import processing_of
 
 # On a CPU a pass without gradients is fastest where its activations stay in cache.
@@ -84,6 +91,13 @@ class ScoringArguments:
         metadata={"help": "Packed positions at once (default 1024 on the CPU, 16384 on a GPU); memory only."},
     )
     max_logits_bytes: int | None = field(default=None, metadata={"help": "Room for logits in bytes."})
+    fsdp: bool = field(
+        default=False,
+        metadata={
+            "help": "Under torchrun: the processes share each model's weights (FSDP2), and not only the rows, for "
+            "models that one device does not hold."
+        },
+    )
 
     def __post_init__(self) -> None:
         """Check what is cheap to check."""
@@ -95,6 +109,8 @@ class ScoringArguments:
             raise ValueError(f"truncation_mode: expected one of {TRUNCATION_MODES}, got {self.truncation_mode!r}")
         if self.max_tokens is not None and self.max_tokens < 1:
             raise ValueError(f"max_tokens: expected at least 1, got {self.max_tokens}")
+        if self.fsdp and self.load_in_4bit:
+            raise ValueError("fsdp: not supported with load_in_4bit, whose weights stay where they are: leave one out")
 
     @property
     def data_options(self) -> dict[str, Any]:
@@ -129,16 +145,23 @@ def load(arguments: ScoringArguments) -> Dataset:
     return load_preferences(arguments.data, split=arguments.split, on_bad_row=arguments.on_bad_row)
 
 
-def prepare(arguments: ScoringArguments, dataset: Dataset) -> Prepared:
+def prepare(arguments: ScoringArguments, dataset: Dataset, ranks: Ranks) -> Prepared:
     """Load tokenizer, processor and models, and tokenize; what is cheap to check comes first.
 
     Args:
         arguments: the command's.
         dataset: of load().
+        ranks: the processes that score; all of them call this.
 
     Raises:
-        ValueError: data, a tokenizer, a processor or a model that cannot be used, or no reference where one is needed.
+        ValueError: fsdp on one process; data, a tokenizer, a processor or a model that cannot be used, or no reference
+            where one is needed.
     """
+    if arguments.fsdp and ranks.processes == 1:
+        raise ValueError(
+            "fsdp: expected several processes, which share the model's weights, got 1: start them by torchrun "
+            "--nproc_per_node N -m dpofast ..., or leave fsdp out"
+        )
     access = {"trust_remote_code": arguments.trust_remote_code}
     whole = load_processing(arguments.model, load_tokenizer(arguments.model, **access), dataset.column_names, **access)
     given = has_reference(dataset.column_names)
@@ -152,7 +175,7 @@ def prepare(arguments: ScoringArguments, dataset: Dataset) -> Prepared:
             f"ref_model: {arguments.model} was trained on from the adapter in {first}: name its reference, which is "
             f"that adapter (--ref_model {shlex.quote(first)}), or the base model"
         )
-    model, ref_model = _models(arguments, given=given)
+    model, ref_model = _models(arguments, ranks, given=given)
     processing = processing_of(whole, None, model, ref_model)
     if processing.refused is not None and has_images(dataset):
         raise ValueError(f"{arguments.data}: its rows have images, and {processing.refused}")
@@ -177,7 +200,7 @@ def prepare(arguments: ScoringArguments, dataset: Dataset) -> Prepared:
     )
 
 
-def _models(arguments: ScoringArguments, *, given: bool) -> tuple[Any, Any]:
+def _models(arguments: ScoringArguments, ranks: Ranks, *, given: bool) -> tuple[Any, Any]:
     """The policy and the reference, None where the rows bring its log-probs or the policy without its adapter is it."""
     loading = Loading(
         dtype=arguments.dtype,
@@ -200,55 +223,93 @@ def _models(arguments: ScoringArguments, *, given: bool) -> tuple[Any, Any]:
         if theirs != vocab:
             raise ValueError(f"ref_model: expected the model's vocabulary of {vocab} tokens, got {theirs}")
         part.requires_grad_(False).eval()
-        if not arguments.load_in_4bit:  # bitsandbytes has put them there
+        if not (arguments.load_in_4bit or arguments.fsdp):  # bitsandbytes has put them there
             part.to(device())
         attach_logprob_head(part, padded=arguments.padded)
         with torch.autocast(device().type, torch.bfloat16, enabled=arguments.bf16):  # again, as scored() runs it
-            attach_logprob_head(part, padded=arguments.padded)
+            if arguments.fsdp:
+                shard(part, init_device_mesh(device().type, (ranks.processes,)))
+                check_shards(part, None, ranks.all_reduce_max)
+            else:
+                attach_logprob_head(part, padded=arguments.padded)
     return model, ref_model
 
 
 def scored(
-    arguments: ScoringArguments, prepared: Prepared, *, start: int = 0, ld_alpha: float | None = None
-) -> Iterator[dict[str, Any]]:
-    """Yields score_rows in the order of prepared.order, each with its row, with a progress bar on a terminal.
+    arguments: ScoringArguments, prepared: Prepared, ranks: Ranks, *, start: int = 0, ld_alpha: float | None = None
+) -> Iterator[list[dict[str, Any]]]:
+    """Yields score_rows in the order of prepared.order, each with its row, in lists of whole windows.
+
+    Each process computes a window at a time, and all of them yield the rows of all. A progress bar is shown on a
+    terminal.
 
     Args:
         arguments: the command's.
         prepared: data and models.
+        ranks: the processes that share the rows; all of them iterate.
         start: rows of that order that are left out.
         ld_alpha: as in score_rows.
 
     Raises:
         FloatingPointError: a log-prob that is not finite, with its row.
     """
-    where = device()
+    total, lists = len(prepared.tokens), has_lists(prepared.tokens.column_names)
+    compute = _Scoring(arguments, prepared, ranks, ld_alpha)
+    hidden = True if ranks.process else None  # None: where there is no terminal
+    label = f"scored {'lists' if lists else 'pairs'}"
+    with tqdm(total=total, initial=start, desc=label, disable=hidden, leave=False, file=sys.stderr) as bar:
+        for first in range(start, total, WINDOW * ranks.size):
+            own = first + WINDOW * ranks.rank
+            parts = agreed(ranks, partial(compute.window, prepared.order[own : own + WINDOW]))
+            rows = [row for part in parts for row in part]
+            yield rows
+            bar.update(len(rows))
 
-    def autocast() -> contextlib.AbstractContextManager[Any]:
-        return torch.autocast(where.type, torch.bfloat16) if arguments.bf16 else contextlib.nullcontext()
 
-    total, unit = len(prepared.tokens), "lists" if has_lists(prepared.tokens.column_names) else "pairs"
-    rows = score_rows(
-        prepared.tokens.select(prepared.order[start:]),
-        prepared.model,
-        prepared.ref_model,
-        beta=arguments.beta,
-        max_tokens=arguments.max_tokens or (_MAX_TOKENS_CPU if where.type == "cpu" else _MAX_TOKENS_GPU),
-        share="none" if arguments.padded else "prefix",
-        max_logits_bytes=arguments.max_logits_bytes,
-        device=where,
-        autocast=autocast,
-        window=WINDOW,
-        ld_alpha=ld_alpha,
-        images=prepared.images,
-    )
-    with tqdm(total=total, initial=start, desc=f"scored {unit}", disable=None, leave=False, file=sys.stderr) as bar:
-        for row in rows:
-            found = row["responses_logps"] if unit == "lists" else (row["chosen_logps"], row["rejected_logps"])
-            if not all(map(math.isfinite, found)):
-                raise FloatingPointError(
-                    f"{prepared.report.source}, {place(prepared.report.unit, row['row'])}: its log-probs under "
-                    f"{arguments.model} are not finite: look at the checkpoint's weights, and at this row"
-                )
-            yield row
-            bar.update()
+class _Scoring:
+    """Scores windows of rows, on every process one at a time."""
+
+    def __init__(self, arguments: ScoringArguments, prepared: Prepared, ranks: Ranks, ld_alpha: float | None) -> None:
+        self._arguments, self._prepared = arguments, prepared
+        where = device()
+        self._forward = Forward(
+            max_tokens=arguments.max_tokens or (_MAX_TOKENS_CPU if where.type == "cpu" else _MAX_TOKENS_GPU),
+            share="none" if arguments.padded else "prefix",
+            max_logits_bytes=arguments.max_logits_bytes,
+            device=where,
+            autocast=partial(torch.autocast, where.type, torch.bfloat16, enabled=arguments.bf16),
+            images=prepared.images,
+            lockstep=Lockstep(ranks) if arguments.fsdp else None,
+        )
+        self._ld_alpha = ld_alpha
+
+    def window(self, rows: np.ndarray) -> list[dict[str, Any]]:
+        """The scores of these rows of the tokens. A collective where the models are sharded."""
+        prepared, lockstep = self._prepared, self._forward.lockstep
+        tokens = prepared.tokens.select(rows)
+        with contextlib.ExitStack() as together:
+            if lockstep is not None:
+                given = has_reference(prepared.tokens.column_names)
+                runs = runs_of(prepared.model, prepared.ref_model, given=given)
+                idle = partial(run_batch, runs=runs, forward=self._forward)
+                together.enter_context(lockstep.until_all_are_done(prepared.model, idle))
+            found = score_together(
+                tokens,
+                prepared.model,
+                prepared.ref_model,
+                beta=self._arguments.beta,
+                ld_alpha=self._ld_alpha,
+                forward=self._forward,
+            )
+            for row in found:
+                self._check_finite(row)
+        return found
+
+    def _check_finite(self, row: dict[str, Any]) -> None:
+        found = row["responses_logps"] if "responses_logps" in row else (row["chosen_logps"], row["rejected_logps"])
+        if not all(map(math.isfinite, found)):
+            report = self._prepared.report
+            raise FloatingPointError(
+                f"{report.source}, {place(report.unit, row['row'])}: its log-probs under {self._arguments.model} are "
+                "not finite: look at the checkpoint's weights, and at this row"
+            )

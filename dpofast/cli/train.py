@@ -9,7 +9,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,10 @@ from dpofast.cli.run_options import RUN_FILE, RunOptions, resume_command, with_r
 from dpofast.common.printable import printable
 from dpofast.losses.own_kinds import import_from
 from dpofast.training.checks.columns import check_column_names
+from dpofast.training.checks.launch import check_topology
 from dpofast.training.config import DPOConfig
+from dpofast.training.parallel.sizes import check_heads
+from dpofast.training.parallel.tensor import loading_options, second_reference
 from dpofast.training.trainer import DPOTrainer
 
 # What --help shows: first what nearly every run sets, then every other option of dpofast itself.
@@ -58,7 +61,9 @@ HELP_GROUPS = {
         "max_logits_bytes",
         "flash_attention",
         "torch_compile",
+        "activation_offloading",
     ),
+    "several processes": ("tensor_parallel_size", "sequence_parallel_size"),
     "data": (
         *("split", "eval_split", "max_length", "truncation_mode", "on_bad_row", "dataset_num_proc", "preview"),
         *("list_pairs", "min_score_gap", "assistant_only_loss"),
@@ -73,8 +78,7 @@ HELP_GROUPS = {
         *("logging_steps", "token_statistics", "html_report", "bf16"),
     ),
     "names that are not needed here": (
-        *("padding_free", "pad_to_multiple_of", "pad_token", "precompute_ref_batch_size", "activation_offloading"),
-        "model_init_kwargs",
+        *("padding_free", "pad_to_multiple_of", "pad_token", "precompute_ref_batch_size", "model_init_kwargs"),
     ),
 }
 HELP_END = (
@@ -190,8 +194,9 @@ def main(argv: Sequence[str]) -> int:
             check_column_names(data.column_names, config.preference_loss(), str(name), list_pairs=config.list_pairs)
     columns = {*train_data.column_names, *(eval_data.column_names if eval_data is not None else ())}
     processing = load_processing(train.model, tokenizer, columns, **access)
+    ref_model = train.ref_model or (None if train.lora_r else second_reference(train.model, config))
     try:
-        model = load_model(train.model, loading)
+        model = load_model(train.model, _divided(train.model, loading, config))
         layers = on_language_model(peft_config, model) if train.lora_r and not train.lora_target_modules else 0
         if layers and config.process_index == 0:
             print(
@@ -201,7 +206,7 @@ def main(argv: Sequence[str]) -> int:
             )
         trainer = DPOTrainer(
             model=train_on(model) if adapted else model,
-            ref_model=load_model(train.ref_model, loading) if train.ref_model else None,
+            ref_model=load_model(ref_model, _divided(ref_model, loading, config)) if ref_model else None,
             args=config,
             train_dataset=train_data,
             eval_dataset=eval_data,
@@ -298,6 +303,9 @@ def _checked_loading(train: TrainArguments, config: DPOConfig) -> Loading:
         raise ValueError("load_in_4bit: 4-bit weights cannot be trained themselves, only an adapter on them: --lora_r")
     if train.ref_model == train.model:
         raise ValueError(f"ref_model: {named(train.model)} is the model itself, which is the reference by default")
+    check_topology(config)
+    if config.tensor_parallel_size * config.sequence_parallel_size > 1:
+        check_heads(load_config(train.model, trust_remote_code=config.trust_remote_code), config)
     return Loading(
         dtype=train.dtype,
         trust_remote_code=config.trust_remote_code,
@@ -305,6 +313,26 @@ def _checked_loading(train: TrainArguments, config: DPOConfig) -> Loading:
         storage=torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else None,
         attn_implementation=train.attn_implementation,
     )
+
+
+def _divided(name: str, loading: Loading, config: DPOConfig) -> Loading:
+    """The same with what divides the model over processes (tensor parallelism), if the arguments say so.
+
+    Raises:
+        ValueError: it cannot be divided so, before anything is loaded; an adapter's folder.
+    """
+    if config.tensor_parallel_size == 1:
+        return loading
+    if is_adapter(name):
+        raise ValueError(
+            f"tensor_parallel_size: {named(name)} is an adapter, which cannot be read onto a model that is divided: "
+            "merge it into its base model first (peft: AutoPeftModelForCausalLM.from_pretrained(...)"
+            ".merge_and_unload().save_pretrained(...)); --lora_r trains a new one"
+        )
+    of_model = load_config(name, trust_remote_code=config.trust_remote_code)
+    check_heads(of_model, config)
+    given = {"quantization_config": True} if loading.load_in_4bit else {}
+    return replace(loading, options=loading_options(of_model, config, given))
 
 
 def _early_stopping(train: TrainArguments, config: DPOConfig) -> list[Any]:

@@ -88,3 +88,14 @@ def flush_or_give_up(stream: Any) -> OSError | None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         return error
     return None
+
+
+def mark_as_told(error: BaseException) -> BaseException:
+    """Mark an error that came from another process, which tells the user."""
+    error.told = True  # type: ignore[attr-defined]
+    return error
+
+
+def is_told(error: BaseException) -> bool:
+    """Whether another process tells the user of an error."""
+    return getattr(error, "told", False)

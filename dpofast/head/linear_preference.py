@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from dpofast.common.backend import choose_backend
 from dpofast.common.constants import IGNORE_INDEX
+from dpofast.head.engine.interface import Needs
 from dpofast.head.linear_preference_op import PreferenceArguments, preference
 from dpofast.head.options import LogitOptions
 from dpofast.head.validate import autocast_inputs, check_head, check_tensors
+from dpofast.head.vocab_parallel import agreed_shard, local_shards
 from dpofast.losses.columns import NO_COLUMNS, PreferenceColumns
 from dpofast.losses.config import PreferenceLoss, checked_loss
 from dpofast.losses.functional import PreferenceOutput
@@ -38,6 +41,7 @@ def linear_preference_loss(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     ignore_index: int = IGNORE_INDEX,
+    process_group: ProcessGroup | None = None,
     max_logits_bytes: int | None = None,
     backend: str = "auto",
 ) -> PreferenceOutput:
@@ -58,6 +62,9 @@ def linear_preference_loss(
         columns: as in token_preference_loss (PackedBatch.columns), on hidden's device but for lists and ranks.
         bias, temperature, logit_scale, softcap, ignore_index, max_logits_bytes, backend: as in linear_logprobs, without
             the "reference" backend.
+        process_group: weight and bias are this rank's rows of a head that is split over the vocabulary
+            (vocab_parallel.py); all else is the same on every rank, and so are the results and hidden's gradient. A
+            DTensor weight brings its own. As many GEMMs as for a whole head, of its own rows on each rank.
 
     Returns:
         PreferenceOutput: loss scalar, differentiable; losses (P,), logps and rewards, of the shapes that it documents,
@@ -68,18 +75,36 @@ def linear_preference_loss(
         TypeError: a head weight that is no plain dense tensor.
     """
     loss = checked_loss(loss)
-    LogitOptions(temperature, logit_scale, softcap, ignore_index)  # raises for an option that cannot mean anything
+    options = LogitOptions(temperature, logit_scale, softcap, ignore_index)  # raises for one that cannot mean anything
     check_tensors(hidden=hidden, weight=weight, bias=bias, targets=targets)
     check_tensors(cu_targets=cu_targets, pairs=pairs, ref_logps=ref_logps)
+    weight, bias, process_group = local_shards(weight, bias, process_group)
     hidden, weight, bias = autocast_inputs(hidden, weight, bias)
-    check_head(hidden, weight, bias, targets)
-    _check_pairs(targets, cu_targets, pairs, ref_logps, loss)
-    _check_columns(columns, targets, pairs, len(cu_targets) - 1, loss)
-    chosen = choose_backend(backend, hidden.device, hidden.dtype)
-    if chosen == "reference":
-        raise ValueError("backend: expected auto, triton or torch; the reference is preference_loss of linear_logprobs")
-    divisor = len(pairs) if num_pairs is None else num_pairs
     grad = torch.is_grad_enabled()
+    needs = Needs(*(grad and x is not None and x.requires_grad for x in (hidden, weight, bias)))
+
+    def check_batch() -> None:
+        _check_pairs(targets, cu_targets, pairs, ref_logps, loss)
+        _check_columns(columns, targets, pairs, len(cu_targets) - 1, loss)
+
+    shard = None
+    if process_group is None:
+        check_head(hidden, weight, bias, targets)
+        check_batch()
+        chosen = choose_backend(backend, hidden.device, hidden.dtype)
+        if chosen == "reference":
+            raise ValueError(
+                "backend: expected auto, triton or torch; the reference is preference_loss of linear_logprobs"
+            )
+    else:
+        same = {
+            "loss, num_pairs, temperature, logit_scale, softcap, ignore_index": (loss.encoded, num_pairs, options),
+            "cu_targets, pairs": (cu_targets.tolist(), pairs.tolist()),
+        }
+        shard, chosen = agreed_shard(
+            process_group, hidden, weight, targets, bias, same, needs, backend, max_logits_bytes, check=check_batch
+        )
+    divisor = len(pairs) if num_pairs is None else num_pairs
     arguments = PreferenceArguments(
         hidden,
         weight,
@@ -98,9 +123,9 @@ def linear_preference_loss(
         ignore_index,
         chosen,
         max_logits_bytes,
-        *(grad and x is not None and x.requires_grad for x in (hidden, weight, bias)),
+        *needs,
     )
-    return PreferenceOutput(*preference(arguments, columns, loss))
+    return PreferenceOutput(*preference(arguments, columns, loss, shard))
 
 
 def _check_pairs(

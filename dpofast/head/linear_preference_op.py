@@ -17,6 +17,7 @@ from dpofast.common.autograd import ReverseModeFunction, check_derivatives, firs
 from dpofast.common.backend import uses_triton
 from dpofast.head.engine.interface import Gradients, Needs
 from dpofast.head.engine.rows import scale_tensor
+from dpofast.head.engine.sharded_engine import VocabShard
 from dpofast.head.linear_logprobs_op import fake_gradients
 from dpofast.head.operators import custom_operator, gradients_of
 from dpofast.head.options import LogitOptions
@@ -57,7 +58,7 @@ class PreferenceArguments(NamedTuple):
         """Which gradients are needed: an operator does not know what its caller's tensors require."""
         return Needs(self.need_dh, self.need_dw, self.need_db)
 
-    def call(self, columns: PreferenceColumns, loss: PreferenceLoss) -> PairCall:
+    def call(self, columns: PreferenceColumns, loss: PreferenceLoss, shard: VocabShard | None = None) -> PairCall:
         """The call that these arguments and the columns are, of the loss that `self.loss` encodes."""
         return PairCall(
             targets=self.targets,
@@ -70,6 +71,7 @@ class PreferenceArguments(NamedTuple):
             options=LogitOptions(self.temperature, self.logit_scale, self.softcap, self.ignore_index, loss_stats(loss)),
             backend=self.backend,
             max_logits_bytes=self.max_logits_bytes,
+            shard=shard,
         )
 
 
@@ -90,13 +92,18 @@ def loss_stats(loss: PreferenceLoss) -> tuple[str, ...]:
     return ("log_sum_sq_probs",) if loss.use_weighting else ()
 
 
-def preference(arguments: PreferenceArguments, columns: PreferenceColumns, loss: PreferenceLoss) -> tuple[Tensor, ...]:
-    """PreferenceOutput's loss, losses, logps and rewards; arguments encode `loss`. The first is differentiable."""
+def preference(
+    arguments: PreferenceArguments, columns: PreferenceColumns, loss: PreferenceLoss, shard: VocabShard | None = None
+) -> tuple[Tensor, ...]:
+    """PreferenceOutput's loss, losses, logps and rewards; arguments encode `loss`. The first is differentiable.
+
+    shard: this rank's part of a head that is split over the vocabulary; every rank calls this then.
+    """
     tensors = (arguments.hidden, arguments.weight, arguments.bias)
     check_derivatives(*tensors, arguments.ref_logps, arguments.earlier_rewards)
-    if torch.compiler.is_compiling():
+    if shard is None and torch.compiler.is_compiling():
         return linear_preference_op(*arguments, *columns)[:4]
-    return LinearPreference.apply(*tensors, arguments.call(columns, loss), arguments.needs)
+    return LinearPreference.apply(*tensors, arguments.call(columns, loss, shard), arguments.needs)
 
 
 class LinearPreference(ReverseModeFunction):
@@ -131,7 +138,8 @@ class LinearPreference(ReverseModeFunction):
 def _values_and_gradients(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, call: PairCall, needs: Needs
 ) -> tuple[tuple[Tensor, ...], Gradients]:
-    check_target_values(call.targets, weight.shape[0], call.options.ignore_index)
+    vocab = weight.shape[0] if call.shard is None else call.shard.vocab
+    check_target_values(call.targets, vocab, call.options.ignore_index)
     terms, gradients = pair_gradients(hidden, weight, bias, call, needs)
     return (terms.losses.sum() / call.totals.num_pairs, terms.losses, terms.logps, terms.rewards), gradients
 

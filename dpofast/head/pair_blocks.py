@@ -26,6 +26,7 @@ from dpofast.head.engine.interface import (
 from dpofast.head.engine.make import make_engine
 from dpofast.head.engine.passes import accumulate, keep_and_recompute
 from dpofast.head.engine.rows import scale_rows
+from dpofast.head.engine.sharded_engine import ShardedEngine, VocabShard
 from dpofast.head.options import LogitOptions
 from dpofast.losses.coefficients import PairTerms, pair_terms
 from dpofast.losses.columns import PreferenceColumns
@@ -36,7 +37,10 @@ from dpofast.losses.sequences import Tokens, side_indices
 
 @dataclass(frozen=True)
 class PairCall:
-    """One call but the head's float tensors: targets, pairs and columns of their sequences, validated, and options."""
+    """One call but the head's float tensors: targets, pairs and columns of their sequences, validated, and options.
+
+    shard: this rank's part of a head that is split over the vocabulary; None for a whole one.
+    """
 
     targets: Tensor
     cu_targets: Tensor
@@ -48,9 +52,12 @@ class PairCall:
     options: LogitOptions
     backend: str
     max_logits_bytes: int | None
+    shard: VocabShard | None = None
 
     def engine(self, inputs: HeadInputs, needs: Needs, largest: int | None = None) -> HeadEngine:
         """The call's LM-head engine; needs and largest as in make_engine."""
+        if self.shard is not None:
+            return ShardedEngine(inputs, self.shard, self.backend, keep=needs.trains, largest=largest)
         return make_engine(inputs, self.backend, self.max_logits_bytes, needs=needs, largest=largest)
 
     def counted(self, rows: slice = slice(None)) -> Tensor | None:
@@ -107,6 +114,8 @@ def _with_frozen_head(inputs: HeadInputs, call: PairCall, needs: Needs) -> tuple
         return _terms(concatenate(engine, engine.all_logps()), call, block)[0], (None, None, None)
     products = torch.empty_like(hidden, dtype=engine.narrow)
     terms, coefficients = _terms(concatenate(engine, engine.hidden_products(products)), call, block)
+    if isinstance(engine, ShardedEngine):
+        return terms, (engine.all_reduced(products * coefficients.unsqueeze(1)), None, None)
     dh = products if products.dtype == hidden.dtype else torch.empty_like(hidden)
     scale_rows(dh, products, coefficients, triton=uses_triton(call.backend))
     return terms, (dh, None, None)

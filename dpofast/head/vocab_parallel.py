@@ -7,6 +7,7 @@ all-gather of a few integers, after which all ranks go on or all raise. The comp
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,8 @@ from dpofast.head.validate import check_head, check_target_values
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
+
+_OPTIONS = "temperature, logit_scale, softcap, ignore_index, stats"
 
 
 def vocab_parallel_logprobs(
@@ -65,24 +68,11 @@ def vocab_parallel_logprobs(
             is left waiting. On the CPU also a target outside the vocabulary, which gives NaN on other devices.
         TypeError: process_group is none, or the head is no plain dense tensor; every rank raises in the latter case.
     """
-    if not isinstance(process_group, dist.ProcessGroup):
-        raise TypeError(f"process_group: expected a torch.distributed.ProcessGroup, got {type(process_group).__name__}")
     grad = torch.is_grad_enabled()
     needs = Needs(*(grad and x is not None and x.requires_grad for x in (hidden, weight, bias)))
-    problem, chosen = None, ""
-    try:
-        chosen = _checked_backend(hidden, weight, targets, bias, backend)
-    except (TypeError, ValueError) as error:
-        problem = error
-    budget = default_logits_bytes(hidden.device) if max_logits_bytes is None else max_logits_bytes
-    same = {
-        "hidden (N, D)": tuple(hidden.shape),
-        "the dtype of hidden": hidden.dtype,
-        "temperature, logit_scale, softcap, ignore_index, stats": options,
-        "which of hidden, weight and bias require a gradient": tuple(needs),
-        "bias, given or None": bias is None,
-    }
-    shard = _agree(process_group, hidden, weight, targets, same, budget, problem)
+    shard, chosen = agreed_shard(
+        process_group, hidden, weight, targets, bias, {_OPTIONS: options}, needs, backend, max_logits_bytes
+    )
     check_target_values(targets, shard.vocab, options.ignore_index)
     check_derivatives(hidden, weight, bias)
     with torch.autocast(hidden.device.type, enabled=False):
@@ -194,6 +184,50 @@ def _checked_backend(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tens
             f"got {backend!r} for {hidden.dtype}: use 'torch'"
         )
     return chosen
+
+
+def agreed_shard(
+    process_group: dist.ProcessGroup,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    same: dict[str, Any],
+    needs: Needs,
+    backend: str,
+    max_logits_bytes: int | None,
+    *,
+    check: Callable[[], None] = lambda: None,
+) -> tuple[VocabShard, str]:
+    """This rank's part of the head, and the backend: checked on every rank, so that all go on or all raise.
+
+    A collective. Arguments as in vocab_parallel_logprobs, and:
+
+    Args:
+        same: further arguments that must be the same on every rank, by what messages call them.
+        needs: which gradients the call needs, the same on every rank.
+        check: raises ValueError or TypeError for this rank's further arguments.
+
+    Raises:
+        ValueError, TypeError: as in vocab_parallel_logprobs.
+    """
+    if not isinstance(process_group, dist.ProcessGroup):
+        raise TypeError(f"process_group: expected a torch.distributed.ProcessGroup, got {type(process_group).__name__}")
+    problem, chosen = None, ""
+    try:
+        chosen = _checked_backend(hidden, weight, targets, bias, backend)
+        check()
+    except (TypeError, ValueError) as error:
+        problem = error
+    budget = default_logits_bytes(hidden.device) if max_logits_bytes is None else max_logits_bytes
+    same = {
+        "hidden (N, D)": tuple(hidden.shape),
+        "the dtype of hidden": hidden.dtype,
+        "which of hidden, weight and bias require a gradient": tuple(needs),
+        "bias, given or None": bias is None,
+        **same,
+    }
+    return _agree(process_group, hidden, weight, targets, same, budget, problem), chosen
 
 
 def _agree(

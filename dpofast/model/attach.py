@@ -26,7 +26,7 @@ from dpofast.head.linear_logprobs import linear_logprobs
 from dpofast.head.linear_preference import linear_preference_loss
 from dpofast.head.options import LogprobOutput
 from dpofast.losses.config import PreferenceLoss
-from dpofast.losses.functional import PreferenceOutput
+from dpofast.losses.functional import PreferenceOutput, token_preference_loss
 from dpofast.losses.sequences import segment_sums
 from dpofast.model.adapters import check_inputs_kept
 from dpofast.model.attention.interface import register_again, restore_attention, use_packed_attention
@@ -37,6 +37,9 @@ from dpofast.model.dropout import check_rates
 from dpofast.model.forward import packed_hidden, packed_routing, padded_hidden
 from dpofast.model.lm_head import logit_options, logprob_head, restore_head
 from dpofast.model.moe import RoutingCounts
+from dpofast.model.parallel.logprobs import of_all_targets
+from dpofast.model.parallel.refusals import check_split_call
+from dpofast.model.parallel.tensor import split_again
 from dpofast.model.parts import backbone_of, base_causal_lm, is_composite, media_token_ids
 from dpofast.model.recurrent.follow import follow_again, follow_segments, stop_following_segments
 from dpofast.model.rope import follow_lengths, stop_following
@@ -116,6 +119,7 @@ def _attach(model: Any, padded: bool) -> None:
     if not padded:
         check_packed(base)
     _take_off_autocast(model, base, stacklevel=4)
+    split_again(base)
     plain_class: Any = type(base)
     exchange_class(base, packed_class(plain_class, padded))
     with _detached_where_refused(model):
@@ -218,6 +222,7 @@ class PackedForward:
     def __setstate__(self, state: Any) -> None:
         """Another process may not have attached a model yet, and its attention is registered by name."""
         super().__setstate__(state)  # type: ignore[misc]
+        split_again(self)  # type: ignore[arg-type]
         if not self._padded_rows:
             register_again(backbone_of(self))
             follow_again(self)
@@ -256,6 +261,9 @@ def packed_class(cls: Any, padded: bool) -> type:
         if args or extra:
             raise ValueError(f"model(packed=...): expected no further model inputs, got {extra or 'positional ones'}")
         _check_ids(self, packed)
+        if packed.split is not None:
+            counts_routing = bool(balance) or count_routing
+            check_split_call(self, packed, padded=self._padded_rows, counts_routing=counts_routing)
         if self._padded_rows and (balance or count_routing):
             raise ValueError(
                 "balance: expected packed rows for a load-balancing loss, and the model runs over padded ones"
@@ -320,12 +328,17 @@ def _packed_output(
     else:
         hidden, aux_loss = packed_hidden(model, batch, balance=balance)
     options = {"max_logits_bytes": max_logits_bytes, **logit_options(model.config.get_text_config())}
+    split, own_targets = batch.split, batch.targets
+    if split is not None:
+        own_targets = own_targets.index_select(0, split.targets)
+        if preference is not None and preference.loss.use_weighting:
+            stats = ("log_sum_sq_probs",)
 
     def compute(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> LogprobOutput | PreferenceOutput:
         hidden = hidden.to(weight.dtype)  # as Mamba does, whose residuals are float32
         there = functools.partial(_moved, device=weight.device)  # accelerate may place the head on a device of its own
-        targets = there(batch.targets)
-        if preference is None:
+        targets = there(own_targets)
+        if preference is None or split is not None:
             return linear_logprobs(hidden, weight, targets, bias=bias, stats=stats, **options)
         return linear_preference_loss(
             hidden,
@@ -343,9 +356,25 @@ def _packed_output(
             **options,
         )
 
-    output_class: Any = LogprobOutput if preference is None else PreferenceOutput
     output = (_moved(value, batch.input_ids.device) for value in logprob_head(model)(hidden, compute=compute))
-    return replace(output_class(*output), aux_loss=aux_loss)
+    if split is None:
+        output_class: Any = LogprobOutput if preference is None else PreferenceOutput
+        return replace(output_class(*output), aux_loss=aux_loss)
+    scored = of_all_targets(LogprobOutput(*output), split)
+    if preference is None:
+        return scored
+    return token_preference_loss(
+        scored.logps,
+        batch.cu_targets,
+        batch.pairs,
+        preference.ref_logps,
+        loss=preference.loss,
+        log_sum_sq_probs=scored.log_sum_sq_probs,
+        num_pairs=preference.num_pairs,
+        num_chosen_tokens=preference.num_chosen_tokens,
+        earlier_rewards=preference.earlier_rewards,
+        columns=batch.columns,
+    )
 
 
 def _moved(value: Any, device: torch.device) -> Any:

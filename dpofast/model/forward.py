@@ -44,6 +44,8 @@ _MOST_POSITIONS = ("max_position_embeddings", "max_target_positions", "max_seq_l
 def packed_backbone(model: Any, batch: PackedBatch, *, appended: int = 0, **options: Any) -> Any:
     """The backbone's output over the packed row, last_hidden_state (1, T, D); options go to the backbone as they are.
 
+    Where several processes share the batch, that of this one's rows, (1, R, D), and a collective.
+
     Of a batch with images the whole of a composite model runs, and the output is that of its language model. The batch
     is one that separated returned; appended as in split_by_table.
 
@@ -54,14 +56,19 @@ def packed_backbone(model: Any, batch: PackedBatch, *, appended: int = 0, **opti
     _check_positions(model, longest_sequence(batch) - 1)
     check_whole_histories_selected(model, longest_sequence(batch) - 1)
     use_packed_attention(backbone_of(model))  # set_attn_implementation may have taken it off since
-    layout = PackedLayout(batch.segments)
+    layout = PackedLayout(batch.segments, batch.split)
     positions = _positions(model, batch, appended)
+    input_ids, position_ids = batch.input_ids[None], batch.position_ids
+    if batch.split is not None:
+        rows = batch.split.rows
+        input_ids, position_ids = input_ids.index_select(1, rows), position_ids.index_select(0, rows)
+        positions = positions.index_select(1, rows)
     run = backbone_of(model)
     if batch.media is not None:
         run = functools.partial(packed_with_images, model, media=batch.media)
-    with packed_noise(model, batch), _numbered(backbone_of(model), batch.position_ids):
+    with packed_noise(model, batch), _numbered(backbone_of(model), position_ids):
         output = run(
-            input_ids=batch.input_ids[None],
+            input_ids=input_ids,
             position_ids=positions,
             attention_mask=packed_mask(layout, batch.input_ids.device),
             use_cache=False,
@@ -127,13 +134,16 @@ def packed_hidden(
 ) -> tuple[Tensor, Tensor | None]:
     """Hidden states (N, D) in the order of the batch's targets, from one row of T positions.
 
+    Where several processes share the batch, those of this one's targets, (N_r, D), and a collective.
+
     With balance also the load-balancing loss of a mixture of experts, a float32 scalar; where balance has the counts of
     a whole step, the batch's addend of its loss. Else None.
     """
     batch = separated(model, batch)
     output = packed_backbone(model, batch, **({"output_router_logits": True} if balance else {}))
     hidden = output.last_hidden_state.squeeze(0)  # not [0], whose gradient is copied into zeros
-    hidden = hidden.index_select(0, batch.logit_rows.to(hidden.device))
+    logit_rows = batch.logit_rows if batch.split is None else batch.split.logit_rows
+    hidden = hidden.index_select(0, logit_rows.to(hidden.device))
     if not balance:
         return hidden, None
     step = balance if isinstance(balance, RoutingCounts) else None

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from dpofast.model.parallel.tensor import ComputesBeside
 from dpofast.model.wrappers import exchange_class
 
 # Names in configs, and the families that read them
@@ -30,6 +31,8 @@ class LogprobLinear(nn.Linear):
     Parameters, their names, tied weights and hooks are those of the nn.Linear that it was; without `compute` so is the
     forward. A class of the module, not an attribute of the instance: copies and pickles use their own weights.
     """
+
+    split_style = ComputesBeside
 
     def forward(self, input: Tensor, compute: Callable[[Tensor, Tensor, Tensor | None], Any] | None = None) -> Any:
         """Logits (..., V) of input (..., D), or the fields of the dataclass compute(input, weight, bias).

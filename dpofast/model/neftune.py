@@ -95,6 +95,11 @@ def packed_noise(model: nn.Module, batch: PackedBatch) -> contextlib.AbstractCon
     noise = _active(model)
     if noise is None:
         return contextlib.nullcontext()
+    if batch.split is not None:
+        raise ValueError(
+            "packed: expected a batch of one process, as NEFTune's noise is drawn for whole rows, got one that "
+            "split_over has made: leave neftune_noise_alpha out"
+        )
     if batch.shared:
         raise ValueError(
             "packed: expected a batch whose sequences share nothing, as NEFTune's noise depends on the length of "

@@ -1,12 +1,13 @@
 """What other libraries put over a module's forward, on the instance, where it hides the forward of the module's class.
 
 The log-prob head is attached by exchanging classes, so an instance's own `forward` has to come off or to call the new
-class's. Four kinds are known, each recognized by the code that made it:
+class's. Five kinds are known, each recognized by the code that made it:
 
     accelerate's autocast     after any Trainer(bf16=True): taken off; the next trainer puts on its own
     accelerate's hooks        device_map, dispatch_model, offloading: kept, and pointed at the new class's forward
     trl's fused LM head       after trl's SFTTrainer or DPOTrainer: taken off, since the head is fused here
     Liger's fused loss        use_liger_kernel: taken off for the same reason; its fused layers stay
+    tensor parallelism        transformers' tp_plan: made anew around the new class's forward (parallel/tensor.py)
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from dpofast.model.parallel.tensor import take_off_split
 
 # Whether layers that training compiles run uncompiled: the parity check sets it.
 UNCOMPILED: ContextVar[bool] = ContextVar("UNCOMPILED", default=False)
@@ -49,6 +52,7 @@ def exchange_class(module: Any, new: type) -> None:
         ValueError: a forward on the instance that is of no known kind, by name.
     """
     take_off_autocast(module)
+    split = take_off_split(module)
     own = _own_functions(module)
     for name in ("forward", _HOOKED):
         forward = vars(module).get(name)
@@ -61,6 +65,8 @@ def exchange_class(module: Any, new: type) -> None:
     module.__class__ = new
     if _HOOKED in vars(module):
         module._old_forward = types.MethodType(type(module).forward, module)
+    if split is not None:
+        split.install(module)
 
 
 def take_off_autocast(module: Any) -> bool:

@@ -11,6 +11,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from dpofast.common.output import is_told, mark_as_told
 from dpofast.common.ranks import Ranks
 from dpofast.model.checks.images import images_refused
 from dpofast.model.vision.idle import idle_image, with_idle_image
@@ -40,7 +41,7 @@ class Lockstep:
         It has an idle image where another process has images, as calls of the vision tower are collectives too.
 
         Raises:
-            RuntimeError: another process has failed, with its message.
+            Exception: that of another process that has failed.
         """
         with_images = batch.media is not None
         joined, _ = self._agree(_WITH_IMAGES if with_images else _FORWARD, batch, model)
@@ -55,14 +56,14 @@ class Lockstep:
             run: runs all models of the pass on a batch on the CPU, as it is run on the announced ones.
 
         Raises:
-            RuntimeError: another process has failed, with its message.
+            Exception: that of another process that has failed.
         """
         try:
             yield
         except Exception as error:
-            if not isinstance(error, _AnotherFailed):
+            if not is_told(error):
                 self._ranks.all_reduce_max(_FAILED)
-                self._ranks.all_gather(f"{type(error).__name__}: {error}")
+                self._ranks.all_gather(error)
             raise
         idle = pack([IDLE_EXAMPLE], share="none")[0]
         while True:
@@ -75,12 +76,7 @@ class Lockstep:
         """The batch as the others need it, and the most that any process announced."""
         most = int(self._ranks.all_reduce_max(own))
         if most == _FAILED:
-            first = next(message for message in self._ranks.all_gather(None) if message is not None)
-            raise _AnotherFailed(f"another process has failed, and this one with it: {first}")
+            raise mark_as_told(next(error for error in self._ranks.all_gather(None) if error is not None))
         if most == _WITH_IMAGES and batch.media is None and images_refused(model) is None:
             batch = with_idle_image(batch, idle_image(model))
         return batch, most
-
-
-class _AnotherFailed(RuntimeError):
-    """Raised where another process has announced that it failed."""

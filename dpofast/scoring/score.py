@@ -46,6 +46,8 @@ class Forward:
         device: where the model is.
         autocast: returns the context manager that the model runs in.
         images: makes the pixels of rows with images; None: rows have none, or bring media.
+        group: the process group that computes each micro-batch together (sequence parallelism): all its ranks must
+            run the same examples. None: this process alone.
         lockstep: where the model's forwards are collectives, keeps those of all processes equally many; the caller
             enters its until_all_are_done().
         gathered_dtype: the dtype in which FSDP2 gathers weights under mixed precision; None: that of the parameters.
@@ -57,6 +59,7 @@ class Forward:
     device: torch.device
     autocast: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
     images: PromptImages | None = None
+    group: Any = None
     lockstep: Lockstep | None = None
     gathered_dtype: torch.dtype | None = None
 
@@ -117,7 +120,9 @@ def _responses_logps(examples: Any, runs: Sequence[Run], forward: Forward) -> li
 
 @torch.no_grad()
 def run_batch(batch: PackedBatch, runs: Sequence[Run], forward: Forward) -> list[Tensor]:
-    """(N,) float32 on the CPU from each model, in its mode, of a batch on the CPU."""
+    """(N,) float32 on the CPU from each model, in its mode, of a batch on the CPU, split over a group."""
+    if forward.group is not None:
+        batch = batch.split_over(forward.group)
     on_device, found = batch.to(forward.device), []
     for run in runs:
         with run.inside(), forward.autocast():
@@ -215,6 +220,28 @@ def score_rows(
     return _scored(windows(dataset, window), model, ref_model, beta, ld_alpha, forward)
 
 
+def score_together(
+    dataset: Dataset, model: Any, ref_model: Any, *, beta: float, ld_alpha: float | None, forward: Forward
+) -> list[dict[str, Any]]:
+    """score_rows of one window: these rows, of which there may be none."""
+    whole = windows(dataset, max(1, len(dataset)))
+    return list(_scored(whole, model, ref_model, beta, ld_alpha, forward))
+
+
+def runs_of(model: Any, ref_model: Any, *, given: bool) -> list[Run]:
+    """What score_rows runs: the policy, and a reference unless there is none or the rows bring its log-probs.
+
+    Args:
+        model: the policy.
+        ref_model: the reference, or None.
+        given: the rows bring its log-probs.
+    """
+    if ref_model is not None:
+        return [Run(model), Run(ref_model)]
+    without_adapter = not given and hasattr(model, "disable_adapter")
+    return [Run(model), Run(model, model.disable_adapter)] if without_adapter else [Run(model)]
+
+
 def _scored(
     scored_together: Iterator[Window],
     model: Any,
@@ -226,11 +253,8 @@ def _scored(
     for window in scored_together:
         check_ld_alpha(ld_alpha, is_list=window.is_list, weighted=window.weights is not None)
         own = window.betas()
-        runs, reference = [Run(model)], None
-        if ref_model is not None:
-            runs.append(Run(ref_model))
-        elif (reference := window.reference()) is None and hasattr(model, "disable_adapter"):
-            runs.append(Run(model, model.disable_adapter))
+        reference = None if ref_model is not None else window.reference()
+        runs = runs_of(model, ref_model, given=reference is not None)
         policy, *others = _responses_logps(window.examples, runs, forward)
         columns = {"logps": policy.sums(ld_alpha, window.weights), "tokens": policy.lengths()}
         if others:

@@ -245,7 +245,10 @@ class DPOConfig(TrainingArguments):
     )
     activation_offloading: bool = field(
         default=False,
-        metadata={"help": "Keep what gradient_checkpointing saves of each layer in the CPU's memory."},
+        metadata={
+            "help": "Keep what gradient_checkpointing saves of each layer in the CPU's memory: for long rows, whose "
+            "layers' inputs alone fill a GPU."
+        },
     )
     disable_dropout: bool = field(default=True, metadata={"help": "Set every dropout of the models to 0."})
     on_bad_row: str = field(

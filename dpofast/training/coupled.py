@@ -144,11 +144,15 @@ class RunningRewards(TrainerCallback, ExportableState):
     """Sum and number of all rewards of a run, for bco_delta="running_mean".
 
     A callback, so that Trainer writes them into its checkpoints.
+
+    Args:
+        ranks: what the pairs of a step are divided among; processes that share their pairs have equal rewards.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, ranks: Ranks) -> None:
         """Start with a sum and a number of 0."""
         self.sums: Tensor | list[float] = [0.0, 0.0]
+        self._sharing = ranks.processes // ranks.size
 
     def tensor(self, device: torch.device) -> Tensor:
         """Returns sum and number: (2,) float64."""
@@ -159,8 +163,8 @@ class RunningRewards(TrainerCallback, ExportableState):
         count = rewards.new_full((), rewards.numel(), dtype=torch.float64)
         added = torch.stack([rewards.double().sum(), count])
         if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(added)
-        self.sums = self.tensor(rewards.device) + added
+            dist.all_reduce(added)  # on the device, over all processes
+        self.sums = self.tensor(rewards.device) + added / self._sharing
 
     def state(self) -> dict[str, dict[str, list[float]]]:
         """Returns what a checkpoint stores, in the form of transformers' ExportableState."""

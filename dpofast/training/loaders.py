@@ -13,6 +13,7 @@ from dpofast.training.data.micro_batches import StepPacker
 from dpofast.training.data.stream import stream_loader
 from dpofast.training.data.tokens import PreferenceData
 from dpofast.training.parallel.early import ShardedEarly
+from dpofast.training.parallel.work import AttentionWork
 from dpofast.training.sampler import StepExamples, StepLoader, step_loader
 
 
@@ -27,6 +28,7 @@ class StepLoaders(ShardedEarly):
     train_dataset: Any
     eval_dataset: Any
     data_ranks: Ranks
+    model: Any
     max_tokens: Any
     _train_batch_size: int
     _data: PreferenceData
@@ -43,7 +45,10 @@ class StepLoaders(ShardedEarly):
             raise ValueError("train_dataset: expected preference pairs to train on, got None")
         if isinstance(self.train_dataset, IterableDataset):
             size, drop_last = self._train_batch_size, self.args.dataloader_drop_last
-            return stream_loader(self.train_dataset, self._data, size, self.data_ranks, drop_last=drop_last)
+            attention = AttentionWork.of(self.model.config)
+            return stream_loader(
+                self.train_dataset, self._data, size, self.data_ranks, drop_last=drop_last, attention=attention
+            )
         return self._loader(self.train_dataset, self._train_batch_size, training=True)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> StepLoader:
@@ -53,9 +58,20 @@ class StepLoaders(ShardedEarly):
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         return self._loader(dataset, self.args.eval_batch_size, training=False)
 
+    def get_total_train_batch_size(self, args: Any) -> int:
+        """Pairs of a step: processes that share their pairs count once."""
+        return self._train_batch_size * args.gradient_accumulation_steps * self.data_ranks.size
+
     def _loader(self, dataset: Dataset, pairs_per_rank: int, *, training: bool) -> StepLoader:
-        images = self._data.images
-        return step_loader(dataset, pairs_per_rank, self.data_ranks, self.args, training=training, images=images)
+        return step_loader(
+            dataset,
+            pairs_per_rank,
+            self.data_ranks,
+            self.args,
+            training=training,
+            images=self._data.images,
+            attention=AttentionWork.of(self.model.config),
+        )
 
     def get_test_dataloader(self, test_dataset: Any) -> StepLoader:
         """This rank's share of every batch of further data, for predict()."""

@@ -88,6 +88,27 @@ class LogWindow:
         return metrics
 
 
+def merged_windows(states: Sequence[dict[str, Any]], first: bool) -> dict[str, Any]:
+    """Returns one state_dict() of all ranks', for another number of ranks.
+
+    Args:
+        states: of every rank.
+        first: for the first rank, which gets the sums; the others' begin empty.
+    """
+    sums = MetricSums()
+    for state in states if first else ():
+        part = MetricSums()
+        part.load_state_dict(state["metrics"])
+        sums.add_all(part)
+    counts: Counter[str] = sum((Counter(state["counts"]) for state in states if first), Counter())
+    return {
+        **states[0],
+        "metrics": sums.state_dict(),
+        "counts": dict(counts),
+        "seconds": max(state["seconds"] for state in states),  # on all: whether there were steps
+    }
+
+
 def step_flops(model: Any, tokens: int, targets: int) -> float:
     """6·parameters·positions of a step: `tokens` through the backbone, `targets` through the LM head.
 

@@ -17,6 +17,7 @@ from dpofast.model.attention.flash import activate_flash_attention
 from dpofast.model.checks.images import images_refused
 from dpofast.model.checks.parity import check_shards
 from dpofast.model.checks.quantized import check_quantized
+from dpofast.model.checks.split import check_split
 from dpofast.model.dropout import disable_dropout
 from dpofast.model.load import config_of, load_causal_lm
 from dpofast.model.parts import base_causal_lm, beside_text, is_composite
@@ -27,7 +28,9 @@ from dpofast.training.config import DPOConfig
 from dpofast.training.layers.choose import compile_chosen, fuse_layers
 from dpofast.training.parallel.early import on_shards
 from dpofast.training.parallel.fsdp import check_whole
+from dpofast.training.parallel.sequence import WITHOUT_DIVIDED_IMAGES
 from dpofast.training.parallel.sizes import check_heads
+from dpofast.training.parallel.tensor import adopt_size, loading_options, second_reference
 from dpofast.training.processing import WITHOUT_IMAGES, Processing, processing_beside, processing_of
 
 
@@ -84,12 +87,21 @@ def prepare_models(
         activate_flash_attention(args.flash_attention, args.device)
     options = _loading_options(model, args, quantization_config)
     name_of_model = model if isinstance(model, str) else None
+    if peft_config is None:
+        ref_model = ref_model or (second_reference(model, args) if isinstance(model, str) else None)
+    given = {"model": model, "ref_model": ref_model}
+    for name, each in given.items():
+        if not isinstance(each, str) and hasattr(each, "config"):
+            adopt_size(each, args, name)
     if args.tensor_parallel_size * args.sequence_parallel_size > 1:
-        check_heads(config_of(model, **options) if isinstance(model, str) else model.config, args)
-    if isinstance(model, str):
-        model = load_causal_lm(model, **options)
-    if isinstance(ref_model, str):
-        ref_model = load_causal_lm(ref_model, **options)
+        for each in filter(None, given.values()):
+            check_heads(config_of(each, **options) if isinstance(each, str) else each.config, args)
+    model, ref_model = (
+        load_causal_lm(each, **loading_options(config_of(each, **options), args, options))
+        if isinstance(each, str)
+        else each
+        for each in given.values()
+    )
     for each, name in ((model, "model"), (ref_model, "ref_model")):
         if each is not None and not hasattr(getattr(each, "config", None), "get_text_config"):
             raise ValueError(
@@ -137,6 +149,8 @@ def prepare_models(
     layers = compile_chosen(models, args)
     args.torch_compile_backend = None  # done; accelerate would compile the whole model
     processing = processing_of(processing_class, failure, model, ref_model)
+    if args.sequence_parallel_size > 1:
+        processing = processing._replace(images=None, refused=WITHOUT_DIVIDED_IMAGES)
     if with_images and processing.refused is not None:
         raise ValueError(f"train_dataset: it has images: {processing.refused}. {WITHOUT_IMAGES}")
     return Models(model, ref_model, processing, wrapped, layers, with_images)
@@ -150,11 +164,12 @@ def check_where_it_runs(
     with_images: bool = False,
     dtype: torch.dtype | None = None,
     ranks: Ranks | None = None,
+    group: Any = None,
 ) -> None:
     """Compare an attached model's log-probs with its own again where it runs: on its device, in its precision.
 
     A model that was loaded by name was attached on the CPU, in float32, where another attention runs. A collective
-    where the model is sharded.
+    where the model is sharded, and with a group that shares rows, where those of divided rows are compared, too.
 
     Args:
         model: attached, on its device or sharded.
@@ -163,15 +178,18 @@ def check_where_it_runs(
         with_images: it must take images.
         dtype: in which a sharded model's weights are gathered.
         ranks: all processes; needed where the model is sharded.
+        group: the process group that computes each micro-batch together (sequence parallelism), or None.
 
     Raises:
-        ValueError: as attach_logprob_head's; with images, that the model takes none here.
+        ValueError: as attach_logprob_head's and check_split's; with images, that the model takes none here.
     """
     with autocast(), on_shards(model) as sharded:
         if sharded:
             check_shards(model, dtype, (ranks or Ranks.alone()).everyone.all_reduce_max)
         else:
             attach_logprob_head(model, padded=args.padded)
+        if group is not None:
+            check_split(model, group, dtype)
     if with_images and (reason := images_refused(model)) is not None:
         raise ValueError(reason)
 

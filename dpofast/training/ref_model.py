@@ -19,6 +19,7 @@ from dpofast.checkpointing.zero import is_partitioned
 from dpofast.common.ranks import Ranks
 from dpofast.data.token_rows import has_reference
 from dpofast.model.adapters import Wrapped, few, is_peft, probe_logps, same_weights, trained_outside
+from dpofast.model.parallel.tensor import deep_copy, tensor_parallel_size
 from dpofast.model.parts import base_causal_lm
 from dpofast.model.wrappers import is_dispatched
 from dpofast.scoring.lockstep import Lockstep
@@ -89,7 +90,7 @@ class ReferenceModel:
                 "cannot be copied for a reference in the step; or give it once more as ref_model"
             )
         else:
-            self.model = copy.deepcopy(policy)
+            self.model = deep_copy(policy)
 
     def _check_known(self) -> None:
         if self._is_lost:
@@ -157,7 +158,8 @@ def make_reference(
     live = args.preference_loss().needs_reference and not args.precompute_ref_log_probs
     reference = ReferenceModel(policy, ref_model, wrapped=wrapped, live=live)
     if reference.model is not None:
-        if not (sharded or is_dispatched(base_causal_lm(reference.model))):
+        divided = sharded or tensor_parallel_size(reference.model) > 1
+        if not (divided or is_dispatched(base_causal_lm(reference.model))):
             reference.model.to(args.device)
         if args.sync_ref_model:
             _check_same_parameters(policy, reference.model)
@@ -262,7 +264,7 @@ def on_device(model: Any, device: torch.device) -> Iterator[None]:
 
     DeepSpeed's ZeRO-1 and ZeRO-2 otherwise leave it on the CPU until training begins.
     """
-    if is_dispatched(base_causal_lm(model)):
+    if is_dispatched(base_causal_lm(model)) or tensor_parallel_size(model) > 1:
         yield
         return
     home = next(model.parameters()).device

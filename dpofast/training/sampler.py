@@ -39,9 +39,11 @@ from dpofast.packing.batch import PackedBatch
 from dpofast.packing.pack import pack
 from dpofast.packing.planner import plan
 from dpofast.training.data.media import with_media
+from dpofast.training.parallel.work import NO_ATTENTION, AttentionWork
 
 SAMPLING_STRATEGIES = ("random", "sequential")
 _ROWS = 1024  # of an Arrow table at a time
+_MOST_WORK = 2**30  # of a step; the planner's sums are int32
 
 
 class PackedShare(NamedTuple):
@@ -89,6 +91,8 @@ class PairLengths:
         chosen: (n,) tokens of each one's chosen (of lists: best) response, int64; with token weights, the sums of
             these, float64.
         prompt_keys: (n,) uint64, equal where the prompts are, with their images.
+        work: (n,) float64, what the positions cost to compute, in units of one without its attention.
+        prompt_work: (n,) float64, what those of the prompt do.
     """
 
     positions: np.ndarray
@@ -96,19 +100,28 @@ class PairLengths:
     responses: np.ndarray
     chosen: np.ndarray
     prompt_keys: np.ndarray
+    work: np.ndarray
+    prompt_work: np.ndarray
 
     @classmethod
-    def of(cls, dataset: Dataset) -> PairLengths:
-        """Reads them from a token-level dataset, 1024 rows at a time."""
+    def of(cls, dataset: Dataset, attention: AttentionWork = NO_ATTENTION) -> PairLengths:
+        """Reads them from a token-level dataset, 1024 rows at a time.
+
+        Args:
+            dataset: pairs or lists.
+            attention: what attention costs; by default nothing, and work is positions.
+        """
         columns = dataset.column_names
         names = (*token_columns(columns), *image_columns(columns), *weight_columns(columns))
-        return cls.joined(map(_lengths, read_chunks(dataset, names, chunk_bounds(len(dataset), _ROWS))))
+        tables = read_chunks(dataset, names, chunk_bounds(len(dataset), _ROWS))
+        return cls.joined(_lengths(table, attention) for table in tables)
 
     @classmethod
     def joined(cls, parts: Iterable[PairLengths]) -> PairLengths:
         """Those of several datasets, one behind the other."""
         nothing = np.empty(0, np.int64)
-        none = cls(nothing, nothing, nothing, nothing, nothing.astype(np.uint64))
+        numbers = nothing.astype(np.float64)
+        none = cls(nothing, nothing, nothing, nothing, nothing.astype(np.uint64), numbers, numbers)
         columns = zip(*(each.columns() for each in [none, *parts]), strict=True)
         return cls(*(np.concatenate(values) for values in columns))
 
@@ -121,7 +134,7 @@ class PairLengths:
         return [getattr(self, field.name) for field in fields(self)]
 
 
-def _lengths(table: pa.Table) -> PairLengths:
+def _lengths(table: pa.Table, attention: AttentionWork) -> PairLengths:
     rows = RowTokens.of(table)
     tokens, bounds = rows.prompts
     prompts, lengths, first = np.diff(bounds), rows.lengths, rows.bounds[:-1]
@@ -131,13 +144,18 @@ def _lengths(table: pa.Table) -> PairLengths:
         starts = (np.cumsum(lengths) - lengths)[first]
         parts = (weights[start:end] for start, end in zip(starts, starts + chosen, strict=True))
         chosen = np.array([np.sum(part, dtype=np.float64) for part in parts])
-    return PairLengths(positions, prompts, np.diff(rows.bounds), chosen, _keys(tokens, bounds))
+    responses = np.diff(rows.bounds)
+    of_prompts = attention.of_lengths(prompts)
+    beyond = attention.of_lengths(np.repeat(prompts, responses) + lengths - 1) - np.repeat(of_prompts, responses)
+    prompt_work = prompts + of_prompts
+    work = prompt_work + (positions - prompts) + np.add.reduceat(beyond, first)
+    return PairLengths(positions, prompts, responses, chosen, _keys(tokens, bounds), work, prompt_work)
 
 
 def rank_shares(lengths: PairLengths, step: np.ndarray, num_ranks: int) -> list[np.ndarray]:
-    """Divide a step's pairs so that every rank computes about as many positions; pairs of one prompt stay together.
+    """Divide a step's pairs so that every rank has about as much work; pairs of one prompt stay together.
 
-    Positions are counted as if different prompts shared nothing. What they do share, a rank computes once for its own
+    Work is counted as if different prompts shared nothing. What they do share, a rank computes once for its own
     pairs, so with long system prompts ranks are balanced less evenly.
 
     Args:
@@ -151,9 +169,10 @@ def rank_shares(lengths: PairLengths, step: np.ndarray, num_ranks: int) -> list[
     if num_ranks == 1:
         return [step]
     _, first, group = np.unique(lengths.prompt_keys[step], return_index=True, return_inverse=True)
-    once = lengths.prompts[step]
-    positions = np.bincount(group, lengths.positions[step] - once).astype(np.int64) + once[first]
-    shares = plan(positions, num_ranks=num_ranks)
+    once = lengths.prompt_work[step]
+    work = np.bincount(group, lengths.work[step] - once) + once[first]
+    work *= min(1.0, _MOST_WORK / work.sum())
+    shares = plan(np.rint(work).astype(np.int64).clip(1), num_ranks=num_ranks)
     owner = np.empty(len(first), np.int64)
     for rank in range(num_ranks):
         for groups in shares.of_rank(rank):
@@ -277,13 +296,14 @@ def step_loader(
     *,
     training: bool,
     images: PromptImages | None = None,
+    attention: AttentionWork = NO_ATTENTION,
 ) -> StepLoader:
     """Returns a loader of StepExamples: this rank's share of each step of pairs_per_rank · ranks.size pairs.
 
     In training in the order and with the dataloader_drop_last of args, in evaluation all pairs in the dataset's order.
-    images makes the pixels of rows with images.
+    images makes the pixels of rows with images; by what attention costs, ranks have about as much work.
     """
-    lengths = PairLengths.of(dataset) if ranks.size > 1 else None
+    lengths = PairLengths.of(dataset, attention) if ranks.size > 1 else None
     sampler = StepSampler(
         len(dataset),
         pairs_per_rank * ranks.size,

@@ -52,6 +52,7 @@ class StepSettings:
         loss: the preference loss.
         reference: the model that computes reference log-probs in the step; None where every batch brings them.
         ranks: what the pairs of a step are divided among.
+        group: the process group that computes each micro-batch together (sequence parallelism), or None.
         averaged_over: how many processes gradients are averaged over.
         accelerator: accelerate's, which wrapped the model. Its autocast is entered explicitly: accelerate applies it to
             the wrapped policy only, and the reference must round in the same way.
@@ -73,10 +74,22 @@ class StepSettings:
     token_statistics: bool = False
     balancing: float = 0.0
     idle_image: BatchMedia | None = None
+    group: Any = None
+
+    @property
+    def forwards_are_collective(self) -> bool:
+        """Whether other ranks wait inside a forward for this one: of a sharded model, or of rows that are divided."""
+        return self.group is not None or is_sharded(self.accelerator)
 
 
 def step_settings(
-    model: Any, args: DPOConfig, loss: PreferenceLoss, reference: ReferenceModel | None, ranks: Ranks, accelerator: Any
+    model: Any,
+    args: DPOConfig,
+    loss: PreferenceLoss,
+    reference: ReferenceModel | None,
+    ranks: Ranks,
+    accelerator: Any,
+    group: Any = None,
 ) -> StepSettings:
     """Returns the settings of a run.
 
@@ -101,6 +114,7 @@ def step_settings(
         token_statistics=args.token_statistics,
         balancing=balancing,
         idle_image=idle_image(model).moved(lambda tensor: tensor.to(args.device)) if sees else None,
+        group=group,
     )
 
 
@@ -124,7 +138,8 @@ class OptimizerStep:
         settings: what all steps of the run share.
         model: the policy, as accelerate wrapped it.
         batches: this rank's micro-batches. They are padded with None so that every rank runs the same number of
-            forwards (FSDP and DeepSpeed need it), and at least one (DDP needs it).
+            forwards (FSDP and DeepSpeed need it), and at least one (DDP needs it). Ranks that share rows have the same
+            ones, each split over their group.
         totals: counts over all micro-batches of all ranks.
         sums: the metrics that forward() adds to; default: new ones.
     """
@@ -141,8 +156,8 @@ class OptimizerStep:
         self.settings, self.model, self.totals = settings, model, totals
         self.sums = MetricSums() if sums is None else sums
         ranks = settings.ranks
-        self._is_sharded = is_sharded(settings.accelerator)
-        count = int(ranks.all_reduce_max(len(batches))) if self._is_sharded else max(len(batches), 1)
+        is_sharded_model = is_sharded(settings.accelerator)  # ranks that share rows have as many micro-batches anyway
+        count = int(ranks.all_reduce_max(len(batches))) if is_sharded_model else max(len(batches), 1)
         self._num_batches = len(batches)
         self._balancing: Tensor | None = None
         self._idle_image = settings.idle_image
@@ -168,12 +183,14 @@ class OptimizerStep:
             has partial gradients, and no graph of the attempt is alive any more.
 
         Raises:
-            RuntimeError: out of memory where other ranks wait, inside a sharded forward or for gradients.
+            RuntimeError: out of memory where other ranks wait, inside a forward (of a sharded model, or of rows that
+                ranks share) or for gradients.
         """
         ranks, done = self.settings.ranks, list[PreferenceOutput]()
         # Elsewhere the other ranks would wait in the middle of a forward.
-        recoverable = ranks.processes == 1 or not (self._is_sharded or self.settings.loss.coupled)
-        if not self.count_routing(recoverable=ranks.processes == 1 or not self._is_sharded):
+        collective = ranks.processes > 1 and self.settings.forwards_are_collective
+        recoverable = ranks.processes == 1 or not (collective or self.settings.loss.coupled)
+        if not self.count_routing(recoverable=not collective):
             return None
         last = unless_out_of_memory(lambda: self._all_but_the_last_backward(done), recoverable=recoverable)
         if ranks.all_reduce_max(last is None) or last is None:
@@ -370,6 +387,8 @@ class OptimizerStep:
 
     def _idle_batch(self) -> PackedBatch:
         batch = pack([IDLE_EXAMPLE], share="none")[0]  # NEFTune's noise takes no shared positions
+        if self.settings.group is not None:
+            batch = batch.split_over(self.settings.group)
         return self._as_others(batch.to(self.settings.device))
 
     def _as_others(self, batch: PackedBatch) -> PackedBatch:

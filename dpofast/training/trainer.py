@@ -45,11 +45,14 @@ from dpofast.training.data.micro_batches import StepPacker
 from dpofast.training.data.tokens import PreferenceData, each_eval_dataset
 from dpofast.training.evaluate import evaluate_pairs
 from dpofast.training.loaders import StepLoaders
-from dpofast.training.log_window import LogWindow, step_flops
+from dpofast.training.log_window import LogWindow, merged_windows, step_flops
 from dpofast.training.memory.fit import auto_max_tokens, run_until_it_fits
 from dpofast.training.memory.out_of_memory import halved_max_tokens, token_limits
 from dpofast.training.model_card import model_card_of
 from dpofast.training.parallel.fsdp import forward_dtype, is_sharded
+from dpofast.training.parallel.offload import offloaded_activations
+from dpofast.training.parallel.sequence import sequence_group
+from dpofast.training.parallel.tensor import synchronize_replicas
 from dpofast.training.prepare import check_where_it_runs, kept_use_cache, prepare_models, vocabulary
 from dpofast.training.ref_model import (
     MOVING_OPTIONS,
@@ -149,25 +152,35 @@ class DPOTrainer(StepLoaders):
         self.data_ranks = self.ranks if same_data == 1 else Ranks(same_data)
         # padded rows repeat what packed ones share, so max_tokens counts it for each of them
         self.share = "none" if args.padded else sharing(args.share, args.share_prompts)
-        self._packer = StepPacker(args.device, self.share, ref_logps_by_pair=self.loss.ld_alpha is not None)
+        self._group = sequence_group(args)
+        self._packer = StepPacker(args.device, self.share, self.loss.ld_alpha is not None, self._group)
         self._training_packer = replace(self._packer, share="none") if args.neftune_noise_alpha else self._packer
         self._check_data_and_launch(ref_model)
         if self.is_world_process_zero():
             print_notes(device_notes(args, models.policy, models.layers, with_images=models.with_images))
         self.neftune_noise_alpha = None  # Trainer's own noise, scaled by the width of a packed row
-        self.max_tokens, self.max_forward_tokens = token_limits(args.max_tokens, args.device)
+        self.max_tokens, self.max_forward_tokens = token_limits(
+            args.max_tokens, args.device, args.sequence_parallel_size
+        )
         self._forward_dtype = forward_dtype(self.accelerator)
         self._reference = make_reference(
             self.model, ref_model, args, self._forward_dtype, wrapped=models.wrapped, sharded=self.shards_early
         )
         self.shard(self._reference.model)
         where: dict[str, Any] = {"with_images": models.with_images, "dtype": self._forward_dtype, "ranks": self.ranks}
+        where["group"] = self._group
         for each in filter(None, (self.model, self._reference.model)):
             check_where_it_runs(each, args, self.accelerator.autocast, **where)
         self._reference_identity = self._identity_of_reference(ref_model)  # before training changes the policy
         live = self.loss.needs_reference and not args.precompute_ref_log_probs
         self._settings = step_settings(
-            self.model, args, self.loss, self._reference if live else None, self.data_ranks, self.accelerator
+            self.model,
+            args,
+            self.loss,
+            self._reference if live else None,
+            self.data_ranks,
+            self.accelerator,
+            self._group,
         )
         self._running_rewards = self._add_callbacks(self._reference)
         self._window = LogWindow(padded=args.padded)
@@ -203,7 +216,7 @@ class DPOTrainer(StepLoaders):
             self.add_callback(MovingReference(reference.model, args.ref_model_mixup_alpha, args.ref_model_sync_steps))
         if self.loss.bco_delta != "running_mean":
             return None
-        running = RunningRewards()
+        running = RunningRewards(self.data_ranks)
         self.add_callback(running)
         return running
 
@@ -239,6 +252,7 @@ class DPOTrainer(StepLoaders):
             device=self.args.device,
             autocast=self.accelerator.autocast,
             images=self._data.images,
+            group=self._group,
         )
         return with_reference_columns(
             dataset,
@@ -248,7 +262,8 @@ class DPOTrainer(StepLoaders):
             self.args,
             forward=forward,
             dtype=self._forward_dtype,
-            ranks=self.data_ranks,
+            # processes of a model that is divided run the same forwards, so they score the same rows
+            ranks=self.data_ranks if self.args.tensor_parallel_size == 1 else Ranks.alone(),
         )
 
     # ---- resuming ---------------------------------------------------------------------------------------------------
@@ -269,6 +284,10 @@ class DPOTrainer(StepLoaders):
     def load_progress_state(self, state: dict[str, Any]) -> None:
         """Restore the state returned by progress_state()."""
         self._window.load_state_dict(state)
+
+    def merged_progress(self, states: list[dict[str, Any]], first: bool) -> dict[str, Any]:
+        """One state of all ranks', for another number of ranks."""
+        return merged_windows(states, first)
 
     def save_more(self, folder: str) -> None:
         """Write the reference's weights where sync_ref_model changes them."""
@@ -298,8 +317,12 @@ class DPOTrainer(StepLoaders):
             model.broadcast_buffers = False
         return model, loader
 
+    def _sync_replicated_trainable_parameters(self, model: nn.Module) -> None:
+        synchronize_replicas(model, self.accelerator)
+
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
-        with noisy_embeddings(self.model, self.args.neftune_noise_alpha):
+        noise = noisy_embeddings(self.model, self.args.neftune_noise_alpha)
+        with noise, offloaded_activations(self.model, self.args):
             return super()._inner_training_loop(*args, **kwargs)
 
     def _totals(self, examples: StepExamples) -> StepTotals:
@@ -314,8 +337,8 @@ class DPOTrainer(StepLoaders):
 
         Raises:
             FloatingPointError: a loss that is not finite, with the rows of its pairs.
-            RuntimeError: no memory even for one pair at a time; or, where other ranks wait inside a sharded forward or
-                for gradients, for a micro-batch.
+            RuntimeError: no memory even for one pair at a time; or, where other ranks wait inside a forward or for
+                gradients, for a micro-batch.
         """
         start = time.perf_counter()
         if inputs.report is not None:
@@ -355,7 +378,8 @@ class DPOTrainer(StepLoaders):
 
     def floating_point_ops(self, inputs: Any) -> float:
         """6·parameters·positions of the last step, for LM head and backbone; Trainer adds it up as total_flos."""
-        return step_flops(self.model, self._window.last_tokens, self._window.last_targets)
+        own = self.data_ranks.size / self.data_ranks.processes  # Trainer adds up what all processes computed
+        return own * step_flops(self.model, self._window.last_tokens, self._window.last_targets)
 
     # ---- evaluation and logging -------------------------------------------------------------------------------------
 

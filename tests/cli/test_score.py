@@ -253,9 +253,9 @@ def test_a_second_run_with_the_same_output_is_refused(folder, tmp_path, capsys, 
 def test_an_output_that_came_meanwhile_is_not_written_over(folder, tmp_path, capsys, monkeypatch):
     output, prepare = tmp_path / "scored.jsonl", score_command.prepare
 
-    def another_run_ends(arguments, dataset):
+    def another_run_ends(*arguments):
         output.write_text("theirs")
-        return prepare(arguments, dataset)
+        return prepare(*arguments)
 
     monkeypatch.setattr(score_command, "prepare", another_run_ends)
     assert score(folder, output) == 2 and "exists already" in capsys.readouterr().err

@@ -34,6 +34,7 @@ from tests.support.distributed_cases import (
     truth_of,
 )
 from tests.support.rank_processes import rank_context
+from tests.support.vocab_pair_cases import LENGTHS  # noqa: F401 (registers its cases)
 
 pytestmark = pytest.mark.slow(80)
 

@@ -52,15 +52,16 @@ def test_sdpa_equals_attention_written_out(examples, score_bytes, options, monke
         torch.testing.assert_close(sdpa_attention(*inputs, layout, options), ours[0])
 
 
-def test_scores_of_a_long_prompt_are_not_kept_for_backward(monkeypatch):
+@pytest.mark.parametrize("options", [{"softcap": 2.0}, {}, {"window": 300}], ids=["scores", "mask", "window"])
+def test_scores_and_masks_of_a_long_prompt_are_not_kept_for_backward(options, monkeypatch):
     monkeypatch.setattr(attention_sdpa, "_SCORE_BYTES", 64 << 10)
-    segments = packed_segments({500: (2, 3)})
+    segments = packed_segments({500: (2, 90)})
     inputs = [tensor.requires_grad_() for tensor in random_inputs(segments)]
     saved = {}
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.setdefault(t.data_ptr(), t), lambda t: t):
-        sdpa_attention(*inputs, PackedLayout(segments), AttentionOptions(softcap=2.0))
+        sdpa_attention(*inputs, PackedLayout(segments), AttentionOptions(**options))
     largest = max(tensor.numel() for tensor in saved.values())
-    assert largest <= 500 * HEADS * WIDTH < 500 * 500  # rows of K and V, never a block of scores
+    assert largest <= 600 * HEADS * WIDTH < 90 * 590  # rows of K and V, never a block of scores or of a mask
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)

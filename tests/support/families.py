@@ -193,11 +193,12 @@ REFUSED = {
 }  # fmt: skip
 
 
-def family_model(name):
-    """A random float32 model of a family, without dropout, the same at every call."""
+def family_model(name, **extra):
+    """A random float32 model of a family, without dropout, the same at every call; extra are options of its config."""
     classes, options = (PACKED.get(name) or REFUSED[name])[:2]
     if "vocab_size" not in options:
         options = {**_SHAPE, **options}
+    options = {**options, **extra}
     config_class = getattr(transformers, f"{classes}TextConfig", None) or getattr(transformers, f"{classes}Config")
     model_class = getattr(transformers, f"{classes}ForCausalLM", None) or getattr(transformers, f"{classes}LMHeadModel")
     torch.manual_seed(0)

@@ -13,6 +13,12 @@ PRELOADED = [
     "tests.support.distributed_cases",
     "tests.support.trl_cases",
     "tests.support.zero_cases",
+    "tests.support.command_cases",
+    "tests.support.sharded_cases",
+    "tests.support.sequence_cases",
+    "tests.support.vocab_pair_cases",
+    "tests.support.tensor_cases",
+    "tests.support.sequence_parallel_cases",
 ]
 
 

@@ -124,7 +124,8 @@ def sharded(folder, ranks, *, family="llama", rows=21, lora=False, reference=Non
         )
         begin = trainer.evaluate()
         kinds = {type(weight) for weight in trainer.model.parameters()}
-        further = trainer.evaluate(tiny_dataset(5, seed=4))
+        gone = reference is not None and trainer.args.precompute_ref_log_probs
+        further = {} if gone else trainer.evaluate(tiny_dataset(5, seed=4))
     finally:
         ref_cache.response_logps, reference_module.add_reference_columns = plain, with_columns
     with trainer._reference.of(unwrapped(trainer.model)) as asked, on_shards(asked):

@@ -78,8 +78,8 @@ def test_options_of_accelerates_own_loader_are_refused(tmp_path):
         DPOConfig(output_dir=str(tmp_path), accelerator_config={"split_batches": True})
 
 
-@pytest.mark.parametrize("name", ["tp_size", "cp_size", "sp_size"])
-def test_rows_and_layers_are_not_divided_among_ranks(tmp_path, name):
+@pytest.mark.parametrize("name", ["cp_size", "sp_size", "dp_replicate_size"])
+def test_parallelism_config_divides_layers_alone(tmp_path, name):
     args = DPOConfig(output_dir=str(tmp_path), use_cpu=True)
     args.parallelism_config = SimpleNamespace(**{name: 2})
     with pytest.raises(ValueError, match=f"parallelism_config: {name}: not supported here"):
@@ -89,12 +89,13 @@ def test_rows_and_layers_are_not_divided_among_ranks(tmp_path, name):
 def test_every_field_of_trls_config_is_taken_or_refused_by_name(tmp_path):
     ours = {f.name for f in fields(DPOConfig)}
     assert [f.name for f in fields(trl.DPOConfig) if f.name not in ours] == []
-    others = {"pad_to_multiple_of": 8, "precompute_ref_batch_size": 4, "activation_offloading": True, "pad_token": "x"}
+    others = {"pad_to_multiple_of": 8, "precompute_ref_batch_size": 4, "pad_token": "x"}
     assert others.keys() == OF_TRL.keys()
     for name, value in others.items():
         with pytest.raises(ValueError, match=f"{name}: expected .*, got {value!r}: "):
             DPOConfig(output_dir=str(tmp_path), **{name: value})
     DPOConfig(output_dir=str(tmp_path), padding_free=True)
+    DPOConfig(output_dir=str(tmp_path), activation_offloading=True, gradient_checkpointing=True)
     with pytest.raises(ValueError, match="leave out either padding_free or padded"):
         DPOConfig(output_dir=str(tmp_path), padding_free=True, padded=True)
 

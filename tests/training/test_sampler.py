@@ -7,7 +7,9 @@ from accelerate.data_loader import SeedableRandomSampler
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import Gemma3TextConfig, LlamaConfig, MistralConfig, Qwen2Config
 
+from dpofast.training.parallel.work import AttentionWork
 from dpofast.training.sampler import PairLengths, StepSampler, rank_shares
 from tests.support.tiny import tiny_dataset, tiny_pairs
 
@@ -94,3 +96,73 @@ def test_ranks_see_the_same_steps():
     for parts, whole in zip(zip(*samplers, strict=True), StepSampler(21, 8, seed=3), strict=True):
         assert sorted(index for part in parts for index in part) == sorted(whole)
         assert all(np.array_equal(part.step, list(whole)) for part in parts)
+
+
+SMALL = {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24}  # Qwen2.5 0.5B
+SMALL |= {"num_attention_heads": 14, "num_key_value_heads": 2}
+
+
+def _operations(lengths, share):
+    """Operations of some pairs' forward: products with every layer's weights, and queries with the keys they see."""
+    hidden, width, layers, keys = 896, 4864, 24, 2 * 64
+    weights = layers * (2 * hidden * hidden + 2 * hidden * keys + 3 * hidden * width)
+    total = 0
+    for index in share:
+        prompt, response = int(lengths.prompts[index]), int(lengths.chosen[index])  # both responses are as long
+        seen = sum(range(1, prompt + 1)) + 2 * sum(range(prompt + 1, prompt + response))
+        total += 2 * weights * int(lengths.positions[index]) + layers * 2 * 2 * hidden * seen
+    return total
+
+
+def test_ranks_have_as_much_work_where_some_rows_are_long():
+    rows = [(16_000, 193)] + 448 * [(256, 129)]  # 16,384 and 512 positions
+    dataset = Dataset.from_list(
+        [
+            {"prompt_ids": [key + 1] * size, "chosen_ids": [1] * length, "rejected_ids": [2] * length}
+            for key, (size, length) in enumerate(rows)
+        ]
+    )
+    heaviest = {}
+    for name, attention in (("work", AttentionWork.of(Qwen2Config(**SMALL))), ("positions", AttentionWork())):
+        lengths = PairLengths.of(dataset, attention)
+        shares = rank_shares(lengths, np.arange(len(rows)), 8)
+        loads = [_operations(lengths, share) for share in shares]
+        heaviest[name] = max(loads) * 8 / sum(loads)
+    assert heaviest["work"] < 1.02 and heaviest["positions"] > 1.4
+
+
+def test_short_rows_are_divided_by_positions():
+    large = LlamaConfig(
+        hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8
+    )
+    lengths = PairLengths.of(tiny_dataset(512), AttentionWork.of(large))
+    plain = PairLengths.of(tiny_dataset(512))
+    for ours, theirs in zip(
+        rank_shares(lengths, np.arange(512), 8), rank_shares(plain, np.arange(512), 8), strict=True
+    ):
+        assert ours.tolist() == theirs.tolist()
+
+
+@pytest.mark.parametrize(
+    ("config", "windows"),
+    [
+        (MistralConfig(sliding_window=5, num_hidden_layers=2), [5, 5]),
+        (Qwen2Config(num_hidden_layers=2), [None, None]),
+        (
+            Gemma3TextConfig(
+                sliding_window=7, num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"]
+            ),
+            [7, None],
+        ),
+    ],
+    ids=["mistral", "qwen2", "gemma3"],
+)
+def test_a_window_bounds_what_a_position_sees(config, windows):
+    work = AttentionWork.of(config)
+    (cost,) = {round(cost / sum(seen == window for seen in windows), 12) for window, cost in work.kinds}
+    lengths = np.array([1, 4, 5, 6, 30])
+    expected = [
+        sum(min(i, length if window is None else window) for window in windows for i in range(1, length + 1))
+        for length in lengths.tolist()
+    ]
+    np.testing.assert_allclose(work.of_lengths(lengths), cost * np.array(expected), rtol=1e-6)

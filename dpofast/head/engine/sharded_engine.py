@@ -68,8 +68,13 @@ class VocabShard:
 class ShardedEngine:
     """LM-head engine for one call (HeadEngine): this rank's rows of the head; most methods are collectives."""
 
-    def __init__(self, inputs: HeadInputs, shard: VocabShard, backend: str, *, keep: bool) -> None:
-        """Plan inside the shard's byte budget, and allocate nothing yet; keep: the head trains."""
+    def __init__(
+        self, inputs: HeadInputs, shard: VocabShard, backend: str, *, keep: bool, largest: int | None = None
+    ) -> None:
+        """Plan inside the shard's byte budget, and allocate nothing yet.
+
+        keep: the head trains; largest: the most rows whose E must be kept at the same time, None for all.
+        """
         options, targets = inputs.options, inputs.targets
         self.inputs, self.shard, self.triton = inputs, shard, backend == "triton"
         self.narrow = scaleless_exp_dtype(inputs.hidden.dtype)
@@ -78,6 +83,7 @@ class ShardedEngine:
             inputs.weight,
             shard.max_logits_bytes,
             keep=keep,
+            largest=largest,
             temporaries=_temporaries(inputs, backend),
             vocab=max(shard.sizes),
             device=shard.device,

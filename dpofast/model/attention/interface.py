@@ -16,6 +16,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +32,8 @@ from dpofast.model.attention.layout import AttentionOptions, PackedLayout, layou
 from dpofast.model.attention.methods import wrap_methods
 from dpofast.model.attention.sdpa import sdpa_attention
 from dpofast.model.attention.varlen import varlen_attention, varlen_refusal
+from dpofast.model.parallel.exchange import own_heads, own_rows
+from dpofast.packing.parallel.row_split import RowSplit
 
 _PREFIX = "dpofast_"
 _BACKENDS = {"varlen": varlen_attention, "flex": flex_attention_packed, "sdpa": sdpa_attention}
@@ -147,7 +150,22 @@ def _attention_over(former: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
 @torch.compiler.disable  # every batch has another layout, and a compiled layer would be traced again for each
 def _counted(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, options: AttentionOptions) -> Tensor:
     layout.calls += 1
-    return packed_attention(query, key, value, layout, options)
+    if layout.split is None:
+        return packed_attention(query, key, value, layout, options)
+    return _split_attention(query, key, value, layout, layout.split, options)
+
+
+def _split_attention(
+    query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, split: RowSplit, options: AttentionOptions
+) -> Tensor:
+    """packed_attention of this rank's R rows, (1, R, H, Dv): it attends for its own heads, over all rows."""
+    if options.dropout:
+        raise ValueError("split_over: expected attention without dropout, which would be drawn by the heads of a rank")
+    query, key, value = _in_autocast(query, key, value)  # 16-bit numbers travel in half the time
+    if options.sinks is not None:
+        options = replace(options, sinks=options.sinks.chunk(split.group.size())[split.group.rank()])
+    query, key, value = own_heads(query, key, value, split)
+    return own_rows(packed_attention(query, key, value, layout, options), split)
 
 
 def packed_attention(
@@ -158,11 +176,17 @@ def packed_attention(
     Under autocast it runs in autocast's dtype, as scaled_dot_product_attention would: rotary embeddings leave queries
     and keys in float32 there.
     """
-    kind = query.device.type
-    if torch.is_autocast_enabled(kind) and query.dtype != torch.float64:
-        query, key, value = (tensor.to(torch.get_autocast_dtype(kind)) for tensor in (query, key, value))
+    query, key, value = _in_autocast(query, key, value)
     backend = "sdpa" if _SEGMENTWISE.get() else choose_attention(query, value, options).backend
     return _BACKENDS[backend](query, key, value, layout, options)
+
+
+def _in_autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    kind = query.device.type
+    if torch.is_autocast_enabled(kind) and query.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(kind)
+        return query.to(dtype), key.to(dtype), value.to(dtype)
+    return query, key, value
 
 
 @contextlib.contextmanager
@@ -191,9 +215,12 @@ def _scaled_by_position(module: Any, query: Tensor, layout: PackedLayout) -> Ten
         return query
 
     def correction() -> Tensor:
-        places = torch.stack((layout.segments.positions(), torch.arange(layout.segments.num_rows)))
+        positions = on_device(layout.segments.positions(), query.device)
+        if layout.split is not None:
+            positions = positions[layout.split.rows]
+        places = torch.stack((positions, torch.arange(len(positions), device=query.device)))
         scales = torch.log1p(torch.floor((places.float() + 1.0) / module.floor_scale)) * module.attn_scale + 1.0
-        return on_device(scales[0] / scales[1], query.device)
+        return scales[0] / scales[1]
 
     factor = layout.once(("temperature", query.device), correction)
     return (query * factor[:, None]).to(query.dtype)  # 16-bit queries are rounded a second time

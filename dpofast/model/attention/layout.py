@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpofast.packing.parallel.row_split import RowSplit
 from dpofast.packing.segments import Segments
 
 _LAYOUT = "dpofast_layout"  # an attribute of the mask
@@ -46,15 +47,16 @@ class PackedLayout:
 
     Attributes:
         segments: of the packed row.
+        split: which rows this process computes, where several share the packed row; else None.
         calls: of attention that have read the layout. packed_backbone compares them with those that the config implies:
             a model some of whose attention ignores the layout would otherwise compute something else without an
             exception.
         foreign_masks: masks of a layer's own, in words, which the layout would take the place of; refused like calls.
     """
 
-    def __init__(self, segments: Segments) -> None:
+    def __init__(self, segments: Segments, split: RowSplit | None = None) -> None:
         """Compute nothing yet."""
-        self.segments = segments
+        self.segments, self.split = segments, split
         self.calls = 0
         self.foreign_masks: list[str] = []
         self._derived: dict[Hashable, Any] = {}

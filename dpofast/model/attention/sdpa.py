@@ -1,12 +1,14 @@
 """Packed attention run by run of rows (packing/segments.py): every device, dtype and option.
 
 It calls PyTorch's scaled_dot_product_attention, or for layers with softcap or sinks, which that has not, a softmax
-written out here. The latter materializes scores: it runs over chunks of queries that bound their size, and recomputes
-the scores in the backward.
+written out here. The latter materializes scores, and the former needs a mask of their size where a run continues
+another one or under a sliding window. Where they are large, attention runs over chunks of queries that bound their
+size, and the backward computes each chunk again.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -18,7 +20,7 @@ from dpofast.model.attention.chunks import runs_of
 from dpofast.model.attention.layout import AttentionOptions, PackedLayout
 from dpofast.packing.segments import Segments
 
-# Largest block of float32 scores (all heads) that the written-out softmax materializes at once.
+# Largest block of float32 scores (all heads) that the written-out softmax materializes at once, and largest mask.
 _SCORE_BYTES = 32 << 20
 
 
@@ -62,7 +64,21 @@ def _joined(pieces: list[Tensor]) -> Tensor:
 
 
 def _attend_sdpa(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, options: AttentionOptions) -> Tensor:
-    mask = _mask(q, k.shape[2], layout, options.window)
+    queries, keys = q.shape[2], k.shape[2]
+    if queries == keys and (options.window is None or options.window >= keys):
+        return _sdpa(q, k, v, None, options)
+    rows = _SCORE_BYTES // (q.element_size() * keys)
+    if rows < queries:
+        return _in_chunks(_sdpa_of_chunk, rows, q, k, v, options)
+    key = ("mask", queries, keys, options.window, q.dtype, q.device)
+    return _sdpa(q, k, v, layout.once(key, lambda: _mask(q, keys, options.window)), options)
+
+
+def _sdpa_of_chunk(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Tensor:
+    return _sdpa(q, k, v, _mask(q, k.shape[2], options.window), options)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: AttentionOptions) -> Tensor:
     return F.scaled_dot_product_attention(
         q,
         k,
@@ -75,20 +91,14 @@ def _attend_sdpa(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, options:
     )
 
 
-def _mask(query: Tensor, keys: int, layout: PackedLayout, window: int | None) -> Tensor | None:
-    """(queries, keys) in query's dtype, −inf where a query sees no key; None where SDPA's causal mask is the same.
+def _mask(query: Tensor, keys: int, window: int | None) -> Tensor:
+    """(queries, keys) in query's dtype, −inf where a query sees no key.
 
     Additive, because SDPA would convert a boolean mask into an additive one at every call.
     """
     queries = query.shape[2]
-    if queries == keys and (window is None or window >= keys):
-        return None
-
-    def make() -> Tensor:
-        zeros = torch.zeros(queries, keys, dtype=query.dtype, device=query.device)
-        return zeros.masked_fill(~_visible(queries, keys, window, query.device), -torch.inf)
-
-    return layout.once(("mask", queries, keys, window, query.dtype, query.device), make)
+    zeros = torch.zeros(queries, keys, dtype=query.dtype, device=query.device)
+    return zeros.masked_fill(~_visible(queries, keys, window, query.device), -torch.inf)
 
 
 def _visible(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
@@ -99,11 +109,17 @@ def _visible(queries: int, keys: int, window: int | None, device: torch.device) 
 
 
 def _attend_softmax(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, options: AttentionOptions) -> Tensor:
-    """The written-out softmax over chunks of queries, each with the keys from its first to its last visible one."""
-    queries, keys = q.shape[2], k.shape[2]
-    rows = max(1, _SCORE_BYTES // (4 * q.shape[1] * keys))
-    if rows >= queries:
+    rows = _SCORE_BYTES // (4 * q.shape[1] * k.shape[2])
+    if rows >= q.shape[2]:
         return _softmax_attention(q, k, v, options)
+    return _in_chunks(_softmax_attention, rows, q, k, v, options)
+
+
+def _in_chunks(
+    attend: Callable[..., Tensor], rows: int, q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions
+) -> Tensor:
+    """attend over chunks of so many queries (at least one), each with the keys from its first to its last visible."""
+    rows, queries, keys = max(rows, 1), q.shape[2], k.shape[2]
     chunks = []
     for start in range(0, queries, rows):
         part = q[:, :, start : start + rows]
@@ -111,9 +127,9 @@ def _attend_softmax(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, optio
         first = 0 if options.window is None else max(0, stop - part.shape[2] - options.window + 1)
         inputs = part, k[:, :, first:stop], v[:, :, first:stop], options
         if torch.is_grad_enabled():
-            chunks.append(checkpoint(_softmax_attention, *inputs, use_reentrant=False))
+            chunks.append(checkpoint(attend, *inputs, use_reentrant=False))
         else:
-            chunks.append(_softmax_attention(*inputs))
+            chunks.append(attend(*inputs))
     return torch.cat(chunks, dim=2)
 
 

@@ -80,7 +80,7 @@ def check_shards(model: Any, dtype: torch.dtype | None, largest: Callable[[float
         ValueError: on every process, as check_parity's.
     """
     base, batch = base_causal_lm(model), _random_batch(base_causal_lm(model))
-    tolerance = PARITY_TOLERANCE[dtype or _computed_in(base)]
+    tolerance = PARITY_TOLERANCE[dtype or computed_in(base)]
     with eval_mode(model), _uncompiled_layers(model):
         truth = own_logprobs(model, batch)
         for train in (False,) if active_dropout(base) else (False, True):
@@ -99,7 +99,7 @@ def check_shards(model: Any, dtype: torch.dtype | None, largest: Callable[[float
 def _check_batch(model: Any, batch: PackedBatch, padded: bool) -> None:
     devices = _generator_devices(batch)
     before = _generator_states(devices)
-    truth = _check_equal(model, batch, padded, lambda: model(packed=batch).logps, _computed_in(model))
+    truth = _check_equal(model, batch, padded, lambda: model(packed=batch).logps, computed_in(model))
     if _drawn(before, devices):
         raise ValueError(
             f"{type(model).__name__}: its forward draws random numbers in eval mode too, as attention by hashing "
@@ -119,7 +119,7 @@ def forget_parity(model: Any) -> None:
     forget_images(model)
 
 
-def _computed_in(model: Any) -> torch.dtype:
+def computed_in(model: Any) -> torch.dtype:
     """The dtype that the model's attention and products have: autocast's on a GPU, or its weights'.
 
     On a CPU autocast changes neither the attention nor the kernels.
@@ -130,7 +130,7 @@ def _computed_in(model: Any) -> torch.dtype:
 
 def _setting(model: Any) -> tuple[Any, ...]:
     attention = getattr(model.config.get_text_config(), "_attn_implementation", None)
-    return str(input_device(model)), model.dtype, _computed_in(model), attention
+    return str(input_device(model)), model.dtype, computed_in(model), attention
 
 
 @contextmanager
@@ -150,7 +150,11 @@ def _uncompiled_layers(model: Any) -> Iterator[None]:
 
 
 def _random_batch(model: Any, pairs: int = 1) -> PackedBatch:
-    """Pairs of random ids of text, on the device that the model takes them on."""
+    return random_batch(model, pairs).to(input_device(model))
+
+
+def random_batch(model: Any, pairs: int) -> PackedBatch:
+    """So many pairs of random ids of text, 13 rows each, on the CPU."""
     generator = torch.Generator().manual_seed(0)
     text = text_token_ids(model)
     examples = []
@@ -160,7 +164,8 @@ def _random_batch(model: Any, pairs: int = 1) -> PackedBatch:
         draws[2][0] = (draws[1][0] + 1) % len(text)
         columns = ("prompt_ids", "chosen_ids", "rejected_ids")
         examples.append({column: text[draw].numpy() for column, draw in zip(columns, draws, strict=True)})
-    return _packed(model, examples)
+    (batch,) = pack(examples)
+    return batch
 
 
 def _packed(model: Any, examples: list[dict[str, Any]]) -> PackedBatch:
@@ -254,7 +259,7 @@ def _check_train_mode(model: Any, batch: PackedBatch, padded: bool, truth: Tenso
     truth (N,) are the batch's log-probs in eval mode. Where the forward draws random numbers, more ids are tried,
     several times: a router that samples does so for few tokens.
     """
-    tolerance = PARITY_TOLERANCE[torch.float32 if in_float32 else _computed_in(model)]
+    tolerance = PARITY_TOLERANCE[torch.float32 if in_float32 else computed_in(model)]
     devices = _generator_devices(batch)
 
     def logps(batch: PackedBatch, *, train: bool) -> Tensor:

@@ -19,6 +19,7 @@ from dpofast.training.checks.arguments import as_dpo_config
 from dpofast.training.config import DPOConfig
 from dpofast.training.data.tokens import no_precomputed_stream, streams_reference
 from dpofast.training.parallel.fsdp import check_sharding
+from dpofast.training.parallel.sequence import check_no_images
 from dpofast.training.parallel.sizes import check_sizes
 from dpofast.training.sampler import PairLengths
 
@@ -33,10 +34,11 @@ def own_arguments(args: Any, train_dataset: Any) -> DPOConfig:
         train_dataset: the training data; of a stream, reference log-probs are computed in the step unless it has them.
 
     Raises:
-        ValueError: what as_dpo_config, check_topology and check_stream refuse.
+        ValueError: what as_dpo_config, check_topology, check_no_images and check_stream refuse.
     """
     args = copy.copy(as_dpo_config(args))
     check_topology(args)
+    check_no_images(train_dataset, args)
     if isinstance(train_dataset, IterableDataset):
         check_stream(train_dataset, args)
     args.per_device_train_batch_size *= args.gradient_accumulation_steps

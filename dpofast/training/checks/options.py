@@ -45,6 +45,14 @@ MOOT = {
     "do_predict": "for scripts: Trainer does not read it",
     "local_rank": "for launchers of old: the environment says it",
 }
+# Sizes of accelerate's ParallelismConfig, and what to set in place of those that are refused.
+_PARALLEL = {
+    "tp_size": "",
+    "dp_shard_size": "",
+    "cp_size": "set sequence_parallel_size, which divides rows",
+    "sp_size": "set sequence_parallel_size, which divides rows",
+    "dp_replicate_size": "between groups of tp_size processes the model is sharded: set dp_shard_size",
+}
 # Options of TRL's DPOConfig that packing has no use for: the values that ask for nothing, and why others are refused.
 OF_TRL: dict[str, tuple[tuple[Any, ...], str]] = {
     "pad_to_multiple_of": (("auto", None), "packed rows have no pads"),
@@ -70,13 +78,42 @@ def check_options(args: Any) -> None:
         value = getattr(args.accelerator_config, name, None)
         if value != getattr(type(args.accelerator_config)(), name, None):
             raise ValueError(f"accelerator_config: {name}: not supported here: {reason}")
-    for name in ("tp_size", "cp_size", "sp_size"):
-        if (getattr(getattr(args, "parallelism_config", None), name, None) or 1) > 1:
-            raise ValueError(
-                f"parallelism_config: {name}: not supported here: pairs are divided among ranks; fsdp shards the model"
-            )
+    _adopt_parallelism(args)
     for name, (nothing, reason) in OF_TRL.items():
         if getattr(args, name) not in nothing:
             raise ValueError(f"{name}: expected {nothing[0]}, got {getattr(args, name)!r}: {reason}")
     if args.padding_free and args.padded:
         raise ValueError("padding_free: packed rows have no pads; leave out either padding_free or padded")
+    if args.activation_offloading and not args.gradient_checkpointing:
+        raise ValueError(
+            "activation_offloading: expected gradient_checkpointing beside it, which keeps little of each layer; all "
+            "that a layer computes would be copied to the CPU: set both, or neither"
+        )
+
+
+def _adopt_parallelism(args: Any) -> None:
+    """Read accelerate's parallelism_config as tensor_parallel_size, and take it off: transformers makes its own.
+
+    Raises:
+        ValueError: sizes that do not multiply to the number of processes, or of other kinds of parallelism.
+    """
+    config = getattr(args, "parallelism_config", None)
+    sizes = {name: getattr(config, name, None) or 1 for name in _PARALLEL}
+    for name, instead in _PARALLEL.items():
+        if instead and sizes[name] > 1:
+            raise ValueError(f"parallelism_config: {name}: not supported here: {instead}")
+    size = sizes["tp_size"]
+    if size == 1:
+        return
+    if sizes["dp_shard_size"] * size != args.world_size:
+        raise ValueError(
+            f"parallelism_config: expected tp_size · dp_shard_size = {args.world_size} processes, got {size} · "
+            f"{sizes['dp_shard_size']}: set dp_shard_size={max(1, args.world_size // size)}, or start "
+            f"{size * sizes['dp_shard_size']} processes"
+        )
+    if args.tensor_parallel_size not in (1, size):
+        raise ValueError(
+            f"tensor_parallel_size: expected {size} as parallelism_config says, or nothing, got "
+            f"{args.tensor_parallel_size}: leave one of them out"
+        )
+    args.tensor_parallel_size, args.parallelism_config = size, None

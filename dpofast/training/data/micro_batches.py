@@ -25,11 +25,13 @@ class StepPacker:
         share: as in `pack`.
         ref_logps_by_pair: ref_logps become (P, 2) instead of (S,): with ld_alpha the number of a response differs from
             pair to pair.
+        group: the process group that computes each micro-batch together (sequence parallelism), or None.
     """
 
     device: torch.device
     share: str
     ref_logps_by_pair: bool
+    group: Any = None
 
     def pack(self, examples: Sequence[Mapping[str, Any]], max_tokens: int | None) -> list[PackedBatch]:
         """Micro-batches on the CPU, for a GPU in page-locked memory.
@@ -50,6 +52,8 @@ class StepPacker:
         if by_pair:
             columns = torch.tensor([[float(example[name]) for name in REF_COLUMNS] for example in examples])
             batches = [replace(batch, ref_logps=columns[batch.pair_examples]) for batch in batches]
+        if self.group is not None:
+            batches = [batch.split_over(self.group) for batch in batches]
         if self.device.type != "cuda":
             return batches
         with torch.cuda.device(self.device):  # a thread's own is the first GPU, which another rank may have

@@ -22,6 +22,7 @@ from dpofast.data.lists import with_best_and_worst
 from dpofast.data.report import NoUsableRow
 from dpofast.data.token_rows import as_numpy
 from dpofast.training.data.tokens import PreferenceData
+from dpofast.training.parallel.work import NO_ATTENTION, AttentionWork
 from dpofast.training.sampler import PairLengths, StepExamples, StepLoader, as_it_is, rank_shares
 
 _ROWS = 256  # tokenized at a time, at least
@@ -36,16 +37,24 @@ class StepStream(torch.utils.data.IterableDataset[Any]):
         pairs_per_step: on all ranks together.
         ranks: the processes that share a step.
         drop_last: leave out a last step that is not full.
+        attention: what attention costs, for ranks to have about as much work.
     """
 
     def __init__(
-        self, dataset: IterableDataset, data: PreferenceData, pairs_per_step: int, ranks: Ranks, *, drop_last: bool
+        self,
+        dataset: IterableDataset,
+        data: PreferenceData,
+        pairs_per_step: int,
+        ranks: Ranks,
+        *,
+        drop_last: bool,
+        attention: AttentionWork = NO_ATTENTION,
     ) -> None:
         """Read nothing yet."""
         self.dataset, self.pairs_per_step = undecoded(dataset), pairs_per_step
         self.data = copy.copy(data)
         self.data.reports = {}
-        self.ranks, self.drop_last = ranks, drop_last
+        self.ranks, self.drop_last, self.attention = ranks, drop_last, attention
 
     def set_epoch(self, epoch: int) -> None:
         """The next iteration gives this epoch's order, where the stream is shuffled."""
@@ -81,7 +90,7 @@ class StepStream(torch.utils.data.IterableDataset[Any]):
                 continue
             self._report = _added(self._report, self.data.reports["train"], start)
             numbered = ({**example, "row": example["row"] + start} for example in as_numpy(tokens))
-            yield [with_best_and_worst(example) for example in numbered], PairLengths.of(tokens)
+            yield [with_best_and_worst(example) for example in numbered], PairLengths.of(tokens, self.attention)
         if self._report is not None and not self._report.kept:
             raise NoUsableRow(self._report)
 
@@ -100,10 +109,17 @@ class StepStream(torch.utils.data.IterableDataset[Any]):
 
 
 def stream_loader(
-    dataset: IterableDataset, data: PreferenceData, pairs_per_rank: int, ranks: Ranks, *, drop_last: bool
+    dataset: IterableDataset,
+    data: PreferenceData,
+    pairs_per_rank: int,
+    ranks: Ranks,
+    *,
+    drop_last: bool,
+    attention: AttentionWork = NO_ATTENTION,
 ) -> StepLoader:
     """Returns a loader of this rank's share of each step of pairs_per_rank · ranks.size pairs; it has no length."""
-    steps = StepStream(dataset, data, pairs_per_rank * ranks.size, ranks, drop_last=drop_last)
+    size = pairs_per_rank * ranks.size
+    steps = StepStream(dataset, data, size, ranks, drop_last=drop_last, attention=attention)
     return StepLoader(steps, batch_size=None, collate_fn=as_it_is)
 
 

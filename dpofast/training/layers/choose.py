@@ -55,7 +55,7 @@ def compile_chosen(models: list[Any], args: DPOConfig) -> str | None:
 
 def not_by_default(models: list[Any], args: DPOConfig) -> str | None:
     """Why the layers of these models are compiled on demand only, or None."""
-    if will_shard(args):
+    if will_shard(args) or args.tensor_parallel_size > 1:
         return "the model is sharded"
     if args.padded:
         return "the model runs over padded rows"

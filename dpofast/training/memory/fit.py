@@ -75,7 +75,7 @@ def auto_max_tokens(
         images: makes the pixels of rows with images.
     """
     device = settings.device
-    cap = largest_auto(device)
+    cap = largest_auto(device, 1 if settings.group is None else settings.group.size())
     if dataset is None:
         return cap
     alone = replace(settings, ranks=Ranks.alone())

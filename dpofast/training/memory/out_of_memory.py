@@ -26,21 +26,23 @@ _logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 
-def token_limits(max_tokens: int | str | None, device: torch.device) -> tuple[int, int]:
+def token_limits(max_tokens: int | str | None, device: torch.device, sharing: int = 1) -> tuple[int, int]:
     """Packed positions of a micro-batch in training, and in a pass without gradients; "auto" begins with the default.
 
     Args:
         max_tokens: DPOConfig's.
         device: where the model runs.
+        sharing: how many processes share a micro-batch's positions; each has as many by default as one alone.
     """
     if isinstance(max_tokens, int):
         return max_tokens, max_tokens  # what rows share is computed once in so many positions
-    return (_MAX_TOKENS_CPU, _FORWARD_TOKENS_CPU) if device.type == "cpu" else (_MAX_TOKENS_GPU, _MAX_TOKENS_GPU)
+    own = (_MAX_TOKENS_CPU, _FORWARD_TOKENS_CPU) if device.type == "cpu" else (_MAX_TOKENS_GPU, _MAX_TOKENS_GPU)
+    return own[0] * sharing, own[1] * sharing
 
 
-def largest_auto(device: torch.device) -> int:
-    """The largest max_tokens that "auto" chooses."""
-    return _MAX_TOKENS_CPU if device.type == "cpu" else _AUTO_TOKENS_GPU
+def largest_auto(device: torch.device, sharing: int = 1) -> int:
+    """The largest max_tokens that "auto" chooses, where so many processes share a micro-batch's positions."""
+    return (_MAX_TOKENS_CPU if device.type == "cpu" else _AUTO_TOKENS_GPU) * sharing
 
 
 def is_out_of_memory(error: BaseException) -> bool:

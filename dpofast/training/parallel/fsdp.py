@@ -17,10 +17,18 @@ from accelerate.utils import DistributedType
 from torch import nn
 
 from dpofast.checkpointing.fsdp import first_shard
+from dpofast.model.parallel.tensor import tensor_parallel_size
+
+_NOT_SHARDED = {
+    "save_only_model": "a checkpoint without an optimizer is a model's folder, and shards are none",
+    "save_on_each_node": "the shards of all ranks belong into one folder",
+}
 
 
 def is_sharded(accelerator: Any) -> bool:
-    """Whether accelerate trains with FSDP or DeepSpeed, so that every forward of the model is a collective."""
+    """Whether every forward of the model is a collective: under FSDP, DeepSpeed and tensor parallelism."""
+    if (getattr(getattr(accelerator, "parallelism_config", None), "tp_size", None) or 1) > 1:
+        return True
     plugins = ("fsdp_plugin", "deepspeed_plugin")
     return any(getattr(accelerator.state, name, None) is not None for name in plugins)
 
@@ -46,7 +54,8 @@ def check_sharding(args: Any) -> None:
     """Check the FSDP options of a TrainingArguments and the device.
 
     Raises:
-        ValueError: FSDP on the CPU, where accelerate would train with DDP and not say so; FSDP1; sharded checkpoints.
+        ValueError: FSDP on the CPU, where accelerate would train with DDP and not say so; FSDP1; another kind of
+            checkpoint than whole or sharded; an option that sharded ones do not allow.
     """
     launched = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"  # accelerate launch --use_fsdp
     if not (args.fsdp or launched):
@@ -60,26 +69,32 @@ def check_sharding(args: Any) -> None:
     version = int(config.get("version", 2) if args.fsdp else os.environ.get("FSDP_VERSION", 1))
     if version != 2:
         raise ValueError(f'fsdp_config: expected version 2 (FSDP2), got {version}: set {{"version": 2}}')
-    kind = config.get("state_dict_type") if args.fsdp else os.environ.get("FSDP_STATE_DICT_TYPE", "SHARDED_STATE_DICT")
-    if kind not in (None, "FULL_STATE_DICT"):
-        raise ValueError(
-            f"fsdp_config: state_dict_type: expected FULL_STATE_DICT, got {kind}, which leaves pickled shards and no "
-            "model: weights are written whole, as safetensors"
-        )
+    default = "FULL_STATE_DICT" if args.fsdp else os.environ.get("FSDP_STATE_DICT_TYPE", "SHARDED_STATE_DICT")
+    kind = config.get("state_dict_type", default) if args.fsdp else default
+    if kind not in ("FULL_STATE_DICT", "SHARDED_STATE_DICT"):
+        raise ValueError(f"fsdp_config: state_dict_type: expected FULL_STATE_DICT or SHARDED_STATE_DICT, got {kind}")
+    if kind == "FULL_STATE_DICT":
+        return
+    for name, reason in _NOT_SHARDED.items():
+        if getattr(args, name, False):
+            raise ValueError(
+                f"{name}: expected no SHARDED_STATE_DICT beside it: {reason}; leave {name} out, or set "
+                '{"state_dict_type": "FULL_STATE_DICT"} in fsdp_config (FSDP_STATE_DICT_TYPE of accelerate launch)'
+            )
 
 
 def check_whole(model: nn.Module, name: str) -> None:
-    """Check that every rank holds the whole model.
+    """Check that every rank holds the whole model, or transformers has divided it.
 
     Raises:
         ValueError: a weight is sharded already: the trainer would give the ranks that share it different pairs.
     """
-    if (shard := first_shard(model)) is not None:
+    if tensor_parallel_size(model) == 1 and (shard := first_shard(model)) is not None:
         key, weight = shard
         raise ValueError(
             f"{name}: expected whole weights, got {key} sharded over {weight.device_mesh.size()} devices: FSDP2 "
-            "shards it here, by the option fsdp; tensor parallelism needs a loop of your own, in which "
-            "linear_logprobs takes a head that is split by its vocabulary"
+            "shards it here, by the option fsdp, and transformers divides layers as it loads a model: "
+            "tensor_parallel_size, or from_pretrained(..., distributed_config=DistributedConfig(tp_size=...))"
         )
 
 

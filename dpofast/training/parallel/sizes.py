@@ -9,6 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from dpofast.training.config import DPOConfig
+from dpofast.training.parallel.sequence import check_divided_model, check_divided_rows
+from dpofast.training.parallel.tensor import check_tensor_parallel
 
 
 def check_sizes(args: DPOConfig) -> None:
@@ -31,26 +33,9 @@ def check_sizes(args: DPOConfig) -> None:
             f"tensor_parallel_size, sequence_parallel_size: expected one of them above 1, got {sizes}: divide rows "
             "for long sequences (sequence_parallel_size, with fsdp for large models), layers for large models"
         )
-    if args.activation_offloading and not args.gradient_checkpointing:
-        raise ValueError(
-            "activation_offloading: expected gradient_checkpointing beside it, which saves little of each layer; all "
-            "that a layer computes would be copied to the CPU: set both, or neither"
-        )
-    if args.sequence_parallel_size == 1:
-        return
-    size = args.sequence_parallel_size
-    refused = {
-        "padded": (args.padded, "rows are divided inside packed attention: leave padded out"),
-        "neftune_noise_alpha": (bool(args.neftune_noise_alpha), "noise is drawn for whole rows: leave it out"),
-        "disable_dropout": (not args.disable_dropout, "dropout is drawn for whole rows: leave it at true"),
-        "router_aux_loss_coef": (
-            bool(args.router_aux_loss_coef),
-            "a load-balancing loss counts whole rows: set it to 0",
-        ),
-    }
-    for name, (is_set, reason) in refused.items():
-        if is_set:
-            raise ValueError(f"{name}: not supported with sequence_parallel_size={size}: {reason}")
+    if args.tensor_parallel_size > 1:
+        check_tensor_parallel(args)
+    check_divided_rows(args)
 
 
 def check_heads(config: Any, args: DPOConfig) -> None:
@@ -61,8 +46,10 @@ def check_heads(config: Any, args: DPOConfig) -> None:
         args: the trainer's.
 
     Raises:
-        ValueError: heads that the groups cannot divide, with the sizes that they can.
+        ValueError: heads that the groups cannot divide, with the sizes that they can; layers or a loss that
+            sequence parallelism cannot.
     """
+    check_divided_model(config, args)
     text = config.get_text_config()
     queries = getattr(text, "num_attention_heads", None)
     if queries is None:
