@@ -60,7 +60,8 @@ test-ranks: $(INSTALLED)
 # Two CPU processes under DeepSpeed's ZeRO-2 and ZeRO-3. --no-deps, since what it requires is large and mostly here.
 .PHONY: test-deepspeed
 test-deepspeed: build/deepspeed/.installed
-	DS_ACCELERATOR=cpu PYTHONPATH=build/deepspeed $(BIN)/python -m pytest -m deepspeed tests/training/test_ranks.py tests/training/test_sequence_parallel.py
+	DS_ACCELERATOR=cpu PYTHONPATH=build/deepspeed $(BIN)/python -m pytest -m deepspeed tests/training/test_ranks.py \
+	    tests/training/test_zero.py tests/training/test_sequence_parallel.py
 
 build/deepspeed/.installed: $(INSTALLED)
 	DS_BUILD_OPS=0 $(BIN)/pip install --no-deps --no-build-isolation --target build/deepspeed deepspeed hjson msgpack \

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import StateDictType
 
 from dpofast.checkpointing.weights import converted_weights, saved_once, stored_names
+from dpofast.checkpointing.zero import whole
 
 # What wrappers of modules put into the names of parameters, and not into those of a state dict.
 _WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")
@@ -29,7 +30,13 @@ def first_shard(model: nn.Module) -> tuple[str, Any] | None:
 
 
 def gathered(weight: Any) -> Tensor:
-    """The whole of a sharded tensor (a DTensor), a collective, on the mesh's kind of device; any other as it is."""
+    """The whole of a sharded tensor, a DTensor or one that ZeRO-3 has partitioned; any other as it is. A collective.
+
+    A DTensor is gathered on its mesh's kind of device.
+    """
+    if hasattr(weight, "ds_id"):
+        with whole(weight):
+            return weight.detach().clone()  # type: ignore[no-any-return]
     if not hasattr(weight, "full_tensor"):
         return weight  # type: ignore[no-any-return]
     return weight.to(weight.device_mesh.device_type).full_tensor()  # type: ignore[no-any-return]

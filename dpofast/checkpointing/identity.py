@@ -18,6 +18,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from dpofast.checkpointing.fsdp import gathered
+from dpofast.checkpointing.zero import whole_shape
 
 # Of transformers.TrainingArguments.
 _OPTIONS = (
@@ -47,7 +48,7 @@ def parameters_identity(model: nn.Module) -> dict[str, Any]:
     """Returns names, shapes and dtypes of trained parameters, and a fingerprint of frozen ones."""
     named = list(model.named_parameters())
     trained = {
-        name: f"{str(p.dtype).removeprefix('torch.')} {'×'.join(map(str, p.shape))}"
+        name: f"{str(p.dtype).removeprefix('torch.')} {'×'.join(map(str, whole_shape(p)))}"
         for name, p in named
         if p.requires_grad
     }
@@ -62,8 +63,8 @@ def weights_fingerprint(parameters: Iterable[tuple[str, Tensor]]) -> str:
     """
     digest = _digest()
     for name, parameter in parameters:
-        flat = gathered(parameter.detach()).reshape(-1)
-        digest.update(f"{name} {tuple(parameter.shape)}".encode())
+        flat = gathered(parameter).detach().reshape(-1)
+        digest.update(f"{name} {tuple(whole_shape(parameter))}".encode())
         digest.update(flat[:: max(1, len(flat) // 64)][:64].float().cpu().numpy().tobytes())
     return digest.hexdigest()
 

@@ -89,7 +89,7 @@ class ModelFiles(Trainer):
     def _check_finite(self) -> None:
         """Raise ValueError for weights that are not finite: after the last step no loss would show an overflow."""
         for name, weight in self.model.named_parameters():
-            own = weight.to_local() if hasattr(weight, "to_local") else weight
+            own = weight.to_local() if hasattr(weight, "to_local") else getattr(weight, "ds_tensor", weight)
             if weight.requires_grad and not own.isfinite().all():
                 raise ValueError(
                     f"{name} is not finite after step {self.state.global_step}, and nothing was saved; "

@@ -26,12 +26,14 @@ _PROCESSOR = ("processor_config.json", "preprocessor_config.json")
 class Loading:
     """How models are loaded: dtype (a name in DTYPES), trust_remote_code, quantized to 4 bits or not.
 
-    attn_implementation is transformers'; None is the model's own choice. options: further ones of from_pretrained.
+    attn_implementation is transformers'; None is the model's own choice. storage: the dtype whose tensors hold 4-bit
+    weights, which FSDP2 gathers as they are; None is dtype. options: further ones of from_pretrained.
     """
 
     dtype: str = "float32"
     trust_remote_code: bool = False
     load_in_4bit: bool = False
+    storage: torch.dtype | None = None
     attn_implementation: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -173,7 +175,10 @@ def load_model(name: str, loading: Loading) -> Any:
     attention = {} if loading.attn_implementation is None else {"attn_implementation": loading.attn_implementation}
     try:
         if loading.load_in_4bit:
-            options |= {"quantization_config": four_bits(DTYPES[loading.dtype]), "device_map": {"": device()}}
+            options |= {
+                "quantization_config": four_bits(DTYPES[loading.dtype], loading.storage),
+                "device_map": {"": device()},
+            }
         return load_causal_lm(name, dtype=DTYPES[loading.dtype], **options, **attention)
     except Exception as error:  # as above
         reason = one_line(error).removeprefix(f"{name}: ")
@@ -284,8 +289,11 @@ def _refuse_pickles(name: str, pickles: str, weights: str) -> None:
         )
 
 
-def four_bits(dtype: torch.dtype) -> Any:
+def four_bits(dtype: torch.dtype, storage: torch.dtype | None = None) -> Any:
     """Returns transformers' BitsAndBytesConfig of QLoRA (arXiv 2305.14314): NF4, double quantization, compute in dtype.
+
+    Weights are held in tensors of the dtype storage, by default of dtype, which FSDP2 can shard; bitsandbytes' own
+    default, uint8, it cannot.
 
     Raises:
         ValueError: bitsandbytes is not installed.
@@ -303,6 +311,7 @@ def four_bits(dtype: torch.dtype) -> Any:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=storage or dtype,
     )
 
 

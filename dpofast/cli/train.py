@@ -13,6 +13,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dpofast.cli.adapters import LoraArguments, on_language_model, train_on
 from dpofast.cli.arguments import DATA_HELP, parse, quiet
 from dpofast.cli.load_models import (
@@ -308,6 +310,7 @@ def _checked_loading(train: TrainArguments, config: DPOConfig) -> Loading:
         dtype=train.dtype,
         trust_remote_code=config.trust_remote_code,
         load_in_4bit=train.load_in_4bit,
+        storage=torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else None,
         attn_implementation=train.attn_implementation,
     )
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dpofast.common.eval_mode import eval_mode
 from dpofast.model.parallel.adapters import whole_layers
+from dpofast.model.parallel.zero import gathered_forwards
 from dpofast.model.parts import text_token_ids
 from dpofast.model.wrappers import input_device
 from dpofast.reference import padded_logprobs, padded_rows
@@ -154,7 +155,7 @@ def probe_logps(model: Any) -> Tensor:
     rows = [(list(islice(ids, prompt)), list(islice(ids, response))) for prompt, response in _PROBE_LENGTHS]
     device = input_device(model)
     padded = {name: tensor.to(device) for name, tensor in padded_rows(rows).items()}
-    with eval_mode(model):
+    with eval_mode(model), gathered_forwards(model):
         return padded_logprobs(model, **padded, use_cache=False).float()
 
 

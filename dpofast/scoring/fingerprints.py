@@ -17,6 +17,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from dpofast.checkpointing.fsdp import gathered
+from dpofast.checkpointing.zero import whole_shape
 from dpofast.data.arrow import chunk_bounds, read_chunks
 from dpofast.data.token_rows import RowTokens, has_lists, image_columns, token_columns, weight_columns
 from dpofast.model.parts import base_causal_lm
@@ -53,7 +54,7 @@ def model_fingerprint(model: Any, dtype: torch.dtype | None = None) -> str:
     total = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=32)
     with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as pool:
         for name, tensor in _weights(model, dtype):
-            total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            total.update(f"{name} {tensor.dtype} {tuple(whole_shape(tensor))}".encode())
             for digest in pool.map(_chunk_digest, _chunks(tensor)):
                 total.update(digest)
     return total.hexdigest()
@@ -94,11 +95,11 @@ def _weights(model: Any, dtype: torch.dtype | None) -> Iterator[tuple[str, Tenso
                 for plain in _PLAIN:
                     name = name.replace(f".{plain}.", ".")
                 name = name.replace("_checkpoint_wrapped_module.", "")
-                yield name.removeprefix("base_model.model."), tensor.detach()
+                yield name.removeprefix("base_model.model."), tensor
 
 
 def _chunks(tensor: Any) -> list[Tensor]:
-    flat = gathered(tensor).contiguous().reshape(-1)
+    flat = gathered(tensor).detach().contiguous().reshape(-1)
     return list(flat.split(max(1, _CHUNK_BYTES // flat.element_size()))) if flat.numel() else []
 
 

@@ -6,6 +6,9 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
+
+from dpofast.checkpointing.zero import whole_shape
 from dpofast.common.ranks import Ranks
 from dpofast.evaluation.metrics import MetricSums, work_avoided
 from dpofast.model.parts import beside_text
@@ -112,8 +115,12 @@ def step_flops(model: Any, tokens: int, targets: int) -> float:
     Of a composite model the language model counts; its encoders see pixels.
     """
     embeddings, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    backbone = sum(p.numel() for p in model.parameters()) - embeddings.numel()
-    backbone -= sum(p.numel() for p in beside_text(model))
+    backbone = sum(map(_count, model.parameters())) - _count(embeddings)
+    backbone -= sum(map(_count, beside_text(model)))
     if embeddings is not head:
-        backbone -= head.numel()
-    return 6.0 * (backbone * tokens + head.numel() * targets)
+        backbone -= _count(head)
+    return 6.0 * (backbone * tokens + _count(head) * targets)
+
+
+def _count(weight: Tensor) -> int:
+    return whole_shape(weight).numel()

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from dpofast.checkpointing.zero import whole, whole_shape
 from dpofast.common.ranks import Ranks
 from dpofast.head.planning.plan import HeadPlan
 from dpofast.model.adapters import Wrapped, check_adapter, with_new_adapter
@@ -15,6 +16,7 @@ from dpofast.model.attach import attach_logprob_head
 from dpofast.model.attention.flash import activate_flash_attention
 from dpofast.model.checks.images import images_refused
 from dpofast.model.checks.parity import check_shards
+from dpofast.model.checks.quantized import check_quantized
 from dpofast.model.checks.split import check_split
 from dpofast.model.dropout import disable_dropout
 from dpofast.model.load import config_of, load_causal_lm
@@ -117,6 +119,7 @@ def prepare_models(
     check_adapter(model, peft_config)
     wrapped = None if peft_config is None else with_new_adapter(model, peft_config)
     model = model if wrapped is None else wrapped.model
+    check_quantized(model)
     models = [model] if ref_model is None else [model, ref_model]
     for each, name in zip(models, ("model", "ref_model"), strict=False):
         if hasattr(each, "_orig_mod"):
@@ -145,7 +148,9 @@ def prepare_models(
             f"ref_model: expected the model's vocabulary of {vocabulary(model)} tokens, got {vocabulary(ref_model)}"
         )
     if args.max_logits_bytes is not None:  # refused here and not in the first step
-        HeadPlan.make(1, model.get_output_embeddings().weight, args.max_logits_bytes, keep=True)
+        head = model.get_output_embeddings().weight
+        with whole(head):
+            HeadPlan.make(1, head, args.max_logits_bytes, keep=True)
     layers = compile_chosen(models, args)
     args.torch_compile_backend = None  # done; accelerate would compile the whole model
     processing = processing_of(processing_class, failure, model, ref_model)
@@ -218,7 +223,7 @@ def _loading_options(model: Any, args: DPOConfig, quantization_config: Any) -> d
 
 def vocabulary(model: Any) -> int:
     """Returns the number of rows of the input embedding."""
-    return model.get_input_embeddings().weight.shape[0]
+    return whole_shape(model.get_input_embeddings().weight)[0]
 
 
 def _freeze(model: Any, args: DPOConfig, *, with_images: bool) -> None:

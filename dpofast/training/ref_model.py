@@ -15,6 +15,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import TrainerCallback
 
+from dpofast.checkpointing.zero import is_partitioned
 from dpofast.common.ranks import Ranks
 from dpofast.data.token_rows import has_reference
 from dpofast.model.adapters import Wrapped, few, is_peft, probe_logps, same_weights, trained_outside
@@ -83,6 +84,11 @@ class ReferenceModel:
                     f"precompute_ref_log_probs: expected True, as the adapter ({_kind(policy)}) cannot be copied for a "
                     "reference in the step: its copy gives other log-probs; or give a ref_model"
                 )
+        elif is_partitioned(policy):
+            raise ValueError(
+                "precompute_ref_log_probs: expected True, as ZeRO-3 partitioned the model when it was loaded, and it "
+                "cannot be copied for a reference in the step; or give it once more as ref_model"
+            )
         else:
             self.model = deep_copy(policy)
 
@@ -143,7 +149,7 @@ def make_reference(
         args: the trainer's.
         dtype: of forward_dtype(): a separate reference gets parameters like a sharded policy's.
         wrapped: as ReferenceModel's.
-        sharded: FSDP2 will shard a separate reference, which stays where it is until then.
+        sharded: FSDP2 or ZeRO-3 will shard a separate reference, which stays where it is until then.
 
     Raises:
         ValueError: sync_ref_model for a reference that is the base model under the adapter, or has other parameters
@@ -256,22 +262,12 @@ def _check_same_parameters(policy: nn.Module, ref_model: nn.Module) -> None:
 def on_device(model: Any, device: torch.device) -> Iterator[None]:
     """Inside, the whole model is on the device, or where accelerate dispatched it.
 
-    DeepSpeed otherwise leaves it on the CPU until training begins.
-
-    Raises:
-        ValueError: a model that DeepSpeed's ZeRO-3 has partitioned already.
+    DeepSpeed's ZeRO-1 and ZeRO-2 otherwise leave it on the CPU until training begins.
     """
-    parameters = list(model.parameters())
-    if any(hasattr(parameter, "ds_id") for parameter in parameters):
-        raise ValueError(
-            "precompute_ref_log_probs: the model is partitioned by ZeRO-3 already, and nothing gathers it before "
-            "training: load it before the DPOConfig that names the DeepSpeed file is made, or bring the columns "
-            "ref_chosen_logps and ref_rejected_logps in the data"
-        )
     if is_dispatched(base_causal_lm(model)) or tensor_parallel_size(model) > 1:
         yield
         return
-    home = parameters[0].device
+    home = next(model.parameters()).device
     model.to(device)
     try:
         yield

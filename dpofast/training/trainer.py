@@ -165,7 +165,7 @@ class DPOTrainer(StepLoaders):
         )
         self._forward_dtype = forward_dtype(self.accelerator)
         self._reference = make_reference(
-            self.model, ref_model, args, self._forward_dtype, wrapped=models.wrapped, sharded=self.is_fsdp_enabled
+            self.model, ref_model, args, self._forward_dtype, wrapped=models.wrapped, sharded=self.shards_early
         )
         self.shard(self._reference.model)
         where: dict[str, Any] = {"with_images": models.with_images, "dtype": self._forward_dtype, "ranks": self.ranks}
@@ -263,8 +263,7 @@ class DPOTrainer(StepLoaders):
             self.args,
             forward=forward,
             dtype=self._forward_dtype,
-            # processes of a model that is divided run the same forwards, so they score the same rows
-            ranks=self.data_ranks if self.args.tensor_parallel_size == 1 else Ranks.alone(),
+            ranks=self.data_ranks,
         )
 
     # ---- resuming ---------------------------------------------------------------------------------------------------

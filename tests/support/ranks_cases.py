@@ -1,5 +1,6 @@
 """Training runs that must give equal results on one process and on two ranks, and rank_main(), which runs them."""
 
+import importlib
 import itertools
 import os
 import random
@@ -345,11 +346,18 @@ def processors_as_gpus():
     PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)
 
 
+def without_shared_memory():
+    """Let DeepSpeed's ranks talk by gloo alone: for processors it would first compile an extension, for a minute."""
+    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # the package has torch itself so named
+
+
 def rank_main(rank, port, folder, world, run, cases, options):
     """Run every case on this rank, by a function like train, and write the results to a file."""
     become_rank(rank, world, port)
     if "fsdp" in options or "tensor_parallel_size" in options:
         processors_as_gpus()
+    if "deepspeed" in options:
+        without_shared_memory()
     sharing = options.get("tensor_parallel_size", 1) * options.get("sequence_parallel_size", 1)
     results = {
         name: run(f"{folder}/{name}", world // sharing, ddp_backend="gloo", **case, **options)

@@ -28,6 +28,7 @@ from dpofast.model.checks.support import CannotPack, cannot_pack
 from dpofast.model.dropout import active_dropout, config_rates
 from dpofast.model.forward import packed_hidden, padded_hidden
 from dpofast.model.lm_head import KNOWN_LOGIT_ENTRIES, logit_options, logprob_head
+from dpofast.model.parallel.zero import gathered_forwards
 from dpofast.model.parts import base_causal_lm, text_token_ids, whole_backbone
 from dpofast.model.vision.merge import own_logprobs
 from dpofast.model.wrappers import UNCOMPILED, input_device
@@ -60,7 +61,7 @@ def check_parity(model: Any, padded: bool) -> None:
     passed = vars(model).setdefault(_CHECKED, set())
     if setting in passed:
         return
-    with eval_mode(model), _uncompiled_layers(model):
+    with eval_mode(model), _uncompiled_layers(model), gathered_forwards(model):
         _check_batch(model, _random_batch(model), padded)
         admit_images(model, padded, lambda examples: _check_batch(model, _packed(model, examples), padded))
     passed.add(setting)

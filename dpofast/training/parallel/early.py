@@ -1,7 +1,8 @@
-"""FSDP2 from the constructor on: policy and reference are sharded before their first forward on the device.
+"""FSDP2 and ZeRO-3 from the constructor on: policy and reference are sharded before their first forward on the device.
 
 accelerate shards a model when training begins, so the reference pass would need the whole model on one device. Here
 accelerate's own function shards it when the trainer is built, layer by layer, and passes over it when training begins.
+deepspeed.py does the same for ZeRO-3.
 """
 
 from __future__ import annotations
@@ -16,7 +17,11 @@ from torch.distributed.fsdp import FSDPModule
 
 from dpofast.checkpointing.fsdp import first_shard
 from dpofast.checkpointing.trainer import CheckpointedTrainer
-from dpofast.training.parallel.fsdp import shard_layers_that_are_there
+from dpofast.checkpointing.zero import is_partitioned
+from dpofast.model.checks.quantized import check_shardable
+from dpofast.model.parallel.zero import stop_gathering
+from dpofast.training.parallel.deepspeed import is_zero3, partition_early
+from dpofast.training.parallel.fsdp import forward_dtype, shard_layers_that_are_there
 
 
 class ShardedEarly(CheckpointedTrainer):
@@ -24,15 +29,26 @@ class ShardedEarly(CheckpointedTrainer):
 
     _groups: list[list[nn.Parameter]] | None = None
 
+    @property
+    def shards_early(self) -> bool:
+        """Whether shard() shards something."""
+        return self.is_fsdp_enabled or is_zero3(self.accelerator)
+
     def shard(self, ref_model: nn.Module | None) -> None:
-        """Shard the model, and a separate reference, where accelerate trains with FSDP2; else do nothing.
+        """Shard the model, and a separate reference, where accelerate trains with FSDP2 or ZeRO-3; else do nothing.
 
         Units are each decoder layer, the embedding, and the last norm with the head; with tied weights norm, embedding
         and head are one.
         """
+        if is_zero3(self.accelerator):
+            for model in filter(None, (self.model, ref_model)):
+                partition_early(self.accelerator, model)
+            self.sharded_early = True
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         if plugin is None:
             return
+        for model in filter(None, (self.model, ref_model)):
+            check_shardable(model, forward_dtype(self.accelerator))
         told = plugin.transformer_cls_names_to_wrap
         shard_layers_that_are_there(self.accelerator, self.model)
         if plugin.activation_checkpointing:
@@ -54,7 +70,8 @@ class ShardedEarly(CheckpointedTrainer):
         return super().run_identity()
 
     def _prepare_for_training(self, *args: Any) -> tuple[nn.Module, Any]:
-        if self.sharded_early:
+        stop_gathering(self.model)  # DeepSpeed's engine does
+        if self.sharded_early and self.is_fsdp_enabled:
             reshard(self.model)  # an evaluation before leaves whole weights of the head, which no optimizer may get
             self._groups, self.sharded_early = [], False
         return super()._prepare_for_training(*args)
@@ -91,7 +108,7 @@ def on_shards(model: nn.Module) -> Iterator[bool]:
     What is gathered inside is freed at the end.
     """
     if first_shard(model) is None:
-        yield False
+        yield is_partitioned(model)  # by ZeRO-3, and each layer is freed when it returns
         return
     reshard(model)
     try:
