@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ def whole_shape(weight: Tensor) -> torch.Size:
 
 
 @contextlib.contextmanager
-def whole(*weights: Tensor) -> Iterator[None]:
+def whole(*weights: Any) -> Iterator[None]:
     """Inside, these weights are whole in every process; they must not be changed. A collective where partitioned."""
     absent = [weight for weight in weights if hasattr(weight, "ds_id") and weight.ds_status.name == "NOT_AVAILABLE"]
     if not absent:
