@@ -90,6 +90,9 @@ def partitioned(folder, ranks, *, family="llama", dataset=shared_prompts, rows=2
                 each.save_pretrained(path)
         args = config()  # from here on transformers partitions what it loads
         if ranks > 1:
+            from deepspeed import comm
+
+            comm.init_distributed(dist_backend="gloo")  # as accelerate does, but on processors
             torch.distributed.barrier()
         model = saved if at_load == "name" else AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32)
         if ref_model is not None:
