@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ def whole_shape(weight: Tensor) -> torch.Size:
 @contextlib.contextmanager
 def whole(*weights: Tensor) -> Iterator[None]:
     """Inside, these weights are whole in every process; they must not be changed. A collective where partitioned."""
-    absent = [weight for weight in weights if hasattr(weight, "ds_id") and weight.ds_status.name == "NOT_AVAILABLE"]
+    absent = [weight for weight in weights if _is_absent(weight)]
     if not absent:
         yield
         return
@@ -37,3 +38,7 @@ def whole(*weights: Tensor) -> Iterator[None]:
         finally:
             with torch._C.DisableTorchFunction():
                 gathered.close()
+
+
+def _is_absent(weight: Any) -> bool:
+    return hasattr(weight, "ds_id") and bool(weight.ds_status.name == "NOT_AVAILABLE")
