@@ -54,6 +54,7 @@ from dpofast.checkpointing.progress import Resumed, Written, check_other_ranks, 
 from dpofast.checkpointing.sharded import own_shard_files
 from dpofast.checkpointing.signals import Interruption, TrainingInterrupted
 from dpofast.checkpointing.write_errors import room
+from dpofast.checkpointing.zero import is_partitioned
 from dpofast.common.locks import WriteLock
 from dpofast.common.output import lasting_output
 from dpofast.common.ranks import Ranks
@@ -183,7 +184,8 @@ class CheckpointedTrainer(ModelFiles):
 
     def _prepare(self, resume: str | bool | None) -> Resumed | None:
         """Check what is to be resumed before anything is loaded; returns what to resume."""
-        if self.args.should_save or first_shard(self.model) is not None:  # reading shards is a collective
+        is_sharded = first_shard(self.model) is not None or is_partitioned(self.model)
+        if self.args.should_save or is_sharded:  # reading shards is a collective
             self._identity = self.run_identity()
         if not self.args.should_save:
             return None

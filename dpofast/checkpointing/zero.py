@@ -24,7 +24,7 @@ def whole_shape(weight: Tensor) -> torch.Size:
 @contextlib.contextmanager
 def whole(*weights: Any) -> Iterator[None]:
     """Inside, these weights are whole in every process; they must not be changed. A collective where partitioned."""
-    absent = [weight for weight in weights if hasattr(weight, "ds_id") and weight.ds_status.name == "NOT_AVAILABLE"]
+    absent = [weight for weight in weights if _is_absent(weight)]
     if not absent:
         yield
         return
@@ -38,3 +38,7 @@ def whole(*weights: Any) -> Iterator[None]:
         finally:
             with torch._C.DisableTorchFunction():
                 gathered.close()
+
+
+def _is_absent(weight: Any) -> bool:
+    return hasattr(weight, "ds_id") and bool(weight.ds_status.name == "NOT_AVAILABLE")

@@ -1,7 +1,6 @@
 """Runs whose policy and reference ZeRO-3 partitions before the reference pass, or at load; resident bytes."""
 
 import os
-import tempfile
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -85,12 +84,18 @@ def partitioned(folder, ranks, *, family="llama", dataset=shared_prompts, rows=2
         )
 
     if at_load:
-        saved = tempfile.mkdtemp()
-        model.save_pretrained(saved)
+        saved = f"{folder}/model"
+        for path, each in ((saved, model), (f"{saved}/reference", ref_model)):
+            if each is not None and int(os.environ.get("RANK", 0)) == 0:
+                each.save_pretrained(path)
         args = config()  # from here on transformers partitions what it loads
+        if ranks > 1:
+            from deepspeed import comm
+
+            comm.init_distributed(dist_backend="gloo")  # as accelerate does, but on processors
+            torch.distributed.barrier()
         model = saved if at_load == "name" else AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32)
         if ref_model is not None:
-            ref_model.save_pretrained(f"{saved}/reference")
             ref_model = AutoModelForCausalLM.from_pretrained(f"{saved}/reference", dtype=torch.float32)
     else:
         args = config()
@@ -114,7 +119,7 @@ def partitioned(folder, ranks, *, family="llama", dataset=shared_prompts, rows=2
             peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM") if lora else None,
         )
         begin = trainer.evaluate()
-        further = trainer.evaluate(tiny_dataset(5, seed=4))
+        further = trainer.evaluate(tiny_dataset(5, seed=4)) if reference is None else {}  # released by then
     finally:
         reference_module.add_reference_columns = with_columns
     early = all(hasattr(weight, "ds_id") for weight in trainer.model.parameters())

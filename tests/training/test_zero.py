@@ -17,7 +17,7 @@ def check(results, case, folder):
     assert first["early"] and first["wrapped"] == "DeepSpeedEngine"
     assert first["columns"] == second["columns"] and first["logs"] == second["logs"]
     assert first["identity"] == second["identity"] == alone["identity"] and first["keys"] == alone["keys"]
-    assert first["flops"] == pytest.approx(alone["flops"])
+    assert first["flops"] == pytest.approx(alone["flops"], rel=0.02)  # ranks share fewer positions
     for ours, truth in zip(first["columns"], alone["columns"], strict=True):
         assert ours == pytest.approx(truth, rel=1e-5, abs=1e-5)
     for name in ("begin", "further", "end"):
