@@ -87,12 +87,6 @@ def check_plan(config: Any, args: DPOConfig) -> None:
             several groups, too.
     """
     text, size = config.get_text_config(), args.tensor_parallel_size
-    if getattr(text, "tie_word_embeddings", False) and text is config and size < args.world_size:
-        raise ValueError(
-            f"tensor_parallel_size: expected {args.world_size}, the number of processes, for {text.model_type} with "
-            f"tied embeddings, got {size}: FSDP2, which shards it between groups of {size}, frees the embedding before "
-            f"the head reads it: start {size} processes, or leave it at 1 and set fsdp"
-        )
     if text is not config:
         raise ValueError(
             f"tensor_parallel_size: expected a language model alone, got {config.model_type}, whose encoders have no "
@@ -102,6 +96,12 @@ def check_plan(config: Any, args: DPOConfig) -> None:
         raise ValueError(
             f"tensor_parallel_size: transformers has no plan by which to divide {text.model_type} (base_model_tp_plan "
             f"of its config), got {size}: leave it at 1; fsdp shards any model"
+        )
+    if getattr(text, "tie_word_embeddings", False) and size < args.world_size:
+        raise ValueError(
+            f"tensor_parallel_size: expected {args.world_size}, the number of processes, for {text.model_type} with "
+            f"tied embeddings, got {size}: FSDP2, which shards it between groups of {size}, frees the embedding before "
+            f"the head reads it: start {size} processes, or leave it at 1 and set fsdp"
         )
 
 
