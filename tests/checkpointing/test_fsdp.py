@@ -51,6 +51,10 @@ def test_what_fsdp2_is_taken(tmp_path):
     check_sharding(gpus(fsdp_config={"version": 2, "state_dict_type": "FULL_STATE_DICT"}))
     with pytest.raises(ValueError, match='got 1: set {"version": 2}'):
         check_sharding(gpus(fsdp_config={"version": 1}))
+    check_sharding(gpus(fsdp_config={"cpu_ram_efficient_loading": "false"}))
+    for told in (True, "true"):  # as JSON, or as transformers leaves a flag's
+        with pytest.raises(ValueError, match="cpu_ram_efficient_loading: expected false or nothing, got true"):
+            check_sharding(gpus(fsdp_config={"cpu_ram_efficient_loading": told}))
     sharded = {"state_dict_type": "SHARDED_STATE_DICT"}
     check_sharding(gpus(fsdp_config=sharded))
     with pytest.raises(ValueError, match="save_on_each_node: expected no SHARDED_STATE_DICT beside it: the shards of"):

@@ -47,6 +47,8 @@ class ShardedEarly(CheckpointedTrainer):
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         if plugin is None:
             return
+        # accelerate launch sets it unless told otherwise, and every process has read the weights: nothing to broadcast
+        plugin.cpu_ram_efficient_loading = False
         for model in filter(None, (self.model, ref_model)):
             check_shardable(model, forward_dtype(self.accelerator))
         told = plugin.transformer_cls_names_to_wrap

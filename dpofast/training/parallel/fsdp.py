@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, str_to_bool
 from torch import nn
 
 from dpofast.checkpointing.fsdp import first_shard
@@ -54,8 +54,8 @@ def check_sharding(args: Any) -> None:
     """Check the FSDP options of a TrainingArguments and the device.
 
     Raises:
-        ValueError: FSDP on the CPU, where accelerate would train with DDP and not say so; FSDP1; another kind of
-            checkpoint than whole or sharded; an option that sharded ones do not allow.
+        ValueError: FSDP on the CPU, where accelerate would train with DDP and not say so; FSDP1; loading on the first
+            process alone; another kind of checkpoint than whole or sharded; an option that sharded ones do not allow.
     """
     launched = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"  # accelerate launch --use_fsdp
     if not (args.fsdp or launched):
@@ -69,6 +69,12 @@ def check_sharding(args: Any) -> None:
     version = int(config.get("version", 2) if args.fsdp else os.environ.get("FSDP_VERSION", 1))
     if version != 2:
         raise ValueError(f'fsdp_config: expected version 2 (FSDP2), got {version}: set {{"version": 2}}')
+    if args.fsdp and str_to_bool(str(config.get("cpu_ram_efficient_loading") or False).lower()):
+        raise ValueError(
+            "fsdp_config: cpu_ram_efficient_loading: expected false or nothing, got true: transformers reads the whole "
+            "model into the memory of every process all the same; leave it out. Where that is too much, "
+            "tensor_parallel_size reads each process's shards alone"
+        )
     default = "FULL_STATE_DICT" if args.fsdp else os.environ.get("FSDP_STATE_DICT_TYPE", "SHARDED_STATE_DICT")
     kind = config.get("state_dict_type", default) if args.fsdp else default
     if kind not in ("FULL_STATE_DICT", "SHARDED_STATE_DICT"):
