@@ -16,7 +16,7 @@ TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
 # Before a commit: lint, and the tests that are not marked slow.
 check: lint
-	$(BIN)/python -m pytest $(TWO) -q -m "not slow and not gpu and not deepspeed and not ranks"
+	$(BIN)/python -m pytest $(TWO) -q -m "not slow and not gpu and not deepspeed and not bitsandbytes and not ranks"
 
 # The kernels with the oldest Triton that is supported; `make test` has the newest. Only triton is another one, and numpy,
 # which Triton 3.6's interpreter needs below 2.4; everything else is .venv's. --no-deps, since a CUDA build of torch pins
@@ -66,6 +66,15 @@ test-deepspeed: build/deepspeed/.installed
 build/deepspeed/.installed: $(INSTALLED)
 	DS_BUILD_OPS=0 $(BIN)/pip install --no-deps --no-build-isolation --target build/deepspeed deepspeed hjson msgpack \
 	    py-cpuinfo pydantic pydantic-core annotated-types typing-inspection einops nvidia-ml-py
+	@touch $@
+
+# QLoRA on one and two CPU processes, with 4-bit weights of bitsandbytes, which has kernels for CPUs.
+.PHONY: test-bitsandbytes
+test-bitsandbytes: build/bitsandbytes/.installed
+	PYTHONPATH=build/bitsandbytes $(BIN)/python -m pytest -m bitsandbytes tests/training/test_qlora.py
+
+build/bitsandbytes/.installed: $(INSTALLED)
+	$(BIN)/pip install --no-deps --target build/bitsandbytes bitsandbytes
 	@touch $@
 
 lint: $(INSTALLED)

@@ -2,8 +2,9 @@
 
     pytest           on the CPU only, kernels in Triton's interpreter, whether or not there is a GPU
     pytest -m gpu    only the tests of the GPU, kernels compiled for it
-    pytest -m "not slow and not gpu and not deepspeed and not ranks"    the quick ones (make check)
+    pytest -m "not slow and not gpu and not deepspeed and not bitsandbytes and not ranks"    the quick ones (make check)
     pytest -m deepspeed    those that need the package, which is not among the test requirements (make test-deepspeed)
+    pytest -m bitsandbytes those that need that one (make test-bitsandbytes)
     pytest -m ranks    every mode of several processes in every case (make test-ranks); the others have a few of them
 
 Triton decides once per process whether it compiles or interprets, so one process cannot run both.
@@ -69,7 +70,7 @@ def pytest_configure(config):
         # cuBLAS repeats its results to the bit only with a workspace of its own a stream.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         return
-    config.option.markexpr = config.option.markexpr or "not gpu and not deepspeed and not ranks"
+    config.option.markexpr = config.option.markexpr or "not gpu and not deepspeed and not bitsandbytes and not ranks"
     os.environ["TRITON_INTERPRET"] = "1"
     # What picks a device by itself, as transformers' Trainer does, finds the CPU; nobody has asked for a GPU so far.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""

@@ -12,6 +12,7 @@ from transformers import GptOssConfig, GptOssForCausalLM, Mxfp4Config
 from dpofast import attach_logprob_head, pack
 from dpofast.model.checks.quantized import check_quantized, check_shardable
 from dpofast.model.load import load_causal_lm
+from dpofast.training.parallel.fsdp import cast_parameters
 from tests.support.tiny import tiny_model
 
 # E2M1: a sign, two bits of exponent, one of fraction.
@@ -112,3 +113,14 @@ def test_4_bit_weights_that_fsdp2_cannot_shard_as_they_are_are_refused(stored, g
         check_shardable(model, gathered)
     model.weight = kind(torch.zeros(4, 1).to(gathered or torch.float32), requires_grad=False)
     check_shardable(model, gathered)
+
+
+def test_packed_bits_of_a_reference_are_not_rounded():
+    kind = type("Params4bit", (torch.nn.Parameter,), {})
+    model = torch.nn.Linear(2, 2)
+    model.weight = kind(torch.randn(4, 1), requires_grad=False)
+    before = model.weight.detach().clone()
+    cast_parameters(model, torch.bfloat16)
+    assert torch.equal(model.weight, before) and model.bias.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="bnb_4bit_quant_storage"):
+        check_shardable(model, torch.bfloat16)

@@ -12,6 +12,7 @@ PRELOADED = [
     "tests.support.activation_cases",
     "tests.support.command_cases",
     "tests.support.distributed_cases",
+    "tests.support.qlora_cases",
     "tests.support.ranks_cases",
     "tests.support.resume_cases",
     "tests.support.sequence_cases",

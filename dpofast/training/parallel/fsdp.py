@@ -139,7 +139,8 @@ def cast_parameters(model: nn.Module, dtype: torch.dtype | None) -> None:
     """Convert a model's floating-point parameters, in place, to the dtype of forward_dtype(); buffers stay.
 
     None does nothing. A reference model is converted so that it multiplies the same rounded weights as the policy.
+    4-bit weights stay, whose packed bits are no numbers.
     """
     for parameter in model.parameters() if dtype is not None else ():
-        if parameter.is_floating_point():
+        if parameter.is_floating_point() and type(parameter).__name__ != "Params4bit":
             parameter.data = parameter.data.to(dtype)
