@@ -8,9 +8,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
+
+# Of each default group: threads of a gloo group wake up as long as it lives, so that one for each trainer would add up.
+_made: WeakKeyDictionary[Any, dict[Any, list[Any]]] = WeakKeyDictionary()
+
+
+def process_groups(members: Sequence[Sequence[int]], backend: str | None = None) -> list[Any]:
+    """Returns a process group of each of these ranks, made at the first call. A collective of all processes.
+
+    Args:
+        members: the ranks of each group.
+        backend: None for that of the default group.
+    """
+    known = _made.setdefault(dist.group.WORLD, {})
+    key = (backend, *map(tuple, members))
+    if key not in known:
+        known[key] = [dist.new_group(list(ranks), backend=backend) for ranks in members]
+    return known[key]
 
 
 class Ranks:
@@ -36,12 +54,11 @@ class Ranks:
         self.size = self.processes // sharing
         self.process = dist.get_rank() if self.processes > 1 else 0
         self.rank, place = divmod(self.process, sharing)
-        self._everyone = dist.new_group(backend="gloo") if self.processes > 1 else None
+        self._everyone = process_groups([range(self.processes)], "gloo")[0] if self.processes > 1 else None
         self._group = self._everyone
         if sharing > 1:
-            groups = [list(range(first, self.processes, sharing)) for first in range(sharing)]
-            made = [dist.new_group(group, backend="gloo") for group in groups]  # each process makes all of them
-            self._group = made[place]
+            shares = [range(first, self.processes, sharing) for first in range(sharing)]
+            self._group = process_groups(shares, "gloo")[place]
 
     @property
     def everyone(self) -> Ranks:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-import torch.distributed as dist
-
+from dpofast.common.ranks import process_groups
 from dpofast.model.checks.support import is_recurrent
 from dpofast.model.moe import balancing_coefficient
 from dpofast.training.checks.images import has_images
@@ -84,5 +83,4 @@ def sequence_group(args: DPOConfig) -> Any:
     if size == 1:
         return None
     firsts = range(0, args.world_size, size)
-    groups = [dist.new_group(list(range(first, first + size))) for first in firsts]
-    return groups[args.process_index // size]
+    return process_groups([range(first, first + size) for first in firsts])[args.process_index // size]
