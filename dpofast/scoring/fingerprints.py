@@ -107,7 +107,7 @@ def _scales(model: Any) -> Iterator[tuple[str, Tensor]]:
     """
     for name, module in model.named_modules():
         weight = dict(module.named_parameters(recurse=False)).get("weight")
-        state = getattr(weight, "quant_state", None) or getattr(module, "quant_state", None)
+        state: Any = getattr(weight, "quant_state", None) or getattr(module, "quant_state", None)
         if hasattr(state, "as_dict"):
             for key, tensor in state.as_dict(packed=True).items():
                 yield f"{name}.weight.{key}", tensor

@@ -3,6 +3,7 @@
 Each trains ten steps; a checkpoint after five lies between two logs.
 """
 
+import os
 import warnings
 from pathlib import Path
 
@@ -36,7 +37,10 @@ def half_of_the_shards(original, args, kwargs):
 
 
 KILLS = {
-    **{name: POINTS[name] for name in ("step", "rename", "renamed", "pickle", "fsync")},
+    **{name: POINTS[name] for name in ("step", "fsync")},
+    # of the checkpoint's own folder and files: torch.distributed.checkpoint renames and pickles its own
+    **{name: (*POINTS[name], lambda path, *_: Path(path).is_dir()) for name in ("rename", "renamed")},
+    "pickle": (*POINTS["pickle"], lambda state, file, *_: isinstance(file, (str, os.PathLike))),
     "shards": (FileSystemWriter, "write_data", half_of_the_shards),
     "before shards": (sharded, "save", before),
     "after shards": (sharded, "save", after),

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch.distributed as dist
+from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
@@ -36,6 +37,11 @@ def check_tensor_parallel(args: DPOConfig) -> None:
             f"divided as they are loaded, got {__version__}: pip install 'transformers>={_SINCE}'"
         )
     size = args.tensor_parallel_size
+    if args.distributed_state.distributed_type == DistributedType.MULTI_CPU:
+        raise ValueError(
+            f"tensor_parallel_size: expected GPUs, got {args.world_size} processes on {args.device}, where accelerate "
+            "takes no model that is divided: leave it at 1; sequence_parallel_size runs on CPUs too"
+        )
     refused = {
         "fsdp, deepspeed": (
             will_shard(args),
