@@ -38,7 +38,6 @@ FURTHER = {
     "adapter that came, live": {"lora": "before", "precompute_ref_log_probs": False},
     "checkpointing": {"gradient_checkpointing": True},
     "checkpointing by accelerate": {"checkpointing_by_accelerate": True},
-    "compiled": {"torch_compile": True},
     "more ranks than rows of LoRA": {"lora": 1},
     "experts": {"family": "mixtral"},
 }
