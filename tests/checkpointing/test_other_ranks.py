@@ -60,7 +60,7 @@ def test_one_kind_of_checkpoint_under_another(written, tmp_path, mode, then):
         ("sharded", ["before shards", 2, 1]),
         ("sharded", ["shards", 2, 1]),
         ("sharded", ["after shards", 2, 0]),
-        ("sharded", ["pickle", 5, 1]),
+        ("sharded", ["pickle", 3, 1]),
         ("sharded", ["rename", 2, 0]),
         ("ddp", ["step", 8, 1]),
         ("ddp", ["pickle", 4, 1]),
