@@ -13,6 +13,7 @@ from bench.roofline.step import (
     DPOFAST,
     GATHERED_LAYERS,
     LAST_BACKWARD,
+    Predicted,
     Setting,
     predict_batches,
 )
@@ -25,8 +26,8 @@ OFFLOADED_LAYERS = 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class Divided:
-    """A predicted step.
+class Divided(Predicted):
+    """A predicted step of a divided model.
 
     Attributes:
         division, setting: what was predicted; of the setting, `checkpointing` and `max_tokens` are those chosen.
@@ -40,27 +41,14 @@ class Divided:
     """
 
     division: Division
-    setting: Setting
     offloaded: bool
-    terms: dict[str, float]
-    memory: dict[str, float]
     sent: dict[str, float]
     host: float
 
     @property
-    def seconds(self) -> float:
-        """Of the whole step."""
-        return sum(self.terms.values())
-
-    @property
-    def peak(self) -> float:
-        """Bytes of one GPU."""
-        return sum(self.memory.values())
-
-    @property
     def fits(self) -> bool:
         """Whether both memories suffice."""
-        return self.peak <= USABLE_MEMORY * self.setting.device.memory and self.host <= HOST_BYTES_A_GPU
+        return super().fits and self.host <= HOST_BYTES_A_GPU
 
     @property
     def tokens_per_second(self) -> float:

@@ -106,11 +106,35 @@ class Setting:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prediction:
-    """One step.
+class Predicted:
+    """What every prediction of a step has: of what setting, seconds and peak bytes of one device by what takes them."""
+
+    setting: Setting
+    terms: dict[str, float]
+    memory: dict[str, float]
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole step."""
+        return sum(self.terms.values())
+
+    @property
+    def peak(self) -> float:
+        """Bytes of one device."""
+        return sum(self.memory.values())
+
+    @property
+    def fits(self) -> bool:
+        """Whether the peak is within what a step may take of the device's memory."""
+        return self.peak <= USABLE_MEMORY * self.setting.device.memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction(Predicted):
+    """One step of an implementation.
 
     Attributes:
-        how, setting: what was predicted.
+        how: what was predicted.
         terms: seconds of one device by what takes them. "communication" is what computing does not hide; "host" is what
             the host takes to start the operators, beyond the device's own time.
         memory: peak bytes of one device by what holds them.
@@ -121,27 +145,9 @@ class Prediction:
     """
 
     how: Implementation
-    setting: Setting
-    terms: dict[str, float]
-    memory: dict[str, float]
     gemm_flops: float
     positions: float
     micro_batches: float
-
-    @property
-    def seconds(self) -> float:
-        """Of the whole step."""
-        return sum(self.terms.values())
-
-    @property
-    def peak(self) -> float:
-        """Bytes."""
-        return sum(self.memory.values())
-
-    @property
-    def fits(self) -> bool:
-        """Whether the peak is within what a step may take of the device's memory."""
-        return self.peak <= USABLE_MEMORY * self.setting.device.memory
 
     @property
     def tokens_per_second(self) -> float:

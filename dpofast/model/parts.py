@@ -58,6 +58,11 @@ def beside_text(model: Any) -> list[torch.nn.Parameter]:
     return [parameter for parameter in base.parameters() if id(parameter) not in reached]
 
 
+def named_layers(model: Any) -> set[str]:
+    """The class names of a model's decoder layers, as transformers names them: what is sharded as one unit."""
+    return set(getattr(base_causal_lm(model), "_no_split_modules", None) or ())
+
+
 def media_token_ids(model: Any) -> set[int]:
     """The token ids that stand for images, videos and sound in a composite model's input; no other model has any."""
     named = vars(model.config).items() if is_composite(model) else ()

@@ -76,10 +76,6 @@ class ReferenceStore:
         if is_cache:
             self._check_manifest()
         self._prepared = False
-        self.refresh()
-
-    def refresh(self) -> None:
-        """List the shards again: other processes may have written some."""
         self._shards: dict[str, list[Path]] = {}
         if self.folder.is_dir():
             for path in sorted(self.folder.glob(f"*{_SUFFIX}")):

@@ -35,10 +35,6 @@ class StepLoaders(ShardedEarly):
     _training_packer: StepPacker
     _ahead: Ahead[StepExamples] | None = None
 
-    def _prepared(self, dataset: Any, name: str) -> Dataset:
-        """Tokens and reference log-probs of further data."""
-        raise NotImplementedError
-
     def get_train_dataloader(self) -> StepLoader:
         """This rank's share of every step."""
         if self.train_dataset is None:
@@ -72,10 +68,6 @@ class StepLoaders(ShardedEarly):
             images=self._data.images,
             attention=AttentionWork.of(self.model.config),
         )
-
-    def get_test_dataloader(self, test_dataset: Any) -> StepLoader:
-        """This rank's share of every batch of further data, for predict()."""
-        return self.get_eval_dataloader(self._prepared(test_dataset, "test"))
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[StepExamples], None]:
         """The next step's examples, fetched and packed while the step before it ran."""

@@ -62,7 +62,7 @@ from dpofast.training.ref_model import (
     reference_is_gone,
     with_reference_columns,
 )
-from dpofast.training.sampler import StepExamples
+from dpofast.training.sampler import StepExamples, StepLoader
 from dpofast.training.step import OptimizerStep, not_finite, rows_not_finite, step_settings
 
 _REFERENCE_FILE = "moving_reference.safetensors"  # in a checkpoint
@@ -227,6 +227,10 @@ class DPOTrainer(StepLoaders):
         if dataset is None or isinstance(dataset, IterableDataset):
             return dataset
         return self._data.tokenized(dataset, "train")
+
+    def get_test_dataloader(self, test_dataset: Any) -> StepLoader:
+        """This rank's share of every batch of further data, for predict()."""
+        return self.get_eval_dataloader(self._prepared(test_dataset, "test"))
 
     @property
     def aux_loss_enabled(self) -> bool:

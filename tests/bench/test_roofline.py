@@ -392,7 +392,7 @@ def test_a_file_that_is_refused_is_named(capsys, tmp_path, text, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "expected --model, or --results"),
+        ([], "expected --model, --scale or --results"),
         (["--model", "m", "--lengths", "3/4"], "expected PROMPT/CHOSEN/REJECTED"),
         (["--model", "m", "--pairs", "0"], "--pairs, .* of at least 1"),
         (
@@ -441,6 +441,6 @@ def test_what_a_config_leaves_out_is_as_its_type_has_it():
 
 def test_known_models_have_their_published_sizes():
     billions = {"smollm2-135m": 0.1345, "qwen2.5-0.5b": 0.494, "qwen2.5-7b": 7.62, "olmo-2-7b": 7.30}
-    billions |= {"llama-3.1-8b": 8.03, "llama-3.1-70b": 70.55, "mixtral-8x7b": 46.7}
+    billions |= {"llama-3.1-8b": 8.03, "llama-3.1-70b": 70.55, "mixtral-8x7b": 46.7, "qwen3-235b-a22b": 235.09}
     assert {name: shape.weights() / 1e9 for name, (_, shape) in MODELS.items()} == pytest.approx(billions, rel=2e-3)
     assert find_device("h100") is DEVICES["H100"] and math.isinf(results._cpu(1.0, math.inf).memory)

@@ -281,6 +281,19 @@ def train(folder, ranks, *, resumed=False, **options):
     }
 
 
+# What a run of comparisons trains with unless its case says otherwise.
+TRAINING = {
+    "optim": "sgd",
+    "learning_rate": 0.05,
+    "max_steps": 10,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+    "use_cpu": True,
+}
+
+
 def trainer_of(
     folder, ranks, *, dataset=shared_prompts, pairs=8, accumulation=1, lora=False, fails=None, family="llama", layers=3,
     **options,
@@ -291,16 +304,6 @@ def trainer_of(
         from peft import LoraConfig
 
         peft_config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
-    defaults = {
-        "optim": "sgd",
-        "learning_rate": 0.05,
-        "max_steps": 10,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-    }
     model, synchronizations = tiny_model(family, num_hidden_layers=layers), Synchronizations()
     model.register_forward_pre_hook(synchronizations.called)
     if fails is not None:
@@ -312,7 +315,7 @@ def trainer_of(
             per_device_train_batch_size=pairs // ranks // accumulation,
             gradient_accumulation_steps=accumulation,
             per_device_eval_batch_size=4 // ranks,
-            **{**defaults, **options},
+            **{**TRAINING, **options},
         ),
         train_dataset=dataset(),
         eval_dataset=tiny_dataset(7, seed=3),

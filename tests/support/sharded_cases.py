@@ -16,7 +16,7 @@ from dpofast.scoring.ref_cache import CACHE_FOLDER
 from dpofast.training import ref_model as reference_module
 from dpofast.training.parallel.early import on_shards
 from dpofast.training.ref_model import unwrapped
-from tests.support.ranks_cases import COMPARED, FSDP, shared_prompts
+from tests.support.ranks_cases import COMPARED, FSDP, TRAINING, shared_prompts
 from tests.support.tiny import tiny_dataset, tiny_model, tiny_tokenizer
 
 LORA = {"lora": True}
@@ -163,15 +163,3 @@ def units_of(model):
         if group is not None:
             groups[id(group)] = sum(4 * param.sharded_param.numel() for param in group.fsdp_params)
     return list(groups.values())
-
-
-TRAINING = {
-    "optim": "sgd",
-    "learning_rate": 0.05,
-    "max_steps": 10,
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "report_to": "none",
-    "disable_tqdm": True,
-    "use_cpu": True,
-}

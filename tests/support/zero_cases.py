@@ -8,8 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from dpofast import DPOConfig, DPOTrainer
 from dpofast.training import ref_model as reference_module
-from tests.support.ranks_cases import COMPARED, _zero, dialogues, shared_prompts
-from tests.support.sharded_cases import TRAINING
+from tests.support.ranks_cases import COMPARED, TRAINING, _zero, dialogues, shared_prompts
 from tests.support.tiny import tiny_dataset, tiny_model, tiny_tokenizer
 
 OWN = {"reference": {"num_hidden_layers": 2}}

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from dpofast.model.parts import base_causal_lm
+from dpofast.model.parts import base_causal_lm, named_layers
 
 
 def shard(model: nn.Module, mesh: Any) -> None:
@@ -25,7 +25,7 @@ def shard(model: nn.Module, mesh: Any) -> None:
     from torch.distributed.fsdp import fully_shard
 
     base: Any = base_causal_lm(model)
-    named = set(getattr(base, "_no_split_modules", None) or ())
+    named = named_layers(model)
     layers = [module for module in model.modules() if type(module).__name__ in named]
     if not layers:
         raise ValueError(

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from dpofast.checkpointing.zero import is_partitioned, whole
-from dpofast.model.parts import base_causal_lm
+from dpofast.model.parts import named_layers
 from dpofast.model.wrappers import drop_hooks
 
 
@@ -85,7 +85,7 @@ class _Unit:
 
 def _units(model: Any) -> Iterator[tuple[nn.Module, list[nn.Parameter]]]:
     """What is gathered at once: each decoder layer, and the own weights of every module outside of them."""
-    layers = set(getattr(base_causal_lm(model), "_no_split_modules", None) or ())
+    layers = named_layers(model)
     inside: set[int] = set()
     for module in model.modules():  # parents first, and one that several places share once
         if id(module) in inside:

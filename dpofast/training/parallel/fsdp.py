@@ -18,6 +18,7 @@ from torch import nn
 
 from dpofast.checkpointing.fsdp import first_shard
 from dpofast.model.parallel.tensor import tensor_parallel_size
+from dpofast.model.parts import named_layers
 
 _NOT_SHARDED = {
     "save_only_model": "a checkpoint without an optimizer is a model's folder, and shards are none",
@@ -130,8 +131,7 @@ def shard_layers_that_are_there(accelerator: Any, model: Any) -> None:
     """
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is not None and plugin.transformer_cls_names_to_wrap is None:
-        named = set(getattr(model, "_no_split_modules", None) or ())
-        found = {type(module).__name__ for module in model.modules()} & named
+        found = {type(module).__name__ for module in model.modules()} & named_layers(model)
         plugin.transformer_cls_names_to_wrap = sorted(found) or None
 
 
