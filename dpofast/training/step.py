@@ -53,10 +53,10 @@ class StepSettings:
         reference: the model that computes reference log-probs in the step; None where every batch brings them.
         ranks: what the pairs of a step are divided among.
         group: the process group that computes each micro-batch together (sequence parallelism), or None.
-        averaged_over: how many processes gradients are averaged over.
         accelerator: accelerate's, which wrapped the model. Its autocast is entered explicitly: accelerate applies it to
             the wrapped policy only, and the reference must round in the same way.
         device: where batches are.
+        averaged_over: how many processes gradients are averaged over.
         max_logits_bytes: the LM head's memory limit, or None for the default.
         token_statistics: also compute entropy, mean logits and accuracy per token, at the cost of more memory.
         balancing: weight of a mixture of experts' load-balancing loss, 0 for none.
@@ -67,9 +67,9 @@ class StepSettings:
     loss: PreferenceLoss
     reference: ReferenceModel | None
     ranks: Ranks
-    averaged_over: int
     accelerator: Any
     device: torch.device
+    averaged_over: int = 1
     max_logits_bytes: int | None = None
     token_statistics: bool = False
     balancing: float = 0.0
@@ -107,9 +107,9 @@ def step_settings(
         loss=loss,
         reference=reference,
         ranks=ranks,
-        averaged_over=ranks.processes // args.tensor_parallel_size,
         accelerator=accelerator,
         device=args.device,
+        averaged_over=ranks.processes // args.tensor_parallel_size,
         max_logits_bytes=args.max_logits_bytes,
         token_statistics=args.token_statistics,
         balancing=balancing,
@@ -304,11 +304,14 @@ class OptimizerStep:
             return [None] * len(self.batches)
         settings = self.settings
         own = [batch for batch in self.batches if batch is not None]
+        references, scored = list[Tensor | None](), list[tuple[Tokens, Tensor | None]]()
         with self._beforehand():
-            scored = [self._tokens(batch) for batch in own]
-            references = [self.reference_logps(batch) for batch in own]
-            for _ in range(len(self.batches) - len(own)):
-                self._idle()
+            for batch in self.batches:  # in the order of _idle: other ranks may be in that one
+                if batch is None:
+                    self._idle()
+                else:
+                    references.append(self.reference_logps(batch))
+                    scored.append(self._tokens(batch))
         tokens, aux_losses = [tokens for tokens, _ in scored], [aux_loss for _, aux_loss in scored]
         rows = [(batch.pairs, batch.columns) for batch in own]
         everyone, first = gathered(settings.ranks, tokens, rows, references, settings.device)
