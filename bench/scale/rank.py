@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -131,23 +132,42 @@ def processors_as_gpus() -> None:
     PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)
 
 
-def _rank(rank: int, folder: str, profile: str, mode: str, port: int) -> None:
-    """Become one rank, with the environment that torchrun would set, and write what it counts."""
-    asked = MODES[mode]
+def become_rank(rank: int, world: int, port: int) -> None:
+    """Make this process one rank of `world`, with the environment that torchrun would set, and one thread."""
     disable_progress_bars()
     logging.disable_progress_bar()
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"  # else accelerate lets each rank use all cores
-    if asked.world > 1:
-        ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": asked.world}
+    if world > 1:
+        ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world}
         where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         os.environ.update({name: str(value) for name, value in {**ranks, **where}.items()})
-        if "fsdp" in asked.options or "tensor_parallel_size" in asked.options:
-            processors_as_gpus()
+
+
+def _rank(rank: int, port: int, folder: str, profile: str, mode: str) -> None:
+    """Become one rank, and write what it counts."""
+    asked = MODES[mode]
+    become_rank(rank, asked.world, port)
+    if "fsdp" in asked.options or "tensor_parallel_size" in asked.options:
+        processors_as_gpus()
     figures = train(Path(folder), PROFILES[profile], asked)
     Path(folder, f"{rank}.json").write_text(json.dumps(figures))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def start(function: Callable[..., None], arguments: tuple[Any, ...], world: int) -> None:
+    """Run function(rank, port, *arguments) in `world` processes, and wait.
+
+    Raises:
+        torch.multiprocessing.ProcessRaisedException: a rank failed, with what it raised.
+    """
+    # Each rank is forked from a server that has imported this module and run nothing.
+    multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    torch.multiprocessing.start_processes(function, (port, *arguments), nprocs=world, start_method="forkserver")
 
 
 def run(folder: Path, profile: str, mode: str) -> list[dict[str, Any]]:
@@ -160,15 +180,8 @@ def run(folder: Path, profile: str, mode: str) -> list[dict[str, Any]]:
     Raises:
         torch.multiprocessing.ProcessRaisedException: a rank failed, with what it raised.
     """
-    # Each rank is forked from a server that has imported this module and run nothing.
-    multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
     world = MODES[mode].world
-    torch.multiprocessing.start_processes(
-        _rank, (str(folder), profile, mode, port), nprocs=world, start_method="forkserver"
-    )
+    start(_rank, (str(folder), profile, mode), world)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]
 
 

@@ -24,6 +24,13 @@ from dpofast.checkpointing.zero import whole
 _WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")
 
 
+def without_wrappers(name: str) -> str:
+    """Returns the name of a parameter or buffer as a state dict has it."""
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
+
+
 def first_shard(model: nn.Module) -> tuple[str, Any] | None:
     """Returns the name and the value of the first sharded parameter (a DTensor), or None where all are whole."""
     return next(((name, w) for name, w in model.named_parameters() if hasattr(w, "device_mesh")), None)
@@ -165,11 +172,7 @@ def load_named(
 
 def group_names(model: nn.Module, optimizer: Any) -> Iterator[list[str]]:
     """Yields the names of the weights of each of an optimizer's groups, in its order."""
-    names = {}
-    for name, weight in model.named_parameters():
-        for wrapper in _WRAPPERS:
-            name = name.replace(wrapper, "")
-        names[weight] = name
+    names = {weight: without_wrappers(name) for name, weight in model.named_parameters()}
     for group in optimizer.param_groups:
         yield [names[weight] for weight in group["params"]]
 

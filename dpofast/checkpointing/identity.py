@@ -17,7 +17,7 @@ import pyarrow as pa
 from datasets import Dataset
 from torch import Tensor, nn
 
-from dpofast.checkpointing.fsdp import gathered
+from dpofast.checkpointing.fsdp import gathered, without_wrappers
 from dpofast.checkpointing.zero import whole_shape
 
 # Of transformers.TrainingArguments.
@@ -46,7 +46,7 @@ def options_identity(args: Any, data_ranks: int) -> dict[str, Any]:
 
 def parameters_identity(model: nn.Module) -> dict[str, Any]:
     """Returns names, shapes and dtypes of trained parameters, and a fingerprint of frozen ones."""
-    named = list(model.named_parameters())
+    named = [(without_wrappers(name), p) for name, p in model.named_parameters()]
     trained = {
         name: f"{str(p.dtype).removeprefix('torch.')} {'×'.join(map(str, whole_shape(p)))}"
         for name, p in named
@@ -64,7 +64,7 @@ def weights_fingerprint(parameters: Iterable[tuple[str, Tensor]]) -> str:
     digest = _digest()
     for name, parameter in parameters:
         flat = gathered(parameter).detach().reshape(-1)
-        digest.update(f"{name} {tuple(whole_shape(parameter))}".encode())
+        digest.update(f"{without_wrappers(name)} {tuple(whole_shape(parameter))}".encode())
         digest.update(flat[:: max(1, len(flat) // 64)][:64].float().cpu().numpy().tobytes())
     return digest.hexdigest()
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +27,8 @@ class Loading:
     """How models are loaded: dtype (a name in DTYPES), trust_remote_code, quantized to 4 bits or not.
 
     attn_implementation is transformers'; None is the model's own choice. storage: the dtype whose tensors hold 4-bit
-    weights, which FSDP2 gathers as they are; None is dtype. options: further ones of from_pretrained.
+    weights, which FSDP2 gathers as they are; None is dtype. options: further ones of from_pretrained. to_shard: FSDP2
+    will shard the model, which is then converted to dtype as shards (an adapter's base model is converted as it loads).
     """
 
     dtype: str = "float32"
@@ -36,6 +37,7 @@ class Loading:
     storage: torch.dtype | None = None
     attn_implementation: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    to_shard: bool = False
 
     def __post_init__(self) -> None:
         """Check the dtype's name."""
@@ -165,6 +167,7 @@ def load_model(name: str, loading: Loading) -> Any:
         ValueError: it is none, its weights are no safetensors, or they cannot be read, with the reason.
     """
     from dpofast.model.load import load_causal_lm
+    from dpofast.model.parallel.mapped import load_to_shard
 
     _refuse_special_files(name)
     if is_adapter(name):
@@ -179,7 +182,8 @@ def load_model(name: str, loading: Loading) -> Any:
                 "quantization_config": four_bits(DTYPES[loading.dtype], loading.storage),
                 "device_map": {"": device()},
             }
-        return load_causal_lm(name, dtype=DTYPES[loading.dtype], **options, **attention)
+        load = load_to_shard if loading.to_shard else load_causal_lm
+        return load(name, dtype=DTYPES[loading.dtype], **options, **attention)
     except Exception as error:  # as above
         reason = one_line(error).removeprefix(f"{name}: ")
         raise ValueError(f"{named(name)}: no causal language model can be loaded from it: {reason}") from error
@@ -209,7 +213,7 @@ def load_adapter(folder: str, loading: Loading) -> Adapter:
     except ImportError as error:
         raise ValueError(f"{folder} is a LoRA adapter, which needs peft: pip install peft") from error
     _refuse_pickles(folder, "adapter_model.bin", "*.safetensors")
-    base = load_model(base_of(folder), loading)
+    base = load_model(base_of(folder), replace(loading, to_shard=False))
     before = probe_logps(base)
     try:
         model = load.load_adapter(base, folder).eval()

@@ -38,6 +38,7 @@ from dpofast.data.load import DataReport, load_preferences, tokenize_preferences
 from dpofast.data.token_rows import has_lists, has_reference
 from dpofast.model.attach import attach_logprob_head
 from dpofast.model.checks.parity import check_shards
+from dpofast.model.parallel.mapped import widened
 from dpofast.model.parallel.shard import shard
 from dpofast.scoring.lockstep import Lockstep
 from dpofast.scoring.order import prompt_order
@@ -206,6 +207,7 @@ def _models(arguments: ScoringArguments, ranks: Ranks, *, given: bool) -> tuple[
         dtype=arguments.dtype,
         trust_remote_code=arguments.trust_remote_code,
         load_in_4bit=arguments.load_in_4bit,
+        to_shard=arguments.fsdp,
     )
     reference = arguments.ref_model
     if is_adapter(arguments.model):
@@ -228,7 +230,8 @@ def _models(arguments: ScoringArguments, ranks: Ranks, *, given: bool) -> tuple[
         attach_logprob_head(part, padded=arguments.padded)
         with torch.autocast(device().type, torch.bfloat16, enabled=arguments.bf16):  # again, as scored() runs it
             if arguments.fsdp:
-                shard(part, init_device_mesh(device().type, (ranks.processes,)))
+                with widened(part):
+                    shard(part, init_device_mesh(device().type, (ranks.processes,)))
                 check_shards(part, None, ranks.all_reduce_max)
             else:
                 attach_logprob_head(part, padded=arguments.padded)

@@ -16,7 +16,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 
-from dpofast.checkpointing.fsdp import gathered
+from dpofast.checkpointing.fsdp import gathered, without_wrappers
 from dpofast.checkpointing.zero import whole_shape
 from dpofast.data.arrow import chunk_bounds, read_chunks
 from dpofast.data.token_rows import RowTokens, has_lists, image_columns, token_columns, weight_columns
@@ -96,8 +96,7 @@ def _weights(model: Any, dtype: torch.dtype | None) -> Iterator[tuple[str, Tenso
             if all(parts[0] in _PLAIN or parts[1] in active for parts, active in zip(inside, used, strict=True)):
                 for plain in _PLAIN:
                     name = name.replace(f".{plain}.", ".")
-                name = name.replace("_checkpoint_wrapped_module.", "")
-                yield name.removeprefix("base_model.model."), tensor
+                yield without_wrappers(name).removeprefix("base_model.model."), tensor
 
 
 def _scales(model: Any) -> Iterator[tuple[str, Tensor]]:

@@ -20,6 +20,7 @@ from dpofast.model.checks.quantized import check_quantized
 from dpofast.model.checks.split import check_split
 from dpofast.model.dropout import disable_dropout
 from dpofast.model.load import config_of, load_causal_lm
+from dpofast.model.parallel.mapped import load_to_shard
 from dpofast.model.parts import base_causal_lm, beside_text, is_composite
 from dpofast.model.vision.tower import tower_parameters
 from dpofast.model.wrappers import take_off_autocast
@@ -27,7 +28,7 @@ from dpofast.training.checks.images import has_images
 from dpofast.training.config import DPOConfig
 from dpofast.training.layers.choose import compile_chosen, fuse_layers
 from dpofast.training.parallel.early import on_shards
-from dpofast.training.parallel.fsdp import check_whole
+from dpofast.training.parallel.fsdp import check_whole, will_shard_by_fsdp
 from dpofast.training.parallel.sequence import WITHOUT_DIVIDED_IMAGES
 from dpofast.training.parallel.sizes import check_heads
 from dpofast.training.parallel.tensor import adopt_size, check_plan, loading_options, reshard_always, second_reference
@@ -99,10 +100,10 @@ def prepare_models(
             check_heads(config, args)
             if args.tensor_parallel_size > 1:
                 check_plan(config, args)
+    # An adapter's first values would be rounded to the dtype of the weights that it is put on.
+    load = load_to_shard if will_shard_by_fsdp(args) and peft_config is None else load_causal_lm
     model, ref_model = (
-        load_causal_lm(each, **loading_options(config_of(each, **options), args, options))
-        if isinstance(each, str)
-        else each
+        load(each, **loading_options(config_of(each, **options), args, options)) if isinstance(each, str) else each
         for each in given.values()
     )
     for each, name in ((model, "model"), (ref_model, "ref_model")):

@@ -11,7 +11,7 @@ from bench.roofline.divided import Division, exchanges
 from bench.roofline.models import ModelShape
 from bench.roofline.work import Pairs, packed
 from bench.scale import __main__ as scale
-from bench.scale import rank, table
+from bench.scale import loading, rank, table
 from bench.scale.counts import Collectives, Saved
 from bench.scale.modes import MODES, PROFILES, alone
 
@@ -170,3 +170,13 @@ def test_every_mode_has_one_process_to_be_compared_with():
     for profile in PROFILES.values():
         assert set(profile.modes) <= set(MODES)
         assert all(profile.pairs % (MODES[name].world // MODES[name].sharing) == 0 for name in profile.modes)
+
+
+@pytest.mark.ranks
+def test_weights_of_files_are_no_memory_of_a_process(tmp_path):
+    assert loading.main(["--layers", "4", "--results", str(tmp_path / "loading.jsonl")]) == 0
+    (record,) = map(json.loads, (tmp_path / "loading.jsonl").read_text().splitlines())
+    mapped, converted = (record["figures"]["bytes"][way] for way in loading.WAYS)
+    share = mapped["its float32 share"]
+    assert mapped["loaded"] < 0.1 * share < converted["loaded"] / 18
+    assert max(mapped["sharded"], mapped["reference log-probs computed"]) < 1.2 * share

@@ -370,10 +370,19 @@ def rank_main(rank, port, folder, world, run, cases, options):
     torch.distributed.destroy_process_group()
 
 
-def on_two_ranks(folder, mode, run=train, modes=MODES, world=WORLD):
-    """Run a mode on two ranks, or another number, and return the results of each."""
-    run_ranks(rank_main, (free_port(), str(folder), world, run, *modes[mode]), world)
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
+def on_two_ranks(folder, mode, run=train, modes=MODES, world=WORLD, apart=False):
+    """Run a mode on two ranks, or another number, and return the results of each.
+
+    Apart: every case in processes of its own. Where each makes new process groups, their threads, 300 of them after
+    20 cases, would leave no time to the rest.
+    """
+    cases, options = modes[mode]
+    results = [{} for _ in range(world)]
+    for some in [{name: case} for name, case in cases.items()] if apart else [cases]:
+        run_ranks(rank_main, (free_port(), str(folder), world, run, some, options), world)
+        for rank, found in enumerate(results):
+            found |= torch.load(folder / f"{rank}.pt", weights_only=False)
+    return results
 
 
 def two_ranks(mode, **other):

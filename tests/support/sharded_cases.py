@@ -1,6 +1,7 @@
 """Runs whose policy and reference FSDP2 has sharded before the reference pass, and what they are compared by."""
 
 import copy
+import os
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from dpofast.scoring import ref_cache
 from dpofast.scoring.fingerprints import model_fingerprint
 from dpofast.scoring.ref_cache import CACHE_FOLDER
 from dpofast.training import ref_model as reference_module
+from dpofast.training.parallel import early
 from dpofast.training.parallel.early import on_shards
 from dpofast.training.ref_model import unwrapped
 from tests.support.ranks_cases import COMPARED, FSDP, TRAINING, shared_prompts
@@ -27,6 +29,7 @@ CASES = {
     "lora": LORA,
     "reference of its own": OWN,
     "bf16": {"bf16": True, "max_tokens": 1},
+    "from bfloat16 files": {"files": torch.bfloat16},
 }
 FURTHER = {
     "tied": {"family": "llama-tied"},
@@ -40,6 +43,11 @@ FURTHER = {
     "checkpointing by accelerate": {"checkpointing_by_accelerate": True},
     "more ranks than rows of LoRA": {"lora": 1},
     "experts": {"family": "mixtral"},
+    "from bfloat16 files, bf16": {"files": torch.bfloat16, "bf16": True, "max_tokens": 1},
+    "from bfloat16 files, live": {"files": torch.bfloat16, "precompute_ref_log_probs": False},
+    "from bfloat16 files, experts": {"files": torch.bfloat16, "family": "mixtral"},
+    "from bfloat16 files, tied": {"files": torch.bfloat16, "family": "llama-tied"},
+    "from bfloat16 files, lora": {"files": torch.bfloat16, **LORA},
 }
 MODES = {"sharded": (CASES, FSDP), "further": (FURTHER, FSDP)}
 WINDOW = 8
@@ -71,8 +79,11 @@ class Gathered(TorchDispatchMode):
 
 
 def sharded(folder, ranks, *, family="llama", rows=21, lora=False, reference=None, checkpointing_by_accelerate=False,
-            cache=None, **options):  # fmt: skip
-    """Ten steps of SGD on 8 pairs each, in windows of 8 rows; the reference columns, what they cost, and the result."""
+            cache=None, files=None, **options):  # fmt: skip
+    """Ten steps of SGD on 8 pairs each, in windows of 8 rows; the reference columns, what they cost, and the result.
+
+    With files, a dtype, the model is given by the name of its folder.
+    """
     from peft import LoraConfig, get_peft_model
 
     if checkpointing_by_accelerate and "fsdp_config" in options:
@@ -88,15 +99,25 @@ def sharded(folder, ranks, *, family="llama", rows=21, lora=False, reference=Non
         for name, weight in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(weight, std=0.1)
+    if files is not None:
+        if int(os.environ.get("RANK", 0)) == 0:
+            model.to(files).save_pretrained(f"{folder}/given")
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
+        model = f"{folder}/given"
     ref_model = None
     if reference is not None:
         ref_model = tiny_model(**{"family": family, **reference})
-    windows, most = [], []
+    windows, most, loaded = [], [], []
     plain, with_columns = ref_cache.response_logps, reference_module.add_reference_columns
 
     def counting(examples, *args):
         windows.append(len(examples))
         return plain(examples, *args)
+
+    def sharding(accelerator, whole):
+        loaded.append({str(weight.dtype) for weight in whole.parameters() if weight.is_floating_point()})
+        return prepare(accelerator, whole)
 
     def measuring(dataset, asked, *args, **more):
         with Gathered(asked) as gathered:
@@ -105,6 +126,7 @@ def sharded(folder, ranks, *, family="llama", rows=21, lora=False, reference=Non
         return result
 
     ref_cache.response_logps, reference_module.add_reference_columns = counting, measuring
+    prepare, early.fsdp2_prepare_model = early.fsdp2_prepare_model, sharding
     try:
         trainer = DPOTrainer(
             model,
@@ -127,6 +149,7 @@ def sharded(folder, ranks, *, family="llama", rows=21, lora=False, reference=Non
         further = {} if gone else trainer.evaluate(tiny_dataset(5, seed=4))
     finally:
         ref_cache.response_logps, reference_module.add_reference_columns = plain, with_columns
+        early.fsdp2_prepare_model = prepare
     with trainer._reference.of(unwrapped(trainer.model)) as asked, on_shards(asked):
         fingerprint = model_fingerprint(asked, trainer._forward_dtype)
     identity = trainer.run_identity()
@@ -146,6 +169,7 @@ def sharded(folder, ranks, *, family="llama", rows=21, lora=False, reference=Non
         "saved": load_file(saved),
         "windows": windows,
         "most": most,
+        "loaded": loaded,
         "identity": identity,
         "fingerprint": fingerprint,
         "optimized": optimized,

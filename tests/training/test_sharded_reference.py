@@ -42,6 +42,12 @@ def test_equals_one_process(few, case, tmp_path):
     check(few, case, tmp_path)
 
 
+def test_weights_are_converted_as_shards(few):
+    for rank in few:
+        assert rank["from bfloat16 files"]["loaded"] == [{"torch.bfloat16"}]
+        assert rank["plain"]["loaded"] == [{"torch.float32"}]
+
+
 def test_the_pass_holds_a_share_a_layer_and_the_head(few):
     for rank in few:
         share, *_, head = rank["plain"]["units"]

@@ -12,7 +12,7 @@ from tests.support.tensor_cases import CASES, FEW, GROUPED, MODES, train_split
 from tests.support.tiny import tiny_dataset
 
 few, tp2, tp2dp2 = (
-    two_ranks(mode, run=train_split, modes=MODES, world=world)
+    two_ranks(mode, run=train_split, modes=MODES, world=world, apart=True)
     for mode, world in (("few", 2), ("tp2", 2), ("tp2dp2", 4))
 )
 

@@ -19,6 +19,7 @@ from dpofast.checkpointing.fsdp import first_shard
 from dpofast.checkpointing.trainer import CheckpointedTrainer
 from dpofast.checkpointing.zero import is_partitioned
 from dpofast.model.checks.quantized import check_shardable
+from dpofast.model.parallel.mapped import widened
 from dpofast.model.parallel.zero import stop_gathering
 from dpofast.training.parallel.deepspeed import is_zero3, partition_early
 from dpofast.training.parallel.fsdp import forward_dtype, shard_layers_that_are_there
@@ -57,11 +58,14 @@ class ShardedEarly(CheckpointedTrainer):
             plugin.set_auto_wrap_policy(self.model)
             fsdp2_apply_ac(self.accelerator, self.model)
             plugin.activation_checkpointing = False  # accelerate would wrap the layers once more
-        fsdp2_prepare_model(self.accelerator, self.model)
+        with widened(self.model):
+            fsdp2_prepare_model(self.accelerator, self.model)
         if ref_model is not None:
             of_policy, plugin.transformer_cls_names_to_wrap = plugin.transformer_cls_names_to_wrap, told
             shard_layers_that_are_there(self.accelerator, ref_model)
-            fsdp2_prepare_model(self.accelerator, ref_model)
+            is_cast = forward_dtype(self.accelerator) is not None  # cast_parameters gave it the dtype it is gathered in
+            with contextlib.nullcontext() if is_cast else widened(ref_model):
+                fsdp2_prepare_model(self.accelerator, ref_model)
             plugin.transformer_cls_names_to_wrap = of_policy
         self.sharded_early = True
 

@@ -51,6 +51,11 @@ def without_sync(accelerator: Any, model: nn.Module) -> Iterator[None]:
         state._set_sync_gradients(True)
 
 
+def will_shard_by_fsdp(args: Any) -> bool:
+    """Whether accelerate is told to train with FSDP, by arguments or by its launcher."""
+    return bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
 def check_sharding(args: Any) -> None:
     """Check the FSDP options of a TrainingArguments and the device.
 
@@ -58,8 +63,7 @@ def check_sharding(args: Any) -> None:
         ValueError: FSDP on the CPU, where accelerate would train with DDP and not say so; FSDP1; loading on the first
             process alone; another kind of checkpoint than whole or sharded; an option that sharded ones do not allow.
     """
-    launched = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"  # accelerate launch --use_fsdp
-    if not (args.fsdp or launched):
+    if not will_shard_by_fsdp(args):
         return
     if args.distributed_state.distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU):
         raise ValueError(
@@ -72,9 +76,8 @@ def check_sharding(args: Any) -> None:
         raise ValueError(f'fsdp_config: expected version 2 (FSDP2), got {version}: set {{"version": 2}}')
     if args.fsdp and str_to_bool(str(config.get("cpu_ram_efficient_loading") or False).lower()):
         raise ValueError(
-            "fsdp_config: cpu_ram_efficient_loading: expected false or nothing, got true: transformers reads the whole "
-            "model into the memory of every process all the same; leave it out. Where that is too much, "
-            "tensor_parallel_size reads each process's shards alone"
+            "fsdp_config: cpu_ram_efficient_loading: expected false or nothing, got true: processes share "
+            "the memory of the files that they read a model from by its name, and convert shards; leave it out"
         )
     default = "FULL_STATE_DICT" if args.fsdp else os.environ.get("FSDP_STATE_DICT_TYPE", "SHARDED_STATE_DICT")
     kind = config.get("state_dict_type", default) if args.fsdp else default
