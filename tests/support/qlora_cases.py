@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from dpofast import DPOConfig, DPOTrainer
 from dpofast.scoring.fingerprints import model_fingerprint
-from tests.support.ranks_cases import COMPARED, FSDP
+from tests.support.ranks_cases import COMPARED, FSDP, saved_by_the_first
 from tests.support.tiny import tiny_dataset, tiny_model, tiny_tokenizer
 
 CASES = {
@@ -32,7 +32,7 @@ def quantized_model(folder, *, double=True, storage=torch.float32, again=False):
     """Return a tiny llama from a folder with NF4 weights; again: as saved with them and loaded."""
     # bitsandbytes packs weights anew in the first forward of a CPU that has these instructions; of a GPU never.
     importlib.import_module("bitsandbytes.nn.modules").has_avx512bf16 = lambda: False
-    tiny_model("llama", num_hidden_layers=2, hidden_size=64, intermediate_size=128).save_pretrained(folder)
+    saved_by_the_first(tiny_model("llama", num_hidden_layers=2, hidden_size=64, intermediate_size=128), folder)
     config = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -42,7 +42,7 @@ def quantized_model(folder, *, double=True, storage=torch.float32, again=False):
     )
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=config)
     if again:
-        model.save_pretrained(f"{folder}/quantized")
+        saved_by_the_first(model, f"{folder}/quantized")
         model = AutoModelForCausalLM.from_pretrained(f"{folder}/quantized", dtype=torch.float32)
     return model
 
@@ -66,15 +66,13 @@ def qlora_trainer(folder, ranks, model, **options):
 def train_qlora(folder, ranks, *, storage=torch.float32, double=True, again=False, resumed=False, **options):
     """Train; return the values to compare. Resumed: repeat the second half."""
     loading = {"storage": storage, "double": double, "again": again}
-    model = quantized_model(
-        f"{folder}/model-{torch.distributed.is_initialized() and torch.distributed.get_rank()}", **loading
-    )
+    model = quantized_model(f"{folder}/model", **loading)
     whole = model_fingerprint(model)
     names = {name for name, weight in model.named_parameters() if type(weight).__name__ == "Params4bit"}
     trainer = qlora_trainer(folder, ranks, model, **options)
     trainer.train()
     if resumed:
-        model = quantized_model(f"{folder}/again-{trainer.args.process_index}", **loading)
+        model = quantized_model(f"{folder}/again", **loading)
         trainer = qlora_trainer(folder, ranks, model, **options)
         trainer.train(resume_from_checkpoint=f"{folder}/checkpoint-3")
     with trainer.model.disable_adapter():
@@ -98,9 +96,8 @@ def train_qlora(folder, ranks, *, storage=torch.float32, double=True, again=Fals
 
 def refused_qlora(folder, ranks, *, storage=torch.float32, **options):
     """Return what a trainer says to weights that FSDP2 cannot shard as they are."""
-    rank = torch.distributed.get_rank()
     try:
-        qlora_trainer(folder, ranks, quantized_model(f"{folder}/model-{rank}", storage=storage), **options)
+        qlora_trainer(folder, ranks, quantized_model(f"{folder}/model", storage=storage), **options)
     except ValueError as error:
         return str(error)
     return ""

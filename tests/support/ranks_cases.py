@@ -339,6 +339,13 @@ COMPARED = (
 )
 
 
+def saved_by_the_first(model, folder):
+    """Save a model on the first rank, the only one that transformers writes on; the others wait."""
+    model.save_pretrained(folder)
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
 def processors_as_gpus():
     """Let accelerate take these processes for GPUs, the only ones that it shards over; all the rest is its own code.
 

@@ -1,7 +1,6 @@
 """Runs whose policy and reference FSDP2 has sharded before the reference pass, and what they are compared by."""
 
 import copy
-import os
 from pathlib import Path
 
 import torch
@@ -18,7 +17,7 @@ from dpofast.training import ref_model as reference_module
 from dpofast.training.parallel import early
 from dpofast.training.parallel.early import on_shards
 from dpofast.training.ref_model import unwrapped
-from tests.support.ranks_cases import COMPARED, FSDP, TRAINING, shared_prompts
+from tests.support.ranks_cases import COMPARED, FSDP, TRAINING, saved_by_the_first, shared_prompts
 from tests.support.tiny import tiny_dataset, tiny_model, tiny_tokenizer
 
 LORA = {"lora": True}
@@ -100,10 +99,7 @@ def sharded(folder, ranks, *, family="llama", rows=21, lora=False, reference=Non
             if "lora_B" in name:
                 torch.nn.init.normal_(weight, std=0.1)
     if files is not None:
-        if int(os.environ.get("RANK", 0)) == 0:
-            model.to(files).save_pretrained(f"{folder}/given")
-        if torch.distributed.is_initialized():
-            torch.distributed.barrier()
+        saved_by_the_first(model.to(files), f"{folder}/given")
         model = f"{folder}/given"
     ref_model = None
     if reference is not None:

@@ -1,15 +1,13 @@
 """Training runs with tensor parallelism, which must equal those of one process, by rank_main() of ranks_cases."""
 
-import os
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file
 
 from dpofast import DPOConfig, DPOTrainer
 from dpofast.checkpointing.fsdp import gathered
 from tests.support.families import family_model
-from tests.support.ranks_cases import COMPARED, PAIRS, RESUMED, dialogues, shared_prompts
+from tests.support.ranks_cases import COMPARED, PAIRS, RESUMED, dialogues, saved_by_the_first, shared_prompts
 from tests.support.tiny import tiny_dataset, tiny_tokenizer
 
 __all__ = ["CASES", "MODES", "dialogues", "train_split"]
@@ -50,11 +48,8 @@ def train_split(
     folder, ranks, *, dataset=shared_prompts, lora=False, family="llama", extra=None, resumed=False, **options
 ):
     """Train ten steps of SGD on 8 pairs each, of a model that is given by its folder; return the values to compare."""
-    folder, first = Path(folder), int(os.environ.get("RANK", 0)) == 0
-    if first:
-        family_model(family, **(extra or {})).save_pretrained(folder / "model")
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
+    folder = Path(folder)
+    saved_by_the_first(family_model(family, **(extra or {})), folder / "model")
     trainer = split_trainer(folder, ranks, dataset, lora, options)
     trainer.train()
     if resumed:
