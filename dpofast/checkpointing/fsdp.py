@@ -185,9 +185,15 @@ def check_groups(path: Path, there: list[list[str]], here: list[list[str]]) -> N
     """
     if list(map(set, there)) != list(map(set, here)):
         unlike = sorted(set(chain(*there)) ^ set(chain(*here)))
+        way = f"not in both: {unlike[:3]}. Train the weights that were trained before"
+        if not unlike:
+            way = (
+                "the same weights in all. Tensor parallelism puts divided and whole weights of an adapter into groups "
+                "of their own: resume with the tensor_parallel_size of before"
+            )
         raise ValueError(
             f"{path}: expected groups of {list(map(len, here))} weights as in this run, got "
-            f"{list(map(len, there))}; not in both: {unlike[:3]}. Train the weights that were trained before"
+            f"{list(map(len, there))}; {way}"
         )
 
 

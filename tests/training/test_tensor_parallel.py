@@ -3,12 +3,14 @@
 import pytest
 import torch
 from accelerate import ParallelismConfig
+from safetensors.torch import load_file
 
 from dpofast import DPOConfig, DPOTrainer
+from dpofast.cli import export
 from tests.support.composites import tiny_composite
 from tests.support.families import family_model
-from tests.support.ranks_cases import two_ranks
-from tests.support.tensor_cases import CASES, FEW, GROUPED, MODES, train_split
+from tests.support.ranks_cases import on_two_ranks, shared_prompts, two_ranks
+from tests.support.tensor_cases import CASES, FEW, GROUPED, MODES, split_trainer, train_split
 from tests.support.tiny import tiny_dataset
 
 few, tp2, tp2dp2 = (
@@ -53,6 +55,30 @@ def test_two_ranks(tp2, case, tmp_path):
 @pytest.mark.parametrize("case", GROUPED)
 def test_two_groups_of_two_ranks(tp2dp2, case, tmp_path):
     check_equal_to_one_process(tp2dp2, case, tmp_path)
+
+
+@pytest.mark.ranks
+@pytest.mark.slow(60)
+@pytest.mark.parametrize("case", ["resumed", "resumed lora"])
+def test_checkpoints_of_two_ranks_are_exported_and_go_on_in_one_process(case, tmp_path):
+    options = {name: value for name, value in CASES[case].items() if name != "resumed"}
+    modes = {"tp2": ({"run": options}, {"tensor_parallel_size": 2})}
+    written = on_two_ranks(tmp_path, "tp2", run=train_split, modes=modes)[0]["run"]
+    run, lora = tmp_path / "run" / "run", options.pop("lora", False)
+    assert export.main([str(run / "checkpoint-10"), str(tmp_path / "exported")]) == 0
+    (file,) = (tmp_path / "exported").glob("*.safetensors")
+    exported = load_file(file)
+    assert exported.keys() == written["saved"].keys()
+    assert all(torch.equal(value, written["saved"][name]) for name, value in exported.items())
+    trainer = split_trainer(tmp_path / "run", 1, shared_prompts, lora, options)
+    if lora:  # whose optimizer has divided and whole weights in groups of their own
+        with pytest.raises(ValueError, match="the same weights in all.* the tensor_parallel_size of before"):
+            trainer.train(resume_from_checkpoint=str(run / "checkpoint-5"))
+        return
+    trainer.train(resume_from_checkpoint=str(run / "checkpoint-5"))
+    losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    assert len(losses) == 10
+    assert losses == pytest.approx([log["loss"] for log in written["logs"]], abs=1e-6)
 
 
 @pytest.fixture
