@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from dpofast.checkpointing.folder import where_to_go_on
@@ -249,9 +250,11 @@ class OptimizerStep:
         DDP, FSDP and DeepSpeed average gradients over ranks, and the loss of a step is a sum over them: hence the
         factor. Ranks that share a step's rows have each a part of the gradient; tensor-parallel ones have all of it.
         """
-        averaged = self.settings.averaged_over
+        averaged, accelerator = self.settings.averaged_over, self.settings.accelerator
+        # DeepSpeed's engine would divide by gradient_accumulation_steps, and the losses of micro-batches add up already
+        as_it_is = {"scale_wrt_gas": False} if accelerator.distributed_type == DistributedType.DEEPSPEED else {}
         with explained_compile_errors():  # layers that are compiled may compile their backward when it first runs
-            self.settings.accelerator.backward(output.loss * averaged if averaged > 1 else output.loss)
+            accelerator.backward(output.loss * averaged if averaged > 1 else output.loss, **as_it_is)
         return replace(output, loss=output.loss.detach(), aux_loss=None)
 
     def count_routing(self, *, recoverable: bool = False) -> bool:

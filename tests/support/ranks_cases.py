@@ -136,7 +136,7 @@ LIST_CASES = {
     "columns, aot": {"dataset": weights, "loss_type": "aot", "max_tokens": 24},
     "columns, live reference": {"dataset": columns, "max_tokens": 24, "precompute_ref_log_probs": False},
 }
-ZERO_CASES = ("plain", "max_tokens 24", "rpo", "aot")
+ZERO_CASES = ("plain", "max_tokens 24", "rpo", "aot", "accumulation")
 UNLIMITED = 10**9
 LONG_CASES = {
     f"max_tokens {most}, share {share}, accumulation {accumulation}": {
