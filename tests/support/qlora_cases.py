@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from dpofast import DPOConfig, DPOTrainer
 from dpofast.scoring.fingerprints import model_fingerprint
-from tests.support.ranks_cases import COMPARED, FSDP, saved_by_the_first
+from tests.support.ranks_cases import COMPARED, FSDP, RESUMED, saved_by_the_first
 from tests.support.tiny import tiny_dataset, tiny_model, tiny_tokenizer
 
 CASES = {
@@ -17,7 +17,7 @@ CASES = {
     "scales not quantized": {"double": False},
     "quantized checkpoint": {"again": True},
     "live reference": {"precompute_ref_log_probs": False},
-    "resumed": {"resumed": True, "save_strategy": "steps", "save_steps": 3, "optim": "adamw_torch"},
+    "resumed": {**RESUMED, "save_steps": 3},
     "bf16": {"storage": torch.bfloat16, "bf16": True},
 }
 # Held whole on every process by accelerate, or packed bits rounded as if they were numbers.
