@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
+from accelerate.utils import is_deepspeed_available
 from transformers import TrainingArguments
 
 from dpofast.common.names import did_you_mean
@@ -332,6 +333,11 @@ class DPOConfig(TrainingArguments):
         asked = {name: getattr(self, name) for name in ("torch_compile", "torch_compile_backend", "torch_compile_mode")}
         for name in asked:
             setattr(self, name, None)
+        if self.deepspeed and not is_deepspeed_available():
+            raise ValueError(
+                "deepspeed: expected its package, and it is not installed: pip install deepspeed; FSDP2 needs "
+                "none: fsdp=True, fsdp_config={'version': 2}"
+            )
         super().__post_init__()
         if asked["torch_compile"] is None and any(asked.values()):
             asked["torch_compile"] = True

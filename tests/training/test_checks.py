@@ -78,6 +78,13 @@ def test_options_of_accelerates_own_loader_are_refused(tmp_path):
         DPOConfig(output_dir=str(tmp_path), accelerator_config={"split_batches": True})
 
 
+@pytest.mark.parametrize("given", ["zero3.json", {"zero_optimization": {"stage": 3}}])
+def test_deepspeed_that_is_not_installed_is_named(given, tmp_path, monkeypatch):
+    monkeypatch.setattr(config, "is_deepspeed_available", lambda: False)
+    with pytest.raises(ValueError, match="deepspeed: expected its package.* pip install deepspeed; FSDP2"):
+        DPOConfig(output_dir=str(tmp_path), deepspeed=given)
+
+
 @pytest.mark.parametrize("name", ["cp_size", "sp_size", "dp_replicate_size"])
 def test_parallelism_config_divides_layers_alone(tmp_path, name):
     args = DPOConfig(output_dir=str(tmp_path), use_cpu=True)
