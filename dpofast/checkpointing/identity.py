@@ -46,9 +46,9 @@ def options_identity(args: Any, data_ranks: int) -> dict[str, Any]:
 
 def parameters_identity(model: nn.Module) -> dict[str, Any]:
     """Returns names, shapes and dtypes of trained parameters, and a fingerprint of frozen ones."""
-    named = [(without_wrappers(name), p) for name, p in model.named_parameters()]
+    named = list(model.named_parameters())
     trained = {
-        name: f"{str(p.dtype).removeprefix('torch.')} {'×'.join(map(str, whole_shape(p)))}"
+        without_wrappers(name): f"{str(p.dtype).removeprefix('torch.')} {'×'.join(map(str, whole_shape(p)))}"
         for name, p in named
         if p.requires_grad
     }

@@ -33,7 +33,7 @@ from dpofast.losses.own_kinds import import_from
 from dpofast.training.checks.columns import check_column_names
 from dpofast.training.checks.launch import check_topology
 from dpofast.training.config import DPOConfig
-from dpofast.training.parallel.fsdp import will_shard_by_fsdp
+from dpofast.training.parallel.fsdp import asks_for
 from dpofast.training.parallel.sizes import check_heads
 from dpofast.training.parallel.tensor import loading_options, second_reference
 from dpofast.training.trainer import DPOTrainer
@@ -313,7 +313,7 @@ def _checked_loading(train: TrainArguments, config: DPOConfig) -> Loading:
         load_in_4bit=train.load_in_4bit,
         storage=torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else None,
         attn_implementation=train.attn_implementation,
-        to_shard=will_shard_by_fsdp(config) and train.lora_r == 0,
+        to_shard=asks_for(config, "fsdp") and train.lora_r == 0,
     )
 
 

@@ -28,7 +28,7 @@ from dpofast.training.checks.images import has_images
 from dpofast.training.config import DPOConfig
 from dpofast.training.layers.choose import compile_chosen, fuse_layers
 from dpofast.training.parallel.early import on_shards
-from dpofast.training.parallel.fsdp import check_whole, will_shard_by_fsdp
+from dpofast.training.parallel.fsdp import asks_for, check_whole
 from dpofast.training.parallel.sequence import WITHOUT_DIVIDED_IMAGES
 from dpofast.training.parallel.sizes import check_heads
 from dpofast.training.parallel.tensor import adopt_size, check_plan, loading_options, reshard_always, second_reference
@@ -101,7 +101,7 @@ def prepare_models(
             if args.tensor_parallel_size > 1:
                 check_plan(config, args)
     # An adapter's first values would be rounded to the dtype of the weights that it is put on.
-    load = load_to_shard if will_shard_by_fsdp(args) and peft_config is None else load_causal_lm
+    load = load_to_shard if asks_for(args, "fsdp") and peft_config is None else load_causal_lm
     model, ref_model = (
         load(each, **loading_options(config_of(each, **options), args, options)) if isinstance(each, str) else each
         for each in given.values()

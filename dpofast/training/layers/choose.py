@@ -6,13 +6,13 @@ there they are compiled unless the arguments say otherwise; use_liger_kernel is 
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from dpofast.model.wrappers import is_dispatched
 from dpofast.training.config import DPOConfig
 from dpofast.training.layers.compiled import compile_layers, layers_to_compile, uncompile_layers
 from dpofast.training.layers.liger import use_liger_layers
+from dpofast.training.parallel.fsdp import asks_for
 
 
 def fuse_layers(model: Any, args: DPOConfig) -> None:
@@ -71,5 +71,4 @@ def not_by_default(models: list[Any], args: DPOConfig) -> str | None:
 
 def will_shard(args: Any) -> bool:
     """Whether accelerate is told to train with FSDP or DeepSpeed, by arguments or by its launcher."""
-    launched = (os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() for name in ("FSDP", "DEEPSPEED"))
-    return bool(args.fsdp or args.deepspeed) or "true" in launched
+    return asks_for(args, "fsdp") or asks_for(args, "deepspeed")

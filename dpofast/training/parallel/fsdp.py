@@ -51,9 +51,9 @@ def without_sync(accelerator: Any, model: nn.Module) -> Iterator[None]:
         state._set_sync_gradients(True)
 
 
-def will_shard_by_fsdp(args: Any) -> bool:
-    """Whether accelerate is told to train with FSDP, by arguments or by its launcher."""
-    return bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+def asks_for(args: Any, way: str) -> bool:
+    """Whether accelerate is told to train with "fsdp" or "deepspeed", by arguments or by its launcher."""
+    return bool(getattr(args, way)) or os.environ.get(f"ACCELERATE_USE_{way.upper()}", "false").lower() == "true"
 
 
 def check_sharding(args: Any) -> None:
@@ -63,7 +63,7 @@ def check_sharding(args: Any) -> None:
         ValueError: FSDP on the CPU, where accelerate would train with DDP and not say so; FSDP1; loading on the first
             process alone; another kind of checkpoint than whole or sharded; an option that sharded ones do not allow.
     """
-    if not will_shard_by_fsdp(args):
+    if not asks_for(args, "fsdp"):
         return
     if args.distributed_state.distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU):
         raise ValueError(
